@@ -1,0 +1,300 @@
+"""The typed configuration: every option of `opd`, its default, and the checks that need more than one of them.
+
+The defaults are the recommended starting point for Qwen2.5-0.5B-Instruct from Qwen2.5-1.5B-Instruct on GSM8K; `conf/` holds the same
+values as commented YAML. Dataclasses are not frozen because Hydra merges overrides into them.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from opd.errors import ConfigError
+
+
+class Device(Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class Dtype(Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Source(Enum):
+    arithmetic = "arithmetic"
+    gym = "gym"
+    hub = "hub"
+    jsonl = "jsonl"
+    parquet = "parquet"
+
+
+class Engine(Enum):
+    generate = "generate"
+
+
+class Estimator(Enum):
+    sampled = "sampled"
+    exact = "exact"
+    topk = "topk"
+
+
+class Divergence(Enum):
+    reverse_kl = "reverse_kl"
+    forward_kl = "forward_kl"
+    jsd = "jsd"
+    skew = "skew"
+
+
+class Reduction(Enum):
+    token = "token"
+    sequence = "sequence"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Tracker(Enum):
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+def require(condition: bool, key: str, value: object, rule: str) -> None:
+    """Raise `ConfigError` naming the option, its value and the rule unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value}: {rule}")
+
+
+def is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = "Qwen/Qwen2.5-0.5B-Instruct"
+    gguf_file: str | None = None
+    revision: str | None = None
+    dtype: Dtype = Dtype.auto
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        require(bool(self.path.strip()), "path", repr(self.path), "give model.path and teacher.path a hub id or a local folder")
+        require(
+            not self.trust_remote_code or self.revision is not None,
+            "trust_remote_code",
+            self.trust_remote_code,
+            "code from a model repository runs only at a pinned commit; set revision=COMMIT beside it",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherConfig(ModelConfig):
+    path: str = "Qwen/Qwen2.5-1.5B-Instruct"
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    source: Source = Source.hub
+    path: str | None = "openai/gsm8k"
+    subset: str | None = "main"
+    train_split: str = "train"
+    eval_split: str = "test"
+    train_path: str | None = None
+    eval_path: str | None = None
+    prompt: str = "question"
+    answer: str | None = "answer"
+    answer_after: str | None = "####"
+    system: str | None = None
+    max_prompt_tokens: int = 512
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    size: int = 2000
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_tokens >= 1, "data.max_prompt_tokens", self.max_prompt_tokens, "must be at least 1")
+        require(self.size >= 2, "data.size", self.size, "must be at least 2")
+        name = self.source.value
+        if self.source in (Source.jsonl, Source.parquet):
+            require(self.train_path is not None, "data.train_path", self.train_path, f"data={name} needs data.train_path=FILE.{name}")
+        if self.source is Source.hub:
+            require(self.path is not None, "data.path", self.path, "data=hub needs data.path=OWNER/DATASET")
+        if self.source is Source.gym:
+            require(self.path is not None, "data.path", self.path, "data=gym needs data.path=TASK, for example data.path=chain_sum")
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    engine: Engine = Engine.generate
+    temperature: float = 0.7
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 4
+    max_new_tokens: int = 256
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        require(
+            is_positive(self.temperature),
+            "sampling.temperature",
+            self.temperature,
+            "must be above 0: the method needs samples with a log-probability (0.6 to 1.0 is usual)",
+        )
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must be above 0 and at most 1 (1 is off)")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (off) or a number of tokens")
+        require(self.n >= 1, "sampling.n", self.n, "must be at least 1")
+        require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class PPOConfig:
+    estimator: Estimator = Estimator.sampled
+    divergence: Divergence = Divergence.reverse_kl
+    steps: int = 1
+    clip_eps: float = 0.2
+    advantage_clip: float | None = 5.0
+    reduction: Reduction = Reduction.token
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, "ppo.steps", self.steps, "must be at least 1")
+        require(is_positive(self.clip_eps), "ppo.clip_eps", self.clip_eps, "must be above 0 (0.2 is usual)")
+        if self.advantage_clip is not None:
+            require(is_positive(self.advantage_clip), "ppo.advantage_clip", self.advantage_clip, "must be above 0, or null for none")
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    lr: float = 1e-5
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(is_positive(self.lr), "optim.lr", self.lr, "must be above 0 (1e-5 to 5e-5 is usual for all weights)")
+        require(math.isfinite(self.weight_decay) and self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "optim.betas",
+            self.betas,
+            "must be two numbers in [0, 1), for example [0.9,0.95]",
+        )
+        require(is_positive(self.eps), "optim.eps", self.eps, "must be above 0")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "must not be negative")
+        require(is_positive(self.max_grad_norm), "optim.max_grad_norm", self.max_grad_norm, "must be above 0 (1.0 is usual)")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    max_steps: int | None = 200
+    epochs: float | None = None
+    batch_size: int = 4
+    max_tokens_per_micro_batch: int = 8192
+
+    def __post_init__(self) -> None:
+        require(
+            (self.max_steps is None) != (self.epochs is None),
+            "train.max_steps",
+            self.max_steps,
+            "set one of train.max_steps and train.epochs, and the other to null",
+        )
+        if self.max_steps is not None:
+            require(self.max_steps >= 1, "train.max_steps", self.max_steps, "must be at least 1")
+        if self.epochs is not None:
+            require(is_positive(self.epochs), "train.epochs", self.epochs, "must be above 0")
+        require(self.batch_size >= 1, "train.batch_size", self.batch_size, "must be at least 1 prompt per process")
+        require(
+            self.max_tokens_per_micro_batch >= 1,
+            "train.max_tokens_per_micro_batch",
+            self.max_tokens_per_micro_batch,
+            "must be at least 1 (a single longer sequence makes a micro-batch of its own)",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    steps: int = 50
+    limit: int | None = 500
+    reward: str | None = "number"
+    temperature: float = 0.0
+    max_new_tokens: int = 512
+    batch_size: int = 64
+    kl_prompts: int = 32
+    kl_max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "eval.steps", self.steps, "must be 0 (only before and after training) or a number of steps")
+        if self.limit is not None:
+            require(self.limit >= 1, "eval.limit", self.limit, "must be at least 1, or null for the whole set")
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "eval.temperature",
+            self.temperature,
+            "must be 0 (greedy) or above",
+        )
+        require(self.max_new_tokens >= 1, "eval.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "must be at least 1")
+        require(self.kl_prompts >= 0, "eval.kl_prompts", self.kl_prompts, "must be 0 (off) or a number of prompts")
+        require(self.kl_max_new_tokens >= 1, "eval.kl_max_new_tokens", self.kl_max_new_tokens, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 50
+    keep_last: int = 2
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
+        require(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackConfig:
+    tool: Tracker = Tracker.none
+    project: str = "opd"
+    rollouts_per_step: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.rollouts_per_step >= 0, "track.rollouts_per_step", self.rollouts_per_step, "must not be negative")
+
+
+@dataclass(kw_only=True, slots=True)
+class Config:
+    seed: int = 0
+    name: str = "run"
+    resume: str = "auto"
+    device: Device = Device.auto
+    model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 4294967295")
+        require(
+            re.fullmatch(r"[\w+=,@-][\w.+=,@-]*", self.name) is not None,
+            "name",
+            repr(self.name),
+            "letters, digits and . _ - + = , only: it names the run folder",
+        )
+        require(bool(self.resume.strip()), "resume", repr(self.resume), "must be auto, never or the path of a checkpoint")

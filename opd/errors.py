@@ -1,0 +1,50 @@
+"""What a user is told when something is wrong, and the exit code that says so to a launcher.
+
+Every mistake a user can make is one of these: one line with what, where and the remedy. Anything else that is raised is a defect of
+`opd` and ends in exit code 70.
+"""
+
+OK = 0
+USAGE = 64
+DATA = 65
+INTERNAL = 70
+OUTPUT = 74
+PREEMPTED = 75
+TEACHER = 76
+NUMERIC = 77
+
+
+class OpdError(Exception):
+    """A user's mistake or a failure from outside; the message names the remedy."""
+
+    exit_code = INTERNAL
+
+
+class ConfigError(OpdError):
+    """Wrong command line or config, a model that cannot be had, incompatible tokenizers."""
+
+    exit_code = USAGE
+
+
+class DataError(OpdError):
+    """A data file or column that is missing, an empty set, no answers where rewards are asked for."""
+
+    exit_code = DATA
+
+
+class OutputError(OpdError):
+    """A folder that cannot be made or written, a full disk, checkpoints that cannot be used."""
+
+    exit_code = OUTPUT
+
+
+class TeacherError(OpdError):
+    """The teacher cannot score."""
+
+    exit_code = TEACHER
+
+
+class NumericError(OpdError):
+    """Loss or gradients are not finite."""
+
+    exit_code = NUMERIC
