@@ -1,0 +1,8 @@
+"""`python -m opd` is `opd`."""
+
+import sys
+
+from opd.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""From a typed config to everything a run needs: accelerator, models, data, sampler, teacher, evaluator, trainer."""
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch.optim import AdamW
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd import models
+from opd.checkpoint import Checkpoints
+from opd.config.schema import Config, Tracker
+from opd.config.store import to_dict
+from opd.data.prompts import Prompt, encode_rows
+from opd.data.sources import Rows, load_rows
+from opd.errors import ConfigError, DataError
+from opd.evaluate import Evaluator
+from opd.rewards import Grader, make_grader
+from opd.samplers import SAMPLERS, Decoding, Sampler
+from opd.teachers import LocalTeacher
+from opd.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a Python caller brings along instead of names: modules, a tokenizer, rows."""
+
+    student: PreTrainedModel | None = None
+    teacher: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    train_rows: Rows | None = None
+    eval_rows: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A trainer, and what its surroundings need besides. differences: what does not match between student and teacher, a line each."""
+
+    trainer: Trainer
+    tokenizer: PreTrainedTokenizerBase
+    teacher_sampler: Sampler
+    eos: tuple[int, ...]
+    differences: list[str]
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
+    device = models.find_device(config.device)
+    return Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) else "no",
+        # Ranks may run different numbers of micro-batches, so a forward pass must not communicate; there are no trained buffers.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
+        project_dir=folder,
+    )
+
+
+def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack) -> Built:
+    """Everything a run needs. What is cheap to check comes before what is costly to load."""
+    device = accelerator.device
+    bf16 = models.computes_in_bf16(config.model.dtype, device)
+    tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
+    teacher_tokenizer = tokenizer if given.teacher is not None else models.load_tokenizer(config.teacher, "teacher")
+    models.check_same_ids(tokenizer, teacher_tokenizer)
+    train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
+    grader = make_run_grader(config, eval_prompts, stack)
+    torch.manual_seed(config.seed)
+    student = models.prepare_student(given.student or models.load_model(config.model, "model", device), device)
+    teacher_model = models.prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
+    vocabulary = models.shared_vocabulary(tokenizer, student, teacher_model)
+    eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
+    make_sampler = SAMPLERS[config.sampling.engine]
+    policy, optimizer = accelerator.prepare(models.Policy(student, vocabulary), make_optimizer(config, student))
+    trainer = Trainer(
+        config=config,
+        accelerator=accelerator,
+        policy=policy,
+        student=student,
+        optimizer=optimizer,
+        sampler=make_sampler(student, eos, tokenizer.pad_token_id, vocabulary, config.seed, bf16),
+        teacher=LocalTeacher(teacher_model, vocabulary),
+        evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
+        checkpoints=checkpoints,
+        prompts=train_prompts,
+        pad_id=tokenizer.pad_token_id,
+        max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
+        saved_state={"config": to_dict(config)},
+    )
+    teacher_sampler = make_sampler(teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, False)
+    differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
+    return Built(trainer, tokenizer, teacher_sampler, eos, differences)
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged."""
+    if given.train_rows is None:
+        train_rows, eval_rows = load_rows(config.data)
+    else:
+        train_rows, eval_rows = given.train_rows, given.eval_rows or []
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training")
+    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation") if len(eval_rows) else []
+    judged = [prompt for prompt in eval_prompts if prompt.answer is not None or prompt.get_reward is not None]
+    if config.eval.reward is not None and eval_prompts and not judged:
+        raise DataError(
+            f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
+            f"data.answer_after={config.data.answer_after}); name the column with the answers, or evaluate without rewards: eval=kl"
+        )
+    return train_prompts, eval_prompts
+
+
+def make_run_grader(config: Config, prompts: list[Prompt], stack: ExitStack) -> Grader | None:
+    """The configured grader, closed with the run; None where every prompt judges itself or none is judged."""
+    if config.eval.reward is None or not any(prompt.answer is not None and prompt.get_reward is None for prompt in prompts):
+        return None
+    return stack.enter_context(make_grader(config.eval.reward))
+
+
+def make_evaluator(
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    grader: Grader | None,
+    vocabulary: int,
+    bf16: bool,
+) -> Evaluator:
+    judged = [prompt for prompt in prompts if prompt.answer is not None or prompt.get_reward is not None]
+    return Evaluator(
+        accelerator,
+        tokenizer,
+        answered=judged[: config.eval.limit] if config.eval.reward is not None else [],
+        kl_prompts=prompts[: config.eval.kl_prompts],
+        decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
+        kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
+        grader=grader,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        vocabulary=vocabulary,
+        precision=partial(models.autocast, accelerator.device, bf16),
+    )
+
+
+def make_optimizer(config: Config, student: PreTrainedModel) -> AdamW:
+    """AdamW in one fused kernel; weight decay on matrices alone."""
+    optim = config.optim
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    first, second = optim.betas
+    return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(first, second), eps=optim.eps, fused=True)
+
+
+def total_steps(config: Config, prompts: int, processes: int) -> int:
+    """`train.max_steps`, or as many as `train.epochs` take."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    assert config.train.epochs is not None
+    return math.ceil(config.train.epochs * prompts / (config.train.batch_size * processes))
+
+
+def check_tracker(tool: Tracker) -> None:
+    """Raises `ConfigError` before the run when the tracker's package is missing."""
+    from importlib.util import find_spec
+
+    if tool is not Tracker.none and find_spec(tool.value) is None:
+        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[track]'")

@@ -1,0 +1,158 @@
+"""What every verb with a config does: compose it, hand it to the task, and turn what goes wrong into one line and an exit code.
+
+A user's mistake never shows a traceback. A defect of `opd` leaves its traceback in the log of the run.
+"""
+
+import argparse
+import contextlib
+import errno
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from opd import errors, mistakes
+from opd.config import store
+from opd.config.schema import Config
+
+Task = Callable[[Config, Path], float | None]
+
+INTERRUPTED = 128 + 2  # what a shell reports for a program ended by SIGINT
+WITHOUT_FILES = ("hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError)
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def environment(name: str, value: str | None) -> Iterator[None]:
+    """Set the environment variable `name`, or remove it for None, and put back what was there."""
+    before = os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def command_line(words: Sequence[str]) -> Iterator[None]:
+    """Let Hydra, which reads `sys.argv`, see `words` behind the program's name."""
+    before = sys.argv
+    sys.argv = [before[0], *words]
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags and the overrides, in any order. Raises `ConfigError` for a flag that Hydra does not know."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = get_args_parser().parse_intermixed_args(words)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        reason = complaint.getvalue().strip().rpartition("error: ")[2]
+        raise errors.ConfigError(f"{reason}; opd train --help shows the flags") from None
+    if parsed.experimental_rerun is not None:
+        raise errors.ConfigError("--experimental-rerun reads a pickle, which can run code; give the options of that run again instead")
+    return parsed
+
+
+def log_files() -> list[str]:
+    """The files that Python's logging writes to."""
+    return [handler.baseFilename for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+
+
+class Job:
+    """One command: its task, the process's rank, and the exit codes of its runs so far (several in a sweep)."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.full_error = os.environ.get("HYDRA_FULL_ERROR")
+        self.codes: list[int] = []
+
+    def say(self, text: str) -> None:
+        where = f"[rank {self.rank}] " if self.rank else ""
+        print(f"opd: {where}{text}", file=sys.stderr, flush=True)
+
+    def report(self, error: Exception) -> int:
+        """Tell the user about `error` and return its exit code. What fails alike on all ranks is said by the first one alone."""
+        if isinstance(error, errors.OpdError):
+            message = mistakes.one_line(str(error))
+            if log_files():
+                log.error(message)
+            if self.rank == 0 or not isinstance(error, SAME_ON_ALL_RANKS):
+                self.say(f"error: {message}")
+            return error.exit_code
+        summary = mistakes.one_line(f"internal error: {type(error).__name__}: {error}")
+        files = log_files()
+        if files:
+            log.error("internal error", exc_info=error)
+            self.say(f"{summary}; the traceback is in {', '.join(files)}")
+        else:
+            traceback.print_exception(error)
+            self.say(summary)
+        return errors.INTERNAL
+
+    def run(self, composed: DictConfig) -> float | None:
+        """The task function that Hydra calls. Nothing is raised: the other members of a sweep have to go on."""
+        with environment("HYDRA_FULL_ERROR", self.full_error):  # programs that the task starts must not inherit it
+            logging.captureWarnings(True)  # into the log: on the screen they would be other people's
+            try:
+                config = mistakes.explained(lambda: store.to_config(composed))
+                return self.task(config, Path(HydraConfig.get().runtime.output_dir))
+            except OSError as error:
+                full = errors.OutputError(f"{error.filename or 'output'}: {error.strerror}") if error.errno in CANNOT_WRITE else error
+                self.codes.append(self.report(full))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
+                self.codes.append(self.report(error))
+            finally:
+                logging.captureWarnings(False)
+        return None
+
+
+def compose_and_run(job: Job, words: Sequence[str]) -> None:
+    """Let Hydra compose the config and call `job.run`, once or for each member of a sweep."""
+    parsed = parse(words)
+    if parsed.cfg or parsed.help or parsed.info:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` ends without a complaint
+    store.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
+    flags = [word for word in words if word not in parsed.overrides]
+    overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
+    main = hydra.main(version_base="1.3", config_path=str(store.conf_dir()), config_name="config")
+    with environment("HYDRA_FULL_ERROR", "1"), command_line([*flags, *overrides]):  # Hydra then raises instead of printing
+        mistakes.explained(main(job.run))
+
+
+def launch(task: Task, words: Sequence[str]) -> int:
+    """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code."""
+    job = Job(task)
+    try:
+        compose_and_run(job, words)
+    except KeyboardInterrupt:
+        if job.rank == 0:
+            job.say("interrupted")
+        return INTERRUPTED
+    except SystemExit as stop:
+        return errors.USAGE if stop.code == 1 else int(stop.code or errors.OK)  # 1 is Hydra's: --package names nothing
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
+        return job.report(error)
+    return next((code for code in job.codes if code), errors.OK)

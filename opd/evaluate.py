@@ -1,0 +1,157 @@
+"""How good a model is: rewards of its answers where an answer is known, and the exact KL(student‖teacher) on the student's own samples."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.data.prompts import Prompt
+from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.models import kept_hidden, output_head
+from opd.objective import chunked_stats
+from opd.objective.estimators import exact
+from opd.objective.divergences import reverse_kl
+from opd.rewards import Grader
+from opd.samplers import Decoding, Sampler
+from opd.teachers import Teacher
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was cut off."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    length: float
+    truncated: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The student after `step` steps. rewards: None without answers. kl: exact KL(student‖teacher) at T = 1, nats per token."""
+
+    step: int
+    rewards: Rewards | None
+    kl: float | None
+    example: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def score(self) -> float | None:
+        """What makes one evaluation better than another: the reward where there is one, else a smaller KL."""
+        if self.rewards is not None:
+            return self.rewards.mean
+        return None if self.kl is None else -self.kl
+
+
+def interval(rewards: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean: Wilson's for rewards of 0 and 1 (it stays honest at 0 % and 100 %), else the normal one."""
+    count, mean = len(rewards), fmean(rewards)
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        centre = mean + Z95**2 / (2 * count)
+        spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
+        return (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
+    variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - 1, 1)
+    spread = Z95 * math.sqrt(variance / count)
+    return mean - spread, mean + spread
+
+
+def exact_kl(model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout], vocabulary: int, max_tokens: int, pad_id: int) -> tuple[float, int]:
+    """Σ over completion tokens of KL(student‖teacher) over the vocabulary at T = 1, in nats, and the number of tokens."""
+    total, tokens = 0.0, 0
+    head = output_head(model, vocabulary)
+    for batch in micro_batches(rollouts, max_tokens, pad_id):
+        batch = batch.to(model.device)
+        scores = teacher.distributions(batch)
+        assert scores.hidden_NH is not None and scores.head is not None
+        token_loss = exact(batch.target_N, scores.hidden_NH, scores.head, 1.0, reverse_kl)
+
+        def kl_of(logits_CV: Tensor, part: slice, token_loss: Any = token_loss) -> dict[str, Tensor]:
+            return {"kl": token_loss(logits_CV, part)[0]}
+
+        with torch.no_grad():
+            kl_N = chunked_stats(kept_hidden(model, batch.ids_BT, batch.kept_N), head, kl_of)["kl"]
+        total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
+    return total, tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Evaluates with its share of the prompts in each process; every process gets the whole result.
+
+    answered: prompts that are answered and judged. kl_prompts: prompts whose samples the KL is measured on. interrupted: asked between batches.
+    """
+
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    answered: Sequence[Prompt]
+    kl_prompts: Sequence[Prompt]
+    decoding: Decoding
+    kl_decoding: Decoding
+    grader: Grader | None
+    max_tokens: int
+    vocabulary: int
+    precision: Callable[[], Any]
+
+    def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher) -> Evaluation:
+        rewards, example = self.rewards(sampler)
+        return Evaluation(step, rewards, self.kl(sampler, model, teacher), example)
+
+    def rewards(self, sampler: Sampler) -> tuple[Rewards | None, str | None]:
+        """The rewards of the model behind `sampler`, and the first prompt with its answer."""
+        if not self.answered:
+            return None, None
+        rollouts = sampler.sample([Request(prompt) for prompt in self._share(self.answered)], self.decoding, "evaluation")
+        texts = [self.tokenizer.decode(rollout.completion, skip_special_tokens=True) for rollout in rollouts]
+        judged = zip(self._judge(rollouts, texts), rollouts, texts, strict=True)
+        rows = [
+            (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
+            for reward, rollout, text in judged
+            if reward is not None
+        ]
+        rows = gather_object(rows)
+        if not rows:
+            return None, None
+        values = [row[0] for row in rows]
+        low, high = interval(values)
+        return Rewards(fmean(values), low, high, len(rows), fmean(row[1] for row in rows), fmean(row[2] for row in rows)), rows[0][3]
+
+    def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher) -> float | None:
+        if not self.kl_prompts:
+            return None
+        rollouts = sampler.sample([Request(prompt) for prompt in self._share(self.kl_prompts)], self.kl_decoding, "evaluation-kl")
+        with self.precision():
+            own = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
+        parts = gather_object([own])
+        return sum(total for total, _ in parts) / sum(tokens for _, tokens in parts)
+
+    def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _judge(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[float | None]:
+        """Each completion by its prompt's own `get_reward`, else by the configured reward against the prompt's answer."""
+        rewards: list[float | None] = []
+        graded: list[int] = []
+        for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
+            get_reward = rollout.request.prompt.get_reward
+            rewards.append(None if get_reward is None else get_reward(text))
+            if get_reward is None and rollout.request.prompt.answer is not None:
+                graded.append(index)
+        if graded and self.grader is not None:
+            pairs = [(texts[index], rollouts[index].request.prompt.answer or "") for index in graded]
+            for index, reward in zip(graded, self.grader.grade(pairs), strict=True):
+                rewards[index] = reward
+        return rewards

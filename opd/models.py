@@ -1,0 +1,198 @@
+"""Student and teacher: loading, the output head, and whether the two speak about the same tokens.
+
+Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary, `H` hidden.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config.schema import Device, Dtype, ModelConfig
+from opd.config.store import PACKAGE
+from opd.errors import ConfigError
+from opd.objective import Head
+
+log = logging.getLogger(__name__)
+
+BUNDLED = "bundled:"
+
+
+def find_device(device: Device) -> torch.device:
+    """The device asked for, or the best there is. Raises `ConfigError` when the one asked for is not there."""
+    present = {Device.cuda: torch.cuda.is_available(), Device.mps: torch.backends.mps.is_available(), Device.cpu: True}
+    if device is Device.auto:
+        device = next(candidate for candidate, there in present.items() if there)
+    if not present[device]:
+        raise ConfigError(f"device={device.value}: torch {torch.__version__} sees no such device here; take device=auto or device=cpu")
+    return torch.device(device.value)
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
+    """Whether the student's matrix products run in bf16: as configured, or where the device has it."""
+    return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and has_bf16(device))
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
+
+
+def locate(config: ModelConfig, role: str) -> str:
+    """The folder or hub id to load from. Raises `ConfigError` for a local folder that is not there."""
+    if config.path.startswith(BUNDLED):
+        folder = PACKAGE / "assets" / config.path.removeprefix(BUNDLED)
+        if not folder.is_dir():
+            raise ConfigError(f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}")
+        return str(folder)
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    path = Path(config.path).expanduser()
+    if looks_local and not path.is_dir():
+        raise ConfigError(f"{role}.path={config.path}: there is no such folder")
+    return str(path) if path.is_dir() else config.path
+
+
+def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs: Any) -> Any:
+    """`load` the configured folder or hub id; what transformers raises becomes one line with a remedy."""
+    source = locate(config, role)
+    if config.gguf_file is not None:
+        kwargs["gguf_file"] = config.gguf_file
+    try:
+        return load(source, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = (
+            "check the folder"
+            if Path(source).is_dir()
+            else f"offline: {role}.path=FOLDER with a local copy (and HF_HUB_OFFLINE=1); experiment=tiny needs no download"
+        )
+        raise ConfigError(f"{role}.path={config.path} cannot be loaded: {reason}; {remedy}") from error
+
+
+def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
+    tokenizer = load_with(AutoTokenizer.from_pretrained, config, role)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{role}.path={config.path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever behind masks: an end-of-sequence token that was written stays in the loss
+    return tokenizer
+
+
+def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
+    """The student in float32 (the optimizer's master weights), the teacher in the dtype it computes in."""
+    dtype = torch.bfloat16 if role == "teacher" and computes_in_bf16(config.dtype, device) else torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if config.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.attn_implementation
+    model: PreTrainedModel = load_with(AutoModelForCausalLM.from_pretrained, config, role, **kwargs)
+    return model
+
+
+def prepare_student(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device, in float32, every weight trained, in eval mode for good: dropout would make sampling and scoring disagree."""
+    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
+    check_head(model, "model")
+    return model
+
+
+def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device, frozen, in eval mode."""
+    model = model.to(device).eval().requires_grad_(False)
+    check_head(model, "teacher")
+    return model
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's, the model's and its generation config's."""
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, model.config.eos_token_id, generation):
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(found))
+
+
+def output_head(model: PreTrainedModel, size: int | None = None) -> Head:
+    """The model's output layer with the scale and soft cap of the architectures that have them."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    values = config.to_dict()
+    scale = values.get("logit_scale") or 1.0  # Cohere
+    if values.get("logits_scaling"):  # Granite
+        scale = scale / values["logits_scaling"]
+    return Head(layer.weight, layer.bias, size, scale, values.get("final_logit_softcapping"))  # Gemma 2 soft-caps
+
+
+def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Final hidden states (B, T, H): what the output head is applied to."""
+    hidden_BTH: Tensor = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return hidden_BTH
+
+
+def kept_hidden(model: PreTrainedModel, ids_BT: Tensor, kept_N: Tensor) -> Tensor:
+    """The final hidden states (N, H) that predict the kept tokens."""
+    return last_hidden(model, ids_BT).flatten(0, 1)[kept_N]
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, role: str) -> None:
+    """Refuse an architecture whose logits are not what `output_head` makes of its hidden states."""
+    ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+    found = output_head(model).logits(last_hidden(model, ids_BT).flatten(0, 1))[None]
+    if not torch.allclose(found, expected, atol=1e-3 + 1e-2 * float(expected.abs().max()) * (model.dtype == torch.bfloat16), rtol=1e-3):
+        raise ConfigError(f"{role}: {type(model).__name__} makes its logits in a way that opd does not know; it cannot be scored in chunks")
+
+
+class Policy(nn.Module):
+    """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it."""
+
+    def __init__(self, model: PreTrainedModel, size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size
+
+    def forward(self, ids_BT: Tensor, kept_N: Tensor, loss: Callable[[Tensor, Head], Any]) -> Any:
+        """`loss` of the hidden states (N, H) at the kept positions and the output head."""
+        return loss(kept_hidden(self.model, ids_BT, kept_N), output_head(self.model, self.size))
+
+
+def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises `ConfigError`, naming the first tokens that differ, unless every token has the same id in both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        shown = ", ".join(f"{token!r} (student {ours.get(token, 'none')}, teacher {theirs.get(token, 'none')})" for token in differing[:3])
+        raise ConfigError(
+            f"teacher: its tokenizer maps {len(differing)} tokens to other ids than the student's: {shown}; "
+            "scoring needs the same ids: take a teacher of the student's family"
+        )
+
+
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+    """How many ids both heads have. Heads padded to different widths are cut to the narrower one: ids behind the tokenizer's last mean
+    nothing in either. Raises `ConfigError` when a head is too narrow for the tokenizer.
+    """
+    size = min(output_head(student).vocabulary, output_head(teacher).vocabulary)
+    last = max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise ConfigError(f"the tokenizer has ids up to {last}, an output head only {size} rows: model or teacher does not belong to its tokenizer")
+    return size
+
+
+def pair_differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]) -> list[str]:
+    """What differs between student and teacher and may cost quality, a line each: chat template and end-of-sequence tokens."""
+    found = []
+    if student.chat_template != teacher.chat_template:
+        found.append("the chat templates of student and teacher differ; both see the student's rendering")
+    if set(eos[0]) != set(eos[1]):
+        names = [[student.convert_ids_to_tokens(i) for i in ids] for ids in eos]
+        found.append(f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop")
+    return found

@@ -1,0 +1,75 @@
+"""Divergences between two next-token distributions over the same vocabulary, position by position, in nats.
+
+All take log-probabilities of shape (N, V) and return (N,). `student` carries the gradient. Terms where a distribution has no mass
+count 0, as in the definition.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+
+def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
+    """KL(p‖q) = Σ p·(log p − log q)."""
+    p_NV = p_logp_NV.exp()
+    # Masked before the product: where p = 0 the difference may be inf − inf, and 0·NaN in the backward pass would be NaN.
+    return (p_NV * torch.where(p_NV > 0, p_logp_NV - q_logp_NV, 0.0)).sum(-1)
+
+
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """KL(student‖teacher). Its gradient in the student's logits is p·(log(p/q) − KL)."""
+    return kl(student_NV, teacher_NV)
+
+
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """KL(teacher‖student). Its gradient in the student's logits is p − q."""
+    return kl(teacher_NV, student_NV)
+
+
+def log_mixture(a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:
+    """log(share·a + (1 − share)·b) for 0 < share < 1."""
+    return torch.logaddexp(a_NV + math.log(share), b_NV + math.log1p(-share))
+
+
+def jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen–Shannon divergence with m = β·teacher + (1 − β)·student.
+
+    β·KL(teacher‖m) + (1 − β)·KL(student‖m), as in GKD (Agarwal et al. 2024, arXiv 2306.13649). That vanishes at both ends, so the ends are
+    defined as the limits after division by β and 1 − β: β = 0 is the forward KL, β = 1 the reverse KL; β = ½ is symmetric.
+    """
+    if beta == 0:
+        return forward_kl(student_NV, teacher_NV)
+    if beta == 1:
+        return reverse_kl(student_NV, teacher_NV)
+    mixture_NV = log_mixture(teacher_NV, student_NV, beta)
+    return beta * kl(teacher_NV, mixture_NV) + (1 - beta) * kl(student_NV, mixture_NV)
+
+
+def skew(student_NV: Tensor, teacher_NV: Tensor, alpha: float) -> Tensor:
+    """Skewed reverse KL, KL(student ‖ (1 − α)·teacher + α·student), as in DistiLLM (Ko et al. 2024, arXiv 2402.03898).
+
+    Bounded by −log α where the teacher gives a token next to no mass. α = 0 is the reverse KL.
+    """
+    if alpha == 0:
+        return reverse_kl(student_NV, teacher_NV)
+    return kl(student_NV, log_mixture(student_NV, teacher_NV, alpha))
+
+
+def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
+    """The distribution on the ids `top_NK` and one bucket for all other ids: log-probabilities (N, K + 1).
+
+    Without the bucket a divergence over the K ids is lowered by draining mass out of them.
+    """
+    kept_NK = logp_NV.gather(-1, top_NK)
+    if top_NK.shape[-1] == logp_NV.shape[-1]:
+        return torch.cat((kept_NK, torch.full_like(kept_NK[:, :1], -torch.inf)), -1)
+    rest_NV = logp_NV.scatter(-1, top_NK, -torch.inf)
+    return torch.cat((kept_NK, rest_NV.logsumexp(-1, keepdim=True)), -1)
+
+
+def named_divergence(name: str, beta: float, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The divergence called `name`, as a function of the student's and the teacher's log-probabilities."""
+    return {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": partial(jsd, beta=beta), "skew": partial(skew, alpha=alpha)}[name]

@@ -1,0 +1,151 @@
+"""From hidden states to per-token losses without ever holding the logits of a whole batch.
+
+Shapes: `N` kept completion tokens, `C` the tokens of one chunk, `V` vocabulary, `H` hidden.
+
+A language-model head makes `N·V` logits, of which a loss needs one number per token. Here they exist for one chunk at a time, in the
+forward pass and in the backward pass: while a chunk's logits are there, the gradient of its loss is taken as well and folded into the
+gradients of the hidden states (`N·H`) and of the head (`V·H`). The backward pass only scales them. That is as many matrix products as
+plain autograd does, and memory that does not grow with `N·V`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TokenStats = dict[str, Tensor]
+# (logits_CV in float32, which of the N tokens these are) -> (loss_C, per-token statistics of shape C)
+TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output layer of a causal language model: `softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)`.
+
+    Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths.
+    """
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    size: int | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        return self.size if self.size is not None else self.weight_VH.shape[0]
+
+    def raw(self, hidden_NH: Tensor) -> Tensor:
+        """The matrix product alone, (N, V), in the dtype that autocast asks for, else the weight's."""
+        weight_VH, bias_V = self.weight_VH[: self.size], None if self.bias_V is None else self.bias_V[: self.size]
+        dtype = matmul_dtype(weight_VH)
+        with torch.autocast(weight_VH.device.type, enabled=False):
+            return F.linear(hidden_NH.to(dtype), weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype))
+
+    def shape(self, raw_NV: Tensor) -> Tensor:
+        """Scale and soft cap applied to `raw`, in float32 at least."""
+        logits_NV = raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float()
+        if self.scale != 1.0:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is not None:
+            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """The logits, (N, V), as the model itself computes them."""
+        return self.shape(self.raw(hidden_NH))
+
+
+def matmul_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which autocast, where it is on, computes matrix products; else the weight's own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def chunks(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def chunk_rows(vocabulary: int, budget_bytes: int = 2**26) -> int:
+    """How many tokens' float32 logits fit in `budget_bytes`; at least 16, so that the matrix product stays worth its name."""
+    return max(16, budget_bytes // (4 * vocabulary))
+
+
+def chunked_loss(
+    hidden_NH: Tensor, head: Head, token_loss: TokenLoss, rows: int | None = None, weight_N: Tensor | None = None
+) -> tuple[Tensor, TokenStats]:
+    """The sum over tokens of `weight · token_loss`, differentiable in hidden states, head weight and bias, and what was seen on the way.
+
+    hidden_NH: final hidden states at the positions that predict the kept tokens. token_loss: called once a chunk with its logits
+    (float32, on which it may do anything differentiable); returns losses and detached statistics, each of shape (C,). rows: tokens a
+    chunk; null chooses. weight_N: weight of each token's loss, 1 if omitted. Returns a scalar and the statistics as (N,) tensors.
+    """
+    rows = rows or chunk_rows(head.vocabulary)
+    seen: list[TokenStats] = []
+    if hidden_NH.shape[0] == 0:
+        return hidden_NH.sum() + 0.0 * head.weight_VH[0, 0], {}
+    loss = _ChunkedLoss.apply(hidden_NH, head.weight_VH, head.bias_V, head, token_loss, rows, weight_N, seen)
+    return loss, {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]}
+
+
+@torch.no_grad()
+def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats], rows: int | None = None) -> TokenStats:
+    """Per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
+    rows = rows or chunk_rows(head.vocabulary)
+    seen: list[Mapping[str, Tensor]] = [token_stats(head.logits(hidden_NH[part]), part) for part in chunks(hidden_NH.shape[0], rows)]
+    return {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]} if seen else {}
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        token_loss: TokenLoss,
+        rows: int,
+        weight_N: Tensor | None,
+        seen: list[TokenStats],
+    ) -> Tensor:
+        size, dtype = head.vocabulary, matmul_dtype(weight_VH)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
+        grad_weight_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and needs_bias else None
+        weight_cast_VH = weight_VH[:size].to(dtype)
+        bias_cast_V = None if bias_V is None else bias_V[:size].to(dtype)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            for part in chunks(hidden_NH.shape[0], rows):
+                hidden_CH = hidden_NH[part].to(dtype)
+                raw_CV = F.linear(hidden_CH, weight_cast_VH, bias_cast_V)
+                with torch.enable_grad():
+                    raw_CV.requires_grad_()
+                    loss_C, stats = token_loss(head.shape(raw_CV), part)
+                    loss = (loss_C if weight_N is None else loss_C * weight_N[part]).sum()
+                    (grad_raw_CV,) = torch.autograd.grad(loss, raw_CV)
+                total += loss.detach()
+                seen.append(stats)
+                if grad_hidden_NH is not None:
+                    grad_hidden_NH[part] = grad_raw_CV @ weight_cast_VH
+                if grad_weight_VH is not None:
+                    if dtype == grad_weight_VH.dtype:
+                        grad_weight_VH[:size].addmm_(grad_raw_CV.T, hidden_CH)
+                    else:
+                        grad_weight_VH[:size] += grad_raw_CV.T @ hidden_CH
+                if grad_bias_V is not None:
+                    grad_bias_V[:size] += grad_raw_CV.sum(0)
+        ctx.gradients = (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+        return total.to(torch.promote_types(hidden_NH.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = grad_outputs
+        gradients = [None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients]
+        ctx.gradients = None  # scaled in place: a second backward pass must fail rather than scale again
+        return (*gradients, None, None, None, None, None)

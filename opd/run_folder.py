@@ -1,0 +1,112 @@
+"""The run folder: what a run writes and how its state is told (see the README for its layout)."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from opd.checkpoint import write_json
+from opd.errors import OutputError
+
+METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
+    "metrics.jsonl",
+    "evaluations.jsonl",
+    "status.json",
+    "summary.json",
+    "final",
+    "checkpoints",
+    "rollouts",
+)
+
+
+class Status(Enum):
+    running = "running"
+    done = "done"
+    preempted = "preempted"
+    failed = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of one run. `writes` is true in the main process alone; elsewhere all writing is left out."""
+
+    path: Path
+    writes: bool = True
+
+    def prepare(self) -> None:
+        """Make the folder and prove that it can be written to, before anything costly begins. Raises `OutputError`."""
+        if not self.writes:
+            return
+        try:
+            (self.path / ROLLOUTS).mkdir(parents=True, exist_ok=True)
+            (self.path / CHECKPOINTS).mkdir(exist_ok=True)
+            probe = self.path / ".probe"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise OutputError(f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER") from None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / CHECKPOINTS
+
+    def status(self) -> Status | None:
+        """What the last run in this folder said of itself; None where there was none."""
+        file = self.path / STATUS
+        return Status(json.loads(file.read_text())["status"]) if file.is_file() else None
+
+    def set_status(self, status: Status, reason: str = "", exit_code: int | None = None) -> None:
+        if self.writes:
+            write_json(self.path / STATUS, {"status": status.value, "reason": reason, "exit_code": exit_code})
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged of later steps, which will be run again."""
+        if not self.writes:
+            return
+        for file in (METRICS, EVALUATIONS):
+            if (self.path / file).is_file():
+                lines = [line for line in read_lines(self.path / file) if line["step"] <= step]
+                (self.path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for file in (self.path / ROLLOUTS).glob("step_*.jsonl"):
+            if int(file.stem.removeprefix("step_")) > step:
+                file.unlink()
+
+    def add_metrics(self, line: Mapping[str, Any]) -> None:
+        self._append(METRICS, line)
+
+    def add_evaluation(self, line: Mapping[str, Any]) -> None:
+        self._append(EVALUATIONS, line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / METRICS)
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / EVALUATIONS)
+
+    def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        if self.writes:
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            (self.path / ROLLOUTS / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        if self.writes:
+            write_json(self.path / SUMMARY, summary)
+
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
+        return found
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if self.writes:
+            with (self.path / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; a last line that a crash cut short is left out."""
+    if not file.is_file():
+        return []
+    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]

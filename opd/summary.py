@@ -1,0 +1,58 @@
+"""`summary.json`: what a run achieved, computed from what it logged, so that an interrupted run ends with the same summary."""
+
+import resource
+import sys
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from opd.config.schema import Config
+from opd.run_folder import RunFolder
+
+
+def summarise(config: Config, run_folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
+    """Rewards (with 95 % intervals), exact KL and training KL before and after, and what it cost; null for what was not measured."""
+    metrics, evaluations = run_folder.metrics(), run_folder.evaluations()
+    student = [line for line in evaluations if line["model"] == "student"]
+    lines = {"before": student[0], "after": student[-1], "teacher": next(line for line in evaluations if line["model"] == "teacher")}
+    rewards = {when: line["rewards"] for when, line in lines.items()}
+    mean = {when: None if found is None else found["mean"] for when, found in rewards.items()}
+    tenth = max(1, len(metrics) // 10)
+    kl = [line["reverse_kl"] for line in metrics]
+    seconds, tokens = sum(line["time/step"] for line in metrics), sum(line["tokens"] for line in metrics)
+    return {
+        **{f"reward_{when}": value for when, value in mean.items()},
+        **{f"reward_{when}_interval": None if found is None else [found["low"], found["high"]] for when, found in rewards.items()},
+        "gap_closed": gap_closed(mean["before"], mean["after"], mean["teacher"]),
+        "eval_kl_before": lines["before"]["kl"],
+        "eval_kl_after": lines["after"]["kl"],
+        "reverse_kl_first": fmean(kl[:tenth]),
+        "reverse_kl_last": fmean(kl[-tenth:]),
+        "steps": len(metrics),
+        "graded_tokens": int(tokens),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": peak_memory(accelerator),
+        "seed": config.seed,
+    }
+
+
+def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
+    """The share of the student's distance to the teacher that is gone; None when the teacher was not better."""
+    if before is None or after is None or teacher is None or teacher <= before:
+        return None
+    return (after - before) / (teacher - before)
+
+
+def peak_memory(accelerator: Accelerator) -> int:
+    """Bytes: the most that any process held on its GPU, or of main memory on a CPU."""
+    if accelerator.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(accelerator.device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found: Sequence[int] = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
+    return max(found)

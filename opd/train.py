@@ -1,0 +1,24 @@
+"""Distil a teacher into a student: `opd train`, `python -m opd.train` and `accelerate launch -m opd.train` are this."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opd import entry
+from opd.config.schema import Config
+
+
+def train(config: Config, folder: Path) -> float | None:
+    """Run what `config` says in `folder`; returns the objective for sweepers."""
+    from opd import runner  # torch is imported here and not before: help, --cfg and completion do without
+
+    return runner.run(config, folder)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compose the config from overrides and run it; returns the exit code."""
+    return entry.launch(train, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
