@@ -69,7 +69,7 @@ def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, gi
     teacher_tokenizer = tokenizer if given.teacher is not None else models.load_tokenizer(config.teacher, "teacher")
     models.check_same_ids(tokenizer, teacher_tokenizer)
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
-    grader = make_run_grader(config, eval_prompts, stack)
+    grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
     torch.manual_seed(config.seed)
     student = models.prepare_student(given.student or models.load_model(config.model, "model", device), device)
     teacher_model = models.prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
@@ -110,6 +110,10 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
         raise DataError(
             f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
             f"data.answer_after={config.data.answer_after}); name the column with the answers, or evaluate without rewards: eval=kl"
+        )
+    if config.ppo.reward_coef > 0 and not any(prompt.answer is not None or prompt.get_reward is not None for prompt in train_prompts):
+        raise DataError(
+            f"ppo.reward_coef={config.ppo.reward_coef}: no training prompt has an answer; name their column as data.answer=COLUMN"
         )
     return train_prompts, eval_prompts
 

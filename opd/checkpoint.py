@@ -68,7 +68,9 @@ class Checkpoints:
             self.path(step).rename(self.folder / f"bad_{self.path(step).name}")
         bad = sorted(path.name for path in self.folder.glob("bad_*"))
         if bad:
-            raise OutputError(f"{self.folder}: no checkpoint is usable ({', '.join(bad)}); nothing was deleted. Start again under another name=…")
+            raise OutputError(
+                f"{self.folder}: no checkpoint is usable ({', '.join(bad)}); nothing was deleted. Start again under another name=…"
+            )
         return None
 
     def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:
@@ -88,7 +90,9 @@ class Checkpoints:
                 work.rename(target)
                 flush(self.folder)
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{target}: the checkpoint could not be written ({error}); make room and run the same command again") from error
+            raise OutputError(
+                f"{target}: the checkpoint could not be written ({error}); make room and run the same command again"
+            ) from error
         problem = verify(target)
         if problem is not None:
             raise OutputError(f"{target}: what was written cannot be read back: {problem}")

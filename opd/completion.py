@@ -72,6 +72,7 @@ def train_words(before: list[str], last: str) -> list[str]:
     """What Hydra, and the types of the options, know about the argument `last` of `opd train` after the arguments `before`."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path, get_args_parser
+    from hydra.core.config_search_path import SearchPathQuery
     from hydra.core.utils import setup_globals
     from hydra.errors import HydraException
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
@@ -96,7 +97,7 @@ def train_words(before: list[str], last: str) -> list[str]:
     store.register(extra)
     search_path = create_config_search_path(str(store.conf_dir()))
     for folder in extra:
-        search_path.prepend("command-line", f"file://{folder.resolve()}")
+        search_path.prepend("command-line", f"file://{folder.resolve()}", SearchPathQuery(provider="schema"))
     plugin = DefaultCompletionPlugin(ConfigLoaderImpl(search_path))
     try:
         found = plugin._query("config", " ".join([*(["-m"] if parsed.multirun else []), *parsed.overrides, last]))

@@ -33,7 +33,13 @@ class Display:
         self.console = console or Console(quiet=not shown, highlight=False, soft_wrap=True)
         self.live: Live | None = None
         self.progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
         )
         self.task = self.progress.add_task("steps", total=max_steps)
         self.max_steps = max_steps

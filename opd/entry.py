@@ -27,7 +27,7 @@ from opd.config.schema import Config
 Task = Callable[[Config, Path], float | None]
 
 INTERRUPTED = 128 + 2  # what a shell reports for a program ended by SIGINT
-WITHOUT_FILES = ("hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+WITHOUT_FILES = ("hydra.output_subdir=null", "hydra/job_logging=errors", "hydra/hydra_logging=none")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
 
@@ -85,7 +85,7 @@ class Job:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.rank = int(os.environ.get("RANK", "0"))
+        self.rank = int(os.environ.get("RANK") or 0)
         self.full_error = os.environ.get("HYDRA_FULL_ERROR")
         self.codes: list[int] = []
 

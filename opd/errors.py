@@ -12,6 +12,7 @@ OUTPUT = 74
 PREEMPTED = 75
 TEACHER = 76
 NUMERIC = 77
+INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 
 class OpdError(Exception):

@@ -14,10 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
-from opd.models import kept_hidden, output_head
-from opd.objective import chunked_stats
-from opd.objective.estimators import exact
-from opd.objective.divergences import reverse_kl
+from opd.models import decode, kept_hidden, output_head
+from opd.objective import chunked_stats, exact, reverse_kl
 from opd.rewards import Grader
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
@@ -69,15 +67,15 @@ def interval(rewards: Sequence[float]) -> tuple[float, float]:
     return mean - spread, mean + spread
 
 
-def exact_kl(model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout], vocabulary: int, max_tokens: int, pad_id: int) -> tuple[float, int]:
+def exact_kl(
+    model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout], vocabulary: int, max_tokens: int, pad_id: int
+) -> tuple[float, int]:
     """Σ over completion tokens of KL(student‖teacher) over the vocabulary at T = 1, in nats, and the number of tokens."""
     total, tokens = 0.0, 0
     head = output_head(model, vocabulary)
     for batch in micro_batches(rollouts, max_tokens, pad_id):
         batch = batch.to(model.device)
-        scores = teacher.distributions(batch)
-        assert scores.hidden_NH is not None and scores.head is not None
-        token_loss = exact(batch.target_N, scores.hidden_NH, scores.head, 1.0, reverse_kl)
+        token_loss = exact(batch.target_N, teacher.states(batch), 1.0, reverse_kl)
 
         def kl_of(logits_CV: Tensor, part: slice, token_loss: Any = token_loss) -> dict[str, Tensor]:
             return {"kl": token_loss(logits_CV, part)[0]}
@@ -92,7 +90,7 @@ def exact_kl(model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollou
 class Evaluator:
     """Evaluates with its share of the prompts in each process; every process gets the whole result.
 
-    answered: prompts that are answered and judged. kl_prompts: prompts whose samples the KL is measured on. interrupted: asked between batches.
+    answered: prompts that are answered and judged. kl_prompts: prompts whose samples the KL is measured on.
     """
 
     accelerator: Accelerator
@@ -115,8 +113,7 @@ class Evaluator:
         if not self.answered:
             return None, None
         rollouts = sampler.sample([Request(prompt) for prompt in self._share(self.answered)], self.decoding, "evaluation")
-        texts = [self.tokenizer.decode(rollout.completion, skip_special_tokens=True) for rollout in rollouts]
-        judged = zip(self._judge(rollouts, texts), rollouts, texts, strict=True)
+        judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
         rows = [
             (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
             for reward, rollout, text in judged
@@ -136,22 +133,27 @@ class Evaluator:
         with self.precision():
             own = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
         parts = gather_object([own])
-        return sum(total for total, _ in parts) / sum(tokens for _, tokens in parts)
+        total, tokens = (sum(column) for column in zip(*parts, strict=True))
+        return float(total / tokens)
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _judge(self, rollouts: Sequence[Rollout], texts: Sequence[str]) -> list[float | None]:
-        """Each completion by its prompt's own `get_reward`, else by the configured reward against the prompt's answer."""
-        rewards: list[float | None] = []
+    def text(self, rollout: Rollout) -> str:
+        return decode(self.tokenizer, rollout.completion, skip_special_tokens=True)
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Each completion by its prompt's own `get_reward`, else by the configured reward against its answer; None without either."""
+        rewards: list[float | None] = [None] * len(rollouts)
         graded: list[int] = []
-        for index, (rollout, text) in enumerate(zip(rollouts, texts, strict=True)):
-            get_reward = rollout.request.prompt.get_reward
-            rewards.append(None if get_reward is None else get_reward(text))
-            if get_reward is None and rollout.request.prompt.answer is not None:
+        for index, rollout in enumerate(rollouts):
+            prompt = rollout.request.prompt
+            if prompt.get_reward is not None:
+                rewards[index] = prompt.get_reward(self.text(rollout))
+            elif prompt.answer is not None and self.grader is not None:
                 graded.append(index)
-        if graded and self.grader is not None:
-            pairs = [(texts[index], rollouts[index].request.prompt.answer or "") for index in graded]
+        if self.grader is not None:
+            pairs = [(self.text(rollouts[index]), rollouts[index].request.prompt.answer or "") for index in graded]
             for index, reward in zip(graded, self.grader.grade(pairs), strict=True):
                 rewards[index] = reward
         return rewards

@@ -13,9 +13,14 @@ from opd.errors import OutputError
 
 
 def export(
-    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], config: Config, summary: Mapping[str, Any]
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: tuple[int, ...],
+    config: Config,
+    summary: Mapping[str, Any],
 ) -> None:
-    """Write weights (float32: those that were evaluated), tokenizer with chat template, generation config and model card; replaces `folder`."""
+    """Write weights (float32: those evaluated), tokenizer with chat template, generation config and model card; replaces `folder`."""
     work = folder.with_name(f"tmp_{folder.name}")
     try:
         shutil.rmtree(work, ignore_errors=True)
@@ -56,14 +61,16 @@ pipeline_tag: text-generation
 
 # {config.name}
 
-`{config.model.path}` distilled on-policy from `{config.teacher.path}` (revision {config.teacher.revision or "default"}) on `{config.data.path or config.data.source.value}`.
+`{config.model.path}` distilled on-policy from `{config.teacher.path}` (revision {config.teacher.revision or "default"})
+on `{config.data.path or config.data.source.value}`.
 
 |  | before | after | teacher |
 |---|---|---|---|
 {table}
 
-Method: {config.ppo.estimator.value} estimator, {config.ppo.steps} inner step(s), {summary["steps"]} steps, {summary["graded_tokens"]:,} graded tokens;
-learning rate {config.optim.lr:g}, temperature {config.sampling.temperature:g}, {config.sampling.n} completions a prompt of at most {config.sampling.max_new_tokens} tokens, seed {config.seed}.
+Method: {config.ppo.estimator.value} estimator, {config.ppo.steps} inner step(s), {summary["steps"]} steps,
+{summary["graded_tokens"]:,} graded tokens; learning rate {config.optim.lr:g}, temperature {config.sampling.temperature:g},
+{config.sampling.n} completions a prompt of at most {config.sampling.max_new_tokens} tokens, seed {config.seed}.
 Made with {versions}. The licence is that of the base model.
 """
 

@@ -1,7 +1,8 @@
 """The process that untrusted rewards run in: `python -m opd.grading NAME TIME_LIMIT MEMORY_LIMIT_MB`, started by `opd.rewards`.
 
-Imports the reward, says that it is ready, then answers one pair per line until its input ends. It never outlives its parent by more
-than the time limit: an idle child sees the end of its input, and a hanging one is ended by an alarm that needs no Python code to run.
+Imports the reward, says that it is ready, then answers one pair per line until its input ends. It outlives a killed parent by little
+more than the time limit: an idle child sees the end of its input, and a hanging one is ended by an alarm that needs no Python code to
+run (a reward that sets an alarm of its own takes this one away, and is ended by a living parent only).
 """
 
 import difflib
@@ -12,18 +13,29 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from opd.errors import ConfigError
-from opd.rewards import MEMORY_EXIT, START_LIMIT, RewardFunction, is_reward
 
+# (completion, answer) -> the reward, or None when the pair cannot be judged.
+RewardFunction = Callable[[str, str], float | None]
+
+MARK = "__opd_reward__"  # the attribute that `@opd.reward` sets
+START_LIMIT = 60.0  # seconds the import of a reward may take; that of a large library from a cold disk is slow
+MEMORY_EXIT = 3  # the exit code when an answer ran into the memory limit
 GRACE = 1.0  # seconds after the parent's limit until the child's own alarm
 ERROR_LENGTH = 300  # characters; keeps a reply short enough for the pipe to take it in one piece
 
 # What math-verify looks for before it reads a text as LaTeX.
 DELIMITED = re.compile(r"\\boxed|\\\(|\\\[|(?<!\\)\$.*(?<!\\)\$", re.DOTALL)
+
+
+def is_reward(value: object) -> bool:
+    """Returns whether `value` carries the mark of `@opd.reward`."""
+    return getattr(value, MARK, False) is True
 
 
 def one_line(error: BaseException) -> str:
@@ -33,7 +45,9 @@ def one_line(error: BaseException) -> str:
 
 
 def load_math() -> RewardFunction:
-    """Returns the `math` reward: 1.0 when math-verify finds the completion equal to the answer, else 0.0, None for an empty answer.
+    """Returns the `math` reward: 1.0 when math-verify finds the completion equal to the answer, else 0.0.
+
+    An answer in which it finds nothing to compare with is None.
 
     Raises ConfigError when math-verify cannot be imported. https://github.com/huggingface/Math-Verify
     """
@@ -53,7 +67,7 @@ def load_math() -> RewardFunction:
             return float(math_verify.verify(gold, math_verify.parse(completion, parsing_timeout=None), timeout_seconds=None))
         except MemoryError:
             raise
-        except Exception:  # what math-verify cannot digest is not the answer
+        except Exception:  # noqa: BLE001 - what math-verify cannot digest is not the answer
             return 0.0
 
     return math
@@ -64,7 +78,7 @@ def load_user(name: str) -> RewardFunction:
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:  # an import may also call sys.exit
+    except BaseException as error:  # noqa: BLE001 - an import may also call sys.exit
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"reward `{name}`: there is no module `{module_name}`; run from its folder, or install it (without `.py` in the name)"
@@ -99,7 +113,7 @@ def judge(name: str, function: RewardFunction, completion: str, answer: str) -> 
         value = function(completion, answer)
     except MemoryError:
         raise
-    except BaseException as error:  # a reward may also call sys.exit
+    except BaseException as error:  # noqa: BLE001 - a reward may also call sys.exit
         return {"error": f"reward `{name}` failed on an answer: {one_line(error)}"}
     try:
         return {"reward": checked(value)}
@@ -116,8 +130,7 @@ def limit_memory(megabytes: int) -> None:
         return
     import resource
 
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[0])
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + megabytes * 2**20
     if hard != resource.RLIM_INFINITY:

@@ -5,12 +5,10 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -79,8 +77,6 @@ def unknown_option(key: str) -> str:
     """What to say to a key that is neither a group nor an option."""
     known = options()
     section, _, last = key.rpartition(".")
-    if get_origin(known.get(section)) is dict:
-        return f"{key}: {section} holds what you put there; write +{key}=VALUE to add to it"
     namesakes = [name for name in known if name.rpartition(".")[2] == last]
     if namesakes:
         return f"{key}: no such option; did you mean {' or '.join(namesakes)}?"
@@ -124,7 +120,7 @@ def unreadable(error: OverrideParseException) -> str:
     return f"{word}: cannot be read ({reason}); put a value with special characters in quotes: 'option=\"a, b\"'"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(":") if text else type(error).__name__
 
@@ -152,12 +148,16 @@ def explain(error: Exception) -> OpdError | None:
                 return ConfigError(unreadable(link))
             case MissingConfigException():
                 return ConfigError(missing_choice(link) + where)
+            case OSError(filename=str()):
+                return OutputError(f"cannot make {link.filename}: {link.strerror}; choose another folder with hydra.run.dir=FOLDER")
+            case OmegaConfBaseException(full_key=None | ""):
+                pass  # not yet dressed with the place; the link that is comes next
             case MissingMandatoryValue():
                 return ConfigError(f"{link.full_key} has no value; add {link.full_key}=VALUE" + where)
             case ConfigKeyError() | ConfigAttributeError():
-                return ConfigError(unknown_option(link.full_key or str(link.key)) + where)
+                return ConfigError(unknown_option(str(link.full_key)) + where)
             case InterpolationResolutionError():
-                return ConfigError(f"{link.full_key or 'interpolation'}: {first_line(link)}" + where)
+                return ConfigError(f"{link.full_key}: {first_line(link)}" + where)
             case ValidationError():
                 return ConfigError(wrong_value(link, override) + where)
             case yaml.YAMLError():
@@ -170,8 +170,6 @@ def explain(error: Exception) -> OpdError | None:
             case HydraException() | OmegaConfBaseException() | ValueError():
                 cause = first_line(links[-1])
                 return ConfigError(first_line(link) + ("" if cause in str(link) else f": {cause}"))
-            case OSError():
-                return OutputError(f"cannot make {link.filename}: {link.strerror}; choose another folder with hydra.run.dir=FOLDER")
     return None
 
 

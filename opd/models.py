@@ -4,7 +4,7 @@ Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,9 @@ def locate(config: ModelConfig, role: str) -> str:
     if config.path.startswith(BUNDLED):
         folder = PACKAGE / "assets" / config.path.removeprefix(BUNDLED)
         if not folder.is_dir():
-            raise ConfigError(f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}")
+            raise ConfigError(
+                f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}"
+            )
         return str(folder)
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = Path(config.path).expanduser()
@@ -78,12 +80,21 @@ def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs
 
 
 def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
-    tokenizer = load_with(AutoTokenizer.from_pretrained, config, role)
+    tokenizer: PreTrainedTokenizerBase = load_with(AutoTokenizer.from_pretrained, config, role)
     if tokenizer.eos_token_id is None:
-        raise ConfigError(f"{role}.path={config.path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        raise ConfigError(
+            f"{role}.path={config.path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # only ever behind masks: an end-of-sequence token that was written stays in the loss
     return tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of the ids, white space as it was written."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
 
 
 def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
@@ -93,19 +104,23 @@ def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrain
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     model: PreTrainedModel = load_with(AutoModelForCausalLM.from_pretrained, config, role, **kwargs)
+    if config.gguf_file is not None:
+        # The weights were expanded on loading: from here on it is an ordinary model, which transformers agrees to save.
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        del model.config.quantization_config
     return model
 
 
 def prepare_student(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """On the device, in float32, every weight trained, in eval mode for good: dropout would make sampling and scoring disagree."""
-    model = model.to(device=device, dtype=torch.float32).eval().requires_grad_(True)
+    nn.Module.to(model, device=device, dtype=torch.float32).eval().requires_grad_(True)
     check_head(model, "model")
     return model
 
 
 def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """On the device, frozen, in eval mode."""
-    model = model.to(device).eval().requires_grad_(False)
+    nn.Module.to(model, device).eval().requires_grad_(False)
     check_head(model, "teacher")
     return model
 
@@ -183,16 +198,22 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedMod
     size = min(output_head(student).vocabulary, output_head(teacher).vocabulary)
     last = max(tokenizer.get_vocab().values())
     if last >= size:
-        raise ConfigError(f"the tokenizer has ids up to {last}, an output head only {size} rows: model or teacher does not belong to its tokenizer")
+        raise ConfigError(
+            f"the tokenizer has ids up to {last}, an output head only {size} rows: model or teacher does not belong to its tokenizer"
+        )
     return size
 
 
-def pair_differences(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]) -> list[str]:
+def pair_differences(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]
+) -> list[str]:
     """What differs between student and teacher and may cost quality, a line each: chat template and end-of-sequence tokens."""
     found = []
     if student.chat_template != teacher.chat_template:
         found.append("the chat templates of student and teacher differ; both see the student's rendering")
     if set(eos[0]) != set(eos[1]):
         names = [[student.convert_ids_to_tokens(i) for i in ids] for ids in eos]
-        found.append(f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop")
+        found.append(
+            f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop"
+        )
     return found

@@ -22,22 +22,19 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from decimal import Decimal
 from types import TracebackType
 from typing import Any, TypeVar
 
 from opd.errors import ConfigError, DataError
+from opd.grading import MARK, MEMORY_EXIT, START_LIMIT
+from opd.grading import RewardFunction as RewardFunction
 
-# (completion, answer) -> the reward, or None when the pair cannot be judged.
-RewardFunction = Callable[[str, str], float | None]
 F = TypeVar("F", bound=RewardFunction)
 
-MARK = "__opd_reward__"
-START_LIMIT = 60.0  # seconds a child may take to import the reward; a first import of a large library from a cold disk is slow
-MEMORY_EXIT = 3  # the child's exit code when an answer ran into the memory limit
-CHILD_FLAG = "OPD_GRADING_CHILD"
+CHILD_FLAG = "OPD_GRADING_CHILD"  # set in the environment of the child
 
 # A sign counts only where it cannot be a minus between two terms or a hyphen. An alternative fails within a few characters or takes all
 # that it has read but the last group, so the search is linear in the text.
@@ -56,11 +53,6 @@ def reward(function: F) -> F:
     """
     setattr(function, MARK, True)
     return function
-
-
-def is_reward(value: object) -> bool:
-    """Returns whether `value` carries the mark of `@opd.reward`."""
-    return getattr(value, MARK, False) is True
 
 
 def exact(completion: str, answer: str) -> float:
@@ -112,7 +104,8 @@ class _Child:
             start_new_session=True,
             env={**os.environ, CHILD_FLAG: "1"},
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._requests = self._process.stdin
         self._replies = self._process.stdout
         try:

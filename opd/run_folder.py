@@ -46,7 +46,9 @@ class RunFolder:
             probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise OutputError(f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER") from None
+            raise OutputError(
+                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER"
+            ) from None
 
     @property
     def checkpoints(self) -> Path:
@@ -69,9 +71,9 @@ class RunFolder:
             if (self.path / file).is_file():
                 lines = [line for line in read_lines(self.path / file) if line["step"] <= step]
                 (self.path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for file in (self.path / ROLLOUTS).glob("step_*.jsonl"):
-            if int(file.stem.removeprefix("step_")) > step:
-                file.unlink()
+        for rollouts in (self.path / ROLLOUTS).glob("step_*.jsonl"):
+            if int(rollouts.stem.removeprefix("step_")) > step:
+                rollouts.unlink()
 
     def add_metrics(self, line: Mapping[str, Any]) -> None:
         self._append(METRICS, line)

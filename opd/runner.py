@@ -17,9 +17,10 @@ from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
 from opd.data.rollouts import Rollout
 from opd.display import Display, NoteHandler, describe_rewards
-from opd.errors import ConfigError, OpdError, OutputError
+from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError
 from opd.evaluate import Evaluation
 from opd.export import export
+from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
 from opd.summary import summarise
 from opd.trainer import Evaluated, Scored, StepDone, Trainer
@@ -57,8 +58,11 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
     run_folder.set_status(Status.running)
     try:
         summary = distil(config, accelerator, run_folder, checkpoints, start, given or Given())
-    except BaseException as error:
-        code = error.exit_code if isinstance(error, OpdError) else 70
+    except KeyboardInterrupt:
+        run_folder.set_status(Status.failed, "interrupted", INTERRUPTED)
+        raise
+    except Exception as error:
+        code = error.exit_code if isinstance(error, OpdError) else INTERNAL
         run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
         raise
     run_folder.set_status(Status.done, exit_code=0)
@@ -136,7 +140,9 @@ def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints) 
     if start is not None:
         changed = differences(start.state["config"], to_dict(config))
         if changed:
-            raise ConfigError(f"{run_folder.path} holds another run: {'; '.join(changed)}. Take another name=…, or the same options to go on")
+            raise ConfigError(
+                f"{run_folder.path} holds another run: {'; '.join(changed)}. Take another name=…, or the same options to go on"
+            )
     return start
 
 
@@ -172,9 +178,12 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     trainer, processes = built.trainer, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
     parameters = sum(parameter.numel() for parameter in trainer.student.parameters())
-    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher.path} on {trainer.accelerator.device}")
     display.note(
-        f"each step: {size} prompts × {processes} process{'es' if processes > 1 else ''} × {n} completions = {size * processes * n} rollouts; "
+        f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher.path} on {trainer.accelerator.device}"
+    )
+    display.note(
+        f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
+        f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
     for line in built.differences:
@@ -207,9 +216,9 @@ def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]
         "sample_id": rollout.request.prompt.sample_id,
         "epoch": rollout.request.epoch,
         "attempt": rollout.request.attempt,
-        "prompt": tokenizer.decode(rollout.request.prompt.ids),
-        "completion": tokenizer.decode(rollout.completion),
-        "tokens": [tokenizer.decode([token]) for token in rollout.completion],
+        "prompt": decode(tokenizer, rollout.request.prompt.ids),
+        "completion": decode(tokenizer, rollout.completion),
+        "tokens": [decode(tokenizer, [token]) for token in rollout.completion],
         "ids": list(rollout.completion),
         "finish_reason": rollout.finish_reason.value,
         "behaviour_logp": rounded(rollout.behaviour_logp),
@@ -227,7 +236,7 @@ def sample_text(tokenizer: PreTrainedTokenizerBase, scored: list[Scored]) -> str
     if not scored:
         return ""
     rollout: Rollout = scored[0].rollout
-    text = f"{rollout.request.prompt.text} → {tokenizer.decode(rollout.completion, skip_special_tokens=True)}"
+    text = f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}"
     return " ".join(text.split())
 
 

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd.checkpoint import Checkpoints
-from opd.config.schema import Config, Estimator, OptimConfig, PPOConfig, Reduction, Schedule
+from opd.config.schema import Config, Reduction
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
 from opd.errors import NumericError
 from opd.evaluate import Evaluation, Evaluator
+from opd.learning import Scores, score, token_loss
 from opd.metrics import Means
-from opd.objective import chunked_loss
-from opd.objective.estimators import Clips, exact, sampled, topk
+from opd.objective import chunked_loss, group_normalised
 from opd.objective.head import Head, TokenLoss, TokenStats
-from opd.objective.divergences import named_divergence
 from opd.samplers import Decoding, Sampler
-from opd.teachers import Scores, Teacher
+from opd.schedule import lr_factor
+from opd.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -68,31 +68,6 @@ class Saved:
 Event = StepDone | Evaluated | Saved
 
 
-def lr_factor(config: OptimConfig, step: int, total: int) -> float:
-    """The share of `optim.lr` at a step (0-based): a linear warm-up, then the schedule, which reaches 0 after the last step."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
-    if config.schedule is Schedule.linear:
-        return 1.0 - progress
-    if config.schedule is Schedule.cosine:
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
-    return 1.0
-
-
-def token_loss(ppo: PPOConfig, temperature: float, batch: MicroBatch, scores: Scores, old_logp_N: Tensor | None) -> TokenLoss:
-    """The configured objective on a micro-batch."""
-    if ppo.estimator is Estimator.sampled:
-        assert scores.logp_N is not None
-        clips = Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap)
-        return sampled(batch.target_N, scores.logp_N, batch.behaviour_logp_N, old_logp_N, temperature, clips)
-    assert scores.hidden_NH is not None and scores.head is not None
-    divergence = named_divergence(ppo.divergence.value, ppo.beta, ppo.alpha)
-    if ppo.estimator is Estimator.topk:
-        return topk(batch.target_N, scores.hidden_NH, scores.head, temperature, divergence, ppo.k)
-    return exact(batch.target_N, scores.hidden_NH, scores.head, temperature, divergence)
-
-
 @dataclass(slots=True, kw_only=True)
 class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
@@ -118,11 +93,11 @@ class Trainer:
     best: float | None = None
     graded_tokens: int = 0
     non_finite: int = 0
-    clock: dict[str, float] = field(default_factory=dict)
 
     @property
     def prompts_per_step(self) -> int:
-        return self.config.train.batch_size * self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        return self.config.train.batch_size * processes
 
     def run(self) -> Iterator[Event]:
         """Steps until `max_steps`, evaluations every `eval.steps` and before and after, checkpoints every `checkpoint.every` steps."""
@@ -164,8 +139,10 @@ class Trainer:
         rate = self.set_learning_rate()
         rollouts = self.sampler.sample(self.requests(), self.decoding(), "train")
         sampled_at = time.perf_counter()
+        bonus = self.task_bonus(rollouts)
+        rollouts = [rollout.first(self.config.ppo.loss_prefix) for rollout in rollouts]
         batches = [batch.to(self.accelerator.device) for batch in self.split(rollouts)]
-        scores = [self.score(batch) for batch in batches]
+        scores = [score(self.teacher, batch, self.config, None if bonus is None else bonus[batch.sequence_N]) for batch in batches]
         scored_at = time.perf_counter()
         means, first = Means(), list[TokenStats]()
         for inner in range(self.config.ppo.steps):
@@ -204,11 +181,14 @@ class Trainer:
     def split(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return micro_batches(rollouts, self.config.train.max_tokens_per_micro_batch, self.pad_id)
 
-    def score(self, batch: MicroBatch) -> Scores:
-        """What the objective needs of the teacher: the tokens' log-probs, or whole distributions."""
-        if self.config.ppo.estimator is Estimator.sampled:
-            return self.teacher.score(batch, self.config.sampling.temperature)
-        return self.teacher.distributions(batch)
+    def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
+        """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""
+        coefficient = self.config.ppo.reward_coef
+        if coefficient == 0:
+            return None
+        rewards = torch.tensor([reward or 0.0 for reward in self.evaluator.judge(rollouts)])
+        groups = torch.arange(len(rollouts)) // self.config.sampling.n
+        return coefficient * group_normalised(rewards, groups).to(self.accelerator.device)
 
     def inner_step(
         self,
@@ -224,8 +204,8 @@ class Trainer:
         scale = self.accelerator.num_processes / total
         seen: list[TokenStats] = []
         loss_sum = 0.0
-        for number, (batch, score, old_N) in enumerate(zip(batches, scores, old_logp, strict=True), start=1):
-            objective = token_loss(self.config.ppo, self.config.sampling.temperature, batch, score, old_N)
+        for number, (batch, scored, old_N) in enumerate(zip(batches, scores, old_logp, strict=True), start=1):
+            objective = token_loss(self.config, batch, scored, old_N)
             weight_N = weights[batch.sequence_N]
 
             def head_loss(hidden_NH: Tensor, head: Head, objective: TokenLoss = objective, weight_N: Tensor = weight_N) -> Any:

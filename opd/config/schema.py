@@ -32,6 +32,7 @@ class Source(Enum):
     hub = "hub"
     jsonl = "jsonl"
     parquet = "parquet"
+    python = "python"
 
 
 class Engine(Enum):
@@ -163,14 +164,39 @@ class PPOConfig:
     divergence: Divergence = Divergence.reverse_kl
     steps: int = 1
     clip_eps: float = 0.2
+    clip_eps_high: float | None = None
     advantage_clip: float | None = 5.0
+    importance_cap: float | None = 2.0
     reduction: Reduction = Reduction.token
+    beta: float = 0.5
+    alpha: float = 0.1
+    k: int = 64
+    baseline: bool = False
+    discount: float = 0.0
+    loss_prefix: int | None = None
+    reward_coef: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, "ppo.steps", self.steps, "must be at least 1")
         require(is_positive(self.clip_eps), "ppo.clip_eps", self.clip_eps, "must be above 0 (0.2 is usual)")
+        if self.clip_eps_high is not None:
+            require(is_positive(self.clip_eps_high), "ppo.clip_eps_high", self.clip_eps_high, "must be above 0, or null for clip_eps")
+        require(0 <= self.discount <= 1, "ppo.discount", self.discount, "must be between 0 (each token by itself) and 1")
+        require(math.isfinite(self.reward_coef) and self.reward_coef >= 0, "ppo.reward_coef", self.reward_coef, "must not be negative")
+        only_sampled = {"ppo.baseline": self.baseline, "ppo.discount": self.discount, "ppo.reward_coef": self.reward_coef}
+        for key, value in only_sampled.items():
+            require(
+                not value or self.estimator is Estimator.sampled, key, value, "is for ppo.estimator=sampled; the others have no advantage"
+            )
+        if self.loss_prefix is not None:
+            require(self.loss_prefix >= 1, "ppo.loss_prefix", self.loss_prefix, "must be at least 1 token, or null for all")
         if self.advantage_clip is not None:
             require(is_positive(self.advantage_clip), "ppo.advantage_clip", self.advantage_clip, "must be above 0, or null for none")
+        if self.importance_cap is not None:
+            require(is_positive(self.importance_cap), "ppo.importance_cap", self.importance_cap, "must be above 0, or null for none")
+        require(0 <= self.beta <= 1, "ppo.beta", self.beta, "must be between 0 (forward KL) and 1 (reverse KL)")
+        require(0 <= self.alpha < 1, "ppo.alpha", self.alpha, "must be at least 0 (reverse KL) and below 1")
+        require(self.k >= 1, "ppo.k", self.k, "must be at least 1 (16 to 64 is usual)")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,7 +211,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(is_positive(self.lr), "optim.lr", self.lr, "must be above 0 (1e-5 to 5e-5 is usual for all weights)")
-        require(math.isfinite(self.weight_decay) and self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative")
+        require(
+            math.isfinite(self.weight_decay) and self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "must not be negative"
+        )
         require(
             len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
             "optim.betas",
@@ -296,5 +324,31 @@ class Config:
             "name",
             repr(self.name),
             "letters, digits and . _ - + = , only: it names the run folder",
+        )
+        truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
+        if self.ppo.estimator is Estimator.sampled:
+            require(
+                self.sampling.top_k != 1,
+                "sampling.top_k",
+                1,
+                "leaves a single token to draw, so the advantage has no expectation to follow",
+            )
+            require(
+                not truncated or self.ppo.importance_cap is not None,
+                "ppo.importance_cap",
+                self.ppo.importance_cap,
+                "top-p and top-k draw from another distribution than is scored; set an importance_cap (2.0 is usual), or top_p=1 top_k=0",
+            )
+            require(
+                not truncated or self.ppo.discount == 0,
+                "ppo.discount",
+                self.ppo.discount,
+                "sums the sampler's log-probs over later tokens, which top-p and top-k distort; set top_p=1 top_k=0, or discount=0",
+            )
+        require(
+            self.ppo.reward_coef == 0 or (self.eval.reward is not None and self.sampling.n > 1),
+            "ppo.reward_coef",
+            self.ppo.reward_coef,
+            "compares the rewards of a prompt's completions: set eval.reward and sampling.n above 1",
         )
         require(bool(self.resume.strip()), "resume", repr(self.resume), "must be auto, never or the path of a checkpoint")

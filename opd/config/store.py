@@ -1,16 +1,22 @@
 """Where the YAML files are, and what Hydra must know before it reads them."""
 
-from collections.abc import Sequence
+import copy
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config.schema import Config
 from opd.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
+LONGEST_FOLDER_NAME = 200  # bytes; file systems allow 255, and a suffix must fit too
 
 
 def conf_dir() -> Path:
@@ -18,9 +24,49 @@ def conf_dir() -> Path:
     return next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if (path / "config.yaml").is_file())
 
 
+def choice(group: str, *, _root_: DictConfig) -> str:
+    """The file picked in `group`. Unlike `${hydra:…}` it also answers when Hydra names the folder of a sweep."""
+    hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
+    return str(hydra.runtime.choices[group])
+
+
 def seed_suffix(seed: int) -> str:
     """Runs that differ in the seed alone get folders of their own: `''` for seed 0, `-seed1` for seed 1."""
     return "" if seed == 0 else f"-seed{seed}"
+
+
+def run_name(name: str, *, _root_: DictConfig) -> str:
+    """`name`, once the whole config is known to be right: raises `ConfigError` otherwise.
+
+    Hydra makes the run folder before the task starts. `hydra.run.dir` asks for its name here, the last moment at which a mistake
+    leaves no folder behind and does not overwrite the `.hydra` of an earlier run.
+    """
+    composed = copy.deepcopy(_root_)
+    with read_write(composed), open_dict(composed):
+        composed.pop("hydra")
+    return to_config(composed).name
+
+
+def sweep_name(name: str) -> str:
+    """The sweep's folder name, refused like a run's. Cached: all members get that of the sweep, though their own names differ."""
+    return Config(name=name).name
+
+
+def member_name(overrides: str) -> str:
+    """One folder level for a sweep member, from its overrides: they may hold paths, and more characters than a name may have."""
+    name = re.sub(r"[/\\\s]", "_", overrides).encode()[:LONGEST_FOLDER_NAME].decode(errors="ignore")
+    return name if name == overrides else f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
+
+
+def schema() -> DictConfig:
+    """The typed options. Those that are mappings take any key, on the command line without Hydra's `+`."""
+    node = OmegaConf.structured(Config)
+    assert isinstance(node, DictConfig)
+    for section in dataclasses.fields(Config):
+        for item in dataclasses.fields(section.type) if isinstance(section.type, type) and dataclasses.is_dataclass(section.type) else ():
+            if get_origin(item.type) is dict:
+                OmegaConf.set_struct(node[section.name][item.name], False)
+    return node
 
 
 def register(extra_dirs: Sequence[Path] = ()) -> None:
@@ -30,24 +76,45 @@ def register(extra_dirs: Sequence[Path] = ()) -> None:
     `teacher` for each model file lets users write `teacher=qwen15b`; a real `teacher/*.yaml` of the same name wins over it.
     """
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
-    for folder in (conf_dir(), *extra_dirs):
-        for file in sorted((folder / "model").glob("*.yaml")):
-            if not (folder / "teacher" / file.name).is_file():
-                store.store(group="teacher", name=file.stem, node={"defaults": [{"/model@_here_": file.stem}]})
+    store.store(name="schema", node=schema())
+    folders = (conf_dir(), *extra_dirs)
+    for name in sorted({file.name for folder in folders for file in (folder / "model").glob("*.yaml")}):
+        if not any((folder / "teacher" / name).is_file() for folder in folders):
+            store.store(group="teacher", name=name, node={"defaults": [{"/model@_here_": Path(name).stem}]})
+    OmegaConf.register_new_resolver("choice", choice, replace=True)
     OmegaConf.register_new_resolver("seed_suffix", seed_suffix, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver("member_name", member_name, replace=True)
+
+
+def undeclared(composed: dict[str, Any], schema: type, prefix: str = "") -> Iterator[str]:
+    """The options in `composed` that `schema` does not have; `+` on the command line can add such."""
+    declared = {item.name: item.type for item in dataclasses.fields(schema)}
+    for key, value in composed.items():
+        kind = declared.get(key)
+        if kind is None:
+            yield f"{prefix}{key}"
+        elif isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            yield from undeclared(value, kind, f"{prefix}{key}.")
 
 
 def to_config(composed: DictConfig) -> Config:
     """The typed, checked config of what Hydra composed. Raises `ConfigError` where options do not fit together."""
+    for key in undeclared(plain(composed), Config):
+        raise ConfigError(f"+{key}: there is no such option")
     config = OmegaConf.to_object(composed)
     if not isinstance(config, Config):
         raise ConfigError("the config lacks `- schema` at the head of its defaults list; start from the shipped conf/config.yaml")
     return config
 
 
+def plain(config: DictConfig, *, enum_to_str: bool = False) -> dict[str, Any]:
+    container = OmegaConf.to_container(config, enum_to_str=enum_to_str)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The config as plain JSON types, enums by name."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    return plain(OmegaConf.structured(config), enum_to_str=True)

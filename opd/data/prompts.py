@@ -22,8 +22,8 @@ Message = dict[str, str]
 class Prompt:
     """A prompt that a completion is sampled for.
 
-    sample_id: its row in the dataset, from which random numbers are derived. text: the prompt as a person reads it. answer: what is known to
-    be right, or None. get_reward: judges a completion of this prompt in place of the configured reward.
+    sample_id: its row in the dataset, from which random numbers are derived. text: the prompt as a person reads it. answer: what is known
+    to be right, or None. get_reward: judges a completion of this prompt in place of the configured reward.
     """
 
     sample_id: int
@@ -41,10 +41,18 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config:
     prompts = [encode_row(row, index, tokenizer, config) for index, row in enumerate(rows)]
     kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     if len(kept) < len(prompts):
-        log.warning("%d of %d %s prompts are longer than data.max_prompt_tokens=%d and left out", len(prompts) - len(kept), len(prompts), which, config.max_prompt_tokens)
+        log.warning(
+            "%d of %d %s prompts are longer than data.max_prompt_tokens=%d and left out",
+            len(prompts) - len(kept),
+            len(prompts),
+            which,
+            config.max_prompt_tokens,
+        )
     if not kept:
         shortest = min(len(prompt.ids) for prompt in prompts)
-        raise DataError(f"data.max_prompt_tokens={config.max_prompt_tokens}: no {which} prompt is that short; the shortest has {shortest} tokens")
+        raise DataError(
+            f"data.max_prompt_tokens={config.max_prompt_tokens}: no {which} prompt is that short; the shortest has {shortest} tokens"
+        )
     return kept
 
 

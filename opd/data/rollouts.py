@@ -4,7 +4,7 @@ Shapes: `B` sequences, `T` positions, `N` kept completion tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -40,6 +40,12 @@ class Rollout:
     behaviour_logp: Tensor
     finish_reason: FinishReason
 
+    def first(self, tokens: int | None) -> "Rollout":
+        """The rollout with the first so many tokens of its completion; all of it for None."""
+        if tokens is None or len(self.completion) <= tokens:
+            return self
+        return replace(self, completion=self.completion[:tokens], behaviour_logp=self.behaviour_logp[:tokens])
+
     @property
     def length(self) -> int:
         return len(self.request.prompt.ids) + len(self.completion)
@@ -69,7 +75,9 @@ def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int) ->
     chosen = [rollouts[index] for index in indices]
     width = max(rollout.length for rollout in chosen)
     ids_BT = torch.full((len(chosen), width), pad_id, dtype=torch.long)
-    kept, targets, sequences = [], [], []
+    kept: list[int] = []
+    targets: list[int] = []
+    sequences: list[int] = []
     for row, (index, rollout) in enumerate(zip(indices, chosen, strict=True)):
         prompt, completion = rollout.request.prompt.ids, rollout.completion
         ids_BT[row, : rollout.length] = torch.tensor(prompt + completion)

@@ -35,7 +35,8 @@ def check_columns(row: Row, config: DataConfig, which: str) -> None:
         if column is not None and column not in row:
             remedy = "" if option == "prompt" else ", or null where there is none"
             raise DataError(
-                f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(row))}: set data.{option}=COLUMN{remedy}"
+                f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(row))}: "
+                f"set data.{option}=COLUMN{remedy}"
             )
 
 
@@ -69,7 +70,8 @@ def load_files(config: DataConfig) -> tuple[Rows, Rows]:
     held_out = min(LARGEST_HELD_OUT, len(train) // 10)
     if held_out == 0:
         raise DataError(
-            f"data.train_path={config.train_path} has {len(train)} rows, too few to hold a tenth out for evaluation; set data.eval_path=FILE"
+            f"data.train_path={config.train_path} has {len(train)} rows, too few to hold a tenth out for evaluation; "
+            "set data.eval_path=FILE"
         )
     return train.select(range(len(train) - held_out)), train.select(range(len(train) - held_out, len(train)))
 
@@ -80,6 +82,8 @@ def read_file(path: str, option: str, source: Source) -> Any:
 
     if not Path(path).is_file():
         raise DataError(f"{option}={path}: there is no such file")
+    if Path(path).stat().st_size == 0:
+        raise DataError(f"{option}={path}: the file is empty")
     try:
         return load_dataset("json" if source is Source.jsonl else "parquet", data_files=path, split="train")
     except (DatasetGenerationError, ValueError, OSError) as error:
@@ -93,7 +97,7 @@ def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
 
     assert config.path is not None
     try:
-        return tuple(load_dataset(config.path, config.subset, split=split) for split in (config.train_split, config.eval_split))  # type: ignore[return-value]
+        return tuple(load_dataset(config.path, config.subset, split=split) for split in (config.train_split, config.eval_split))
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(

@@ -2,22 +2,31 @@
 
 from opd.objective.behaviour import behaviour_logp, draw
 from opd.objective.divergences import forward_kl, jsd, kl, reverse_kl, skew, with_tail
+from opd.objective.estimators import Clips, Sampled, TeacherStates, discounted, exact, group_normalised, sampled, token_logp, topk
 from opd.objective.head import Head, chunk_rows, chunked_loss, chunked_stats
-from opd.objective.surrogate import advantages, clipped_surrogate
+from opd.objective.surrogate import clipped_surrogate
 
 __all__ = [
+    "Clips",
     "Head",
-    "advantages",
+    "Sampled",
+    "TeacherStates",
     "behaviour_logp",
     "chunk_rows",
     "chunked_loss",
     "chunked_stats",
     "clipped_surrogate",
+    "discounted",
     "draw",
+    "exact",
     "forward_kl",
+    "group_normalised",
     "jsd",
     "kl",
     "reverse_kl",
+    "sampled",
     "skew",
+    "token_logp",
+    "topk",
     "with_tail",
 ]

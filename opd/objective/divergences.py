@@ -72,4 +72,10 @@ def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
 
 def named_divergence(name: str, beta: float, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
     """The divergence called `name`, as a function of the student's and the teacher's log-probabilities."""
-    return {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "jsd": partial(jsd, beta=beta), "skew": partial(skew, alpha=alpha)}[name]
+    known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "reverse_kl": reverse_kl,
+        "forward_kl": forward_kl,
+        "jsd": partial(jsd, beta=beta),
+        "skew": partial(skew, alpha=alpha),
+    }
+    return known[name]

@@ -1,9 +1,9 @@
 """The per-token losses that `chunked_loss` is called with, one function for each `ppo.estimator`.
 
 Each takes what is known of the N kept tokens and returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and
-detached statistics (C,): `logp` and `teacher_logp` of the token at the sampling temperature, the student's `entropy`, `reverse_kl`
-(KL(student‖teacher) at that position, estimated from the token by `sampled`), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage
-clip changed it).
+detached statistics (C,). These are `logp` and `teacher_logp` of the token at the sampling temperature, the student's `entropy`,
+`reverse_kl` (KL(student‖teacher) at that position, estimated from the token by `sampled`), and for `sampled` also `ratio`, `clipped`
+(0 or 1), `advantage` and `cut` (0 or 1: the advantage clip changed it).
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opd.objective.divergences import reverse_kl, with_tail
 from opd.objective.head import Head, TokenLoss, TokenStats
-from opd.objective.surrogate import advantages, clipped_surrogate
+from opd.objective.surrogate import clipped_surrogate
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,50 +50,78 @@ def importance_weights(old_logp_N: Tensor, behaviour_logp_N: Tensor, cap: float)
     return (old_logp_N - behaviour_logp_N).detach().exp().clamp_max(cap)
 
 
-def sampled(
-    target_N: Tensor,
-    teacher_logp_N: Tensor,
-    behaviour_logp_N: Tensor,
-    old_logp_N: Tensor | None,
-    temperature: float,
-    clips: Clips,
-) -> TokenLoss:
-    """The clipped surrogate on the token that was written.
+@dataclass(frozen=True, slots=True)
+class TeacherStates:
+    """The teacher's final hidden states (N, H) at the kept positions and its output head: its whole distributions, made chunk by chunk."""
 
-    old_logp_N: the student's log-probs before the update, or None at the first inner step, where they are the ones being computed.
+    hidden_NH: Tensor
+    head: Head
+
+    @torch.no_grad()
+    def logp(self, part: slice, temperature: float) -> Tensor:
+        """Log-probabilities (C, V) at the temperature, for a chunk of the kept tokens."""
+        return scaled_logp(self.head.logits(self.hidden_NH[part]), temperature)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What the sampled objective knows of N tokens.
+
+    target_N: the tokens. teacher_logp_N, behaviour_logp_N: their log-probs under the teacher and the sampler. old_logp_N: under the student
+    before the update; None at the first inner step, where it is what is being computed. advantage_N: takes the place of
+    teacher_logp − old_logp, for example discounted sums of it; None otherwise. bonus_N: added to the advantage after its clip, for example
+    a task reward. baseline: the exact KL(student‖teacher) of each position is subtracted as the expectation of −advantage, which leaves the
+    expected gradient as it is and takes noise out of it; None for no baseline.
     """
 
+    target_N: Tensor
+    teacher_logp_N: Tensor
+    behaviour_logp_N: Tensor
+    old_logp_N: Tensor | None = None
+    advantage_N: Tensor | None = None
+    bonus_N: Tensor | None = None
+    baseline: TeacherStates | None = None
+
+
+def sampled(tokens: Sampled, temperature: float, clips: Clips) -> TokenLoss:
+    """The clipped surrogate on the token that was written."""
+
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
-        logp_C = token_logp(logits_CV, target_N[part], temperature)
-        old_C = logp_C.detach() if old_logp_N is None else old_logp_N[part]
-        gap_C = teacher_logp_N[part] - old_C
-        advantage_C = advantages(teacher_logp_N[part], old_C, clips.advantage)
+        logp_C = token_logp(logits_CV, tokens.target_N[part], temperature)
+        old_C = logp_C.detach() if tokens.old_logp_N is None else tokens.old_logp_N[part]
+        teacher_C = tokens.teacher_logp_N[part]
+        with torch.no_grad():
+            student_CV = scaled_logp(logits_CV, temperature)
+            gap_C = teacher_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
+            if tokens.baseline is not None:
+                gap_C = gap_C + reverse_kl(student_CV, tokens.baseline.logp(part, temperature).to(student_CV))
+            advantage_C = gap_C if clips.advantage is None else gap_C.clamp(-clips.advantage, clips.advantage)
+            stats = {"cut": (advantage_C != gap_C).float()}
+            if tokens.bonus_N is not None:
+                advantage_C = advantage_C + tokens.bonus_N[part]
         loss_C, clipped_C = clipped_surrogate(logp_C, old_C, advantage_C, clips.low, clips.high)
         if clips.importance is not None:
-            loss_C = loss_C * importance_weights(old_C, behaviour_logp_N[part], clips.importance)
-        with torch.no_grad():
-            stats = {
-                "logp": logp_C.detach(),
-                "teacher_logp": teacher_logp_N[part],
-                "entropy": entropy(scaled_logp(logits_CV, temperature)),
-                "reverse_kl": -gap_C,
-                "ratio": (logp_C - old_C).exp(),
-                "clipped": clipped_C.float(),
-                "advantage": advantage_C,
-                "cut": (advantage_C != gap_C).float(),
-            }
+            loss_C = loss_C * importance_weights(old_C, tokens.behaviour_logp_N[part], clips.importance)
+        stats |= {
+            "logp": logp_C.detach(),
+            "teacher_logp": teacher_C,
+            "entropy": entropy(student_CV),
+            "reverse_kl": old_C - teacher_C,
+            "ratio": (logp_C - old_C).detach().exp(),
+            "clipped": clipped_C.float(),
+            "advantage": advantage_C,
+        }
         return loss_C, stats
 
     return loss
 
 
-def exact(target_N: Tensor, teacher_hidden_NH: Tensor, teacher_head: Head, temperature: float, divergence: Divergence) -> TokenLoss:
+def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergence: Divergence) -> TokenLoss:
     """The divergence over the whole vocabulary at each position: the sampled objective without its sampling noise."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
         student_CV = scaled_logp(logits_CV, temperature)
-        with torch.no_grad():
-            teacher_CV = scaled_logp(teacher_head.logits(teacher_hidden_NH[part]), temperature).to(student_CV)
+        teacher_CV = teacher.logp(part, temperature).to(student_CV)
         loss_C = divergence(student_CV, teacher_CV)
         with torch.no_grad():
             stats = {
@@ -107,13 +135,34 @@ def exact(target_N: Tensor, teacher_hidden_NH: Tensor, teacher_head: Head, tempe
     return loss
 
 
-def topk(
-    target_N: Tensor, teacher_hidden_NH: Tensor, teacher_head: Head, temperature: float, divergence: Divergence, k: int
-) -> TokenLoss:
+def topk(target_N: Tensor, teacher: TeacherStates, temperature: float, divergence: Divergence, k: int) -> TokenLoss:
     """The divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`."""
 
     def on_top(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
         top_CK = teacher_CV.topk(min(k, teacher_CV.shape[-1]), -1).indices
         return divergence(with_tail(student_CV, top_CK), with_tail(teacher_CV, top_CK))
 
-    return exact(target_N, teacher_hidden_NH, teacher_head, temperature, on_top)
+    return exact(target_N, teacher, temperature, on_top)
+
+
+def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tensor:
+    """Σₖ discountᵏ · advantage of the token k places further on in the same sequence, (N,).
+
+    advantage_N holds the tokens of each sequence in order, side by side. discount 0 returns it unchanged.
+    """
+    result_N = advantage_N.clone()
+    for index in range(len(advantage_N) - 2, -1, -1):
+        if sequence_N[index] == sequence_N[index + 1]:
+            result_N[index] += discount * result_N[index + 1]
+    return result_N
+
+
+def group_normalised(reward_B: Tensor, group_B: Tensor) -> Tensor:
+    """(reward − mean) / standard deviation within each group of completions of one prompt, (B,); 0 in a group of equal rewards (GRPO)."""
+    result_B = torch.zeros_like(reward_B)
+    for group in group_B.unique():
+        member_B = group_B == group
+        centred = reward_B[member_B] - reward_B[member_B].mean()
+        spread = centred.square().mean().sqrt()
+        result_B[member_B] = centred / spread if spread > 0 else 0.0
+    return result_B

@@ -87,7 +87,9 @@ def chunked_loss(
     seen: list[TokenStats] = []
     if hidden_NH.shape[0] == 0:
         return hidden_NH.sum() + 0.0 * head.weight_VH[0, 0], {}
-    loss = _ChunkedLoss.apply(hidden_NH, head.weight_VH, head.bias_V, head, token_loss, rows, weight_N, seen)
+    loss = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, rows, weight_N, seen
+    )
     return loss, {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]}
 
 

@@ -7,15 +7,6 @@ import torch
 from torch import Tensor
 
 
-def advantages(teacher_logp_N: Tensor, old_logp_N: Tensor, clip: float | None = None) -> Tensor:
-    """`teacher_logp − old_logp`, detached, cut to ±`clip` nats.
-
-    Its mean over samples is −KL(student‖teacher), and its policy gradient at discount 0 that of the reverse KL at a fixed prefix.
-    """
-    advantage_N = (teacher_logp_N - old_logp_N).detach()
-    return advantage_N if clip is None else advantage_N.clamp(-clip, clip)
-
-
 def clipped_surrogate(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """−min(ratio·A, clip(ratio, 1 − low, 1 + high)·A) and whether the clip holds the token back, with ratio = exp(logp − old_logp).
 

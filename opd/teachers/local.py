@@ -6,9 +6,7 @@ from transformers import PreTrainedModel
 
 from opd.data.rollouts import MicroBatch
 from opd.models import kept_hidden, output_head
-from opd.objective import chunked_stats
-from opd.objective.estimators import token_logp
-from opd.teachers.base import Scores
+from opd.objective import TeacherStates, chunked_stats, token_logp
 
 
 class LocalTeacher:
@@ -19,13 +17,11 @@ class LocalTeacher:
         self.head = output_head(model, vocabulary)
 
     @torch.no_grad()
-    def distributions(self, batch: MicroBatch) -> Scores:
-        return Scores(hidden_NH=kept_hidden(self.model, batch.ids_BT, batch.kept_N), head=self.head)
+    def states(self, batch: MicroBatch) -> TeacherStates:
+        return TeacherStates(kept_hidden(self.model, batch.ids_BT, batch.kept_N), self.head)
 
-    @torch.no_grad()
-    def score(self, batch: MicroBatch, temperature: float) -> Scores:
+    def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
         def pick(logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
             return {"logp": token_logp(logits_CV, batch.target_N[part], temperature)}
 
-        hidden_NH = kept_hidden(self.model, batch.ids_BT, batch.kept_N)
-        return Scores(logp_N=chunked_stats(hidden_NH, self.head, pick)["logp"])
+        return chunked_stats(self.states(batch).hidden_NH, self.head, pick)["logp"]

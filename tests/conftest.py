@@ -1,0 +1,38 @@
+"""What several test files need: small random models, no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+
+def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs: object) -> PreTrainedModel:
+    """A Qwen2 of two layers with random weights, in eval mode. Its distributions are far from uniform, so that differences show."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        pad_token_id=0,
+        **kwargs,
+    )
+    model = Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.fixture
+def make_model():
+    return random_model

@@ -1,0 +1,146 @@
+"""From rows to prompts: columns, templates, answers, what is dropped, and what is said when something is missing."""
+
+import json
+
+import pytest
+
+from opd.config.schema import DataConfig, ModelConfig, Source
+from opd.data.prompts import encode_rows, extract_answer
+from opd.data.sources import load_rows
+from opd.errors import ConfigError, DataError
+from opd.models import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ModelConfig(path="bundled:tiny-student"), "model")
+
+
+def files(tmp_path, rows, **options) -> DataConfig:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(source=Source.jsonl, path=None, train_path=str(path), prompt="prompt", **{"answer_after": None, **options})
+
+
+def test_gsm8k_is_read_from_a_local_copy_of_the_same_columns(tmp_path, tokenizer):
+    (tmp_path / "main").mkdir()
+    for split, count in (("train", 5), ("test", 3)):
+        rows = [
+            {"question": f"What is {i} + {i}?", "answer": f"{i} + {i} is <<{i}+{i}={2 * i}>>{2 * i}.\n#### {1000 * i:,}"}
+            for i in range(count)
+        ]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train, evaluation = load_rows(DataConfig(path=str(tmp_path), subset=None))
+    assert (len(train), len(evaluation)) == (5, 3)
+    prompts = encode_rows(evaluation, tokenizer, DataConfig(), "evaluation")
+    assert [prompt.answer for prompt in prompts] == ["0", "1,000", "2,000"]
+    assert tokenizer.decode(prompts[1].ids) == "<|user|>What is 1 + 1?<|end|><|assistant|>"
+
+
+def test_messages_and_system_column_and_template_arguments(tmp_path, tokenizer):
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+            "who": "sys",
+        },
+        {"prompt": "d", "who": None},
+    ]
+    prompts = encode_rows(rows, tokenizer, DataConfig(prompt="prompt", answer=None, system="who"), "training")
+    assert tokenizer.decode(prompts[0].ids) == "<|system|>sys<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
+    assert tokenizer.decode(prompts[1].ids) == "<|user|>d<|end|><|assistant|>"
+    tokenizer_template = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}"
+        config = DataConfig(prompt="prompt", answer=None, chat_template_kwargs={"enable_thinking": True})
+        assert tokenizer.decode(encode_rows(rows[1:], tokenizer, config, "training")[0].ids) == "d<think>"
+        tokenizer.chat_template = None
+        assert tokenizer.decode(encode_rows(rows[1:], tokenizer, DataConfig(prompt="prompt", answer=None), "training")[0].ids) == "d"
+    finally:
+        tokenizer.chat_template = tokenizer_template
+
+
+def test_long_prompts_are_dropped_and_counted_and_never_cut(tokenizer, caplog):
+    rows = [{"prompt": "x" * length} for length in (5, 500, 6)]
+    config = DataConfig(prompt="prompt", answer=None, max_prompt_tokens=20)
+    prompts = encode_rows(rows, tokenizer, config, "training")
+    assert [prompt.sample_id for prompt in prompts] == [0, 2]
+    assert "1 of 3 training prompts" in caplog.text
+    with pytest.raises(DataError, match="the shortest has 8 tokens"):
+        encode_rows(rows, tokenizer, DataConfig(prompt="prompt", answer=None, max_prompt_tokens=3), "training")
+
+
+@pytest.mark.parametrize(
+    ("value", "after", "expected"),
+    [
+        ("a #### 42", "####", "42"),
+        ("a #### 1 #### 7 ", "####", "7"),
+        ("none", "####", None),
+        (18, None, "18"),
+        (None, None, None),
+        ("  ", None, None),
+    ],
+)
+def test_answers(value, after, expected):
+    assert extract_answer(value, after) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [
+        ({"prompt": 3}, "holds int"),
+        ({"prompt": [{"role": "user"}]}, "holds list"),
+        ({"prompt": []}, "holds list"),
+        ({"prompt": None}, "holds NoneType"),
+    ],
+)
+def test_a_prompt_that_is_neither_text_nor_messages_is_named(tokenizer, row, part):
+    with pytest.raises(DataError, match=part):
+        encode_rows([{"prompt": "fine"}, row], tokenizer, DataConfig(prompt="prompt", answer=None), "training")
+
+
+def test_jsonl_and_parquet_hold_a_tenth_out(tmp_path):
+    import datasets
+
+    rows = [{"prompt": f"p{i}", "answer": str(i)} for i in range(40)]
+    train, evaluation = load_rows(files(tmp_path, rows))
+    assert [row["prompt"] for row in evaluation] == ["p36", "p37", "p38", "p39"] and len(train) == 36
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    parquet = DataConfig(source=Source.parquet, path=None, train_path=str(tmp_path / "rows.parquet"), prompt="prompt", answer_after=None)
+    assert list(load_rows(parquet)[1]) == list(evaluation)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "error", "part"),
+    [
+        ([{"text": "a"}] * 20, {}, DataError, "data.prompt=prompt: the training set has no such column; it has text"),
+        ([{"prompt": "a"}] * 20, {}, DataError, "data.answer=answer: the training set has no such column"),
+        ([], {"answer": None}, DataError, "train_path"),
+        ([{"prompt": "a"}] * 5, {"answer": None}, DataError, "too few to hold a tenth out"),
+    ],
+)
+def test_what_is_missing_in_a_file_is_named(tmp_path, rows, options, error, part):
+    with pytest.raises(error, match=part):
+        load_rows(files(tmp_path, rows, **options))
+
+
+def test_missing_files_and_unknown_datasets_say_how_to_go_on_offline(tmp_path):
+    with pytest.raises(DataError, match=r"data\.train_path=no\.jsonl: there is no such file"):
+        load_rows(DataConfig(source=Source.jsonl, train_path="no.jsonl"))
+    with pytest.raises(DataError, match="experiment=tiny needs no download"):
+        load_rows(DataConfig())
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
+    with pytest.raises(DataError, match="cannot be read as jsonl"):
+        load_rows(DataConfig(source=Source.jsonl, train_path=str(tmp_path / "broken.jsonl")))
+
+
+def test_reasoning_gym_questions_are_made_from_the_seed_and_disjoint():
+    pytest.importorskip("reasoning_gym")
+    config = DataConfig(
+        source=Source.gym, path="chain_sum", size=60, options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+    )
+    train, evaluation = load_rows(config)
+    assert load_rows(config)[0] == train
+    assert not {row["question"] for row in train} & {row["question"] for row in evaluation}
+    assert evaluation and all(row["answer"] for row in evaluation)
+    with pytest.raises(ConfigError, match="reasoning-gym says"):
+        load_rows(DataConfig(source=Source.gym, path="no_such_task"))

@@ -1,0 +1,131 @@
+"""Loading, output heads, shared vocabularies, end-of-sequence tokens, and what is refused."""
+
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+
+from opd import models
+from opd.config.schema import Device, Dtype, ModelConfig
+from opd.config.store import PACKAGE
+from opd.errors import ConfigError
+
+TINY = PACKAGE / "assets" / "tiny-student"
+SMALL = {
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0)),
+        lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.25)),
+        lambda: GraniteForCausalLM(GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logits_scaling=4.0)),
+    ],
+    ids=["gemma2", "cohere", "granite"],
+)
+def test_output_head_makes_the_models_own_logits(model):
+    torch.manual_seed(0)
+    model = model().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        ids = torch.randint(3, 31, (2, 9))
+        found = models.output_head(model).logits(models.last_hidden(model, ids).flatten(0, 1)).view(2, 9, -1)
+        assert torch.allclose(found, model(ids).logits, atol=1e-5)
+    models.check_head(model, "model")
+
+
+def test_an_architecture_with_other_logits_is_refused(make_model):
+    model = make_model()
+    original = model.forward
+    model.forward = lambda *args, **kwargs: shifted(original(*args, **kwargs))
+    with pytest.raises(ConfigError, match="in a way that opd does not know"):
+        models.check_head(model, "model")
+
+
+def shifted(output):
+    output.logits = output.logits + 1
+    return output
+
+
+def test_heads_padded_to_different_widths_are_cut_to_the_narrower(make_model):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    size = len(tokenizer)
+    assert models.shared_vocabulary(tokenizer, make_model(size + 3), make_model(size + 11)) == size + 3
+    with pytest.raises(ConfigError, match="does not belong to its tokenizer"):
+        models.shared_vocabulary(tokenizer, make_model(size - 1), make_model(size))
+
+
+def test_other_token_ids_are_refused_with_the_first_of_them_named():
+    ours, theirs = AutoTokenizer.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    models.check_same_ids(ours, theirs)
+    theirs.add_tokens(["<extra>"])
+    with pytest.raises(ConfigError, match=r"maps 1 tokens to other ids than the student's: '<extra>' \(student none"):
+        models.check_same_ids(ours, theirs)
+
+
+def test_permuted_ids_of_a_vocabulary_of_the_same_size_are_refused(tmp_path):
+    shutil.copytree(TINY, tmp_path / "swapped")
+    file = tmp_path / "swapped" / "tokenizer.json"
+    text = file.read_text().replace('"A": 32', '"A": X').replace('"B": 33', '"B": 32').replace('"A": X', '"A": 33')
+    assert text != file.read_text()
+    file.write_text(text)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "swapped")
+    assert len(theirs) == len(AutoTokenizer.from_pretrained(TINY))
+    with pytest.raises(ConfigError, match=r"maps 2 tokens to other ids than the student's: 'A' \(student 32, teacher 33\), 'B'"):
+        models.check_same_ids(AutoTokenizer.from_pretrained(TINY), theirs)
+
+
+def test_every_end_of_sequence_token_the_model_knows_is_found(make_model):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    model = make_model(300)
+    model.generation_config.eos_token_id = [5, 7]
+    assert models.eos_ids(model, tokenizer) == tuple(sorted({1, 5, 7, tokenizer.eos_token_id}))
+
+
+def test_differences_between_student_and_teacher_are_told():
+    ours, theirs = AutoTokenizer.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
+    assert models.pair_differences(ours, theirs, ((1,), (1,))) == []
+    theirs.chat_template = "{{ messages }}"
+    found = models.pair_differences(ours, theirs, ((1,), (2,)))
+    assert len(found) == 2 and "chat templates" in found[0] and "never ask the student to stop" in found[1]
+
+
+def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path):
+    with pytest.raises(ConfigError, match=r"model\.path=\./nowhere: there is no such folder"):
+        models.load_tokenizer(ModelConfig(path="./nowhere"), "model")
+    with pytest.raises(ConfigError, match="experiment=tiny needs no download") as caught:
+        models.load_tokenizer(ModelConfig(path="no-such-owner/no-such-model"), "teacher")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("teacher.path=")
+    with pytest.raises(ConfigError, match="check the folder"):
+        models.load_model(ModelConfig(path=str(tmp_path)), "model", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="bundled are bundled:tiny-student, bundled:tiny-teacher"):
+        models.load_tokenizer(ModelConfig(path="bundled:huge"), "model")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="device=cuda: torch .* sees no such device"):
+        models.find_device(Device.cuda)
+    assert models.find_device(Device.cpu).type == "cpu"
+
+
+def test_student_weights_are_float32_and_the_teachers_follow_dtype():
+    cpu = torch.device("cpu")
+    bundled = ModelConfig(path="bundled:tiny-student", dtype=Dtype.bfloat16)
+    assert models.load_model(bundled, "model", cpu).dtype == torch.float32
+    assert models.load_model(bundled, "teacher", cpu).dtype == torch.bfloat16
+    assert models.computes_in_bf16(Dtype.bfloat16, cpu) and not models.computes_in_bf16(Dtype.float32, cpu)
+    assert not models.computes_in_bf16(Dtype.auto, cpu)

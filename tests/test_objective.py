@@ -1,0 +1,305 @@
+"""The mathematics: against float64, against enumeration, at its limits."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from opd.objective import (
+    Clips,
+    Head,
+    Sampled,
+    TeacherStates,
+    behaviour_logp,
+    chunked_loss,
+    chunked_stats,
+    clipped_surrogate,
+    discounted,
+    draw,
+    exact,
+    forward_kl,
+    group_normalised,
+    jsd,
+    reverse_kl,
+    sampled,
+    skew,
+    topk,
+    with_tail,
+)
+from opd.objective.estimators import importance_weights
+
+N, V, H, HT = 37, 29, 12, 20
+TEMPERATURE = 0.7
+UNBOUNDED = Clips(math.inf, math.inf, None, None)
+
+
+def problem(dtype: torch.dtype = torch.float64, seed: int = 0):
+    """Student hidden states and head (with gradient), teacher hidden states and head, and targets."""
+    generator = torch.Generator().manual_seed(seed)
+    make = partial(torch.randn, generator=generator, dtype=torch.float64)
+    hidden, weight, bias = (make(*shape).to(dtype).requires_grad_() for shape in ((N, H), (V, H), (V,)))
+    teacher = Head(make(V, HT).to(dtype))
+    return hidden, weight, bias, make(N, HT).to(dtype), teacher, torch.randint(V, (N,), generator=generator)
+
+
+def logps(hidden, weight, bias, temperature=TEMPERATURE):
+    return ((hidden @ weight.T + bias) / temperature).log_softmax(-1)
+
+
+def objective(name, divergence, targets, teacher_hidden, teacher, old=None, clips=None):
+    if name == "sampled":
+        teacher_logp = (teacher.logits(teacher_hidden) / TEMPERATURE).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+        tokens = Sampled(target_N=targets, teacher_logp_N=teacher_logp, behaviour_logp_N=teacher_logp, old_logp_N=old)
+        return sampled(tokens, TEMPERATURE, clips or Clips(0.2, 0.2, 1.0, None))
+    if name == "topk":
+        return topk(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, divergence, 5)
+    return exact(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, divergence)
+
+
+DIVERGENCES = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "jsd": partial(jsd, beta=0.3),
+    "skew": partial(skew, alpha=0.1),
+}
+CASES = [("sampled", reverse_kl), *((estimator, d) for estimator in ("exact", "topk") for d in DIVERGENCES.values())]
+
+
+@pytest.mark.parametrize(("name", "divergence"), CASES)
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_chunked_float32_matches_unchunked_float64_autograd(name, divergence, rows):
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    old = (
+        logps(hidden, weight, bias).gather(-1, targets[:, None])[:, 0]
+        + 0.3 * torch.randn(N, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    ).detach()
+    loss64, _ = objective(name, divergence, targets, teacher_hidden, teacher, old)(hidden @ weight.T + bias, slice(0, N))
+    expected = torch.autograd.grad(loss64.sum(), (hidden, weight, bias))
+    h, w, b, th, t, _ = problem(torch.float32)
+    loss, stats = chunked_loss(h, Head(w, b), objective(name, divergence, targets, th, t, old.float()), rows)
+    found = torch.autograd.grad(loss, (h, w, b))
+    assert abs(loss.item() - loss64.sum().item()) <= 1e-6 * max(1.0, loss64.abs().sum().item())
+    for mine, reference in zip(found, expected, strict=True):
+        assert torch.allclose(mine.double(), reference, atol=1e-5 * float(reference.abs().max()), rtol=1e-5)
+    assert all(value.shape == (N,) for value in stats.values())
+
+
+def test_softcap_scale_and_a_narrower_vocabulary_are_part_of_the_gradient():
+    hidden, weight, bias, *_ = problem()
+    head = Head(weight, bias, size=V - 4, scale=0.5, softcap=3.0)
+    logits = 3.0 * torch.tanh(0.5 * (hidden @ weight[: V - 4].T + bias[: V - 4]) / 3.0)
+    expected = torch.autograd.grad(logits.logsumexp(-1).sum(), (hidden, weight, bias))
+
+    def token_loss(logits_CV, part):
+        return logits_CV.logsumexp(-1), {"one": torch.ones(len(logits_CV))}
+
+    loss, _ = chunked_loss(hidden, head, token_loss, 7)
+    for mine, reference in zip(torch.autograd.grad(loss, (hidden, weight, bias)), expected, strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-12, atol=1e-12)
+    assert not torch.autograd.grad(chunked_loss(hidden, head, token_loss, 7)[0], weight)[0][V - 4 :].any()
+
+
+@pytest.mark.parametrize("baseline", [False, True])
+def test_expected_gradient_of_sampled_is_the_gradient_of_the_reverse_kl(baseline):
+    """By enumeration over the vocabulary, at ratio 1 and without clips: Σ_y p(y)·∇loss(y) = ∇KL = p·(log(p/q) − KL), in scaled logits."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight, hidden = (
+        torch.randn(V, HT, generator=generator, dtype=torch.float64),
+        torch.randn(1, HT, generator=generator, dtype=torch.float64),
+    )
+    teacher = (hidden @ weight.T / TEMPERATURE).log_softmax(-1)
+    states = TeacherStates(hidden, Head(weight)) if baseline else None
+    logp = (logits / TEMPERATURE).log_softmax(-1)
+    expected = torch.zeros(1, V, dtype=torch.float64)
+    for token in range(V):
+        target = torch.tensor([token])
+        tokens = Sampled(target_N=target, teacher_logp_N=teacher[:, token], behaviour_logp_N=teacher[:, token], baseline=states)
+        loss, _ = sampled(tokens, TEMPERATURE, UNBOUNDED)(logits, slice(0, 1))
+        expected += logp[0, token].exp().item() * torch.autograd.grad(loss.sum(), logits)[0]
+    of_kl = torch.autograd.grad(reverse_kl((logits / TEMPERATURE).log_softmax(-1), teacher).sum(), logits)[0]
+    p = logp.exp().detach()
+    closed_form = p * (logp.detach() - teacher - (p * (logp.detach() - teacher)).sum()) / TEMPERATURE
+    assert torch.allclose(expected, of_kl, atol=1e-12)
+    assert torch.allclose(of_kl, closed_form, atol=1e-12)
+
+
+def test_gradient_carries_the_teacher():
+    """mean(logp_s − logp_t) back-propagated has a gradient that no teacher changes; ours changes with it."""
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    other = Head(teacher.weight_VH.flip(0))
+    first, second = (
+        torch.autograd.grad(chunked_loss(hidden, Head(weight, bias), objective("sampled", None, targets, teacher_hidden, t))[0], weight)[0]
+        for t in (teacher, other)
+    )
+    assert not torch.allclose(first, second, rtol=0.1)
+
+
+def test_advantage_is_a_constant_to_the_gradient_and_bounded():
+    logits = torch.randn(2, V, dtype=torch.float64, requires_grad=True)
+    logp = (logits / TEMPERATURE).log_softmax(-1)
+    own, target = logp[:, 3], torch.tensor([3, 3])
+    teacher = own.detach() + torch.tensor([0.5, -3.0], dtype=torch.float64)
+    tokens = Sampled(target_N=target, teacher_logp_N=teacher, behaviour_logp_N=teacher)
+    loss, stats = sampled(tokens, TEMPERATURE, Clips(0.2, 0.2, 1.0, None))(logits, slice(0, 2))
+    assert torch.allclose(stats["advantage"], torch.tensor([0.5, -1.0], dtype=torch.float64)) and stats["cut"].tolist() == [0, 1]
+    (expected,) = torch.autograd.grad(-(0.5 * own[0] - 1.0 * own[1]), logits, retain_graph=True)
+    assert torch.allclose(torch.autograd.grad(loss.sum(), logits)[0], expected)
+
+
+def test_the_baseline_takes_noise_out_of_the_gradient():
+    """The variance of the sampled gradient over the vocabulary, summed exactly, falls."""
+    hidden, weight, bias, teacher_hidden, teacher, _ = problem()
+    logits = (hidden @ weight.T + bias).detach()[:1]
+    p = (logits / TEMPERATURE).softmax(-1)[0]
+    spread = {}
+    for states in (None, TeacherStates(teacher_hidden[:1], teacher)):
+        gradients = []
+        for token in range(V):
+            leaf = logits.clone().requires_grad_()
+            teacher_logp = (teacher.logits(teacher_hidden[:1]) / TEMPERATURE).log_softmax(-1)[:, token]
+            tokens = Sampled(target_N=torch.tensor([token]), teacher_logp_N=teacher_logp, behaviour_logp_N=teacher_logp, baseline=states)
+            loss, _ = sampled(tokens, TEMPERATURE, UNBOUNDED)(leaf, slice(0, 1))
+            gradients.append(torch.autograd.grad(loss.sum(), leaf)[0][0])
+        gradient_VV = torch.stack(gradients)
+        mean_V = p @ gradient_VV
+        spread[states is None] = float(p @ (gradient_VV - mean_V).square().sum(-1))
+    assert spread[False] < 0.8 * spread[True]
+
+
+def test_discounted_sums_stay_within_their_sequence():
+    advantage, sequence = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([5, 5, 5, 2])
+    assert discounted(advantage, sequence, 0.5).tolist() == [1 + 0.5 * (2 + 0.5 * 4), 4.0, 4.0, 8.0]
+    assert torch.equal(discounted(advantage, sequence, 0.0), advantage)
+    assert discounted(advantage, sequence, 1.0).tolist() == [7.0, 6.0, 4.0, 8.0]
+
+
+def test_rewards_are_normalised_within_their_group():
+    found = group_normalised(torch.tensor([1.0, 0.0, 0.5, 0.5, 0.0]), torch.tensor([7, 7, 3, 3, 9]))
+    assert found.tolist() == [1.0, -1.0, 0.0, 0.0, 0.0]
+
+
+def test_surrogate_matches_a_written_out_reference_token_by_token():
+    generator = torch.Generator().manual_seed(1)
+    logp, old, advantage = (torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(3))
+    logp.requires_grad_()
+    loss, clipped = clipped_surrogate(logp, old, advantage, 0.2, 0.3)
+    (gradient,) = torch.autograd.grad(loss.sum(), logp)
+    for i in range(200):
+        ratio, a = math.exp(logp[i].item() - float(old[i])), float(advantage[i])
+        held_back = (a > 0 and ratio > 1.3) or (a < 0 and ratio < 0.8)
+        bound = 1.3 if ratio > 1.3 else 0.8
+        assert bool(clipped[i]) is held_back
+        assert math.isclose(loss[i].item(), -(bound if held_back else ratio) * a, rel_tol=1e-12)
+        assert math.isclose(gradient[i].item(), 0.0 if held_back else -ratio * a, rel_tol=1e-12)
+    assert clipped.any() and not clipped.all()
+
+
+def test_ratio_is_one_and_nothing_is_clipped_at_the_first_inner_step():
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    _, stats = chunked_loss(hidden, Head(weight, bias), objective("sampled", None, targets, teacher_hidden, teacher))
+    assert stats["ratio"].eq(1).all() and not stats["clipped"].any()
+
+
+@pytest.mark.parametrize(("name", "divergence"), CASES)
+def test_a_teacher_that_is_the_student_gives_no_loss_and_no_gradient(name, divergence):
+    hidden, weight, _, _, _, targets = problem()
+    same = Head(weight.detach())
+    loss, _ = chunked_loss(hidden, Head(weight), objective(name, divergence, targets, hidden.detach(), same))
+    gradients = torch.autograd.grad(loss, (hidden, weight))
+    assert abs(loss.item()) < 1e-10
+    assert all(gradient.abs().max() < 1e-10 for gradient in gradients)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES.values())
+def test_topk_with_the_whole_vocabulary_is_exact(divergence):
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    results = []
+    for token_loss in (
+        topk(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, divergence, V),
+        exact(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, divergence),
+    ):
+        loss, _ = chunked_loss(hidden, Head(weight, bias), token_loss)
+        results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+    for mine, reference in zip(*results, strict=True):
+        assert torch.allclose(mine, reference, rtol=1e-10, atol=1e-10)
+
+
+def test_no_mass_can_be_drained_out_of_the_top_k():
+    """Moving the student's mass from the top k to the tail must cost; without a tail bucket it would pay."""
+    teacher = torch.tensor([[0.5, 0.3, 0.1, 0.1]]).log()
+    top = torch.tensor([[0, 1]])
+    losses = []
+    for tail in (0.2, 0.6, 0.96):
+        student = torch.tensor([[0.6 * (1 - tail), 0.4 * (1 - tail), tail / 2, tail / 2]]).log()
+        losses.append(float(reverse_kl(with_tail(student, top), with_tail(teacher, top))))
+    assert losses == sorted(losses) and losses[2] > 1
+
+
+def test_jsd_at_its_ends_and_in_the_middle():
+    a, b = (torch.randn(5, V, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    assert torch.equal(jsd(a, b, 0.0), forward_kl(a, b))
+    assert torch.equal(jsd(a, b, 1.0), reverse_kl(a, b))
+    assert torch.allclose(jsd(a, b, 0.5), jsd(b, a, 0.5))
+    assert torch.allclose(jsd(a, b, 1e-7) / 1e-7, forward_kl(a, b), rtol=1e-4)
+    assert torch.allclose(jsd(a, b, 1 - 1e-7) / 1e-7, reverse_kl(a, b), rtol=1e-4)
+    assert torch.equal(skew(a, b, 0.0), reverse_kl(a, b))
+
+
+def test_an_empty_tail_and_impossible_tokens_give_no_nan():
+    logits = torch.randn(3, V, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(3, V, dtype=torch.float64).log_softmax(-1)
+    everything = torch.arange(V).expand(3, V)
+    loss = reverse_kl(with_tail(logits.log_softmax(-1), everything), with_tail(teacher, everything))
+    assert torch.isfinite(torch.autograd.grad(loss.sum(), logits)[0]).all()
+
+
+def test_no_tensor_of_all_logits_exists(monkeypatch):
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    seen = []
+    original = F.linear
+    monkeypatch.setattr(F, "linear", lambda *args: seen.append(len(args[0])) or original(*args))
+    chunked_loss(hidden, Head(weight, bias), objective("exact", reverse_kl, targets, teacher_hidden, teacher), rows=5)
+    chunked_stats(hidden, Head(weight, bias), lambda logits, part: {"x": logits[:, 0]}, rows=5)
+    assert max(seen) == 5 and sum(seen) == 3 * N
+
+
+def test_token_weights_weigh_the_loss():
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    token_loss = exact(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, reverse_kl)
+    weights = torch.rand(N, dtype=torch.float64)
+    loss, stats = chunked_loss(hidden, Head(weight, bias), token_loss, 5, weights)
+    assert torch.isclose(loss, (stats["reverse_kl"] * weights).sum())
+
+
+def test_importance_weights_correct_and_are_bounded():
+    old, behaviour = torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-1.0, -1.5, -9.0])
+    assert torch.allclose(importance_weights(old, behaviour, 2.0), torch.tensor([1.0, math.exp(0.5), 2.0]))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (5, 1.0), (0, 0.6), (7, 0.8), (1, 1.0), (0, 1e-9)])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_behaviour_policy_is_what_transformers_samples_from(top_k, top_p, temperature):
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = 2 * torch.randn(6, V)
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    assert torch.allclose(behaviour_logp(logits, temperature, top_k, top_p).exp(), expected.softmax(-1), atol=1e-6)
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over 200,000 draws; 1e-6 is the chance of a false alarm (the seed is fixed)."""
+    logp = behaviour_logp(torch.randn(1, 12, generator=torch.Generator().manual_seed(5)) * 2, 0.8, top_p=0.95)
+    uniform = torch.rand(200_000, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    counts = torch.bincount(draw(logp.expand(len(uniform), -1), uniform), minlength=12).double()
+    expected = logp[0].double().exp() * len(uniform)
+    kept = expected > 0
+    assert not counts[~kept].any()
+    chi_square = float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
+    assert chi_square < 12 + 8 * math.sqrt(12)

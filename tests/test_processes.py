@@ -1,0 +1,78 @@
+"""Several processes on the CPU: the same result as one, one log, one run folder."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+# Uneven completions, so that a mean of local means would differ; a large eps, so that AdamW does not blow up rounding errors.
+OPTIONS = [
+    "experiment=debug",
+    "device=cpu",
+    "name=run",
+    "optim.eps=1e-3",
+    "sampling.temperature=1.0",
+    "train.max_tokens_per_micro_batch=40",
+]
+
+
+def launch(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
+    folder.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "runs" / "run" / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes") / "two"
+    done = launch(folder, ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
+    return folder, done
+
+
+def test_two_processes_of_two_prompts_do_what_one_of_four_does(two, tmp_path):
+    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *OPTIONS, "train.batch_size=4"])
+    one, other = weights(tmp_path / "one"), weights(two[0])
+    assert one.keys() == other.keys()
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
+    untrained = load_file(ROOT / "opd/assets/tiny-student/model.safetensors")
+    assert max(float((one[name] - untrained[name].float()).abs().max()) for name in one) > 1e-4
+
+
+def test_one_log_one_folder_and_the_effective_batch_is_told(two):
+    folder, done = two
+    assert [path.name for path in (folder / "runs").iterdir()] == ["run"]
+    assert done.stdout.count("2 prompts × 2 processes × 2 completions = 8 rollouts") == 1
+    assert done.stdout.count("evaluation after step 0") == 1
+    metrics = [json.loads(line) for line in (folder / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    evaluations = [json.loads(line) for line in (folder / "runs/run/evaluations.jsonl").read_text().splitlines()]
+    assert all(line["rewards"]["count"] == 16 for line in evaluations)  # each prompt once, over both processes
+    assert sorted(path.name for path in (folder / "runs/run/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+
+
+def test_accelerate_launch_runs_the_same_job(two, tmp_path):
+    config = str(ROOT / "scripts/accelerate/cpu2.yaml")
+    launch(tmp_path / "two", ["accelerate", "launch", "--config_file", config, "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
+    one, other = weights(two[0]), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_mistake_is_told_once_by_two_processes(tmp_path):
+    command = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "model.path=./nowhere"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert done.stderr.count("there is no such folder") == 1
+    assert json.loads((tmp_path / "runs/run/status.json").read_text())["exit_code"] == 64

@@ -1,0 +1,503 @@
+"""Rewards: what the built-ins accept, which functions may be called, and that no answer can hang, fill or outlive the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from opd import rewards
+from opd.errors import ConfigError, DataError
+from opd.grading import is_reward
+from opd.rewards import exact, last_number, make_grader, number, reward
+
+SCORES = '''
+import math, os, signal, subprocess, sys, time
+from pathlib import Path
+from opd.rewards import reward
+
+with open("imports", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+print("printed at import")
+
+@reward
+def same(completion, answer):
+    return completion == answer
+
+@reward
+def by_command(completion, answer):
+    """Does what the completion says, then returns 1."""
+    if completion == "loop":
+        while True:
+            pass
+    if completion == "deaf_loop":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        while True:
+            pass
+    if completion == "print_and_loop":
+        print("last words")
+        while True:
+            pass
+    if completion == "c_loop":
+        10 ** 10 ** 9  # one C call that does not let another thread run
+    if completion == "start_and_sleep":
+        other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        Path("started").write_text(str(other.pid))
+        time.sleep(60)
+    if completion == "memory":
+        return len(bytearray(2 ** 30)) * 0 + 1
+    if completion == "crash":
+        os.abort()
+    if completion == "print":
+        print('{"reward": 0.25}')
+        os.write(1, b'{"reward": 0.25}\\n')
+        subprocess.run(["echo", '{"reward": 0.25}'])
+        sys.__stdout__.write("not JSON\\n")
+        sys.__stdout__.flush()
+    if completion == "read":
+        return sys.stdin.read() == ""
+    if completion == "raise":
+        raise ValueError("two\\nlines" + 10000 * "!")
+    if completion == "sys_exit":
+        sys.exit(0)
+    if completion == "os_exit":
+        os._exit(9)
+    if completion == "slow_exit":
+        os.closerange(3, 100)
+        time.sleep(0.5)
+        os._exit(9)
+    return 1
+
+@reward
+def evaluated(completion, answer):
+    return eval(completion)
+
+def unmarked(completion, answer):
+    Path("called").touch()
+    return 1.0
+'''
+
+REPOSITORY = Path(rewards.__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory of a user who has a module of rewards in it."""
+    (tmp_path / "scores.py").write_text(SCORES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
+    return tmp_path
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def ends_within(pid: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not is_running(pid)
+
+
+def imports(folder: Path) -> list[int]:
+    """The processes that have imported the user's module."""
+    return [int(line) for line in (folder / "imports").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "wanted"),
+    [("18", "18", 1.0), (" 18\n", "18", 1.0), ("18", "\t18 ", 1.0), ("18.0", "18", 0.0), ("a b", "ab", 0.0), ("", "18", 0.0)],
+)
+def test_exact_compares_text_but_for_surrounding_space(completion: str, answer: str, wanted: float) -> None:
+    assert exact(completion, answer) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("18", "18"),
+        ("She makes 9 * 2 = $18 every day.", "18"),
+        ("18.00", "18"),
+        ("the answer is 1,234.", "1234"),
+        ("1,234,567.50 dollars", "1234567.5"),
+        ("12, 345", "345"),
+        ("1,2", "2"),
+        ("1,2345", "2345"),
+        ("1234,567", "567"),
+        ("-5", "-5"),
+        ("\u22125", "-5"),
+        ("x = -5.25%", "-5.25"),
+        ("-$3", "-3"),
+        ("$-3", "-3"),
+        ("-\\$3", "-3"),
+        ("**\\$1,000**", "1000"),
+        ("10-5", "5"),
+        ("(2)-5", "5"),
+        ("50%", "50"),
+        (".5", "0.5"),
+        ("-.5", "-0.5"),
+        ("version 3.11.7", "7"),
+        ("18cm", "18"),
+        ("#### 18", "18"),
+        ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
+    ],
+)
+def test_last_number_reads_a_number_as_people_write_it(text: str, wanted: str) -> None:
+    assert last_number(text) == Decimal(wanted)
+
+
+@pytest.mark.parametrize("text", ["", "none", "$", "-", ".", "$-.%,", "\u0661"])
+def test_last_number_of_a_text_without_one_is_none(text: str) -> None:
+    assert last_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "wanted"),
+    [
+        ("first 7, then 18", "18", 1.0),
+        ("18.00", "18", 1.0),
+        ("$1,800", "1800", 1.0),
+        ("first 18, then 7", "18", 0.0),
+        ("-18", "18", 0.0),
+        ("0.1000000000000000055511151231257827", "0.1", 0.0),
+        ("no idea", "18", 0.0),
+        ("18", "eighteen", None),
+    ],
+)
+def test_number_compares_the_last_numbers_as_decimals(completion: str, answer: str, wanted: float | None) -> None:
+    assert number(completion, answer) == wanted
+
+
+@pytest.mark.parametrize(
+    "unit", ["1", "1,", "1,111", ",111", "-", "-$", "$", ".", ".1", "1.", "1,111,", "11,1111,", "-1", "\\", " ", "1,111,111x", "\\$"]
+)
+def test_number_is_linear_on_a_hostile_line(unit: str) -> None:
+    text = unit * (200_000 // len(unit))
+    start = time.process_time()
+    number(text + "x", "18")
+    number("x" + text + ",1111", "18")
+    assert time.process_time() - start < 2.0
+
+
+def test_the_mark_leaves_the_function_as_it_is() -> None:
+    def score(completion: str, answer: str) -> float:
+        return 0.5
+
+    assert not is_reward(score)
+    marked = reward(score)
+    assert marked is score
+    assert is_reward(score)
+    assert marked("a", "b") == 0.5
+    assert not is_reward(os.system)
+
+
+def test_exact_and_number_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)
+    for name in ("exact", "number"):
+        with make_grader(name) as grader:
+            assert grader.grade([("18", "18"), ("7", "18")]) == [1.0, 0.0]
+            assert grader.timeouts == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("numbr", "did you mean `number`?"),
+        ("nonsense", "use exact, number, math, or module:function"),
+        ("", "use exact, number, math, or module:function"),
+        ("scores:", "use exact, number, math, or module:function"),
+        (":same", "use exact, number, math, or module:function"),
+        ("scores:same:same", "use exact, number, math, or module:function"),
+        (".scores:same", "use exact, number, math, or module:function"),
+        ("scores:same()", "use exact, number, math, or module:function"),
+        ("scoers:same", "there is no module `scoers`"),
+        ("scores.py:same", "there is no module `scores.py`"),
+        ("scores:sane", "did you mean `scores:same`?"),
+        ("scores:nothing_like_it", "has no `nothing_like_it`"),
+        ("scores:unmarked", "put `@opd.reward` on the function"),
+        ("broken:score", "its module failed at import: ModuleNotFoundError: No module named 'not_there'"),
+        ("leaving:score", "its module failed at import: SystemExit: 0"),
+        ("gone:score", "ended with exit code 5 at its import"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_is_refused_in_one_line(folder: Path, name: str, wanted: str) -> None:
+    (folder / "broken.py").write_text("import not_there\n")
+    (folder / "leaving.py").write_text("raise SystemExit(0)\n")
+    (folder / "gone.py").write_text("import os\nos._exit(5)\n")
+    with pytest.raises(ConfigError) as refusal:
+        make_grader(name)
+    assert wanted in str(refusal.value)
+    assert f"`{name}`" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (folder / "called").exists()
+
+
+def test_an_unmarked_function_is_never_called(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Python imports sitecustomize at its start, so in every child os.system is a function that leaves a file when it is called.
+    (folder / "sitecustomize.py").write_text(
+        "import os\nfrom pathlib import Path\ndef system(*arguments):\n    Path('called').touch()\n    return 0\nos.system = system\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
+    subprocess.run([sys.executable, "-c", "import os; os.system('true')"], check=True)
+    assert (folder / "called").exists(), "the test does not see a call of os.system"
+    (folder / "called").unlink()
+
+    with pytest.raises(ConfigError, match="not marked"):
+        make_grader("os:system")
+    assert not (folder / "called").exists()
+
+
+def test_a_module_that_hangs_at_import_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "slow.py").write_text("import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    monkeypatch.setattr(rewards, "START_LIMIT", 1.0)
+    with pytest.raises(ConfigError, match="was not imported within 1 s"):
+        make_grader("slow:score")
+    assert not is_running(int((folder / "pid").read_text()))
+
+
+def test_a_reward_whose_module_starts_a_run_does_not_start_runs_without_end(folder: Path) -> None:
+    (folder / "script.py").write_text(
+        "from opd.rewards import make_grader, reward\n"
+        "@reward\n"
+        "def score(completion, answer):\n"
+        "    return 1.0\n"
+        "open('runs', 'a').write('run ')\n"
+        "make_grader('script:score')\n"
+    )
+    with pytest.raises(ConfigError, match="__name__ == '__main__'"):
+        make_grader("script:score")
+    assert (folder / "runs").read_text() == "run "
+
+
+def test_a_users_function_grades_in_another_process(folder: Path) -> None:
+    with make_grader("scores:same") as grader:
+        long = "\ud800\u2028\n" + "x" * 300_000
+        pairs = [("a", "a"), ("a", "b"), (long, long), ('"\n', '"\n'), ("", "")]
+        assert grader.grade(pairs) == [1.0, 0.0, 1.0, 1.0, 1.0]
+        assert grader.timeouts == 0
+        assert "scores" not in sys.modules
+        (child,) = imports(folder)
+        assert child != os.getpid()
+        assert is_running(child)
+    assert not is_running(child)
+    grader.close()
+
+
+@pytest.mark.parametrize("command", ["loop", "deaf_loop", "c_loop"])
+def test_a_hanging_answer_is_zero_and_the_next_ones_are_graded(folder: Path, command: str) -> None:
+    with make_grader("scores:by_command", time_limit=0.5) as grader:
+        start = time.monotonic()
+        assert grader.grade([("", ""), (command, ""), ("", ""), ("", "")]) == [1.0, 0.0, 1.0, 1.0]
+        assert 0.5 <= time.monotonic() - start < 3.0
+        assert grader.timeouts == 1
+        hung, alive = imports(folder)
+        assert not is_running(hung)
+        assert is_running(alive)
+
+
+def test_the_time_limit_is_for_one_answer_and_not_for_the_start(folder: Path) -> None:
+    (folder / "slow.py").write_text(
+        "import time\n"
+        "from opd.rewards import reward\n"
+        "time.sleep(0.6)\n"
+        "@reward\n"
+        "def score(completion, answer):\n"
+        "    time.sleep(float(completion))\n"
+        "    return 1.0\n"
+    )
+    with make_grader("slow:score", time_limit=0.4) as grader:
+        assert grader.grade([("9", ""), ("0.15", ""), ("0.15", ""), ("0.15", ""), ("0.15", "")]) == [0.0, 1.0, 1.0, 1.0, 1.0]
+        assert grader.timeouts == 1
+
+
+def test_a_child_may_wait_longer_than_the_time_limit_for_its_next_answer(folder: Path) -> None:
+    with make_grader("scores:same", time_limit=0.1) as grader:
+        assert grader.grade([("", "")]) == [1.0]
+        time.sleep(1.5)
+        assert grader.grade([("", "")]) == [1.0]
+        assert grader.timeouts == 0
+        assert len(imports(folder)) == 1
+
+
+def test_what_a_hanging_answer_has_started_ends_with_it(folder: Path) -> None:
+    with make_grader("scores:by_command", time_limit=1.0) as grader:
+        assert grader.grade([("start_and_sleep", "")]) == [0.0]
+    assert ends_within(int((folder / "started").read_text()), 2.0)
+
+
+@pytest.mark.parametrize("command", ["memory", "crash"])
+def test_an_answer_that_ends_the_child_is_zero_and_the_next_is_graded(folder: Path, command: str) -> None:
+    with make_grader("scores:by_command", memory_limit_mb=256) as grader:
+        assert grader.grade([(command, ""), ("", "")]) == [0.0, 1.0]
+        assert grader.timeouts == 1
+
+
+def test_what_a_reward_prints_or_reads_is_not_taken_for_the_protocol(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with make_grader("scores:by_command", time_limit=1.0) as grader:
+        assert grader.grade([("print", ""), ("read", ""), ("print", ""), ("print_and_loop", "")]) == [1.0, 1.0, 1.0, 0.0]
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.count('{"reward": 0.25}') == 6
+    assert "printed at import" in captured.err
+    assert "last words" in captured.err
+
+
+def test_a_reward_that_fails_is_a_data_error_in_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with make_grader("scores:by_command") as grader:
+        for command, wanted in [
+            ("raise", "reward `scores:by_command` failed on an answer: ValueError: two lines!!!"),
+            ("sys_exit", "reward `scores:by_command` failed on an answer: SystemExit: 0"),
+            ("os_exit", "reward `scores:by_command` ended its process with exit code 9 on an answer"),
+            ("slow_exit", "reward `scores:by_command` ended its process with exit code 9 on an answer"),
+        ]:
+            with pytest.raises(DataError) as failure:
+                grader.grade([("", ""), (command, "")])
+            assert str(failure.value).startswith(wanted)
+            assert "\n" not in str(failure.value)
+            assert len(str(failure.value)) < 500
+        assert grader.grade([("", "")]) == [1.0]
+        assert grader.timeouts == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_only_finite_numbers_and_none_are_rewards(folder: Path) -> None:
+    with make_grader("scores:evaluated") as grader:
+        assert grader.grade([("0.25", ""), ("-3", ""), ("True", ""), ("None", "")]) == [0.25, -3.0, 1.0, None]
+        for value, wanted in [
+            ("math.nan", "nan"),
+            ("-math.inf", "-inf"),
+            ("10 ** 400", "type int"),
+            ("'1'", "type str"),
+            ("[1.0]", "type list"),
+            ("1j", "type complex"),
+        ]:
+            with pytest.raises(DataError, match=f"it returned .*{wanted}, not a finite number or None"):
+                grader.grade([(value, "")])
+
+
+def test_an_interrupted_exchange_does_not_shift_the_rewards(folder: Path) -> None:
+    def interrupt(signum: int, frame: object) -> None:
+        raise InterruptedError
+
+    with make_grader("scores:evaluated") as grader:
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(InterruptedError):
+                grader.grade([("time.sleep(1) or 0.25", "")])
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        assert grader.grade([("0.5", ""), ("0.75", "")]) == [0.5, 0.75]
+
+
+@pytest.mark.parametrize("command", ["idle", "c_loop"])
+def test_a_killed_parent_leaves_no_child(folder: Path, command: str) -> None:
+    script = (
+        "import signal, sys, time\n"
+        "from opd.rewards import make_grader\n"
+        "signal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
+        "grader = make_grader('scores:by_command', time_limit=1.0)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60) if sys.argv[1] == 'idle' else grader.grade([(sys.argv[1], '')])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert parent.stdout is not None
+    assert parent.stderr is not None
+    assert parent.stdout.readline() == b"ready\n"
+    time.sleep(0.3)
+    (child,) = imports(folder)
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    try:
+        assert ends_within(child, 5.0)
+    finally:
+        if is_running(child):
+            os.kill(child, signal.SIGKILL)
+    assert b"Traceback" not in parent.stderr.read()
+    parent.stdout.close()
+    parent.stderr.close()
+
+
+@pytest.mark.parametrize("request_line", [b"", b'["half of a li', b'["", ""]\n'])
+def test_a_child_whose_parent_is_gone_leaves_quietly(folder: Path, request_line: bytes) -> None:
+    command = [sys.executable, "-m", "opd.grading", "scores:same", "5", "1024"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.readline() == b'{"ready": true}\n'
+    child.stdout.close()
+    child.stdin.write(request_line)
+    child.stdin.close()
+    assert child.wait(timeout=10) == 0
+    assert child.stderr.read() == b"printed at import\n"
+    child.stderr.close()
+
+
+def test_math_without_math_verify_names_the_remedy(folder: Path) -> None:
+    (folder / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\", name='math_verify')\n")
+    with pytest.raises(ConfigError, match=r"pip install 'opd\[math\]'"):
+        make_grader("math")
+
+
+def test_math_grades_what_math_verify_cannot_digest_as_zero(folder: Path) -> None:
+    (folder / "math_verify.py").write_text(
+        "def parse(text, **options):\n"
+        "    return [text.strip('$')]\n"
+        "def verify(gold, target, **options):\n"
+        "    if target == ['recursion']:\n"
+        "        raise RecursionError\n"
+        "    return gold == target\n"
+    )
+    with make_grader("math") as grader:
+        assert grader.grade([("recursion", "1"), ("1", "1"), ("2", "1")]) == [0.0, 1.0, 0.0]
+        assert grader.timeouts == 0
+
+
+def test_math_judges_by_value(folder: Path) -> None:
+    pytest.importorskip("math_verify")
+    cases = [
+        (r"so it is \boxed{\frac{1}{2}}", "0.5", 1.0),
+        (r"\boxed{0.5}", r"\frac{1}{2}", 1.0),
+        (r"\boxed{0.5}", "1/2", 1.0),
+        (r"\boxed{0.5}", r"$\frac{1}{2}$", 1.0),
+        (r"\boxed{0.5}", r"\[\frac{1}{2}\]", 1.0),
+        (r"\boxed{1 + x^2}", "x^2+1", 1.0),
+        (r"\boxed{\sqrt{12}}", r"2\sqrt{3}", 1.0),
+        (r"\boxed{3}", r"2\sqrt{3}", 0.0),
+        ("The answer is 18.", "18", 1.0),
+        (r"\boxed{\frac{1}{3}}", "0.5", 0.0),
+        ("no idea", "18", 0.0),
+        ("", "18", 0.0),
+        (r"\boxed{\frac{", "18", 0.0),
+        ("18", " ", None),
+    ]
+    with make_grader("math") as grader:
+        rewards_of = grader.grade([(completion, answer) for completion, answer, _ in cases])
+    assert dict(zip(cases, rewards_of, strict=True)) == {case: case[2] for case in cases}
+
+
+def test_math_survives_a_hostile_completion(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("math_verify")
+    code = "__import__('os').system('touch x')"
+    with make_grader("math", time_limit=2.0) as grader:
+        start = time.monotonic()
+        pairs = [("$9^{9^{9^{9}}}$", "1"), (r"\boxed{1}", "1"), (code, "1"), (f"\\boxed{{{code}}}", "1"), ("1", f"${code}$")]
+        first, second, *injected = grader.grade(pairs)
+        assert time.monotonic() - start < 10.0
+        assert (first, second) == (0.0, 1.0)
+        assert 1.0 not in injected
+        assert grader.timeouts == 1
+    assert not (folder / "x").exists()
+    assert capfd.readouterr().err == ""

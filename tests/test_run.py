@@ -1,0 +1,262 @@
+"""Whole runs: the run folder, going on, refusing, and what a user's mistake ends in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opd.train import main
+
+DEBUG = ("experiment=debug", "device=cpu")
+SUMMARY = {
+    "reward_before", "reward_after", "reward_teacher", "gap_closed", "eval_kl_before", "eval_kl_after",
+    "reverse_kl_first", "reverse_kl_last", "steps", "graded_tokens", "seconds", "tokens_per_second", "peak_memory_bytes", "seed",
+}  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "final").state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished debug run of two inner steps, with its working directory."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main([*DEBUG, "name=run"]) == 0
+    return root / "runs" / "run"
+
+
+def test_the_run_folder_holds_what_is_promised(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= {
+        ".hydra",
+        "train.log",
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "rollouts",
+        "checkpoints",
+        "final",
+        "status.json",
+        "summary.json",
+    }
+    assert json.loads((finished / "status.json").read_text()) == {"status": "done", "reason": "", "exit_code": 0}
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert summary["steps"] == 6 and summary["reward_teacher"] > 0.9 and 0 < summary["eval_kl_after"] < 10
+    metrics = lines(finished / "metrics.jsonl")
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert summary["graded_tokens"] == sum(line["tokens"] for line in metrics) == metrics[-1]["tokens_total"]
+    evaluations = lines(finished / "evaluations.jsonl")
+    assert [(line["model"], line["step"]) for line in evaluations] == [("teacher", 0), ("student", 0), ("student", 3), ("student", 6)]
+    assert not list(finished.rglob("*.pkl")) and not list(finished.rglob("*.pt")) and not list(finished.rglob("*.bin"))
+
+
+def test_stored_rollouts_carry_three_log_probs_a_token(finished):
+    records = lines(finished / "rollouts" / "step_000001.jsonl")
+    assert len(records) == 2
+    for record in records:
+        count = len(record["ids"])
+        assert count == len(record["tokens"]) == len(record["behaviour_logp"]) == len(record["student_logp"]) == len(record["teacher_logp"])
+        assert record["completion"] == "".join(record["tokens"])
+        assert all(abs(a - b) < 1e-3 for a, b in zip(record["behaviour_logp"], record["student_logp"], strict=True))
+        assert record["prompt"].startswith("<|user|>") and record["prompt"].endswith("<|assistant|>")
+
+
+def test_final_is_a_plain_model_folder(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "final")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "final")
+    assert model.dtype == torch.float32
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "12+34="}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert len(tokenizer.decode(model.generate(**ids)[0, ids["input_ids"].shape[1] :])) > 0
+    assert model.generation_config.do_sample is False and model.generation_config.eos_token_id == [tokenizer.eos_token_id]
+    card = (finished / "final" / "README.md").read_text()
+    assert "bundled:tiny-teacher" in card and "| reward |" in card
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished, monkeypatch, capfd):
+    monkeypatch.chdir(finished.parent.parent)
+    before = {path: path.stat().st_mtime_ns for path in (finished / "final").iterdir()}
+    assert main([*DEBUG, "name=run"]) == 0
+    assert "finished; nothing to do" in capfd.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "final").iterdir()}
+
+
+def test_another_method_in_the_same_folder_is_refused_with_the_difference(finished, monkeypatch, capfd):
+    monkeypatch.chdir(finished.parent.parent)
+    assert main([*DEBUG, "name=run", "optim.lr=2e-4"]) == 64
+    assert "optim.lr was 0.0001, is 0.0002" in capfd.readouterr().err
+    assert main([*DEBUG, "name=run", "resume=never"]) == 64
+    assert "holds a run already" in capfd.readouterr().err
+    assert json.loads((finished / "status.json").read_text())["status"] == "done"
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    """Let a run die as if killed, right after `step` was saved."""
+    from opd import runner
+    from opd.trainer import Trainer
+
+    original = Trainer.train_step
+
+    def train_step(self):
+        if self.step == step:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    assert runner.Trainer.train_step is train_step
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(finished, tmp_path, monkeypatch, capfd, step):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert main([*DEBUG, "name=run"]) == 130
+    folder = tmp_path / "runs" / "run"
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert main([*DEBUG, "name=run"]) == 0
+    assert "going on after step" in capfd.readouterr().out
+    assert same(final_weights(folder), final_weights(finished))
+    strip = lambda path: [{k: v for k, v in line.items() if "time" not in k and "per_second" not in k} for line in lines(path)]  # noqa: E731
+    assert strip(folder / "metrics.jsonl") == strip(finished / "metrics.jsonl")
+    assert strip(folder / "evaluations.jsonl") == strip(finished / "evaluations.jsonl")
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        main([*DEBUG, "name=run"])
+    folder = tmp_path / "runs" / "run"
+    newest = max((folder / "checkpoints").glob("step_*"))
+    content = bytearray((newest / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / "model.safetensors").write_bytes(content)
+    assert main([*DEBUG, "name=run"]) == 0
+    assert (folder / "checkpoints" / f"bad_{newest.name}").is_dir()
+    assert same(final_weights(folder), final_weights(finished))
+
+
+def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    for manifest in (tmp_path / "runs" / "run" / "checkpoints").glob("*/manifest.json"):
+        manifest.unlink()
+    assert main([*DEBUG, "name=run"]) == 74
+    assert "no checkpoint is usable" in capfd.readouterr().err
+    kept = sorted(path.parent.name for path in (tmp_path / "runs" / "run" / "checkpoints").glob("*/model.safetensors"))
+    assert kept == [f"bad_{path.name}" for path in sorted((finished / "checkpoints").glob("step_*"))]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "part"),
+    [
+        (["model.path=./nowhere"], 64, "there is no such folder"),
+        (["model=qwen05b"], 64, "experiment=tiny needs no download"),
+        (["data.answer=solution"], 65, "has no such column"),
+        (["data.prompt=text"], 65, "has no such column; it has answer, prompt"),
+        (["data.answer_after=####"], 65, "no evaluation prompt has an answer"),
+        (["data.max_prompt_tokens=2"], 65, "no training prompt is that short"),
+        (["eval.reward=os:system"], 64, "opd.reward"),
+        (["eval.reward=nmber"], 64, "number"),
+        (["track=wandb"], 64, "pip install 'opd[track]'"),
+        (["resume=no/such/checkpoint"], 74, "not a usable checkpoint"),
+        (["hydra.run.dir=/proc/nowhere"], 74, "/proc/nowhere"),
+        pytest.param(
+            ["device=cuda"], 64, "no such device", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+        ),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_its_exit_code(tmp_path, monkeypatch, capfd, overrides, code, part):
+    monkeypatch.chdir(tmp_path)
+    if overrides == ["track=wandb"]:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["experiment=debug", "name=run", *overrides]) == code
+    error = capfd.readouterr().err
+    assert part in error and "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "run").write_text("a file in the way")
+    monkeypatch.setattr("opd.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert main([*DEBUG, "name=run"]) == 74
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_without_answers_the_kl_is_what_is_evaluated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10, 60)))
+    data = ["data=jsonl", "data.train_path=p.jsonl", "data.answer=null", "eval=kl", "eval.kl_max_new_tokens=8"]
+    assert main([*DEBUG, "name=run", *data]) == 0
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert summary["reward_after"] is None and summary["gap_closed"] is None and summary["eval_kl_after"] > 0
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("import opd\n\n@opd.reward\ndef always(completion, answer):\n    return 0.25\n")
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "eval.reward=mine:always"]) == 0
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["reward_after"] == 0.25
+
+
+@pytest.mark.parametrize(
+    "options", [["ppo.estimator=exact"], ["ppo.estimator=topk", "ppo.divergence=jsd"], ["ppo.reduction=sequence", "model.dtype=bfloat16"]]
+)
+def test_other_objectives_and_bf16_run(tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "train.max_steps=2", *options]) == 0
+
+
+def test_a_sweep_runs_every_member(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", *DEBUG, "train.max_steps=1", "optim.lr=1e-4,2e-4", "name=sweep"]) == 0
+    assert len(list((tmp_path / "sweeps" / "sweep").glob("*/summary.json"))) == 2
+
+
+def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "train.max_steps=1", "track=tensorboard"]) == 0
+    assert list((tmp_path / "runs" / "run").rglob("events.out.tfevents.*"))
+
+
+def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
+    from opd import OnPolicyDistillationTrainer
+    from opd.config.store import PACKAGE
+    from opd.errors import ConfigError
+
+    student, teacher = (PACKAGE / "assets" / f"tiny-{role}" for role in ("student", "teacher"))
+    rows = [{"prompt": [{"role": "user", "content": f"{i}+27="}], "get_reward": lambda text: float(text == "73")} for i in range(10, 40)]
+    arguments = {
+        "train_dataset": rows, "eval_dataset": rows[:4], "eval_steps": 0, "max_steps": 2, "batch_size": 2, "max_new_tokens": 8,
+        "output_dir": tmp_path / "out", "options": {"eval.kl_prompts": 4, "device": "cpu"},
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(student)
+    trainer = OnPolicyDistillationTrainer(model, str(teacher), tokenizer=AutoTokenizer.from_pretrained(student), **arguments)
+    summary = trainer.train()
+    assert summary["steps"] == 2 and summary["reward_after"] is not None
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    with pytest.raises(ConfigError, match=r"optim\.lr=-1"):
+        OnPolicyDistillationTrainer("a", "b", rows, learning_rate=-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="use_accelerate=True"):
+            OnPolicyDistillationTrainer("a", "b", rows, use_accelerate=False)

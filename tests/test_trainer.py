@@ -1,0 +1,354 @@
+"""The step and the loop: one global token count, masks, clipping, numerics, and runs that must share a trajectory."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from opd.build import make_optimizer
+from opd.checkpoint import Checkpoints, restore
+from opd.config.schema import Config, OptimConfig, Schedule
+from opd.config.store import to_config
+from opd.data.order import take
+from opd.data.prompts import Prompt
+from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, split_by_tokens
+from opd.errors import NumericError
+from opd.evaluate import Evaluation
+from opd.learning import score
+from opd.metrics import Means
+from opd.models import Policy
+from opd.objective import Clips, Head, Sampled, chunked_loss, sampled
+from opd.samplers import GenerateSampler
+from opd.schedule import lr_factor
+from opd.teachers import LocalTeacher
+from opd.trainer import Evaluated, Saved, StepDone, Trainer
+
+VOCABULARY = 23
+
+
+class NoEvaluator:
+    """Stands in where a test has nothing to evaluate."""
+
+    def student(self, step, *_):
+        return Evaluation(step, None, None)
+
+
+def config(**options) -> Config:
+    base = OmegaConf.structured(Config)
+    # A large eps: at the default Adam answers a gradient that is all rounding error with a full step.
+    values = {
+        "optim.eps": 1e-3,
+        "sampling.max_new_tokens": 8,
+        "train.batch_size": 3,
+        "sampling.n": 2,
+        "optim.lr": 1e-2,
+        "optim.warmup_steps": 0,
+        "train.max_steps": 4,
+    }
+    for key, value in {**values, **{name.replace("__", "."): value for name, value in options.items()}}.items():
+        OmegaConf.update(base, key, value)
+    return to_config(base)
+
+
+def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **options) -> Trainer:
+    settings = config(**options)
+    accelerator = Accelerator(cpu=True)
+    student = student or make_model(VOCABULARY, seed=1)
+    teacher = (teacher or make_model(VOCABULARY, seed=2, hidden=24)).requires_grad_(False)
+    policy, optimizer = accelerator.prepare(Policy(student, VOCABULARY), make_optimizer(settings, student))
+    generator = torch.Generator().manual_seed(0)
+    prompts = [Prompt(i, tuple(torch.randint(2, VOCABULARY, (2 + i % 4,), generator=generator).tolist()), "") for i in range(10)]
+    return Trainer(
+        config=settings,
+        accelerator=accelerator,
+        policy=policy,
+        student=student,
+        optimizer=optimizer,
+        sampler=GenerateSampler(student, (1,), 0, VOCABULARY, settings.seed, bf16=False),
+        teacher=LocalTeacher(teacher, VOCABULARY),
+        evaluator=NoEvaluator(),
+        checkpoints=Checkpoints(tmp_path / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best),
+        prompts=prompts,
+        pad_id=0,
+        max_steps=settings.train.max_steps or 1,
+        saved_state={"config": {}},
+    )
+
+
+def weights(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten().clone() for parameter in trainer.student.parameters()])
+
+
+def after(make_model, tmp_path, steps=2, **options) -> torch.Tensor:
+    trainer = make_trainer(make_model, tmp_path, **options)
+    for _ in range(steps):
+        trainer.train_step()
+    return weights(trainer)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact", "topk"])
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("max_tokens", [1, 20, 45])
+def test_micro_batches_do_not_change_the_result(make_model, tmp_path, estimator, reduction, max_tokens):
+    options = {"ppo__estimator": estimator, "ppo__reduction": reduction, "ppo__steps": 2, "ppo__k": 4}
+    whole = after(make_model, tmp_path, train__max_tokens_per_micro_batch=10_000, **options)
+    split = after(make_model, tmp_path, train__max_tokens_per_micro_batch=max_tokens, **options)
+    assert torch.allclose(whole, split, atol=2e-5)
+    assert not torch.allclose(whole, weights(make_trainer(make_model, tmp_path)), atol=1e-3)  # and something was learnt
+
+
+def test_sampling_batches_do_not_change_the_result(make_model, tmp_path):
+    assert torch.allclose(after(make_model, tmp_path, sampling__batch_size=1), after(make_model, tmp_path), atol=2e-5)
+
+
+def rollout_of(prompt, completion, finish=FinishReason.stop, index=0) -> Rollout:
+    return Rollout(Request(Prompt(index, prompt, "")), completion, torch.zeros(len(completion)), finish)
+
+
+def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_model, tmp_path, monkeypatch):
+    """Unequal lengths in two micro-batches, against the objective written out over all tokens at once."""
+    trainer = make_trainer(make_model, tmp_path, ppo__advantage_clip=None, optim__max_grad_norm=1e9, train__max_tokens_per_micro_batch=9)
+    rollouts = [rollout_of((3, 4), (5,), index=0), rollout_of((6,), (7, 8, 9, 10, 11, 12, 1), index=1)]
+    batches = trainer.split(rollouts)
+    assert len(batches) == 2
+    grabbed = {}
+    monkeypatch.setattr(Trainer, "apply", lambda self, *_: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()}))
+    trainer.config.ppo.importance_cap = None
+    trainer.inner_step(rollouts, batches, [score(trainer.teacher, b, trainer.config) for b in batches], [None] * 2, Means())
+    trainer.student.zero_grad()
+    temperature, losses = trainer.config.sampling.temperature, []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.request.prompt.ids + rollout.completion])
+        start = len(rollout.request.prompt.ids)
+        target = ids[:, start:, None]
+        logp = (trainer.student(ids).logits[:, start - 1 : -1] / temperature).log_softmax(-1).gather(-1, target)
+        teacher = (trainer.teacher.model(ids).logits[:, start - 1 : -1] / temperature).log_softmax(-1).gather(-1, target)
+        losses.append((-(teacher - logp).detach() * logp).flatten())
+    torch.cat(losses).mean().backward()
+    for name, parameter in trainer.student.named_parameters():
+        assert torch.allclose(grabbed[name], parameter.grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_the_end_of_sequence_token_is_learnt_and_the_prompt_is_not():
+    batch = collate([rollout_of((3, 4, 5), (7, 8, 1)), rollout_of((6,), (1,))], [0, 1], pad_id=1)
+    width = batch.ids_BT.shape[1]
+    assert batch.target_N.tolist() == [7, 8, 1, 1]
+    assert batch.kept_N.tolist() == [2, 3, 4, width + 0]
+    following = batch.ids_BT.flatten()[batch.kept_N + 1]
+    assert following.tolist() == batch.target_N.tolist()  # each kept position predicts its own target: labels are shifted once
+    assert batch.sequence_N.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("pad", [0, 1, 22])
+def test_padding_and_what_it_is_made_of_change_nothing(make_model, pad):
+    model = make_model()
+    teacher = LocalTeacher(model, VOCABULARY)
+    short, long = rollout_of((3, 4), (5, 1)), rollout_of((6, 7, 8, 9), (10, 11, 12, 13, 14, 1), index=1)
+    alone = teacher.logp(collate([short], [0], pad), 0.7)
+    together = teacher.logp(collate([long, short], [0, 1], pad), 0.7)
+    assert torch.allclose(together[-2:], alone, atol=1e-5)
+
+
+def test_the_prefix_limit_leaves_later_tokens_out_of_the_loss(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, ppo__loss_prefix=2, sampling__n=4)
+    metrics = trainer.train_step()
+    limited = [len(item.logp) for item in metrics.scored]
+    assert max(limited) == 2
+    all_tokens = make_trainer(make_model, tmp_path, sampling__n=4).train_step().metrics["tokens"]
+    assert metrics.metrics["tokens"] < all_tokens
+    rollout = rollout_of((3,), (4, 5, 6, 1))
+    assert rollout.first(2).completion == (4, 5) and len(rollout.first(2).behaviour_logp) == 2 and rollout.first(None) is rollout
+
+
+def test_a_prompt_boundary_belongs_to_its_row():
+    rollouts = [rollout_of(tuple(range(2, 2 + n)), (20, 21, 1), index=n) for n in (1, 5, 3)]
+    for batch in micro_batches(rollouts, 1000, pad_id=0):
+        assert batch.target_N.tolist() == [20, 21, 1] * 3
+
+
+def test_clipping_binds_from_the_second_inner_step_on(make_model, tmp_path):
+    def clipped(steps):
+        trainer = make_trainer(make_model, tmp_path, ppo__steps=steps, ppo__clip_eps=0.01, optim__lr=5e-2)
+        return trainer.train_step().metrics
+
+    assert clipped(1)["clipped"] == 0 and clipped(1)["ratio"] == 1
+    assert clipped(2)["clipped"] > 0.02 and clipped(2)["ratio"] != 1
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(make_model, tmp_path):
+    student = make_model(VOCABULARY, seed=1)
+    trainer = make_trainer(make_model, tmp_path, student=student, teacher=make_model(VOCABULARY, seed=1))
+    before = weights(trainer)
+    metrics = trainer.train_step().metrics
+    assert abs(metrics["reverse_kl"]) < 1e-5 and metrics["optim/grad_norm"] < 1e-4
+    assert metrics["engine_gap"] < 1e-5
+    assert torch.allclose(before, weights(trainer), atol=0.05)
+
+
+def test_exact_distillation_brings_the_student_to_the_teacher(make_model, tmp_path):
+    options = {"ppo__estimator": "exact", "train__max_steps": 60, "train__batch_size": 10, "optim__lr": 1e-2, "optim__eps": 1e-8}
+    trainer = make_trainer(make_model, tmp_path, student=make_model(VOCABULARY, seed=1, hidden=32), **options)
+    kl = [trainer.train_step().metrics["reverse_kl"] for _ in range(60)]
+    assert sum(kl[-5:]) < 0.5 * sum(kl[:5])
+
+
+def test_teacher_is_frozen_and_in_no_checkpoint(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path)
+    before = [p.clone() for p in trainer.teacher.model.parameters()]
+    for event in trainer.run():
+        assert isinstance(event, StepDone | Evaluated | Saved)
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.model.parameters(), strict=True))
+    saved = sorted(path.name for path in (tmp_path / "checkpoints" / "step_000004").iterdir())
+    assert saved == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+    student = sum(p.numel() for p in trainer.student.parameters())
+    from safetensors.torch import load_file
+
+    assert sum(t.numel() for t in load_file(tmp_path / "checkpoints/step_000004/model.safetensors").values()) == student
+
+
+def test_dropout_is_off_in_every_pass(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, student=make_model(VOCABULARY, seed=1, attention_dropout=0.5))
+    assert trainer.train_step().metrics["engine_gap"] < 1e-5
+    assert not trainer.student.training
+
+
+def test_master_weights_are_float32(make_model):
+    from opd.models import prepare_student
+
+    student = prepare_student(make_model().to(torch.bfloat16), torch.device("cpu"))
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+
+
+def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path)
+    trainer.train_step()
+    before, state = weights(trainer), {k: v.clone() for k, v in optimizer_state(trainer).items()}
+    honest = trainer.teacher
+    trainer.teacher = Poisoned(honest)
+    metrics = trainer.train_step().metrics
+    assert metrics["optim/skipped"] == 1 and not math.isfinite(metrics["loss"])
+    assert torch.equal(before, weights(trainer))
+    assert all(torch.equal(v, optimizer_state(trainer)[k]) for k, v in state.items())
+    trainer.train_step()
+    with pytest.raises(NumericError, match="3 updates in a row"):
+        trainer.train_step()
+    trainer.teacher, trainer.non_finite = honest, 0
+    assert trainer.train_step().metrics["optim/skipped"] == 0
+    assert not torch.equal(before, weights(trainer))
+
+
+class Poisoned:
+    """A teacher one of whose answers is NaN."""
+
+    def __init__(self, teacher):
+        self.teacher = teacher
+
+    def logp(self, batch, temperature):
+        return self.teacher.logp(batch, temperature).index_fill(0, torch.tensor([0]), math.nan)
+
+
+def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    from opd.checkpoint import optimizer_tensors
+
+    return optimizer_tensors(trainer.optimizer)
+
+
+def test_masked_positions_cannot_matter_even_as_nan(make_model, tmp_path):
+    """NaN in the hidden states of prompt and padding positions reaches neither loss nor gradient: they are left out before any product."""
+    batch = collate([rollout_of((3, 4, 5), (7, 8, 1)), rollout_of((6,), (1,))], [0, 1], pad_id=0)
+    hidden_BTH = torch.full((*batch.ids_BT.shape, 8), math.nan)
+    hidden_BTH.view(-1, 8)[batch.kept_N] = torch.randn(len(batch.kept_N), 8)
+    hidden_BTH.requires_grad_()
+    zeros = torch.zeros(len(batch.target_N))
+    tokens = Sampled(target_N=batch.target_N, teacher_logp_N=zeros, behaviour_logp_N=zeros)
+    loss, _ = chunked_loss(hidden_BTH.flatten(0, 1)[batch.kept_N], Head(torch.randn(VOCABULARY, 8)), sampled(tokens, 1.0, Clips()))
+    loss.backward()
+    assert torch.isfinite(loss) and torch.isfinite(hidden_BTH.grad).all()
+
+
+def test_resume_is_bitwise_at_every_step_across_epochs(make_model, tmp_path):
+    options = {"train__max_steps": 9, "ppo__steps": 2, "checkpoint__every": 1, "checkpoint__keep_last": 20}
+    straight = make_trainer(make_model, tmp_path / "straight", **options)
+    trajectory = []
+    for event in straight.run():
+        if isinstance(event, StepDone):
+            trajectory.append(weights(straight))
+    assert straight.step * straight.prompts_per_step > 2 * len(straight.prompts)  # several epochs
+    for step in range(1, 9):
+        resumed = make_trainer(make_model, tmp_path / "straight", **options)
+        from opd.checkpoint import read
+
+        restore(read(straight.checkpoints.path(step)), resumed.student, resumed.optimizer)
+        resumed.step = step
+        for _ in range(step, 9):
+            resumed.train_step()
+        assert torch.equal(weights(resumed), trajectory[-1])
+
+
+def test_every_sample_comes_once_an_epoch_and_in_another_order_each():
+    taken = take(seed=3, size=7, start=0, count=21)
+    epochs = [[index for epoch, index in taken if epoch == number] for number in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert take(3, 7, 5, 9) == taken[5:14]
+    assert take(4, 7, 0, 7) != taken[:7]
+
+
+def test_processes_share_out_the_prompts_of_a_step():
+    """Two processes with 2 prompts each walk the same samples as one with 4."""
+    one = take(0, 11, start=4 * 3, count=4)
+    two = [sample for rank in range(2) for sample in take(0, 11, start=3 * 4 + rank * 2, count=2)]
+    assert one == two
+
+
+def test_micro_batches_keep_to_their_budget_and_hold_every_rollout_once():
+    lengths = [3, 50, 7, 7, 20, 1, 33]
+    groups = split_by_tokens(lengths, 40)
+    assert sorted(index for group in groups for index in group) == list(range(7))
+    assert all(len(group) * max(lengths[i] for i in group) <= 40 or len(group) == 1 for group in groups)
+    assert [max(lengths[i] for i in group) for group in groups] == sorted(
+        (max(lengths[i] for i in group) for group in groups), reverse=True
+    )
+
+
+def test_schedules():
+    cosine = OptimConfig(schedule=Schedule.cosine, warmup_steps=4)
+    assert [round(lr_factor(cosine, step, 20), 3) for step in (0, 3, 4, 12, 20)] == [0.2, 0.8, 1.0, 0.5, 0.0]
+    linear = OptimConfig(schedule=Schedule.linear, warmup_steps=0)
+    assert [lr_factor(linear, step, 10) for step in (0, 5, 10)] == [1.0, 0.5, 0.0]
+    constant = OptimConfig(schedule=Schedule.constant, warmup_steps=1)
+    assert [lr_factor(constant, step, 10) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
+
+
+def test_gradients_are_clipped_to_the_norm(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, optim__max_grad_norm=1e-3)
+    norms = []
+    original = trainer.optimizer.step
+    trainer.optimizer.step = lambda: norms.append(torch.cat([p.grad.flatten() for p in trainer.student.parameters()]).norm()) or original()
+    assert trainer.train_step().metrics["optim/grad_norm"] > 1e-2
+    assert norms[0] <= 1.001e-3
+
+
+def test_means_add_up_over_parts():
+    whole, parts = Means(), Means()
+    values = torch.randn(10)
+    whole.add_tensors({"x": values})
+    parts.add_tensors({"x": values[:3]})
+    parts.add_tensors({"x": values[3:]})
+    assert math.isclose(whole.means()["x"], parts.means()["x"], rel_tol=1e-9)
+    doubled = parts.from_tensor(2 * parts.to_tensor(torch.device("cpu")))
+    assert doubled.means() == parts.means()
+
+
+def test_evaluation_comes_before_after_and_every_so_many_steps(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, train__max_steps=5, eval__steps=2, checkpoint__every=3)
+    happened = [
+        ("eval", e.evaluation.step) if isinstance(e, Evaluated) else ("save" if isinstance(e, Saved) else "step", e.step)
+        for e in trainer.run()
+    ]
+    assert [step for kind, step in happened if kind == "eval"] == [0, 2, 4, 5]
+    assert [step for kind, step in happened if kind == "save"] == [3, 5]
+    assert happened[0] == ("eval", 0) and happened[-1] == ("eval", 5)
