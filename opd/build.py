@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +21,7 @@ from opd.data.prompts import Prompt, encode_rows
 from opd.data.sources import Rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
+from opd.forward import Policy, add_adapters, packs, prepare_student, prepare_teacher
 from opd.rewards import Grader, make_grader
 from opd.samplers import SAMPLERS, Decoding, Sampler
 from opd.teachers import LocalTeacher
@@ -39,11 +41,16 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A trainer, and what its surroundings need besides. differences: what does not match between student and teacher, a line each."""
+    """A trainer, and what its surroundings need besides.
+
+    adapters: peft's handle on the student's, if it has any. differences: what does not match between student and teacher, a line each.
+    """
 
     trainer: Trainer
     tokenizer: PreTrainedTokenizerBase
+    teacher: LocalTeacher
     teacher_sampler: Sampler
+    adapters: Any | None
     eos: tuple[int, ...]
     differences: list[str]
 
@@ -71,12 +78,19 @@ def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, gi
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
     torch.manual_seed(config.seed)
-    student = models.prepare_student(given.student or models.load_model(config.model, "model", device), device)
-    teacher_model = models.prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
+    student = prepare_student(given.student or models.load_model(config.model, "model", device), device)
+    adapters = add_adapters(student, config.lora) if config.lora.rank else None
+    if config.shares_base:
+        teacher_model = student
+    else:
+        teacher_model = prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
     vocabulary = models.shared_vocabulary(tokenizer, student, teacher_model)
+    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
     make_sampler = SAMPLERS[config.sampling.engine]
-    policy, optimizer = accelerator.prepare(models.Policy(student, vocabulary), make_optimizer(config, student))
+    policy, optimizer = accelerator.prepare(
+        Policy(student, vocabulary, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
+    )
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
@@ -84,17 +98,18 @@ def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, gi
         student=student,
         optimizer=optimizer,
         sampler=make_sampler(student, eos, tokenizer.pad_token_id, vocabulary, config.seed, bf16),
-        teacher=LocalTeacher(teacher_model, vocabulary),
+        teacher=teacher,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
         prompts=train_prompts,
         pad_id=tokenizer.pad_token_id,
+        packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         saved_state={"config": to_dict(config)},
     )
     teacher_sampler = make_sampler(teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, False)
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
-    return Built(trainer, tokenizer, teacher_sampler, eos, differences)
+    return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences)
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:
@@ -103,8 +118,9 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
         train_rows, eval_rows = load_rows(config.data)
     else:
         train_rows, eval_rows = given.train_rows, given.eval_rows or []
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training")
-    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation") if len(eval_rows) else []
+    system = config.teacher.system
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", system)
+    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", system) if len(eval_rows) else []
     judged = [prompt for prompt in eval_prompts if prompt.answer is not None or prompt.get_reward is not None]
     if config.eval.reward is not None and eval_prompts and not judged:
         raise DataError(

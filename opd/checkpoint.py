@@ -146,8 +146,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Trained parameters and saved buffers; a tied one appears once."""
     persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {name: tensor.detach() for name, tensor in {**dict(model.named_parameters()), **buffers}.items()}
+    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {**trained, **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

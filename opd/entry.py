@@ -26,7 +26,6 @@ from opd.config.schema import Config
 
 Task = Callable[[Config, Path], float | None]
 
-INTERRUPTED = 128 + 2  # what a shell reports for a program ended by SIGINT
 WITHOUT_FILES = ("hydra.output_subdir=null", "hydra/job_logging=errors", "hydra/hydra_logging=none")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
@@ -150,7 +149,7 @@ def launch(task: Task, words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         if job.rank == 0:
             job.say("interrupted")
-        return INTERRUPTED
+        return errors.INTERRUPTED
     except SystemExit as stop:
         return errors.USAGE if stop.code == 1 else int(stop.code or errors.OK)  # 1 is Hydra's: --package names nothing
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code

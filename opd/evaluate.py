@@ -14,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
-from opd.models import decode, kept_hidden, output_head
+from opd.forward import kept_hidden, output_head
+from opd.models import decode
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.rewards import Grader
 from opd.samplers import Decoding, Sampler
@@ -81,7 +82,7 @@ def exact_kl(
             return {"kl": token_loss(logits_CV, part)[0]}
 
         with torch.no_grad():
-            kl_N = chunked_stats(kept_hidden(model, batch.ids_BT, batch.kept_N), head, kl_of)["kl"]
+            kl_N = chunked_stats(kept_hidden(model.base_model, batch.inputs), head, kl_of)["kl"]
         total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
     return total, tokens
 
@@ -108,11 +109,13 @@ class Evaluator:
         rewards, example = self.rewards(sampler)
         return Evaluation(step, rewards, self.kl(sampler, model, teacher), example)
 
-    def rewards(self, sampler: Sampler) -> tuple[Rewards | None, str | None]:
-        """The rewards of the model behind `sampler`, and the first prompt with its answer."""
+    def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
+        """The rewards of the model behind `sampler`, and the first prompt with its answer. as_teacher: prompts as the teacher sees them."""
         if not self.answered:
             return None, None
-        rollouts = sampler.sample([Request(prompt) for prompt in self._share(self.answered)], self.decoding, "evaluation")
+        rollouts = sampler.sample(
+            [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)], self.decoding, "evaluation"
+        )
         judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
         rows = [
             (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Device, Dtype, ModelConfig
 from opd.config.store import PACKAGE
 from opd.errors import ConfigError
-from opd.objective import Head
+from opd.forward import output_head
 
 log = logging.getLogger(__name__)
 
@@ -111,20 +110,6 @@ def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrain
     return model
 
 
-def prepare_student(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """On the device, in float32, every weight trained, in eval mode for good: dropout would make sampling and scoring disagree."""
-    nn.Module.to(model, device=device, dtype=torch.float32).eval().requires_grad_(True)
-    check_head(model, "model")
-    return model
-
-
-def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """On the device, frozen, in eval mode."""
-    nn.Module.to(model, device).eval().requires_grad_(False)
-    check_head(model, "teacher")
-    return model
-
-
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's, the model's and its generation config's."""
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -132,51 +117,6 @@ def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple
     for ids in (tokenizer.eos_token_id, model.config.eos_token_id, generation):
         found.update([ids] if isinstance(ids, int) else ids or [])
     return tuple(sorted(found))
-
-
-def output_head(model: PreTrainedModel, size: int | None = None) -> Head:
-    """The model's output layer with the scale and soft cap of the architectures that have them."""
-    layer = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    values = config.to_dict()
-    scale = values.get("logit_scale") or 1.0  # Cohere
-    if values.get("logits_scaling"):  # Granite
-        scale = scale / values["logits_scaling"]
-    return Head(layer.weight, layer.bias, size, scale, values.get("final_logit_softcapping"))  # Gemma 2 soft-caps
-
-
-def last_hidden(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Final hidden states (B, T, H): what the output head is applied to."""
-    hidden_BTH: Tensor = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    return hidden_BTH
-
-
-def kept_hidden(model: PreTrainedModel, ids_BT: Tensor, kept_N: Tensor) -> Tensor:
-    """The final hidden states (N, H) that predict the kept tokens."""
-    return last_hidden(model, ids_BT).flatten(0, 1)[kept_N]
-
-
-@torch.no_grad()
-def check_head(model: PreTrainedModel, role: str) -> None:
-    """Refuse an architecture whose logits are not what `output_head` makes of its hidden states."""
-    ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids_BT, use_cache=False).logits.float()
-    found = output_head(model).logits(last_hidden(model, ids_BT).flatten(0, 1))[None]
-    if not torch.allclose(found, expected, atol=1e-3 + 1e-2 * float(expected.abs().max()) * (model.dtype == torch.bfloat16), rtol=1e-3):
-        raise ConfigError(f"{role}: {type(model).__name__} makes its logits in a way that opd does not know; it cannot be scored in chunks")
-
-
-class Policy(nn.Module):
-    """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it."""
-
-    def __init__(self, model: PreTrainedModel, size: int) -> None:
-        super().__init__()
-        self.model = model
-        self.size = size
-
-    def forward(self, ids_BT: Tensor, kept_N: Tensor, loss: Callable[[Tensor, Head], Any]) -> Any:
-        """`loss` of the hidden states (N, H) at the kept positions and the output head."""
-        return loss(kept_hidden(self.model, ids_BT, kept_N), output_head(self.model, self.size))
 
 
 def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

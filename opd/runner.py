@@ -109,7 +109,8 @@ def distil(
         accelerator.wait_for_everyone()
         summary = summarise(config, run_folder, accelerator)
         if accelerator.is_main_process:
-            export(run_folder.path / FINAL, trainer.student, built.tokenizer, built.eos, config, summary)
+            student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
+            export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary)
         run_folder.write_summary(summary)
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -167,7 +168,8 @@ def evaluate_teacher(built: Built, run_folder: RunFolder) -> Evaluation | None:
     """The teacher under the student's decoding, once a run."""
     if any(line["model"] == "teacher" for line in run_folder.evaluations()):
         return None
-    rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler)
+    with built.teacher.active():
+        rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
     evaluation = Evaluation(0, rewards, None, example)
     run_folder.add_evaluation({"model": "teacher", **evaluation.to_dict()})
     return evaluation

@@ -86,6 +86,7 @@ class Trainer:
     checkpoints: Checkpoints
     prompts: Sequence[Prompt]
     pad_id: int
+    packed: bool
     max_steps: int
     saved_state: dict[str, Any]
     step: int = 0
@@ -179,7 +180,7 @@ class Trainer:
         return Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
 
     def split(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return micro_batches(rollouts, self.config.train.max_tokens_per_micro_batch, self.pad_id)
+        return micro_batches(rollouts, self.config.train.max_tokens_per_micro_batch, self.pad_id, self.packed)
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""
@@ -212,7 +213,7 @@ class Trainer:
                 return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
 
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.policy):
-                loss, stats = self.policy(batch.ids_BT, batch.kept_N, head_loss)
+                loss, stats = self.policy(batch.inputs, head_loss)
                 self.accelerator.backward(loss * scale)
             loss_sum += float(loss.detach())
             seen.append(stats)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from opd import models
+from opd import forward, models
 from opd.config.schema import Device, Dtype, ModelConfig
 from opd.config.store import PACKAGE
 from opd.errors import ConfigError
@@ -42,9 +42,9 @@ def test_output_head_makes_the_models_own_logits(model):
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
         ids = torch.randint(3, 31, (2, 9))
-        found = models.output_head(model).logits(models.last_hidden(model, ids).flatten(0, 1)).view(2, 9, -1)
+        found = forward.output_head(model).logits(forward.last_hidden(model.base_model, ids).flatten(0, 1)).view(2, 9, -1)
         assert torch.allclose(found, model(ids).logits, atol=1e-5)
-    models.check_head(model, "model")
+    forward.check_head(model, "model")
 
 
 def test_an_architecture_with_other_logits_is_refused(make_model):
@@ -52,7 +52,7 @@ def test_an_architecture_with_other_logits_is_refused(make_model):
     original = model.forward
     model.forward = lambda *args, **kwargs: shifted(original(*args, **kwargs))
     with pytest.raises(ConfigError, match="in a way that opd does not know"):
-        models.check_head(model, "model")
+        forward.check_head(model, "model")
 
 
 def shifted(output):
@@ -117,7 +117,7 @@ def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="device=cuda: torch .* sees no such device"):
+    with pytest.raises(ConfigError, match=r"device=cuda: torch .* sees no such device"):
         models.find_device(Device.cuda)
     assert models.find_device(Device.cpu).type == "cpu"
 

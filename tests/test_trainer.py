@@ -17,9 +17,9 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, split_by_tokens
 from opd.errors import NumericError
 from opd.evaluate import Evaluation
+from opd.forward import Policy
 from opd.learning import score
 from opd.metrics import Means
-from opd.models import Policy
 from opd.objective import Clips, Head, Sampled, chunked_loss, sampled
 from opd.samplers import GenerateSampler
 from opd.schedule import lr_factor
@@ -58,7 +58,9 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **optio
     accelerator = Accelerator(cpu=True)
     student = student or make_model(VOCABULARY, seed=1)
     teacher = (teacher or make_model(VOCABULARY, seed=2, hidden=24)).requires_grad_(False)
-    policy, optimizer = accelerator.prepare(Policy(student, VOCABULARY), make_optimizer(settings, student))
+    policy, optimizer = accelerator.prepare(
+        Policy(student, VOCABULARY, settings.train.activation_checkpointing, settings.train.compile), make_optimizer(settings, student)
+    )
     generator = torch.Generator().manual_seed(0)
     prompts = [Prompt(i, tuple(torch.randint(2, VOCABULARY, (2 + i % 4,), generator=generator).tolist()), "") for i in range(10)]
     return Trainer(
@@ -73,6 +75,7 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **optio
         checkpoints=Checkpoints(tmp_path / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best),
         prompts=prompts,
         pad_id=0,
+        packed=bool(settings.train.packing),
         max_steps=settings.train.max_steps or 1,
         saved_state={"config": {}},
     )
@@ -134,10 +137,10 @@ def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_mod
 
 def test_the_end_of_sequence_token_is_learnt_and_the_prompt_is_not():
     batch = collate([rollout_of((3, 4, 5), (7, 8, 1)), rollout_of((6,), (1,))], [0, 1], pad_id=1)
-    width = batch.ids_BT.shape[1]
+    width = batch.inputs.ids_BT.shape[1]
     assert batch.target_N.tolist() == [7, 8, 1, 1]
-    assert batch.kept_N.tolist() == [2, 3, 4, width + 0]
-    following = batch.ids_BT.flatten()[batch.kept_N + 1]
+    assert batch.inputs.kept_N.tolist() == [2, 3, 4, width + 0]
+    following = batch.inputs.ids_BT.flatten()[batch.inputs.kept_N + 1]
     assert following.tolist() == batch.target_N.tolist()  # each kept position predicts its own target: labels are shifted once
     assert batch.sequence_N.tolist() == [0, 0, 0, 1]
 
@@ -216,7 +219,7 @@ def test_dropout_is_off_in_every_pass(make_model, tmp_path):
 
 
 def test_master_weights_are_float32(make_model):
-    from opd.models import prepare_student
+    from opd.forward import prepare_student
 
     student = prepare_student(make_model().to(torch.bfloat16), torch.device("cpu"))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
@@ -259,12 +262,12 @@ def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 def test_masked_positions_cannot_matter_even_as_nan(make_model, tmp_path):
     """NaN in the hidden states of prompt and padding positions reaches neither loss nor gradient: they are left out before any product."""
     batch = collate([rollout_of((3, 4, 5), (7, 8, 1)), rollout_of((6,), (1,))], [0, 1], pad_id=0)
-    hidden_BTH = torch.full((*batch.ids_BT.shape, 8), math.nan)
-    hidden_BTH.view(-1, 8)[batch.kept_N] = torch.randn(len(batch.kept_N), 8)
+    hidden_BTH = torch.full((*batch.inputs.ids_BT.shape, 8), math.nan)
+    hidden_BTH.view(-1, 8)[batch.inputs.kept_N] = torch.randn(len(batch.inputs.kept_N), 8)
     hidden_BTH.requires_grad_()
     zeros = torch.zeros(len(batch.target_N))
     tokens = Sampled(target_N=batch.target_N, teacher_logp_N=zeros, behaviour_logp_N=zeros)
-    loss, _ = chunked_loss(hidden_BTH.flatten(0, 1)[batch.kept_N], Head(torch.randn(VOCABULARY, 8)), sampled(tokens, 1.0, Clips()))
+    loss, _ = chunked_loss(hidden_BTH.flatten(0, 1)[batch.inputs.kept_N], Head(torch.randn(VOCABULARY, 8)), sampled(tokens, 1.0, Clips()))
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(hidden_BTH.grad).all()
 

@@ -101,6 +101,19 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class TeacherConfig(ModelConfig):
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    system: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    rank: int = 0
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "lora.rank", self.rank, "must be 0 (all weights are trained) or a rank (16 is usual)")
+        require(is_positive(self.alpha), "lora.alpha", self.alpha, "must be above 0")
+        require(bool(self.targets), "lora.targets", self.targets, "must name layers, for example [q_proj,v_proj], or [all-linear]")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -231,6 +244,9 @@ class TrainConfig:
     epochs: float | None = None
     batch_size: int = 4
     max_tokens_per_micro_batch: int = 8192
+    packing: bool | None = None
+    activation_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -308,6 +324,7 @@ class Config:
     device: Device = Device.auto
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
@@ -324,6 +341,13 @@ class Config:
             "name",
             repr(self.name),
             "letters, digits and . _ - + = , only: it names the run folder",
+        )
+        require(
+            not self.shares_base or self.teacher.system is not None,
+            "lora.rank",
+            self.lora.rank,
+            "with model.path and teacher.path alike, the teacher is the student without its adapter and has nothing to teach; give it a "
+            "prompt of its own with teacher.system='…' (context distillation), or another teacher",
         )
         truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
         if self.ppo.estimator is Estimator.sampled:
@@ -352,3 +376,9 @@ class Config:
             "compares the rewards of a prompt's completions: set eval.reward and sampling.n above 1",
         )
         require(bool(self.resume.strip()), "resume", repr(self.resume), "must be auto, never or the path of a checkpoint")
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether the teacher is the student's base with the adapter off, and no second copy is loaded."""
+        mine = (self.model.path, self.model.revision, self.model.gguf_file)
+        return self.lora.rank > 0 and mine == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,7 +23,8 @@ class Prompt:
     """A prompt that a completion is sampled for.
 
     sample_id: its row in the dataset, from which random numbers are derived. text: the prompt as a person reads it. answer: what is known
-    to be right, or None. get_reward: judges a completion of this prompt in place of the configured reward.
+    to be right, or None. get_reward: judges a completion of this prompt in place of the configured reward. teacher_ids: the prompt as the
+    teacher sees it, where it has a system message of its own.
     """
 
     sample_id: int
@@ -31,14 +32,24 @@ class Prompt:
     text: str
     answer: str | None = None
     get_reward: GetReward | None = None
+    teacher_ids: tuple[int, ...] | None = None
+
+    def for_teacher(self) -> "Prompt":
+        return replace(self, ids=self.seen_by_teacher)
+
+    @property
+    def seen_by_teacher(self) -> tuple[int, ...]:
+        return self.ids if self.teacher_ids is None else self.teacher_ids
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str) -> list[Prompt]:
+def encode_rows(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str, teacher_system: str | None = None
+) -> list[Prompt]:
     """The prompts of all rows that fit into `data.max_prompt_tokens`; the others are counted in the log, never cut.
 
     Raises `DataError` where a prompt has no text or the chat template refuses it, and where no prompt is left.
     """
-    prompts = [encode_row(row, index, tokenizer, config) for index, row in enumerate(rows)]
+    prompts = [encode_row(row, index, tokenizer, config, teacher_system) for index, row in enumerate(rows)]
     kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     if len(kept) < len(prompts):
         log.warning(
@@ -56,16 +67,20 @@ def encode_rows(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config:
     return kept
 
 
-def encode_row(row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> Prompt:
+def encode_row(row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher_system: str | None = None) -> Prompt:
     messages = to_messages(row, index, config)
     try:
         ids = render(messages, tokenizer, config.chat_template_kwargs)
+        teacher_ids = None
+        if teacher_system is not None:
+            others = [message for message in messages if message["role"] != "system"]
+            teacher_ids = tuple(render([{"role": "system", "content": teacher_system}, *others], tokenizer, config.chat_template_kwargs))
     except TemplateError as error:
         raise DataError(f"row {index}: the chat template refuses the messages: {error}") from None
     if not ids:
         raise DataError(f"row {index}: data.prompt={config.prompt} gives a prompt of no tokens")
     answer = None if config.answer is None else extract_answer(row[config.answer], config.answer_after)
-    return Prompt(index, tuple(ids), messages[-1]["content"], answer, row.get("get_reward"))
+    return Prompt(index, tuple(ids), messages[-1]["content"], answer, row.get("get_reward"), teacher_ids)
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:

@@ -48,62 +48,102 @@ class Rollout:
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt.ids) + len(self.completion)
+        """Tokens of prompt and completion, in the longer of student's and teacher's view."""
+        prompt = self.request.prompt
+        return max(len(prompt.ids), len(prompt.seen_by_teacher)) + len(self.completion)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Sequences as a model takes them.
+
+    ids_BT: prompts and completions, padded on the right. Every model here is causal, so padding behind the end reaches nothing that is kept
+    and needs no mask. positions_BT: None, or, with all sequences end to end in one row (B = 1), positions that begin anew with each; that
+    is what tells attention to keep them apart. kept_N: positions in the flattened (B·T) whose next token is a completion token.
+    """
+
+    ids_BT: Tensor
+    kept_N: Tensor
+    positions_BT: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Inputs":
+        positions_BT = None if self.positions_BT is None else self.positions_BT.to(device)
+        return Inputs(self.ids_BT.to(device), self.kept_N.to(device), positions_BT)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Rollouts that go through a model together.
 
-    ids_BT: prompts and completions, padded on the right. Every model here is causal, so padding behind the end reaches nothing that is kept
-    and needs no mask. kept_N: positions in the flattened (B·T) whose next token is a completion token. target_N: that token.
-    behaviour_logp_N: its log-prob under the sampler. sequence_N: its rollout, as an index into the step's rollouts.
+    inputs: the sequences as the student sees them; teacher_inputs: as the teacher does (the same object unless it has its own prompt).
+    target_N: the completion tokens. behaviour_logp_N: their log-probs under the sampler. sequence_N: the rollout of each, as an index into
+    the step's rollouts.
     """
 
-    ids_BT: Tensor
-    kept_N: Tensor
+    inputs: Inputs
+    teacher_inputs: Inputs
     target_N: Tensor
     behaviour_logp_N: Tensor
     sequence_N: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
-        return MicroBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+        inputs = self.inputs.to(device)
+        teacher_inputs = inputs if self.teacher_inputs is self.inputs else self.teacher_inputs.to(device)
+        return MicroBatch(inputs, teacher_inputs, self.target_N.to(device), self.behaviour_logp_N.to(device), self.sequence_N.to(device))
 
 
-def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int) -> MicroBatch:
+def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int, packed: bool = False) -> MicroBatch:
     """The micro-batch of the rollouts at `indices`."""
     chosen = [rollouts[index] for index in indices]
-    width = max(rollout.length for rollout in chosen)
-    ids_BT = torch.full((len(chosen), width), pad_id, dtype=torch.long)
-    kept: list[int] = []
-    targets: list[int] = []
-    sequences: list[int] = []
-    for row, (index, rollout) in enumerate(zip(indices, chosen, strict=True)):
-        prompt, completion = rollout.request.prompt.ids, rollout.completion
-        ids_BT[row, : rollout.length] = torch.tensor(prompt + completion)
-        kept += [row * width + len(prompt) - 1 + offset for offset in range(len(completion))]
-        targets += completion
-        sequences += [index] * len(completion)
+    inputs = lay_out([rollout.request.prompt.ids for rollout in chosen], chosen, pad_id, packed)
+    own_prompts = any(rollout.request.prompt.teacher_ids is not None for rollout in chosen)
     return MicroBatch(
-        ids_BT,
-        torch.tensor(kept, dtype=torch.long),
-        torch.tensor(targets, dtype=torch.long),
+        inputs,
+        lay_out([rollout.request.prompt.seen_by_teacher for rollout in chosen], chosen, pad_id, packed) if own_prompts else inputs,
+        torch.tensor([token for rollout in chosen for token in rollout.completion], dtype=torch.long),
         torch.cat([rollout.behaviour_logp for rollout in chosen]),
-        torch.tensor(sequences, dtype=torch.long),
+        torch.tensor([index for index, rollout in zip(indices, chosen, strict=True) for _ in rollout.completion], dtype=torch.long),
     )
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices grouped, longest first, so that no group's padded size (rows × longest) exceeds `max_tokens`; a longer one stands alone."""
+def lay_out(prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout], pad_id: int, packed: bool) -> Inputs:
+    """Prompts and completions in rows padded on the right, or end to end in one row with positions that begin anew."""
+    sequences = [prompt + rollout.completion for prompt, rollout in zip(prompts, rollouts, strict=True)]
+    width = max(map(len, sequences))
+    starts = [sum(map(len, sequences[:row])) if packed else row * width for row in range(len(sequences))]
+    kept = [
+        start + len(prompt) - 1 + offset
+        for start, prompt, rollout in zip(starts, prompts, rollouts, strict=True)
+        for offset in range(len(rollout.completion))
+    ]
+    if packed:
+        ids = torch.tensor([token for sequence in sequences for token in sequence])[None]
+        positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+        return Inputs(ids, torch.tensor(kept, dtype=torch.long), positions)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)] = torch.tensor(sequence)
+    return Inputs(ids, torch.tensor(kept, dtype=torch.long))
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
+    """Indices grouped, longest first, so that no group takes more than `max_tokens`; a longer one stands alone.
+
+    A group takes rows × longest with padding, and the sum of its lengths when packed.
+    """
     groups: list[list[int]] = []
+    used = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= max_tokens:
+        taken = lengths[index] if packed else lengths[groups[-1][0]] if groups else 0
+        if groups and used + taken <= max_tokens:
             groups[-1].append(index)
+            used += taken
         else:
             groups.append([index])
+            used = lengths[index]
     return groups
 
 
-def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int) -> list[MicroBatch]:
-    groups = split_by_tokens([rollout.length for rollout in rollouts], max_tokens)
-    return [collate(rollouts, group, pad_id) for group in groups]
+def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, packed: bool = False) -> list[MicroBatch]:
+    groups = split_by_tokens([rollout.length for rollout in rollouts], max_tokens, packed)
+    return [collate(rollouts, group, pad_id, packed) for group in groups]

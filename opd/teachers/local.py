@@ -1,24 +1,36 @@
 """A teacher in this process, on the student's device."""
 
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.data.rollouts import MicroBatch
-from opd.models import kept_hidden, output_head
+from opd.forward import kept_hidden, output_head, without
 from opd.objective import TeacherStates, chunked_stats, token_logp
 
 
 class LocalTeacher:
-    """Implements `Teacher` on a frozen transformers model; `vocabulary` cuts its head to the ids it shares with the student."""
+    """Implements `Teacher` on a frozen transformers model.
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+    vocabulary: its head is cut to the ids it shares with the student. adapters: the student's, where the teacher is the student's own base.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int, adapters: Any | None = None) -> None:
         self.model = model
+        self.adapters = adapters
         self.head = output_head(model, vocabulary)
 
     @torch.no_grad()
     def states(self, batch: MicroBatch) -> TeacherStates:
-        return TeacherStates(kept_hidden(self.model, batch.ids_BT, batch.kept_N), self.head)
+        with self.active():
+            return TeacherStates(kept_hidden(self.model.base_model, batch.teacher_inputs), self.head)
+
+    def active(self) -> AbstractContextManager[None]:
+        """Within it, the model behind the teacher computes as the teacher."""
+        return without(self.adapters)
 
     def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
         def pick(logits_CV: Tensor, part: slice) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""How student and teacher are run: final hidden states, the output head, adapters, and the student as a module to train.
+
+Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary, `H` hidden.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from opd.config.schema import LoraConfig
+from opd.data.rollouts import Inputs
+from opd.errors import ConfigError
+from opd.objective import Head
+
+
+def prepare_student(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device, in float32, every weight trained, in eval mode for good: dropout would make sampling and scoring disagree."""
+    nn.Module.to(model, device=device, dtype=torch.float32).eval().requires_grad_(True)
+    check_head(model, "model")
+    return model
+
+
+def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:
+    """Low-rank adapters in the model's layers, in place, which alone are trained from here on. Returns peft's handle on them."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(f"lora.rank={config.rank} needs the package peft: pip install 'opd[lora]'") from None
+    targets = config.targets[0] if config.targets == ["all-linear"] else list(config.targets)
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type="CAUSAL_LM")
+    try:
+        adapters = peft.get_peft_model(model, settings).base_model
+    except ValueError as error:
+        raise ConfigError(f"lora.targets={config.targets}: {str(error).splitlines()[0]}") from None
+    model.eval()
+    return adapters
+
+
+@contextmanager
+def without(adapters: Any | None) -> Iterator[None]:
+    """The model as it was before its adapters; does nothing for None."""
+    if adapters is None:
+        yield
+        return
+    adapters.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        adapters.enable_adapter_layers()
+
+
+def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """On the device, frozen, in eval mode."""
+    nn.Module.to(model, device).eval().requires_grad_(False)
+    check_head(model, "teacher")
+    return model
+
+
+def output_head(model: PreTrainedModel, size: int | None = None) -> Head:
+    """The model's output layer with the scale and soft cap of the architectures that have them."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    values = config.to_dict()
+    scale = values.get("logit_scale") or 1.0  # Cohere
+    if values.get("logits_scaling"):  # Granite
+        scale = scale / values["logits_scaling"]
+    return Head(layer.weight, layer.bias, size, scale, values.get("final_logit_softcapping"))  # Gemma 2 soft-caps
+
+
+def last_hidden(layers: Any, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+    """Final hidden states (B, T, H) of a model's layers: what the output head is applied to."""
+    hidden_BTH: Tensor = layers(input_ids=ids_BT, position_ids=positions_BT, use_cache=False).last_hidden_state
+    return hidden_BTH
+
+
+def kept_hidden(layers: Any, inputs: Inputs) -> Tensor:
+    """The final hidden states (N, H) that predict the kept tokens."""
+    return last_hidden(layers, inputs.ids_BT, inputs.positions_BT).flatten(0, 1)[inputs.kept_N]
+
+
+def packs(model: PreTrainedModel, packing: bool | None) -> bool:
+    """Whether sequences go end to end: as configured, or where the attention skips what lies between sequences instead of masking it."""
+    attention = model.config._attn_implementation or ""
+    return packing if packing is not None else attention.startswith("flash_attention")
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, role: str) -> None:
+    """Refuse an architecture whose logits are not what `output_head` makes of its hidden states."""
+    ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+    found = output_head(model).logits(last_hidden(model.base_model, ids_BT).flatten(0, 1))[None]
+    if not torch.allclose(found, expected, atol=1e-3 + 1e-2 * float(expected.abs().max()) * (model.dtype == torch.bfloat16), rtol=1e-3):
+        raise ConfigError(f"{role}: {type(model).__name__} makes its logits in a way that opd does not know; it cannot be scored in chunks")
+
+
+class Policy(nn.Module):
+    """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it.
+
+    size: only ids below it count. checkpointing: recompute activations in the backward pass. compiled: run the layers through torch.compile.
+    """
+
+    def __init__(self, model: PreTrainedModel, size: int, checkpointing: bool = False, compiled: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.size = size
+        self.checkpointed: list[nn.Module] = []
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        # In a tuple, or the compiled layers would be registered as a second copy of the parameters.
+        self.layers = (torch.compile(model.base_model, dynamic=True) if compiled else model.base_model,)
+
+    def forward(self, inputs: Inputs, loss: Callable[[Tensor, Head], Any]) -> Any:
+        """`loss` of the hidden states (N, H) at the kept positions and the output head."""
+        with self.recomputing():
+            hidden_NH = kept_hidden(self.layers[0], inputs)
+        return loss(hidden_NH, output_head(self.model, self.size))
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Layers checkpoint only in training mode; what is inside them, dropout above all, stays in eval mode."""
+        for layer in self.checkpointed:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self.checkpointed:
+                layer.training = False
