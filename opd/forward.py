@@ -102,7 +102,7 @@ def check_head(model: PreTrainedModel, role: str) -> None:
 class Policy(nn.Module):
     """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it.
 
-    size: only ids below it count. checkpointing: recompute activations in the backward pass. compiled: run the layers through torch.compile.
+    size: only ids below it count. checkpointing: recompute activations in the backward pass. compiled: layers through torch.compile.
     """
 
     def __init__(self, model: PreTrainedModel, size: int, checkpointing: bool = False, compiled: bool = False) -> None:

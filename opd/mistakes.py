@@ -114,10 +114,10 @@ def unreadable(error: OverrideParseException) -> str:
     for group, names in choices().items():
         if word in names:
             return f"{word}: an argument is option=value; did you mean {group}={word}?"
-    if "=" not in word:
+    key, equals, value = word.partition("=")
+    if not equals:
         return f"{word}: an argument is option=value, for example {word}=VALUE"
-    reason = error.message.removeprefix(f"Error parsing override '{word}'").strip().splitlines()[0]
-    return f"{word}: cannot be read ({reason}); put a value with special characters in quotes: 'option=\"a, b\"'"
+    return f"{word}: cannot be read; put a value with special characters in two pairs of quotes: '{key}=\"{value}\"'"
 
 
 def first_line(error: BaseException) -> str:

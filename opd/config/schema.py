@@ -107,12 +107,12 @@ class TeacherConfig(ModelConfig):
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
     rank: int = 0
-    alpha: float = 32.0
+    alpha: int = 32
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "lora.rank", self.rank, "must be 0 (all weights are trained) or a rank (16 is usual)")
-        require(is_positive(self.alpha), "lora.alpha", self.alpha, "must be above 0")
+        require(self.alpha >= 1, "lora.alpha", self.alpha, "must be at least 1")
         require(bool(self.targets), "lora.targets", self.targets, "must name layers, for example [q_proj,v_proj], or [all-linear]")
 
 
