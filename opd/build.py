@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ class Built:
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
     device = models.find_device(config.device)
+    AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
     return Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) else "no",

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live panel on a terminal, plain lines elsewhere, a summary at the end. Written to stderr-free stdout."""
+"""What a person sees of a run, on standard output: a live panel on a terminal, plain lines elsewhere, a summary at the end."""
 
 import logging
 import time
@@ -112,7 +112,7 @@ class Display:
         if summary["reward_after"] is not None:
             table.add_row("reward", *(with_interval(summary, when) for when in ("before", "after", "teacher")))
         if summary["eval_kl_after"] is not None:
-            table.add_row("KL(student‖teacher), nats/token", f"{summary['eval_kl_before']:.4f}", f"{summary['eval_kl_after']:.4f}", "0")
+            table.add_row("KL to teacher, nats/token", f"{summary['eval_kl_before']:.4f}", f"{summary['eval_kl_after']:.4f}", "0")
         self.console.print(table)
         if summary["gap_closed"] is not None:
             self.note(f"{summary['gap_closed']:.0%} of the gap to the teacher closed")
@@ -137,7 +137,7 @@ class NoteHandler(logging.Handler):
 
 def with_interval(summary: Mapping[str, Any], when: str) -> str:
     value, bounds = summary[f"reward_{when}"], summary[f"reward_{when}_interval"]
-    return "–" if value is None else f"{value:.1%} [{bounds[0]:.1%}, {bounds[1]:.1%}]"
+    return "–" if value is None else f"{value:.1%} [{100 * bounds[0]:.0f}, {100 * bounds[1]:.0f}]"
 
 
 def describe(evaluation: Evaluation) -> str:

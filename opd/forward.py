@@ -5,10 +5,12 @@ Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -111,8 +113,9 @@ class Policy(nn.Module):
         self.size = size
         self.checkpointed: list[nn.Module] = []
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for layer in self.checkpointed:
+                vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
         # In a tuple, or the compiled layers would be registered as a second copy of the parameters.
         self.layers = (torch.compile(model.base_model, dynamic=True) if compiled else model.base_model,)
 

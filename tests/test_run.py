@@ -170,7 +170,7 @@ def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished,
         (["model=qwen05b"], 64, "experiment=tiny needs no download"),
         (["data.answer=solution"], 65, "has no such column"),
         (["data.prompt=text"], 65, "has no such column; it has answer, prompt"),
-        (["data.answer_after=####"], 65, "no evaluation prompt has an answer"),
+        (['data.answer_after="####"'], 65, "no evaluation prompt has an answer"),
         (["data.max_prompt_tokens=2"], 65, "no training prompt is that short"),
         (["eval.reward=os:system"], 64, "opd.reward"),
         (["eval.reward=nmber"], 64, "number"),
@@ -260,3 +260,31 @@ def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(ConfigError, match="use_accelerate=True"):
             OnPolicyDistillationTrainer("a", "b", rows, use_accelerate=False)
+
+
+def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    from opd.config.store import PACKAGE
+
+    monkeypatch.chdir(tmp_path)
+    base = str(PACKAGE / "assets" / "tiny-teacher")
+    options = ["lora=default", "lora.rank=4", f"model.path={base}", f"teacher.path={base}", "optim.lr=1e-2", "train.max_steps=2"]
+    assert main([*DEBUG, "name=refused", *options]) == 64
+    loaded = []
+    from opd import models
+
+    original = models.load_model
+    monkeypatch.setattr(models, "load_model", lambda *args: loaded.append(args[1]) or original(*args))
+    assert main([*DEBUG, "name=run", *options, "teacher.system='27'", "checkpoint.every=1"]) == 0
+    assert loaded == ["model"]  # one copy
+    folder = tmp_path / "runs" / "run"
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "checkpoints" / "step_000002" / "model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+    before, after = AutoModelForCausalLM.from_pretrained(base).float().state_dict(), final_weights(folder)
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("proj" in name for name in changed)
+    first = lines(folder / "evaluations.jsonl")[1]
+    assert first["model"] == "student" and first["kl"] > 0.01  # the teacher's own prompt makes it another distribution

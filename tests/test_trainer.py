@@ -355,3 +355,66 @@ def test_evaluation_comes_before_after_and_every_so_many_steps(make_model, tmp_p
     assert [step for kind, step in happened if kind == "eval"] == [0, 2, 4, 5]
     assert [step for kind, step in happened if kind == "save"] == [3, 5]
     assert happened[0] == ("eval", 0) and happened[-1] == ("eval", 5)
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packing_computes_no_padding_and_changes_nothing(make_model, tmp_path, estimator, attention):
+    options = {"ppo__estimator": estimator, "ppo__steps": 2}
+    models = [make_model(VOCABULARY, seed=1, attn_implementation=attention) for _ in range(2)]
+    padded = after(make_model, tmp_path, student=models[0], **options)
+    packed = after(make_model, tmp_path, student=models[1], train__packing=True, train__max_tokens_per_micro_batch=40, **options)
+    assert torch.allclose(padded, packed, atol=2e-5)
+    rollouts = [rollout_of((3, 4, 5), (7, 8, 1)), rollout_of((6,), (1,))]
+    batch = collate(rollouts, [0, 1], pad_id=0, packed=True)
+    assert batch.inputs.ids_BT.tolist() == [[3, 4, 5, 7, 8, 1, 6, 1]]
+    assert batch.inputs.positions_BT.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1]]
+    assert batch.inputs.kept_N.tolist() == [2, 3, 4, 6]
+
+
+def test_packed_micro_batches_keep_to_their_budget():
+    groups = split_by_tokens([3, 50, 7, 7, 20, 1, 33], 40, packed=True)
+    lengths = [3, 50, 7, 7, 20, 1, 33]
+    assert sorted(index for group in groups for index in group) == list(range(7))
+    assert all(sum(lengths[i] for i in group) <= 40 or len(group) == 1 for group in groups)
+
+
+def test_activation_checkpointing_recomputes_and_changes_nothing(make_model, tmp_path):
+    plain = after(make_model, tmp_path, student=make_model(VOCABULARY, seed=1, attention_dropout=0.5))
+    student = make_model(VOCABULARY, seed=1, attention_dropout=0.5)
+    calls = []
+    student.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    assert torch.allclose(plain, after(make_model, tmp_path, student=student, train__activation_checkpointing=True), atol=1e-6)
+    assert sum(calls) == 2 * 2  # with gradient twice a step: forward, and again in the backward pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile uses parts of torch that torch deprecates
+def test_compiled_layers_change_nothing(make_model, tmp_path):
+    assert torch.allclose(after(make_model, tmp_path), after(make_model, tmp_path, train__compile=True), atol=2e-5)
+
+
+def test_a_teacher_with_a_prompt_of_its_own_scores_the_same_tokens(make_model):
+    model = make_model()
+    teacher = LocalTeacher(model, VOCABULARY)
+    plain = rollout_of((3, 4), (5, 6, 1))
+    prompted = Rollout(Request(Prompt(0, (3, 4), "", teacher_ids=(9, 10, 11, 3, 4))), plain.completion, plain.behaviour_logp, plain.finish_reason)
+    other = rollout_of((9, 10, 11, 3, 4), (5, 6, 1))
+    batch = collate([prompted, plain], [0, 1], pad_id=0)
+    assert batch.inputs.ids_BT.shape[1] == 5 and batch.teacher_inputs.ids_BT.shape[1] == 8
+    found = teacher.logp(batch, 0.7)
+    assert torch.allclose(found[:3], teacher.logp(collate([other], [0], 0), 0.7), atol=1e-5)
+    assert torch.allclose(found[3:], teacher.logp(collate([plain], [0], 0), 0.7), atol=1e-5)
+
+
+def test_task_rewards_are_added_within_a_prompts_completions(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, ppo__reward_coef=0.5)
+
+    class Judge(NoEvaluator):
+        def judge(self, rollouts):
+            return [1.0, 0.0, None, None, 1.0, 1.0]
+
+    trainer.evaluator = Judge()
+    rollouts = trainer.sampler.sample(trainer.requests(), trainer.decoding(), "train")
+    assert trainer.task_bonus(rollouts).tolist() == [0.5, -0.5, 0, 0, 0, 0]
+    assert math.isfinite(trainer.train_step().metrics["loss"])
