@@ -22,7 +22,8 @@ from opd.data.prompts import Prompt, encode_rows
 from opd.data.sources import Rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
-from opd.forward import Policy, add_adapters, packs, prepare_student, prepare_teacher
+from opd.forward import Policy, add_adapters, free_memory, packs, prepare_student, prepare_teacher
+from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
 from opd.samplers import SAMPLERS, Decoding, Sampler
 from opd.teachers import LocalTeacher
@@ -70,8 +71,10 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     )
 
 
-def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack) -> Built:
-    """Everything a run needs. What is cheap to check comes before what is costly to load."""
+def build(
+    config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, int] | None
+) -> Built:
+    """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -87,11 +90,13 @@ def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, gi
     else:
         teacher_model = prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
     vocabulary = models.shared_vocabulary(tokenizer, student, teacher_model)
-    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None)
+    choices = choices or measured_choices(accelerator, vocabulary)
+    rows = choices["head_rows"]
+    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
     make_sampler = SAMPLERS[config.sampling.engine]
     policy, optimizer = accelerator.prepare(
-        Policy(student, vocabulary, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
+        Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
     )
     trainer = Trainer(
         config=config,
@@ -107,11 +112,21 @@ def build(config: Config, accelerator: Accelerator, checkpoints: Checkpoints, gi
         pad_id=tokenizer.pad_token_id,
         packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
-        saved_state={"config": to_dict(config)},
+        saved_state={"config": to_dict(config), "choices": choices},
     )
     teacher_sampler = make_sampler(teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, False)
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences)
+
+
+def measured_choices(accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
+    """What is chosen by looking at the machine: the same in all processes, and kept by a run that goes on, as another would round otherwise.
+
+    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 256 MiB (1 GiB on a GPU).
+    """
+    cap = 2**30 if accelerator.device.type == "cuda" else 2**28
+    rows = torch.tensor([chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, cap))], device=accelerator.device)
+    return {"head_rows": int(accelerator.gather(rows).min())}
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -63,15 +64,15 @@ def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedM
     return model
 
 
-def output_head(model: PreTrainedModel, size: int | None = None) -> Head:
-    """The model's output layer with the scale and soft cap of the architectures that have them."""
+def output_head(model: PreTrainedModel, size: int | None = None, rows: int | None = None) -> Head:
+    """The model's output layer with the scale and soft cap of the architectures that have them. size, rows: as in `Head`."""
     layer = model.get_output_embeddings()
     config = model.config.get_text_config()
     values = config.to_dict()
     scale = values.get("logit_scale") or 1.0  # Cohere
     if values.get("logits_scaling"):  # Granite
         scale = scale / values["logits_scaling"]
-    return Head(layer.weight, layer.bias, size, scale, values.get("final_logit_softcapping"))  # Gemma 2 soft-caps
+    return Head(layer.weight, layer.bias, size, scale, values.get("final_logit_softcapping"), rows)  # Gemma 2 soft-caps
 
 
 def last_hidden(layers: Any, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -101,16 +102,26 @@ def check_head(model: PreTrainedModel, role: str) -> None:
         raise ConfigError(f"{role}: {type(model).__name__} makes its logits in a way that opd does not know; it cannot be scored in chunks")
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 class Policy(nn.Module):
     """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it.
 
-    size: only ids below it count. checkpointing: recompute activations in the backward pass. compiled: layers through torch.compile.
+    size, rows: as in `Head`. checkpointing: recompute activations in the backward pass. compiled: layers through torch.compile.
     """
 
-    def __init__(self, model: PreTrainedModel, size: int, checkpointing: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, size: int, rows: int | None = None, checkpointing: bool = False, compiled: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.size = size
+        self.rows = rows
         self.checkpointed: list[nn.Module] = []
         if checkpointing:
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -123,7 +134,7 @@ class Policy(nn.Module):
         """`loss` of the hidden states (N, H) at the kept positions and the output head."""
         with self.recomputing():
             hidden_NH = kept_hidden(self.layers[0], inputs)
-        return loss(hidden_NH, output_head(self.model, self.size))
+        return loss(hidden_NH, output_head(self.model, self.size, self.rows))
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:

@@ -1,14 +1,16 @@
 """The runner: checks what can be checked, finds where to begin, runs the loop and writes what happens to the run folder."""
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from opd.build import Built, Given, build, check_tracker, make_accelerator
@@ -26,6 +28,7 @@ from opd.summary import summarise
 from opd.trainer import Evaluated, Scored, StepDone, Trainer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What may differ between a run and its continuation: it changes nothing that is learnt.
 MAY_CHANGE = ("name", "resume", "device", "eval", "checkpoint", "track")
@@ -47,8 +50,7 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
     run_folder.prepare()
     accelerator.wait_for_everyone()
     checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    start = find_start(config, run_folder, checkpoints)
-    accelerator.wait_for_everyone()
+    start = on_main(accelerator, lambda: find_start(config, run_folder, checkpoints))
     if start is not None and run_folder.status() is Status.done:
         summary = run_folder.summary()
         display = Display(summary["steps"], shown=accelerator.is_main_process)
@@ -74,7 +76,7 @@ def distil(
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export."""
     with ExitStack() as stack:
-        built = build(config, accelerator, checkpoints, given, stack)
+        built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
         trainer = built.trainer
         if start is not None:
             restore(start, trainer.student, trainer.optimizer)
@@ -123,6 +125,21 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+
+
+def on_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
+    """What `find` returns in the main process, in all of them; or the `OpdError` that it raises there."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find()]
+        except OpdError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], OpdError):
+        raise found[0]
+    result: T = found[0]
+    return result
 
 
 def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints) -> Checkpoint | None:

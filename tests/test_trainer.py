@@ -1,6 +1,7 @@
 """The step and the loop: one global token count, masks, clipping, numerics, and runs that must share a trajectory."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **optio
     student = student or make_model(VOCABULARY, seed=1)
     teacher = (teacher or make_model(VOCABULARY, seed=2, hidden=24)).requires_grad_(False)
     policy, optimizer = accelerator.prepare(
-        Policy(student, VOCABULARY, settings.train.activation_checkpointing, settings.train.compile), make_optimizer(settings, student)
+        Policy(student, VOCABULARY, 7, settings.train.activation_checkpointing, settings.train.compile), make_optimizer(settings, student)
     )
     generator = torch.Generator().manual_seed(0)
     prompts = [Prompt(i, tuple(torch.randint(2, VOCABULARY, (2 + i % 4,), generator=generator).tolist()), "") for i in range(10)]
@@ -383,7 +384,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(make_model, tmp
     plain = after(make_model, tmp_path, student=make_model(VOCABULARY, seed=1, attention_dropout=0.5))
     student = make_model(VOCABULARY, seed=1, attention_dropout=0.5)
     calls = []
-    student.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    student.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     assert torch.allclose(plain, after(make_model, tmp_path, student=student, train__activation_checkpointing=True), atol=1e-6)
     assert sum(calls) == 2 * 2  # with gradient twice a step: forward, and again in the backward pass
 
@@ -398,7 +399,7 @@ def test_a_teacher_with_a_prompt_of_its_own_scores_the_same_tokens(make_model):
     model = make_model()
     teacher = LocalTeacher(model, VOCABULARY)
     plain = rollout_of((3, 4), (5, 6, 1))
-    prompted = Rollout(Request(Prompt(0, (3, 4), "", teacher_ids=(9, 10, 11, 3, 4))), plain.completion, plain.behaviour_logp, plain.finish_reason)
+    prompted = replace(plain, request=Request(Prompt(0, (3, 4), "", teacher_ids=(9, 10, 11, 3, 4))))
     other = rollout_of((9, 10, 11, 3, 4), (5, 6, 1))
     batch = collate([prompted, plain], [0, 1], pad_id=0)
     assert batch.inputs.ids_BT.shape[1] == 5 and batch.teacher_inputs.ids_BT.shape[1] == 8

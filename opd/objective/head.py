@@ -25,7 +25,8 @@ TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 class Head:
     """The output layer of a causal language model: `softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)`.
 
-    Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths.
+    Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths. rows: how many tokens' logits
+    exist at a time; None for a modest number.
     """
 
     weight_VH: Tensor
@@ -33,6 +34,7 @@ class Head:
     size: int | None = None
     scale: float = 1.0
     softcap: float | None = None
+    rows: int | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -69,9 +71,12 @@ def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def chunk_rows(vocabulary: int, budget_bytes: int = 2**26) -> int:
-    """How many tokens' float32 logits fit in `budget_bytes`; at least 16, so that the matrix product stays worth its name."""
-    return max(16, budget_bytes // (4 * vocabulary))
+def chunk_rows(vocabulary: int, budget_bytes: int = 2**28) -> int:
+    """How many tokens fit in `budget_bytes` with four float32 copies of their logits: raw, scaled, probabilities, gradient.
+
+    At least 16, so that the matrix product stays worth its name.
+    """
+    return max(16, budget_bytes // (4 * 4 * vocabulary))
 
 
 def chunked_loss(
@@ -83,7 +88,7 @@ def chunked_loss(
     (float32, on which it may do anything differentiable); returns losses and detached statistics, each of shape (C,). rows: tokens a
     chunk; null chooses. weight_N: weight of each token's loss, 1 if omitted. Returns a scalar and the statistics as (N,) tensors.
     """
-    rows = rows or chunk_rows(head.vocabulary)
+    rows = rows or head.rows or chunk_rows(head.vocabulary)
     seen: list[TokenStats] = []
     if hidden_NH.shape[0] == 0:
         return hidden_NH.sum() + 0.0 * head.weight_VH[0, 0], {}
@@ -96,7 +101,7 @@ def chunked_loss(
 @torch.no_grad()
 def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats], rows: int | None = None) -> TokenStats:
     """Per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
-    rows = rows or chunk_rows(head.vocabulary)
+    rows = rows or head.rows or chunk_rows(head.vocabulary)
     seen: list[Mapping[str, Tensor]] = [token_stats(head.logits(hidden_NH[part]), part) for part in chunks(hidden_NH.shape[0], rows)]
     return {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]} if seen else {}
 

@@ -15,13 +15,13 @@ from opd.objective import TeacherStates, chunked_stats, token_logp
 class LocalTeacher:
     """Implements `Teacher` on a frozen transformers model.
 
-    vocabulary: its head is cut to the ids it shares with the student. adapters: the student's, where the teacher is the student's own base.
+    vocabulary, rows: size and rows of its `Head`. adapters: the student's, where the teacher is the student's own base.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int, adapters: Any | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: int, adapters: Any | None = None, rows: int | None = None) -> None:
         self.model = model
         self.adapters = adapters
-        self.head = output_head(model, vocabulary)
+        self.head = output_head(model, vocabulary, rows)
 
     @torch.no_grad()
     def states(self, batch: MicroBatch) -> TeacherStates:
