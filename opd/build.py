@@ -120,7 +120,7 @@ def build(
 
 
 def measured_choices(accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
-    """What is chosen by looking at the machine: the same in all processes, and kept by a run that goes on, as another would round otherwise.
+    """What is chosen by looking at the machine: agreed by all processes, kept by a run that goes on: another would round otherwise.
 
     head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 256 MiB (1 GiB on a GPU).
     """

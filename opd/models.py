@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from opd import hub
 from opd.config.schema import Device, Dtype, ModelConfig
 from opd.config.store import PACKAGE
 from opd.errors import ConfigError
@@ -64,6 +65,7 @@ def locate(config: ModelConfig, role: str) -> str:
 def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs: Any) -> Any:
     """`load` the configured folder or hub id; what transformers raises becomes one line with a remedy."""
     source = locate(config, role)
+    hub.expect(source)
     if config.gguf_file is not None:
         kwargs["gguf_file"] = config.gguf_file
     try:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd import hub
 from opd.config.schema import DataConfig, Source
 from opd.data import arithmetic
 from opd.errors import ConfigError, DataError
@@ -96,6 +97,7 @@ def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
     from datasets import load_dataset
 
     assert config.path is not None
+    hub.expect(config.path)
     try:
         return tuple(load_dataset(config.path, config.subset, split=split) for split in (config.train_split, config.eval_split))
     except (OSError, ValueError) as error:

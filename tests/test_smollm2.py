@@ -1,0 +1,55 @@
+"""Real weights: SmolLM2-135M-Instruct, fetched by the shipped script (93 MB, once; models/ is kept between runs)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd import models
+from opd.config.schema import ModelConfig
+from opd.train import main
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def weights() -> Path:
+    pytest.importorskip("gguf")
+    folder = ROOT / "models"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "VIRTUAL_ENV": str(Path(sys.executable).parent.parent)}
+    subprocess.run([str(ROOT / "scripts" / "fetch_smollm2"), str(folder)], check=True, env=environment)
+    return folder
+
+
+def test_a_gguf_file_is_the_model_it_was_made_from(weights):
+    gguf = ModelConfig(path=str(weights / "gguf"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    expanded, plain = (
+        models.load_model(config, "model", torch.device("cpu")) for config in (gguf, ModelConfig(path=str(weights / "teacher")))
+    )
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad():
+        assert torch.allclose(expanded(ids).logits, plain(ids).logits, atol=1e-4)
+    assert (
+        models.load_tokenizer(gguf, "model").get_vocab()
+        == models.load_tokenizer(ModelConfig(path=str(weights / "teacher")), "model").get_vocab()
+    )
+
+
+def test_a_few_steps_on_real_weights(weights, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.chdir(tmp_path)
+    options = [f"model.path={weights / 'student'}", f"teacher.path={weights / 'teacher'}", "name=run", "device=cpu"]
+    short = ["train.max_steps=3", "train.batch_size=4", "sampling.max_new_tokens=16", "eval.kl_prompts=8", "eval.kl_max_new_tokens=16"]
+    assert main(["experiment=smollm2", *options, *short, "optim.warmup_steps=0"]) == 0, capfd.readouterr().err
+    folder = tmp_path / "runs" / "run"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert 0.3 < summary["eval_kl_before"] < 3  # three of thirty layers are missing
+    assert summary["eval_kl_after"] < summary["eval_kl_before"]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["engine_gap"] for line in metrics) < 1e-3
