@@ -24,9 +24,8 @@ class Means:
             self.add(name, float(values.double().sum()), values.numel())
 
     def to_tensor(self, device: torch.device) -> Tensor:
-        """(names, 2) in sorted order of names, float64 (float32 on MPS, which has no float64)."""
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        return torch.tensor([[self.sums[name], self.counts[name]] for name in sorted(self.sums)], dtype=dtype, device=device)
+        """(names, 2) in sorted order of names, float64."""
+        return torch.tensor([[self.sums[name], self.counts[name]] for name in sorted(self.sums)], dtype=torch.float64, device=device)
 
     def from_tensor(self, reduced: Tensor) -> "Means":
         """The same names with sums and counts that were added up across processes."""

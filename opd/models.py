@@ -25,7 +25,7 @@ BUNDLED = "bundled:"
 
 def find_device(device: Device) -> torch.device:
     """The device asked for, or the best there is. Raises `ConfigError` when the one asked for is not there."""
-    present = {Device.cuda: torch.cuda.is_available(), Device.mps: torch.backends.mps.is_available(), Device.cpu: True}
+    present = {Device.cuda: torch.cuda.is_available(), Device.cpu: True}
     if device is Device.auto:
         device = next(candidate for candidate, there in present.items() if there)
     if not present[device]:

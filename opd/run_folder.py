@@ -1,6 +1,7 @@
 """The run folder: what a run writes and how its state is told (see the README for its layout)."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -103,7 +104,12 @@ class RunFolder:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if self.writes:
             with (self.path / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps({name: finite(value) for name, value in line.items()}) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null says that there is no number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_lines(file: Path) -> list[dict[str, Any]]:

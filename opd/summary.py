@@ -21,7 +21,7 @@ def summarise(config: Config, run_folder: RunFolder, accelerator: Accelerator) -
     rewards = {when: line["rewards"] for when, line in lines.items()}
     mean = {when: None if found is None else found["mean"] for when, found in rewards.items()}
     tenth = max(1, len(metrics) // 10)
-    kl = [line["reverse_kl"] for line in metrics]
+    kl = [line["reverse_kl"] for line in metrics if line["reverse_kl"] is not None]
     seconds, tokens = sum(line["time/step"] for line in metrics), sum(line["tokens"] for line in metrics)
     return {
         **{f"reward_{when}": value for when, value in mean.items()},

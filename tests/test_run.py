@@ -225,6 +225,25 @@ def test_other_objectives_and_bf16_run(tmp_path, monkeypatch, options):
     assert main([*DEBUG, "name=run", "train.max_steps=2", *options]) == 0
 
 
+def test_a_step_that_is_not_finite_is_logged_as_null_and_survived(tmp_path, monkeypatch):
+    from opd.teachers import LocalTeacher
+
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    original = LocalTeacher.logp
+
+    def logp(self, batch, temperature):
+        calls.append(1)
+        return original(self, batch, temperature) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(LocalTeacher, "logp", logp)
+    assert main([*DEBUG, "name=run", "train.max_steps=3", "ppo.steps=1"]) == 0
+    metrics = lines(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert [line["optim/skipped"] for line in metrics] == [0, 1, 0]
+    assert metrics[1]["loss"] is None and metrics[2]["loss"] is not None
+    assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["reverse_kl_last"] is not None
+
+
 def test_a_sweep_runs_every_member(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["-m", *DEBUG, "train.max_steps=1", "optim.lr=1e-4,2e-4", "name=sweep"]) == 0
@@ -288,3 +307,32 @@ def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_
     assert changed and all("proj" in name for name in changed)
     first = lines(folder / "evaluations.jsonl")[1]
     assert first["model"] == "student" and first["kl"] > 0.01  # the teacher's own prompt makes it another distribution
+
+
+def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monkeypatch):
+    """`opd train` as typed, with folders in the place of what the hub holds: padded heads of different widths, GSM8K's own columns."""
+    from opd.config.store import PACKAGE
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "assets" / "tiny-student")
+    for role, width in (("student", 264), ("teacher", 272)):
+        model = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / f"tiny-{role}")
+        model.resize_token_embeddings(width, mean_resizing=False)
+        model.generation_config.repetition_penalty = 1.1  # as in Qwen2.5; must not reach the sampler
+        model.save_pretrained(tmp_path / role)
+        tokenizer.save_pretrained(tmp_path / role)
+    (tmp_path / "gsm8k" / "main").mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [
+            {"question": f"Tom has {i} pens and buys 3. How many?", "answer": f"{i}+3=<<{i}+3={i + 3}>>{i + 3}\n#### {i + 3}"}
+            for i in range(8)
+        ]
+        (tmp_path / "gsm8k" / "main" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["model.path=student", "teacher.path=teacher", "data.path=gsm8k/main", "data.subset=null"]
+    short = ["train.max_steps=2", "sampling.max_new_tokens=6", "eval.max_new_tokens=6", "eval.kl_max_new_tokens=4", "eval.kl_prompts=4"]
+    assert main([*options, *short, "device=cpu"]) == 0
+    folder = tmp_path / "runs" / "qwen05b-from-qwen15b-on-gsm8k"
+    evaluations = lines(folder / "evaluations.jsonl")
+    assert {line["rewards"]["count"] for line in evaluations} == {8}
+    assert max(line["engine_gap"] for line in lines(folder / "metrics.jsonl")) < 1e-4
+    assert AutoModelForCausalLM.from_pretrained(folder / "final").get_output_embeddings().weight.shape[0] == 264

@@ -167,6 +167,14 @@ def test_the_prefix_limit_leaves_later_tokens_out_of_the_loss(make_model, tmp_pa
     assert rollout.first(2).completion == (4, 5) and len(rollout.first(2).behaviour_logp) == 2 and rollout.first(None) is rollout
 
 
+def test_the_ids_that_were_sampled_are_the_ids_that_are_scored(make_model, tmp_path):
+    """Never decoded and tokenised again: the student's ids, in any order that no tokenizer would write, reach both models as they are."""
+    trainer = make_trainer(make_model, tmp_path)
+    rollouts = trainer.sampler.sample(trainer.requests(), trainer.decoding(), "train")
+    scored = [(int(i), int(t)) for batch in trainer.split(rollouts) for i, t in zip(batch.sequence_N, batch.target_N, strict=True)]
+    assert sorted(scored, key=lambda pair: pair[0]) == [(i, t) for i, rollout in enumerate(rollouts) for t in rollout.completion]
+
+
 def test_a_prompt_boundary_belongs_to_its_row():
     rollouts = [rollout_of(tuple(range(2, 2 + n)), (20, 21, 1), index=n) for n in (1, 5, 3)]
     for batch in micro_batches(rollouts, 1000, pad_id=0):

@@ -17,7 +17,6 @@ class Device(Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-    mps = "mps"
 
 
 class Dtype(Enum):
