@@ -115,7 +115,7 @@ class Display:
             table.add_row("KL to teacher, nats/token", f"{summary['eval_kl_before']:.4f}", f"{summary['eval_kl_after']:.4f}", "0")
         self.console.print(table)
         if summary["gap_closed"] is not None:
-            self.note(f"{summary['gap_closed']:.0%} of the gap to the teacher closed")
+            self.note(f"{summary['gap_closed']:.1%} of the gap to the teacher closed")
         self.note(
             f"{summary['steps']} steps, {summary['graded_tokens']:,} graded tokens, {summary['seconds']:.0f} s of training, "
             f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
