@@ -66,7 +66,6 @@ class OnPolicyDistillationTrainer:
             train_rows=train_dataset,
             eval_rows=eval_dataset if eval_dataset is not None else [],
         )
-        rows = [*train_dataset[:1], *(eval_dataset or [])[:1]]
         self.config: Config = from_options(
             {
                 "name": self.output_dir.name,
@@ -76,7 +75,7 @@ class OnPolicyDistillationTrainer:
                 "data.path": None,
                 "data.subset": None,
                 "data.prompt": "prompt",
-                "data.answer": "answer" if any("answer" in row for row in rows) else None,
+                "data.answer": "answer",
                 "data.answer_after": None,
                 "eval.steps": eval_steps,
                 "eval.reward": reward,

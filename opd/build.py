@@ -1,5 +1,6 @@
 """From a typed config to everything a run needs: accelerator, models, data, sampler, teacher, evaluator, trainer."""
 
+import atexit
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,10 +20,10 @@ from opd.checkpoint import Checkpoints
 from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
 from opd.data.prompts import Prompt, encode_rows
-from opd.data.sources import Rows, load_rows
+from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
-from opd.forward import Policy, add_adapters, free_memory, packs, prepare_student, prepare_teacher
+from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
 from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
 from opd.samplers import SAMPLERS, Decoding, Sampler
@@ -61,7 +62,7 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
     device = models.find_device(config.device)
     AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) else "no",
         # Ranks may run different numbers of micro-batches, so a forward pass must not communicate; there are no trained buffers.
@@ -69,6 +70,13 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
         project_dir=folder,
     )
+    if accelerator.num_processes > 1:
+        atexit.register(PartialState().destroy_process_group)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"{accelerator.distributed_type.value}: weights that are sharded over processes are not supported; use MULTI_GPU (DDP)"
+        )
+    return accelerator
 
 
 def build(
@@ -83,7 +91,9 @@ def build(
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
     torch.manual_seed(config.seed)
-    student = prepare_student(given.student or models.load_model(config.model, "model", device), device)
+    if given.student is not None and given.student is given.teacher:
+        raise ConfigError("model and teacher_model are the same module: the teacher has to stay as it is; load it twice")
+    student = prepare_student(given.student or models.load_model(config.model, "model", device), device, bf16, frozen=config.lora.rank > 0)
     adapters = add_adapters(student, config.lora) if config.lora.rank else None
     if config.shares_base:
         teacher_model = student
@@ -92,7 +102,7 @@ def build(
     vocabulary = models.shared_vocabulary(tokenizer, student, teacher_model)
     choices = choices or measured_choices(accelerator, vocabulary)
     rows = choices["head_rows"]
-    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows)
+    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
     make_sampler = SAMPLERS[config.sampling.engine]
     policy, optimizer = accelerator.prepare(
@@ -112,19 +122,24 @@ def build(
         pad_id=tokenizer.pad_token_id,
         packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
-        saved_state={"config": to_dict(config), "choices": choices},
+        saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "choices": choices},
     )
-    teacher_sampler = make_sampler(teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, False)
+    teacher_sampler = make_sampler(teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, config.shares_base and bf16)
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences)
+
+
+def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+    """What a run is before anything is loaded: only a run that is the same may go on from its checkpoints."""
+    return {"config": to_dict(config), "prompts_per_step": config.train.batch_size * accelerator.num_processes}
 
 
 def measured_choices(accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
     """What is chosen by looking at the machine: agreed by all processes, kept by a run that goes on: another would round otherwise.
 
-    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 256 MiB (1 GiB on a GPU).
+    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 512 MiB (2 GiB on a GPU).
     """
-    cap = 2**30 if accelerator.device.type == "cuda" else 2**28
+    cap = 2**31 if accelerator.device.type == "cuda" else 2**29
     rows = torch.tensor([chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, cap))], device=accelerator.device)
     return {"head_rows": int(accelerator.gather(rows).min())}
 
@@ -134,7 +149,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
     if given.train_rows is None:
         train_rows, eval_rows = load_rows(config.data)
     else:
-        train_rows, eval_rows = given.train_rows, given.eval_rows or []
+        train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
     system = config.teacher.system
     train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", system)
     eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", system) if len(eval_rows) else []
@@ -178,7 +193,7 @@ def make_evaluator(
         grader=grader,
         max_tokens=config.train.max_tokens_per_micro_batch,
         vocabulary=vocabulary,
-        precision=partial(models.autocast, accelerator.device, bf16),
+        precision=partial(autocast, accelerator.device, bf16),
     )
 
 

@@ -104,11 +104,18 @@ class Checkpoints:
             write_json(self.folder / BEST, {"step": step, "score": score})
 
     def best(self) -> dict[str, float] | None:
-        """The step and score of the best evaluation so far."""
+        """The step and score of the best evaluation so far whose checkpoint is there."""
         if not (self.folder / BEST).is_file():
             return None
         found: dict[str, float] = json.loads((self.folder / BEST).read_text())
-        return found
+        return found if int(found["step"]) in self.steps() else None
+
+    def set_aside(self, step: int) -> None:
+        """Rename the checkpoints after `step`, which will be run again another way."""
+        for later in self.steps():
+            if later > step:
+                shutil.rmtree(self.folder / f"old_{self.path(later).name}", ignore_errors=True)
+                self.path(later).rename(self.folder / f"old_{self.path(later).name}")
 
     def _delete_old(self) -> None:
         best = self.best()

@@ -118,7 +118,7 @@ class Display:
             self.note(f"{summary['gap_closed']:.1%} of the gap to the teacher closed")
         self.note(
             f"{summary['steps']} steps, {summary['graded_tokens']:,} graded tokens, {summary['seconds']:.0f} s of training, "
-            f"{summary['tokens_per_second']:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
+            f"{summary['tokens_per_second'] or 0:,.0f} tokens/s, peak memory {summary['peak_memory_bytes'] / 2**30:.2f} GiB"
         )
         for label, place in places.items():
             self.note(f"{label:<8} {place}")

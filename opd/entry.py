@@ -98,7 +98,7 @@ class Job:
             message = mistakes.one_line(str(error))
             if log_files():
                 log.error(message)
-            if self.rank == 0 or not isinstance(error, SAME_ON_ALL_RANKS):
+            if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
                 self.say(f"error: {message}")
             return error.exit_code
         summary = mistakes.one_line(f"internal error: {type(error).__name__}: {error}")

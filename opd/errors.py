@@ -9,8 +9,6 @@ USAGE = 64
 DATA = 65
 INTERNAL = 70
 OUTPUT = 74
-PREEMPTED = 75
-TEACHER = 76
 NUMERIC = 77
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -39,10 +37,8 @@ class OutputError(OpdError):
     exit_code = OUTPUT
 
 
-class TeacherError(OpdError):
-    """The teacher cannot score."""
-
-    exit_code = TEACHER
+class RewardError(DataError):
+    """A reward of the user's own failed on an answer: perhaps in one process alone."""
 
 
 class NumericError(OpdError):

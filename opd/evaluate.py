@@ -1,5 +1,6 @@
 """How good a model is: rewards of its answers where an answer is known, and the exact KL(student‖teacher) on the student's own samples."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +21,8 @@ from opd.objective import chunked_stats, exact, reverse_kl
 from opd.rewards import Grader
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
+
+log = logging.getLogger(__name__)
 
 Z95 = 1.959964
 
@@ -157,6 +160,9 @@ class Evaluator:
                 graded.append(index)
         if self.grader is not None:
             pairs = [(self.text(rollouts[index]), rollouts[index].request.prompt.answer or "") for index in graded]
+            late = self.grader.timeouts
             for index, reward in zip(graded, self.grader.grade(pairs), strict=True):
                 rewards[index] = reward
+            if self.grader.timeouts > late:
+                log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
         return rewards

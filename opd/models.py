@@ -5,7 +5,6 @@ Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,12 @@ def find_device(device: Device) -> torch.device:
 
 
 def has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
     """Whether the student's matrix products run in bf16: as configured, or where the device has it."""
     return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and has_bf16(device))
-
-
-def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
 
 
 def locate(config: ModelConfig, role: str) -> str:

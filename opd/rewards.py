@@ -28,7 +28,7 @@ from decimal import Decimal
 from types import TracebackType
 from typing import Any, TypeVar
 
-from opd.errors import ConfigError, DataError
+from opd.errors import ConfigError, RewardError
 from opd.grading import MARK, MEMORY_EXIT, START_LIMIT
 from opd.grading import RewardFunction as RewardFunction
 
@@ -129,9 +129,9 @@ class _Child:
             code = self._exit_code()
             if code == MEMORY_EXIT or code < 0:
                 raise _Stopped from None
-            raise DataError(f"reward `{self._name}` ended its process with exit code {code} on an answer; return a number") from None
+            raise RewardError(f"reward `{self._name}` ended its process with exit code {code} on an answer; return a number") from None
         if "error" in reply:
-            raise DataError(reply["error"])
+            raise RewardError(reply["error"])
         value: float | None = reply["reward"]
         return value
 

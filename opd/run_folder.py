@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -11,7 +12,8 @@ from typing import Any
 from opd.checkpoint import write_json
 from opd.errors import OutputError
 
-METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
+RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
+    "run.json",
     "metrics.jsonl",
     "evaluations.jsonl",
     "status.json",
@@ -25,7 +27,6 @@ METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
 class Status(Enum):
     running = "running"
     done = "done"
-    preempted = "preempted"
     failed = "failed"
 
 
@@ -63,6 +64,25 @@ class RunFolder:
     def set_status(self, status: Status, reason: str = "", exit_code: int | None = None) -> None:
         if self.writes:
             write_json(self.path / STATUS, {"status": status.value, "reason": reason, "exit_code": exit_code})
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the run in this folder is: its config and what else decides what it learns. None where none was begun."""
+        file = self.path / RUN
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def set_identity(self, identity: Mapping[str, Any]) -> None:
+        if self.writes:
+            write_json(self.path / RUN, identity)
+
+    def adopt(self, other: Path) -> None:
+        """Take over what another run logged, to go on from one of its checkpoints."""
+        for name in (METRICS, EVALUATIONS):
+            if other.resolve() != self.path.resolve() and (other / name).is_file():
+                shutil.copyfile(other / name, self.path / name)
+
+    def clear(self) -> None:
+        """Forget all that was logged."""
+        self.rewind(-1)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged of later steps, which will be run again."""

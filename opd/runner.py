@@ -1,8 +1,10 @@
 """The runner: checks what can be checked, finds where to begin, runs the loop and writes what happens to the run folder."""
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,25 +15,26 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from opd.build import Built, Given, build, check_tracker, make_accelerator
+from opd.build import Built, Given, build, check_tracker, identity, make_accelerator
 from opd.checkpoint import Checkpoint, Checkpoints, read, restore, verify
 from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
 from opd.data.rollouts import Rollout
 from opd.display import Display, NoteHandler, describe_rewards
-from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError
+from opd.errors import INTERNAL, INTERRUPTED, ConfigError, DataError, OpdError, OutputError
 from opd.evaluate import Evaluation
 from opd.export import export
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
-from opd.summary import summarise
+from opd.summary import peak_memory, summarise
 from opd.trainer import Evaluated, Scored, StepDone, Trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# What may differ between a run and its continuation: it changes nothing that is learnt.
-MAY_CHANGE = ("name", "resume", "device", "eval", "checkpoint", "track")
+# What may differ between a run and its continuation, because it changes nothing that is learnt or compared. Prompts per process may,
+# as long as their number over all processes stays.
+MAY_CHANGE = ("name", "resume", "device", "checkpoint", "track", "train.batch_size", "eval.steps", "eval.batch_size")
 
 
 def run(config: Config, folder: Path) -> float | None:
@@ -44,25 +47,34 @@ def run(config: Config, folder: Path) -> float | None:
 def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:
     """Distil into `folder` and return the summary that is written there. Raises `OpdError` for all that is not a defect."""
     quiet_libraries()
+    fresh_memory()
     check_tracker(config.track.tool)
     accelerator = make_accelerator(config, folder)
     run_folder = RunFolder(folder, writes=accelerator.is_main_process)
     run_folder.prepare()
     accelerator.wait_for_everyone()
     checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    start = on_main(accelerator, lambda: find_start(config, run_folder, checkpoints))
-    if start is not None and run_folder.status() is Status.done:
-        summary = run_folder.summary()
-        display = Display(summary["steps"], shown=accelerator.is_main_process)
+    wanted = identity(config, accelerator)
+    finished = on_main(accelerator, lambda: find_finished(config, run_folder, wanted))
+    if finished is not None:
+        display = Display(finished["steps"], shown=accelerator.is_main_process)
         display.note(f"{folder} holds this run, finished; nothing to do (a new one: name=…)")
-        display.summarise(summary, places(folder))
-        return summary
+        display.summarise(finished, places(folder))
+        return finished
+    start = on_main(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
     run_folder.set_status(Status.running)
     try:
         summary = distil(config, accelerator, run_folder, checkpoints, start, given or Given())
     except KeyboardInterrupt:
         run_folder.set_status(Status.failed, "interrupted", INTERRUPTED)
         raise
+    except torch.OutOfMemoryError as error:
+        told = ConfigError(
+            f"{accelerator.device} has too little memory ({str(error).splitlines()[0]}): lower train.max_tokens_per_micro_batch, set "
+            "train.activation_checkpointing=true, or, while sampling, lower sampling.batch_size and eval.batch_size"
+        )
+        run_folder.set_status(Status.failed, str(told), told.exit_code)
+        raise told from error
     except Exception as error:
         code = error.exit_code if isinstance(error, OpdError) else INTERNAL
         run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
@@ -79,19 +91,20 @@ def distil(
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
         trainer = built.trainer
         if start is not None:
+            if start.state["prompts"] != len(trainer.prompts):
+                raise DataError(f"the data changed: there were {start.state['prompts']} prompts, there are {len(trainer.prompts)}")
             restore(start, trainer.student, trainer.optimizer)
             trainer.step = start.step
-        if accelerator.is_main_process:
-            run_folder.rewind(trainer.step)
-        accelerator.wait_for_everyone()
-        catch_up(trainer, run_folder, checkpoints)
+        on_main(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
+        history = on_main(accelerator, lambda: History(run_folder.metrics(), run_folder.evaluations(), checkpoints.best()))
+        catch_up(trainer, history)
         display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         handler = NoteHandler(display)
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         introduce(display, config, built, start)
         start_tracking(config, accelerator)
-        teacher_evaluation = evaluate_teacher(built, run_folder)
+        teacher_evaluation = evaluate_teacher(built, run_folder, history)
         if teacher_evaluation is not None and teacher_evaluation.rewards is not None:
             display.note(f"teacher: reward {describe_rewards(teacher_evaluation.rewards)}")
         stack.callback(display.end)
@@ -109,15 +122,34 @@ def distil(
                     display.show(event)
         display.end()
         accelerator.wait_for_everyone()
-        summary = summarise(config, run_folder, accelerator)
+        peak = peak_memory(accelerator)
+        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak))
         if accelerator.is_main_process:
             student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
             export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary)
         run_folder.write_summary(summary)
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # not end_training, which ends the process group that the next member of a sweep needs
+            tracker.finish()
         display.summarise(summary, places(run_folder.path))
         return summary
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a run logged before it goes on: metrics, evaluations, and the step and score of its best."""
+
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    best: dict[str, float] | None
+
+
+def fresh_memory() -> None:
+    """Let go of what an earlier member of a sweep left behind, and begin to measure anew."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def quiet_libraries() -> None:
@@ -142,11 +174,22 @@ def on_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
     return result
 
 
-def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints) -> Checkpoint | None:
-    """The checkpoint to go on from, by `resume`. Raises `ConfigError` when it belongs to another method or must not be continued."""
+def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The summary of this very run, if it is done. Raises `ConfigError` when the folder holds another run, or may not be touched."""
+    held = run_folder.identity()
+    if held is None:
+        return None
+    kept = run_folder.status() is Status.done or any(run_folder.checkpoints.glob("*step_*"))
+    if config.resume == "never" and kept:
+        raise ConfigError(f"resume=never: {run_folder.path} holds a run already; take another name=…, or resume=auto to go on")
+    if kept and config.resume == "auto":
+        check_same(held, wanted, run_folder.path)
+    return run_folder.summary() if run_folder.status() is Status.done and config.resume == "auto" else None
+
+
+def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints, wanted: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from, by `resume`. Raises `ConfigError` when it is another run's, `OutputError` when it is unusable."""
     if config.resume == "never":
-        if checkpoints.steps():
-            raise ConfigError(f"resume=never: {run_folder.path} holds a run already; take another name=…, or resume=auto to go on")
         return None
     if config.resume == "auto":
         start = checkpoints.newest()
@@ -156,34 +199,54 @@ def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints) 
             raise OutputError(f"resume={config.resume}: not a usable checkpoint: {problem}")
         start = read(Path(config.resume))
     if start is not None:
-        changed = differences(start.state["config"], to_dict(config))
-        if changed:
-            raise ConfigError(
-                f"{run_folder.path} holds another run: {'; '.join(changed)}. Take another name=…, or the same options to go on"
-            )
+        check_same(start.state, wanted, start.path)
     return start
+
+
+def check_same(held: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
+    """Raises `ConfigError`, with what differs, unless a run that is `wanted` may go on from what `where` holds."""
+    changed = differences(held["config"], wanted["config"])
+    if held["prompts_per_step"] != wanted["prompts_per_step"]:
+        changed.append(
+            f"prompts a step were {held['prompts_per_step']}, are {wanted['prompts_per_step']} (train.batch_size × processes: with another "
+            "number of processes set train.batch_size so that the product stays)"
+        )
+    if changed:
+        raise ConfigError(f"{where} holds another run: {'; '.join(changed)}. Take another name=…, or the same options to go on")
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Options, with old and new value, in which two configs differ and which alter what is learnt."""
+    if key in MAY_CHANGE:
+        return []
     if isinstance(old, dict) and isinstance(new, dict):
-        names = [name for name in {**old, **new} if key or name not in MAY_CHANGE]
-        return [line for name in names for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
+        return [line for name in {**old, **new} for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
     return [] if old == new else [f"{key} was {old}, is {new}"]
 
 
-def catch_up(trainer: Trainer, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
+def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
+    """Let the logs end where the run begins: nowhere, or at the checkpoint it goes on from."""
+    if start is None:
+        run_folder.clear()
+    else:
+        run_folder.adopt(start.path.parent.parent)
+        run_folder.rewind(start.step)
+        checkpoints.set_aside(start.step)
+    run_folder.set_identity(trainer.saved_state)
+
+
+def catch_up(trainer: Trainer, history: History) -> None:
     """Let the trainer know what the run did before."""
-    trainer.graded_tokens = int(sum(line["tokens"] for line in run_folder.metrics()))
-    if any(line["model"] == "student" and line["step"] == trainer.step for line in run_folder.evaluations()):
+    trainer.graded_tokens = int(sum(line["tokens"] for line in history.metrics))
+    if any(line["model"] == "student" and line["step"] == trainer.step for line in history.evaluations):
         trainer.evaluated = trainer.step
-    best = checkpoints.best()
-    trainer.best = None if best is None else best["score"]
+    if history.best is not None and history.best["step"] <= trainer.step:
+        trainer.best = history.best["score"]
 
 
-def evaluate_teacher(built: Built, run_folder: RunFolder) -> Evaluation | None:
+def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> Evaluation | None:
     """The teacher under the student's decoding, once a run."""
-    if any(line["model"] == "teacher" for line in run_folder.evaluations()):
+    if any(line["model"] == "teacher" for line in history.evaluations):
         return None
     with built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)

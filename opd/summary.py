@@ -13,8 +13,11 @@ from opd.config.schema import Config
 from opd.run_folder import RunFolder
 
 
-def summarise(config: Config, run_folder: RunFolder, accelerator: Accelerator) -> dict[str, Any]:
-    """Rewards (with 95 % intervals), exact KL and training KL before and after, and what it cost; null for what was not measured."""
+def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int) -> dict[str, Any]:
+    """Rewards (with 95 % intervals), exact KL and training KL before and after, and what it cost; null for what was not measured.
+
+    steps: how many were done. peak: bytes of memory at the most.
+    """
     metrics, evaluations = run_folder.metrics(), run_folder.evaluations()
     student = [line for line in evaluations if line["model"] == "student"]
     lines = {"before": student[0], "after": student[-1], "teacher": next(line for line in evaluations if line["model"] == "teacher")}
@@ -29,13 +32,13 @@ def summarise(config: Config, run_folder: RunFolder, accelerator: Accelerator) -
         "gap_closed": gap_closed(mean["before"], mean["after"], mean["teacher"]),
         "eval_kl_before": lines["before"]["kl"],
         "eval_kl_after": lines["after"]["kl"],
-        "reverse_kl_first": fmean(kl[:tenth]),
-        "reverse_kl_last": fmean(kl[-tenth:]),
-        "steps": len(metrics),
+        "reverse_kl_first": fmean(kl[:tenth]) if kl else None,
+        "reverse_kl_last": fmean(kl[-tenth:]) if kl else None,
+        "steps": steps,
         "graded_tokens": int(tokens),
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak_memory(accelerator),
+        "tokens_per_second": tokens / seconds if seconds else None,
+        "peak_memory_bytes": peak,
         "seed": config.seed,
     }
 

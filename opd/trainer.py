@@ -103,7 +103,7 @@ class Trainer:
     def run(self) -> Iterator[Event]:
         """Steps until `max_steps`, evaluations every `eval.steps` and before and after, checkpoints every `checkpoint.every` steps."""
         while True:
-            last = self.step == self.max_steps
+            last = self.step >= self.max_steps
             if self.evaluation_due(last):
                 yield from self.evaluate()
             if last:
@@ -123,9 +123,9 @@ class Trainer:
         if score is not None and self.step > 0 and (self.best is None or score > self.best):
             self.best = score
             if self.config.checkpoint.keep_best:
+                yield self.save()
                 if self.accelerator.is_main_process:
                     self.checkpoints.mark_best(self.step, score)
-                yield self.save()
         yield Evaluated(evaluation)
 
     def save(self) -> Saved:
@@ -138,10 +138,10 @@ class Trainer:
         """Sample, score, and take `ppo.steps` optimizer steps on all of it."""
         begin = time.perf_counter()
         rate = self.set_learning_rate()
-        rollouts = self.sampler.sample(self.requests(), self.decoding(), "train")
+        written = self.sampler.sample(self.requests(), self.decoding(), "train")
         sampled_at = time.perf_counter()
-        bonus = self.task_bonus(rollouts)
-        rollouts = [rollout.first(self.config.ppo.loss_prefix) for rollout in rollouts]
+        bonus = self.task_bonus(written)
+        rollouts = [rollout.first(self.config.ppo.loss_prefix) for rollout in written]
         batches = [batch.to(self.accelerator.device) for batch in self.split(rollouts)]
         scores = [score(self.teacher, batch, self.config, None if bonus is None else bonus[batch.sequence_N]) for batch in batches]
         scored_at = time.perf_counter()
@@ -152,7 +152,7 @@ class Trainer:
             first = first or seen
         self.step += 1
         end = time.perf_counter()
-        self.describe(means, rollouts, batches, first)
+        self.describe(means, written, batches, first)
         metrics = self.reduce(means)
         seconds = {"sample": sampled_at - begin, "score": scored_at - sampled_at, "update": end - scored_at, "step": end - begin}
         tokens = self.global_sum(sum(len(rollout.completion) for rollout in rollouts))
@@ -166,7 +166,7 @@ class Trainer:
             "tokens_per_second": tokens / (end - begin),
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
-        return StepDone(self.step, metrics, self.scored(rollouts, batches, first))
+        return StepDone(self.step, metrics, self.scored(written, batches, first))
 
     def requests(self) -> list[Request]:
         """This process's share of the step's prompts, `sampling.n` times each."""
@@ -214,10 +214,10 @@ class Trainer:
 
             with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.policy):
                 loss, stats = self.policy(batch.inputs, head_loss)
-                self.accelerator.backward(loss * scale)
+                (loss * scale).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
             loss_sum += float(loss.detach())
             seen.append(stats)
-        means.add("loss", loss_sum, float(weights.sum()) if self.config.ppo.reduction is Reduction.sequence else sum(map(len_of, seen)))
+        means.add("loss", loss_sum, float(len(rollouts) if self.config.ppo.reduction is Reduction.sequence else sum(map(len_of, seen))))
         for stats in seen:
             means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
         self.apply(loss_sum, means)

@@ -76,3 +76,20 @@ def test_a_mistake_is_told_once_by_two_processes(tmp_path):
     assert done.returncode != 0
     assert done.stderr.count("there is no such folder") == 1
     assert json.loads((tmp_path / "runs/run/status.json").read_text())["exit_code"] == 64
+
+
+def test_a_sweep_of_two_processes_runs_every_member(tmp_path):
+    command = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", "-m", *OPTIONS, "train.max_steps=1", "optim.lr=1e-4,2e-4"]
+    launch(tmp_path / "sweep", command)
+    assert len(list((tmp_path / "sweep" / "sweeps" / "run").glob("*/summary.json"))) == 2
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    """One process of four prompts stops half way; two processes of two go on, and end where the uninterrupted run ends."""
+    options = [*OPTIONS, "train.max_steps=4", "checkpoint.every=2", "checkpoint.keep_last=9"]
+    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *options, "train.batch_size=4"])
+    half = tmp_path / "one" / "runs" / "run" / "checkpoints" / "step_000002"
+    two = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *options, "train.batch_size=2", f"resume={half}"]
+    launch(tmp_path / "two", two)
+    one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5

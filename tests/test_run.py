@@ -102,6 +102,8 @@ def test_another_method_in_the_same_folder_is_refused_with_the_difference(finish
     assert "optim.lr was 0.0001, is 0.0002" in capfd.readouterr().err
     assert main([*DEBUG, "name=run", "resume=never"]) == 64
     assert "holds a run already" in capfd.readouterr().err
+    assert main([*DEBUG, "name=run", "eval.limit=8"]) == 64
+    assert "eval.limit was 16, is 8" in capfd.readouterr().err
     assert json.loads((finished / "status.json").read_text())["status"] == "done"
 
 
@@ -137,6 +139,40 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(finished, tmp_pa
     assert strip(folder / "evaluations.jsonl") == strip(finished / "evaluations.jsonl")
 
 
+def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        main([*DEBUG, "name=run"])
+    assert main([*DEBUG, "name=run", "eval.limit=8", "train.max_steps=1"]) == 0
+    evaluations = lines(tmp_path / "runs" / "run" / "evaluations.jsonl")
+    assert [(line["model"], line["rewards"]["count"]) for line in evaluations] == [("teacher", 8), ("student", 8), ("student", 8)]
+
+
+def test_a_finished_run_without_its_checkpoints_is_still_finished(finished, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
+    assert main([*DEBUG, "name=run"]) == 0
+    assert "finished; nothing to do" in capfd.readouterr().out
+    assert main([*DEBUG, "name=run", "optim.lr=1"]) == 64
+
+
+def test_another_number_of_prompts_a_step_is_refused(finished, monkeypatch, capfd):
+    monkeypatch.chdir(finished.parent.parent)
+    assert main([*DEBUG, "name=run", "train.batch_size=8"]) == 64
+    assert "prompts a step were 4, are 8" in capfd.readouterr().err
+
+
+def test_a_run_can_go_on_from_a_named_checkpoint(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start = finished / "checkpoints" / "step_000004"
+    assert main([*DEBUG, "name=other", f"resume={start}"]) == 0
+    assert same(final_weights(tmp_path / "runs" / "other"), final_weights(finished))
+    summary = json.loads((tmp_path / "runs" / "other" / "summary.json").read_text())
+    assert summary["steps"] == 6 and summary["graded_tokens"] == json.loads((finished / "summary.json").read_text())["graded_tokens"]
+
+
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(finished, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
@@ -155,6 +191,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(finished, 
 def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "runs" / "run")
+    (tmp_path / "runs" / "run" / "status.json").write_text('{"status": "failed"}')
     for manifest in (tmp_path / "runs" / "run" / "checkpoints").glob("*/manifest.json"):
         manifest.unlink()
     assert main([*DEBUG, "name=run"]) == 74
@@ -260,7 +297,7 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
 def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
     from opd import OnPolicyDistillationTrainer
     from opd.config.store import PACKAGE
-    from opd.errors import ConfigError
+    from opd.errors import ConfigError, DataError
 
     student, teacher = (PACKAGE / "assets" / f"tiny-{role}" for role in ("student", "teacher"))
     rows = [{"prompt": [{"role": "user", "content": f"{i}+27="}], "get_reward": lambda text: float(text == "73")} for i in range(10, 40)]
@@ -273,6 +310,12 @@ def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
     summary = trainer.train()
     assert summary["steps"] == 2 and summary["reward_after"] is not None
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    mixed = [{"prompt": "11+11="}, {"prompt": "12+11=", "answer": "32"}, {"prompt": "13+11="}, {"prompt": "14+11="}]
+    arguments |= {"train_dataset": mixed, "eval_dataset": mixed, "output_dir": tmp_path / "mixed"}
+    assert OnPolicyDistillationTrainer(str(student), str(teacher), **arguments).train()["reward_after"] is not None
+    arguments |= {"train_dataset": [], "output_dir": tmp_path / "empty"}
+    with pytest.raises(DataError, match=r"training set of data\.source=python is empty"):
+        OnPolicyDistillationTrainer(str(student), str(teacher), **arguments).train()
     with pytest.raises(ConfigError, match=r"optim\.lr=-1"):
         OnPolicyDistillationTrainer("a", "b", rows, learning_rate=-1)
     with pytest.MonkeyPatch.context() as patch:
@@ -281,6 +324,7 @@ def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
             OnPolicyDistillationTrainer("a", "b", rows, use_accelerate=False)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     from opd.config.store import PACKAGE

@@ -274,7 +274,7 @@ class EvalConfig:
     reward: str | None = "number"
     temperature: float = 0.0
     max_new_tokens: int = 512
-    batch_size: int = 64
+    batch_size: int = 256
     kl_prompts: int = 32
     kl_max_new_tokens: int = 128
 

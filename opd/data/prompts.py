@@ -79,13 +79,13 @@ def encode_row(row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config:
         raise DataError(f"row {index}: the chat template refuses the messages: {error}") from None
     if not ids:
         raise DataError(f"row {index}: data.prompt={config.prompt} gives a prompt of no tokens")
-    answer = None if config.answer is None else extract_answer(row[config.answer], config.answer_after)
+    answer = None if config.answer is None else extract_answer(row.get(config.answer), config.answer_after)
     return Prompt(index, tuple(ids), messages[-1]["content"], answer, row.get("get_reward"), teacher_ids)
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
     """The row's chat: its list of messages, or its text as the user's, after the system message if there is one."""
-    prompt: Any = row[config.prompt]
+    prompt: Any = row.get(config.prompt)
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
@@ -95,7 +95,7 @@ def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
             f"row {index}: data.prompt={config.prompt} holds {type(prompt).__name__}; it must be a text or a list of messages "
             '{"role": "user", "content": "…"}'
         )
-    system = None if config.system is None else row[config.system]
+    system = None if config.system is None else row.get(config.system)
     return messages if system is None else [{"role": "system", "content": str(system)}, *messages]
 
 

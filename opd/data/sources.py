@@ -18,14 +18,24 @@ LARGEST_HELD_OUT = 500
 def load_rows(config: DataConfig) -> tuple[Rows, Rows]:
     """The training and the evaluation rows. Raises `DataError` where a file, split or column is missing or a set is empty."""
     train, evaluation = LOADERS[config.source](config)
+    if len(evaluation) == 0:
+        raise DataError(f"the evaluation set of data.source={config.source.value} is empty; {where(config)}")
+    return check_rows(train, evaluation, config)
+
+
+def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows, Rows]:
+    """The two sets. Raises `DataError` where there is nothing to train on or a first row lacks a column."""
+    if len(train) == 0:
+        raise DataError(f"the training set of data.source={config.source.value} is empty; {where(config)}")
     for rows, which in ((train, "training"), (evaluation, "evaluation")):
-        if len(rows) == 0:
-            raise DataError(f"the {which} set of data.source={config.source.value} is empty; {where(config)}")
-        check_columns(rows[0], config, which)
+        if len(rows):
+            check_columns(rows[0], config, which)
     return train, evaluation
 
 
 def where(config: DataConfig) -> str:
+    if config.source is Source.python:
+        return "look at train_dataset"
     if config.source in (Source.jsonl, Source.parquet):
         return f"look into data.train_path={config.train_path} and data.eval_path={config.eval_path}"
     return f"look at data.path={config.path}, data.train_split={config.train_split}, data.eval_split={config.eval_split}"
@@ -33,7 +43,8 @@ def where(config: DataConfig) -> str:
 
 def check_columns(row: Row, config: DataConfig, which: str) -> None:
     for option, column in (("prompt", config.prompt), ("answer", config.answer), ("system", config.system)):
-        if column is not None and column not in row:
+        optional = config.source is Source.python and option == "answer"  # rows of different kinds may be given side by side
+        if column is not None and column not in row and not optional:
             remedy = "" if option == "prompt" else ", or null where there is none"
             raise DataError(
                 f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(row))}: "

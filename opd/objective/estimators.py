@@ -150,11 +150,11 @@ def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tens
 
     advantage_N holds the tokens of each sequence in order, side by side. discount 0 returns it unchanged.
     """
-    result_N = advantage_N.clone()
-    for index in range(len(advantage_N) - 2, -1, -1):
-        if sequence_N[index] == sequence_N[index + 1]:
-            result_N[index] += discount * result_N[index + 1]
-    return result_N
+    result, sequence = advantage_N.tolist(), sequence_N.tolist()
+    for index in range(len(result) - 2, -1, -1):
+        if sequence[index] == sequence[index + 1]:
+            result[index] += discount * result[index + 1]
+    return torch.tensor(result, dtype=advantage_N.dtype, device=advantage_N.device)
 
 
 def group_normalised(reward_B: Tensor, group_B: Tensor) -> Tensor:

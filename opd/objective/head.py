@@ -26,7 +26,7 @@ class Head:
     """The output layer of a causal language model: `softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)`.
 
     Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths. rows: how many tokens' logits
-    exist at a time; None for a modest number.
+    exist at a time; None for a modest number. dtype: that of the matrix product; None for what autocast asks for, else the weight's.
     """
 
     weight_VH: Tensor
@@ -35,15 +35,16 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     rows: int | None = None
+    dtype: torch.dtype | None = None
 
     @property
     def vocabulary(self) -> int:
         return self.size if self.size is not None else self.weight_VH.shape[0]
 
     def raw(self, hidden_NH: Tensor) -> Tensor:
-        """The matrix product alone, (N, V), in the dtype that autocast asks for, else the weight's."""
+        """The matrix product alone, (N, V)."""
         weight_VH, bias_V = self.weight_VH[: self.size], None if self.bias_V is None else self.bias_V[: self.size]
-        dtype = matmul_dtype(weight_VH)
+        dtype = self.dtype or matmul_dtype(weight_VH)
         with torch.autocast(weight_VH.device.type, enabled=False):
             return F.linear(hidden_NH.to(dtype), weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype))
 
@@ -71,12 +72,12 @@ def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def chunk_rows(vocabulary: int, budget_bytes: int = 2**28) -> int:
-    """How many tokens fit in `budget_bytes` with four float32 copies of their logits: raw, scaled, probabilities, gradient.
+def chunk_rows(vocabulary: int, budget_bytes: int = 2**29) -> int:
+    """How many tokens fit in `budget_bytes` with eight float32 copies of their logits, the most that an estimator makes (`exact`).
 
     At least 16, so that the matrix product stays worth its name.
     """
-    return max(16, budget_bytes // (4 * 4 * vocabulary))
+    return max(16, budget_bytes // (8 * 4 * vocabulary))
 
 
 def chunked_loss(
@@ -119,7 +120,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_N: Tensor | None,
         seen: list[TokenStats],
     ) -> Tensor:
-        size, dtype = head.vocabulary, matmul_dtype(weight_VH)
+        size, dtype = head.vocabulary, head.dtype or matmul_dtype(weight_VH)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_weight_VH = torch.zeros_like(weight_VH) if needs_weight else None

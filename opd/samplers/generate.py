@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.models import autocast
+from opd.forward import autocast
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding
 

@@ -8,24 +8,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.data.rollouts import MicroBatch
-from opd.forward import kept_hidden, output_head, without
+from opd.forward import autocast, kept_hidden, output_head, without
 from opd.objective import TeacherStates, chunked_stats, token_logp
 
 
 class LocalTeacher:
     """Implements `Teacher` on a frozen transformers model.
 
-    vocabulary, rows: size and rows of its `Head`. adapters: the student's, where the teacher is the student's own base.
+    vocabulary, rows: size and rows of its `Head`. adapters: the student's, where the teacher is the student's own base. bf16: compute in
+    bf16 whatever the weights are; otherwise they decide, also where the student computes under autocast.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int, adapters: Any | None = None, rows: int | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, vocabulary: int, adapters: Any | None = None, rows: int | None = None, bf16: bool = False
+    ) -> None:
         self.model = model
         self.adapters = adapters
-        self.head = output_head(model, vocabulary, rows)
+        self.bf16 = bf16
+        self.head = output_head(model, vocabulary, rows, torch.bfloat16 if bf16 else model.dtype)
 
     @torch.no_grad()
     def states(self, batch: MicroBatch) -> TeacherStates:
-        with self.active():
+        with self.active(), autocast(self.model.device, self.bf16):
             return TeacherStates(kept_hidden(self.model.base_model, batch.teacher_inputs), self.head)
 
     def active(self) -> AbstractContextManager[None]:
