@@ -144,7 +144,7 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedMod
 def pair_differences(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> list[str]:
-    """What differs between student and teacher and may cost quality, a line each: chat template and end-of-sequence tokens."""
+    """What differs between student and teacher and may cost quality, a line each: chat template, end-of-sequence and padding."""
     found = []
     if student.chat_template != teacher.chat_template:
         found.append("the chat templates of student and teacher differ; both see the student's rendering")
@@ -153,4 +153,6 @@ def pair_differences(
         found.append(
             f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop"
         )
+    if student.pad_token_id != teacher.pad_token_id:
+        found.append(f"padding tokens differ: student {student.pad_token!r}, teacher {teacher.pad_token!r}; padding is never scored")
     return found

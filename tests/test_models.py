@@ -98,9 +98,14 @@ def test_every_end_of_sequence_token_the_model_knows_is_found(make_model):
 def test_differences_between_student_and_teacher_are_told():
     ours, theirs = AutoTokenizer.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
     assert models.pair_differences(ours, theirs, ((1,), (1,))) == []
-    theirs.chat_template = "{{ messages }}"
+    theirs.chat_template, theirs.pad_token = "{{ messages }}", "<|end|>"
     found = models.pair_differences(ours, theirs, ((1,), (2,)))
-    assert len(found) == 2 and "chat templates" in found[0] and "never ask the student to stop" in found[1]
+    assert (
+        len(found) == 3
+        and "'<|pad|>', teacher '<|end|>'" in found[2]
+        and "chat templates" in found[0]
+        and "never ask the student to stop" in found[1]
+    )
 
 
 def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path):

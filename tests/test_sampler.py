@@ -72,7 +72,9 @@ def test_sampled_and_scored_log_probs_agree_at_the_temperature(make_model):
     batch = collate(rollouts, range(len(rollouts)), pad_id=0)
     with torch.no_grad():
         hidden = kept_hidden(model.base_model, batch.inputs)
-    logp = chunked_stats(hidden, output_head(model), lambda logits, part: {"logp": token_logp(logits, batch.target_N[part], 0.8)})["logp"]
+    logp = chunked_stats(hidden, output_head(model), lambda logits, part: {"logp": token_logp(logits, batch.target_N[part], 0.8)[0]})[
+        "logp"
+    ]
     assert torch.allclose(logp, batch.behaviour_logp_N, atol=1e-4)
 
 

@@ -7,16 +7,40 @@ count 0, as in the definition.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
-    """KL(p‖q) = Σ p·(log p − log q)."""
-    p_NV = p_logp_NV.exp()
-    # Masked before the product: where p = 0 the difference may be inf − inf, and 0·NaN in the backward pass would be NaN.
-    return (p_NV * torch.where(p_NV > 0, p_logp_NV - q_logp_NV, 0.0)).sum(-1)
+    """KL(p‖q) = Σ p·(log p − log q), differentiable in both."""
+    result: Tensor = _KL.apply(p_logp_NV, q_logp_NV)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _KL(torch.autograd.Function):
+    """Written out because autograd would keep three more copies of the distributions."""
+
+    @staticmethod
+    def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
+        ctx.save_for_backward(p_logp_NV, q_logp_NV)
+        p_NV = p_logp_NV.exp()
+        return log_ratio(p_logp_NV, q_logp_NV, p_NV).mul_(p_NV).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """∂KL/∂log p = p·(log p − log q + 1) and ∂KL/∂log q = −p."""
+        p_logp_NV, q_logp_NV = ctx.saved_tensors
+        grad_N1 = grad_outputs[0][:, None]
+        p_NV = p_logp_NV.exp()
+        grad_p = log_ratio(p_logp_NV, q_logp_NV, p_NV).add_(1.0).mul_(p_NV).mul_(grad_N1) if ctx.needs_input_grad[0] else None
+        return grad_p, p_NV.mul_(-grad_N1) if ctx.needs_input_grad[1] else None
+
+
+def log_ratio(p_logp_NV: Tensor, q_logp_NV: Tensor, p_NV: Tensor) -> Tensor:
+    """log p − log q, and 0 where p = 0: there it may be inf − inf, and 0·NaN would be NaN."""
+    return (p_logp_NV - q_logp_NV).masked_fill_(p_NV == 0, 0.0)
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ detached statistics (C,). These are `logp` and `teacher_logp` of the token at th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +37,36 @@ def scaled_logp(logits_CV: Tensor, temperature: float) -> Tensor:
 
 def entropy(logp_CV: Tensor) -> Tensor:
     """In nats, (C,)."""
-    return -(logp_CV.exp() * logp_CV).sum(-1)
+    return -logp_CV.exp().mul_(logp_CV).sum(-1)
 
 
-def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float) -> Tensor:
-    """log-probability (C,) of the given ids at the temperature, without the log-probabilities of all others."""
-    logits_CV = logits_CV / temperature
-    return logits_CV.gather(-1, target_C[:, None])[:, 0] - logits_CV.logsumexp(-1)
+def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability of the given ids at the temperature, differentiable, and the entropy in nats, detached; (C,) each."""
+    logp_C, entropy_C = _TokenLogp.apply(logits_CV, target_C, temperature)  # type: ignore[no-untyped-call]
+    return logp_C, entropy_C
+
+
+class _TokenLogp(torch.autograd.Function):
+    """Written out because autograd would keep and make twice as many copies of the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        scaled_CV = logits_CV / temperature
+        normaliser_C = scaled_CV.logsumexp(-1)
+        logp_C = scaled_CV.gather(-1, target_C[:, None])[:, 0] - normaliser_C
+        entropy_C = normaliser_C - (scaled_CV - normaliser_C[:, None]).exp_().mul_(scaled_CV).sum(-1)
+        ctx.save_for_backward(logits_CV, target_C, normaliser_C)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_C)
+        return logp_C, entropy_C
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """∂logp/∂logits = (one-hot − p) / temperature."""
+        logits_CV, target_C, normaliser_C = ctx.saved_tensors
+        grad_C1 = grad_outputs[0][:, None] / ctx.temperature
+        grad_CV = (logits_CV / ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
+        return grad_CV.scatter_add_(-1, target_C[:, None], grad_C1), None, None
 
 
 def importance_weights(old_logp_N: Tensor, behaviour_logp_N: Tensor, cap: float) -> Tensor:
@@ -87,13 +111,13 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips) -> TokenLoss:
     """The clipped surrogate on the token that was written."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
-        logp_C = token_logp(logits_CV, tokens.target_N[part], temperature)
+        logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature)
         old_C = logp_C.detach() if tokens.old_logp_N is None else tokens.old_logp_N[part]
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():
-            student_CV = scaled_logp(logits_CV, temperature)
             gap_C = teacher_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
             if tokens.baseline is not None:
+                student_CV = scaled_logp(logits_CV, temperature)
                 gap_C = gap_C + reverse_kl(student_CV, tokens.baseline.logp(part, temperature).to(student_CV))
             advantage_C = gap_C if clips.advantage is None else gap_C.clamp(-clips.advantage, clips.advantage)
             stats = {"cut": (advantage_C != gap_C).float()}
@@ -105,7 +129,7 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips) -> TokenLoss:
         stats |= {
             "logp": logp_C.detach(),
             "teacher_logp": teacher_C,
-            "entropy": entropy(student_CV),
+            "entropy": entropy_C,
             "reverse_kl": old_C - teacher_C,
             "ratio": (logp_C - old_C).detach().exp(),
             "clipped": clipped_C.float(),
@@ -128,7 +152,7 @@ def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergen
                 "logp": student_CV.gather(-1, target_N[part][:, None])[:, 0],
                 "teacher_logp": teacher_CV.gather(-1, target_N[part][:, None])[:, 0],
                 "entropy": entropy(student_CV),
-                "reverse_kl": reverse_kl(student_CV, teacher_CV),
+                "reverse_kl": loss_C.detach() if divergence is reverse_kl else reverse_kl(student_CV, teacher_CV),
             }
         return loss_C, stats
 

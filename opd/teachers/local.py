@@ -38,6 +38,6 @@ class LocalTeacher:
 
     def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
         def pick(logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
-            return {"logp": token_logp(logits_CV, batch.target_N[part], temperature)}
+            return {"logp": token_logp(logits_CV, batch.target_N[part], temperature)[0]}
 
         return chunked_stats(self.states(batch).hidden_NH, self.head, pick)["logp"]
