@@ -1,7 +1,6 @@
 """Divergences between two next-token distributions over the same vocabulary, position by position, in nats.
 
-All take log-probabilities of shape (N, V) and return (N,). `student` carries the gradient. Terms where a distribution has no mass
-count 0, as in the definition.
+All take finite log-probabilities of shape (N, V) and return (N,). `student` carries the gradient.
 """
 
 import math
@@ -25,8 +24,7 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
         ctx.save_for_backward(p_logp_NV, q_logp_NV)
-        p_NV = p_logp_NV.exp()
-        return log_ratio(p_logp_NV, q_logp_NV, p_NV).mul_(p_NV).sum(-1)
+        return (p_logp_NV - q_logp_NV).mul_(p_logp_NV.exp()).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -34,13 +32,8 @@ class _KL(torch.autograd.Function):
         p_logp_NV, q_logp_NV = ctx.saved_tensors
         grad_N1 = grad_outputs[0][:, None]
         p_NV = p_logp_NV.exp()
-        grad_p = log_ratio(p_logp_NV, q_logp_NV, p_NV).add_(1.0).mul_(p_NV).mul_(grad_N1) if ctx.needs_input_grad[0] else None
+        grad_p = (p_logp_NV - q_logp_NV).add_(1.0).mul_(p_NV).mul_(grad_N1) if ctx.needs_input_grad[0] else None
         return grad_p, p_NV.mul_(-grad_N1) if ctx.needs_input_grad[1] else None
-
-
-def log_ratio(p_logp_NV: Tensor, q_logp_NV: Tensor, p_NV: Tensor) -> Tensor:
-    """log p − log q, and 0 where p = 0: there it may be inf − inf, and 0·NaN would be NaN."""
-    return (p_logp_NV - q_logp_NV).masked_fill_(p_NV == 0, 0.0)
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
@@ -85,11 +78,11 @@ def skew(student_NV: Tensor, teacher_NV: Tensor, alpha: float) -> Tensor:
 def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
     """The distribution on the ids `top_NK` and one bucket for all other ids: log-probabilities (N, K + 1).
 
-    Without the bucket a divergence over the K ids is lowered by draining mass out of them.
+    Without the bucket a divergence over the K ids is lowered by draining mass out of them. With K = V nothing is left for it: (N, V).
     """
     kept_NK = logp_NV.gather(-1, top_NK)
     if top_NK.shape[-1] == logp_NV.shape[-1]:
-        return torch.cat((kept_NK, torch.full_like(kept_NK[:, :1], -torch.inf)), -1)
+        return kept_NK
     rest_NV = logp_NV.scatter(-1, top_NK, -torch.inf)
     return torch.cat((kept_NK, rest_NV.logsumexp(-1, keepdim=True)), -1)
 

@@ -51,10 +51,12 @@ class _TokenLogp(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scaled_CV = logits_CV / temperature
-        normaliser_C = scaled_CV.logsumexp(-1)
-        logp_C = scaled_CV.gather(-1, target_C[:, None])[:, 0] - normaliser_C
-        entropy_C = normaliser_C - (scaled_CV - normaliser_C[:, None]).exp_().mul_(scaled_CV).sum(-1)
+        highest_C = logits_CV.amax(-1) / temperature
+        work_CV = (logits_CV / temperature).sub_(highest_C[:, None]).exp_()  # one buffer: exponentials, probabilities, −p·log p
+        total_C = work_CV.sum(-1)
+        normaliser_C = highest_C + total_C.log()
+        logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] / temperature - normaliser_C
+        entropy_C = torch.special.entr(work_CV.div_(total_C[:, None]), out=work_CV).sum(-1)
         ctx.save_for_backward(logits_CV, target_C, normaliser_C)
         ctx.temperature = temperature
         ctx.mark_non_differentiable(entropy_C)

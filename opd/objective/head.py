@@ -73,11 +73,11 @@ def chunks(total: int, size: int) -> list[slice]:
 
 
 def chunk_rows(vocabulary: int, budget_bytes: int = 2**29) -> int:
-    """How many tokens fit in `budget_bytes` with eight float32 copies of their logits, the most that an estimator makes (`exact`).
+    """How many tokens fit in `budget_bytes` with four float32 copies of their logits, about what `sampled` and `exact` make of them.
 
     At least 16, so that the matrix product stays worth its name.
     """
-    return max(16, budget_bytes // (8 * 4 * vocabulary))
+    return max(16, budget_bytes // (4 * 4 * vocabulary))
 
 
 def chunked_loss(
