@@ -103,7 +103,7 @@ def distil(
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         introduce(display, config, built, start)
-        start_tracking(config, accelerator)
+        start_tracking(config, accelerator, run_folder.path)
         teacher_evaluation = evaluate_teacher(built, run_folder, history)
         if teacher_evaluation is not None and teacher_evaluation.rewards is not None:
             display.note(f"teacher: reward {describe_rewards(teacher_evaluation.rewards)}")
@@ -274,9 +274,10 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         display.note(f"going on after step {start.step} from {start.path}")
 
 
-def start_tracking(config: Config, accelerator: Accelerator) -> None:
+def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> None:
     if config.track.tool is not Tracker.none:
-        accelerator.init_trackers(config.track.project, config=flatten(to_dict(config)))
+        own = {"wandb": {"dir": str(folder), "name": config.name}}
+        accelerator.init_trackers(config.track.project, config=flatten(to_dict(config)), init_kwargs=own)
 
 
 def flatten(config: Any, key: str = "") -> dict[str, Any]:
