@@ -73,11 +73,11 @@ def chunks(total: int, size: int) -> list[slice]:
 
 
 def chunk_rows(vocabulary: int, budget_bytes: int = 2**29) -> int:
-    """How many tokens fit in `budget_bytes` with four float32 copies of their logits, about what `sampled` and `exact` make of them.
+    """How many tokens fit in `budget_bytes` with five float32 copies of their logits; `topk` makes the most of them, `sampled` the fewest.
 
     At least 16, so that the matrix product stays worth its name.
     """
-    return max(16, budget_bytes // (4 * 4 * vocabulary))
+    return max(16, budget_bytes // (5 * 4 * vocabulary))
 
 
 def chunked_loss(
