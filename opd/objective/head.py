@@ -72,7 +72,7 @@ def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def chunk_rows(vocabulary: int, budget_bytes: int = 2**29) -> int:
+def chunk_rows(vocabulary: int, budget_bytes: int = 384 * 2**20) -> int:
     """How many tokens fit in `budget_bytes` with five float32 copies of their logits; `topk` makes the most of them, `sampled` the fewest.
 
     At least 16, so that the matrix product stays worth its name.
