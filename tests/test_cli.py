@@ -260,7 +260,6 @@ def test_the_task_gets_the_config_and_the_run_folder(tmp_path: Path, capfd: pyte
         (errors.ConfigError("no such\n model"), 64, "opd: error: no such model\n"),
         (errors.DataError("no data"), 65, "opd: error: no data\n"),
         (errors.OutputError("no room"), 74, "opd: error: no room\n"),
-        (errors.TeacherError("gone"), 76, "opd: error: gone\n"),
         (errors.NumericError("nan"), 77, "opd: error: nan\n"),
         (OSError(28, "No space left on device", "x/y"), 74, "opd: error: x/y: No space left on device\n"),
         (FileNotFoundError(2, "No such file", "x/y"), 70, "opd: internal error: FileNotFoundError"),
@@ -323,7 +322,6 @@ def test_sweep_members_over_paths_stay_in_the_sweep_folder(tmp_path: Path) -> No
     [
         (None, ""),
         (errors.DataError("no data"), ""),
-        (errors.TeacherError("gone"), "opd: [rank 1] error: gone\n"),
         (ZeroDivisionError("odd"), "ZeroDivisionError: odd\nopd: [rank 1] internal error: ZeroDivisionError: odd\n"),
     ],
 )
