@@ -43,10 +43,12 @@ def test_a_few_steps_on_real_weights(weights, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     options = [f"model.path={weights / 'student'}", f"teacher.path={weights / 'teacher'}", "name=run", "device=cpu"]
     short = ["train.max_steps=3", "train.batch_size=4", "sampling.max_new_tokens=16", "eval.kl_prompts=8", "eval.kl_max_new_tokens=16"]
-    assert main(["experiment=smollm2", *options, *short, "optim.warmup_steps=0"]) == 0, capfd.readouterr().err
+    # Exact, because three steps of the sampled objective are too noisy to promise anything.
+    fast = ["ppo.estimator=exact", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_steps=0"]
+    assert main(["experiment=smollm2", *options, *short, *fast]) == 0, capfd.readouterr().err
     folder = tmp_path / "runs" / "run"
     summary = json.loads((folder / "summary.json").read_text())
     assert 0.3 < summary["eval_kl_before"] < 3  # three of thirty layers are missing
-    assert summary["eval_kl_after"] < summary["eval_kl_before"]
+    assert summary["eval_kl_after"] < 0.9 * summary["eval_kl_before"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(line["engine_gap"] for line in metrics) < 1e-3
