@@ -137,9 +137,9 @@ def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
 def measured_choices(accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
     """What is chosen by looking at the machine: agreed by all processes, kept by a run that goes on: another would round otherwise.
 
-    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 384 MiB (2 GiB on a GPU).
+    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 320 MiB (2 GiB on a GPU).
     """
-    cap = 2**31 if accelerator.device.type == "cuda" else 384 * 2**20
+    cap = 2**31 if accelerator.device.type == "cuda" else 320 * 2**20
     rows = torch.tensor([chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, cap))], device=accelerator.device)
     return {"head_rows": int(accelerator.gather(rows).min())}
 

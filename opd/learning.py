@@ -29,7 +29,10 @@ def score(teacher: Teacher, batch: MicroBatch, config: Config, bonus_N: Tensor |
     ppo = config.ppo
     if ppo.estimator is not Estimator.sampled:
         return Scores(states=teacher.states(batch))
-    return Scores(teacher.logp(batch, config.sampling.temperature), teacher.states(batch) if ppo.baseline else None, bonus_N)
+    if ppo.baseline:
+        states = teacher.states(batch)
+        return Scores(states.token_logp(batch.target_N, config.sampling.temperature), states, bonus_N)
+    return Scores(teacher.logp(batch, config.sampling.temperature), None, bonus_N)
 
 
 def token_loss(config: Config, batch: MicroBatch, scores: Scores, old_logp_N: Tensor | None) -> TokenLoss:

@@ -78,7 +78,7 @@ def test_chunked_float32_matches_unchunked_float64_autograd(name, divergence, ro
     loss64, _ = objective(name, divergence, targets, teacher_hidden, teacher, old)(hidden @ weight.T + bias, slice(0, N))
     expected = torch.autograd.grad(loss64.sum(), (hidden, weight, bias))
     h, w, b, th, t, _ = problem(torch.float32)
-    loss, stats = chunked_loss(h, Head(w, b), objective(name, divergence, targets, th, t, old.float()), rows)
+    loss, stats = chunked_loss(h, Head(w, b, rows=rows), objective(name, divergence, targets, th, t, old.float()))
     found = torch.autograd.grad(loss, (h, w, b))
     assert abs(loss.item() - loss64.sum().item()) <= 1e-6 * max(1.0, loss64.abs().sum().item())
     for mine, reference in zip(found, expected, strict=True):
@@ -88,17 +88,17 @@ def test_chunked_float32_matches_unchunked_float64_autograd(name, divergence, ro
 
 def test_softcap_scale_and_a_narrower_vocabulary_are_part_of_the_gradient():
     hidden, weight, bias, *_ = problem()
-    head = Head(weight, bias, size=V - 4, scale=0.5, softcap=3.0)
+    head = Head(weight, bias, size=V - 4, scale=0.5, softcap=3.0, rows=7)
     logits = 3.0 * torch.tanh(0.5 * (hidden @ weight[: V - 4].T + bias[: V - 4]) / 3.0)
     expected = torch.autograd.grad(logits.logsumexp(-1).sum(), (hidden, weight, bias))
 
     def token_loss(logits_CV, part):
         return logits_CV.logsumexp(-1), {"one": torch.ones(len(logits_CV))}
 
-    loss, _ = chunked_loss(hidden, head, token_loss, 7)
+    loss, _ = chunked_loss(hidden, head, token_loss)
     for mine, reference in zip(torch.autograd.grad(loss, (hidden, weight, bias)), expected, strict=True):
         assert torch.allclose(mine, reference, rtol=1e-12, atol=1e-12)
-    assert not torch.autograd.grad(chunked_loss(hidden, head, token_loss, 7)[0], weight)[0][V - 4 :].any()
+    assert not torch.autograd.grad(chunked_loss(hidden, head, token_loss)[0], weight)[0][V - 4 :].any()
 
 
 @pytest.mark.parametrize("baseline", [False, True])
@@ -261,8 +261,9 @@ def test_no_tensor_of_all_logits_exists(monkeypatch):
     seen = []
     original = F.linear
     monkeypatch.setattr(F, "linear", lambda *args: seen.append(len(args[0])) or original(*args))
-    chunked_loss(hidden, Head(weight, bias), objective("exact", reverse_kl, targets, teacher_hidden, teacher), rows=5)
-    chunked_stats(hidden, Head(weight, bias), lambda logits, part: {"x": logits[:, 0]}, rows=5)
+    head = Head(weight, bias, rows=5)
+    chunked_loss(hidden, head, objective("exact", reverse_kl, targets, teacher_hidden, teacher))
+    chunked_stats(hidden, head, lambda logits, part: {"x": logits[:, 0]})
     assert max(seen) == 5 and sum(seen) == 3 * N
 
 
@@ -270,7 +271,7 @@ def test_token_weights_weigh_the_loss():
     hidden, weight, bias, teacher_hidden, teacher, targets = problem()
     token_loss = exact(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, reverse_kl)
     weights = torch.rand(N, dtype=torch.float64)
-    loss, stats = chunked_loss(hidden, Head(weight, bias), token_loss, 5, weights)
+    loss, stats = chunked_loss(hidden, Head(weight, bias, rows=5), token_loss, weights)
     assert torch.isclose(loss, (stats["reverse_kl"] * weights).sum())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd.objective.divergences import reverse_kl, with_tail
-from opd.objective.head import Head, TokenLoss, TokenStats
+from opd.objective.head import Head, TokenLoss, TokenStats, chunked_stats, chunks
 from opd.objective.surrogate import clipped_surrogate
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -40,25 +40,32 @@ def entropy(logp_CV: Tensor) -> Tensor:
     return -logp_CV.exp().mul_(logp_CV).sum(-1)
 
 
-def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probability of the given ids at the temperature, differentiable, and the entropy in nats, detached; (C,) each."""
-    logp_C, entropy_C = _TokenLogp.apply(logits_CV, target_C, temperature)  # type: ignore[no-untyped-call]
+def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probability of the given ids at the temperature, differentiable, and the entropy in nats, detached; (C,) each.
+
+    overwrite: the backward pass may put the gradient of the logits where the logits are, which nobody may need any more.
+    """
+    logp_C, entropy_C = _TokenLogp.apply(logits_CV, target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
     return logp_C, entropy_C
 
 
 class _TokenLogp(torch.autograd.Function):
-    """Written out because autograd would keep and make twice as many copies of the logits."""
+    """Written out because autograd would make many copies of the logits. This makes one of some rows at a time."""
 
     @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        highest_C = logits_CV.amax(-1) / temperature
-        work_CV = (logits_CV / temperature).sub_(highest_C[:, None]).exp_()  # one buffer: exponentials, probabilities, −p·log p
-        total_C = work_CV.sum(-1)
-        normaliser_C = highest_C + total_C.log()
+    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
+        rows = max(1, len(logits_CV) // 16)
+        work_RV = torch.empty_like(logits_CV[:rows])
+        highest_C, total_C, sum_C = logits_CV.amax(-1), *logits_CV.new_empty(2, len(logits_CV))
+        for part in chunks(len(logits_CV), rows):
+            exps_RV = torch.sub(logits_CV[part], highest_C[part, None], out=work_RV[: part.stop - part.start]).div_(temperature).exp_()
+            total_C[part] = exps_RV.sum(-1)
+            sum_C[part] = torch.einsum("rv,rv->r", exps_RV, logits_CV[part])
+        normaliser_C = highest_C / temperature + total_C.log()
         logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] / temperature - normaliser_C
-        entropy_C = torch.special.entr(work_CV.div_(total_C[:, None]), out=work_CV).sum(-1)
+        entropy_C = normaliser_C - sum_C / total_C / temperature
         ctx.save_for_backward(logits_CV, target_C, normaliser_C)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.overwrite = temperature, overwrite
         ctx.mark_non_differentiable(entropy_C)
         return logp_C, entropy_C
 
@@ -67,8 +74,9 @@ class _TokenLogp(torch.autograd.Function):
         """∂logp/∂logits = (one-hot − p) / temperature."""
         logits_CV, target_C, normaliser_C = ctx.saved_tensors
         grad_C1 = grad_outputs[0][:, None] / ctx.temperature
-        grad_CV = (logits_CV / ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
-        return grad_CV.scatter_add_(-1, target_C[:, None], grad_C1), None, None
+        grad_CV = logits_CV.detach() if ctx.overwrite else logits_CV.clone()
+        grad_CV.div_(ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
+        return grad_CV.scatter_add_(-1, target_C[:, None], grad_C1), None, None, None
 
 
 def importance_weights(old_logp_N: Tensor, behaviour_logp_N: Tensor, cap: float) -> Tensor:
@@ -87,6 +95,14 @@ class TeacherStates:
     def logp(self, part: slice, temperature: float) -> Tensor:
         """Log-probabilities (C, V) at the temperature, for a chunk of the kept tokens."""
         return scaled_logp(self.head.logits(self.hidden_NH[part]), temperature)
+
+    def token_logp(self, target_N: Tensor, temperature: float) -> Tensor:
+        """Log-probabilities (N,) of the given ids at the temperature."""
+
+        def pick(logits_CV: Tensor, part: slice) -> TokenStats:
+            return {"logp": token_logp(logits_CV, target_N[part], temperature)[0]}
+
+        return chunked_stats(self.hidden_NH, self.head, pick)["logp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,10 +126,10 @@ class Sampled:
 
 
 def sampled(tokens: Sampled, temperature: float, clips: Clips) -> TokenLoss:
-    """The clipped surrogate on the token that was written."""
+    """The clipped surrogate on the token that was written. Its backward pass leaves the gradient of the logits in their place."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
-        logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature)
+        logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature, overwrite=True)
         old_C = logp_C.detach() if tokens.old_logp_N is None else tokens.old_logp_N[part]
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():

@@ -8,7 +8,7 @@ gradients of the hidden states (`N·H`) and of the head (`V·H`). The backward p
 plain autograd does, and memory that does not grow with `N·V`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TokenStats = dict[str, Tensor]
-# (logits_CV in float32, which of the N tokens these are) -> (loss_C, per-token statistics of shape C)
+# (logits_CV in float32, which of the N tokens these are) -> (loss_C, per-token statistics of shape C). It may spoil the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
 
@@ -40,6 +40,10 @@ class Head:
     @property
     def vocabulary(self) -> int:
         return self.size if self.size is not None else self.weight_VH.shape[0]
+
+    @property
+    def chunk(self) -> int:
+        return self.rows or chunk_rows(self.vocabulary)
 
     def raw(self, hidden_NH: Tensor) -> Tensor:
         """The matrix product alone, (N, V)."""
@@ -72,39 +76,47 @@ def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def chunk_rows(vocabulary: int, budget_bytes: int = 384 * 2**20) -> int:
-    """How many tokens fit in `budget_bytes` with five float32 copies of their logits; `topk` makes the most of them, `sampled` the fewest.
+def chunk_rows(vocabulary: int, budget_bytes: int = 320 * 2**20) -> int:
+    """How many tokens fit in `budget_bytes` with three float32 copies of their logits: `sampled` makes one, `exact` three.
 
     At least 16, so that the matrix product stays worth its name.
     """
-    return max(16, budget_bytes // (5 * 4 * vocabulary))
+    return max(16, budget_bytes // (3 * 4 * vocabulary))
 
 
-def chunked_loss(
-    hidden_NH: Tensor, head: Head, token_loss: TokenLoss, rows: int | None = None, weight_N: Tensor | None = None
-) -> tuple[Tensor, TokenStats]:
+def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N: Tensor | None = None) -> tuple[Tensor, TokenStats]:
     """The sum over tokens of `weight · token_loss`, differentiable in hidden states, head weight and bias, and what was seen on the way.
 
     hidden_NH: final hidden states at the positions that predict the kept tokens. token_loss: called once a chunk with its logits
-    (float32, on which it may do anything differentiable); returns losses and detached statistics, each of shape (C,). rows: tokens a
-    chunk; null chooses. weight_N: weight of each token's loss, 1 if omitted. Returns a scalar and the statistics as (N,) tensors.
+    (float32, on which it may do anything differentiable); returns losses and detached statistics, each of shape (C,). weight_N: weight of
+    each token's loss, 1 if omitted. Returns a scalar and the statistics as (N,) tensors.
     """
-    rows = rows or head.rows or chunk_rows(head.vocabulary)
     seen: list[TokenStats] = []
     if hidden_NH.shape[0] == 0:
         return hidden_NH.sum() + 0.0 * head.weight_VH[0, 0], {}
     loss = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, rows, weight_N, seen
+        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, weight_N, seen
     )
     return loss, {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]}
 
 
 @torch.no_grad()
-def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats], rows: int | None = None) -> TokenStats:
+def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats]) -> TokenStats:
     """Per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
-    rows = rows or head.rows or chunk_rows(head.vocabulary)
-    seen: list[Mapping[str, Tensor]] = [token_stats(head.logits(hidden_NH[part]), part) for part in chunks(hidden_NH.shape[0], rows)]
+    seen = [token_stats(head.logits(hidden_NH[part]), part) for part in chunks(hidden_NH.shape[0], head.chunk)]
     return {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]} if seen else {}
+
+
+def _chunk_gradient(
+    head: Head, token_loss: TokenLoss, raw_CV: Tensor, part: slice, weight_C: Tensor | None
+) -> tuple[Tensor, Tensor, TokenStats]:
+    """A chunk's loss, its gradient in the matrix product, and the tokens' statistics. Of the graph nothing outlives the call."""
+    with torch.enable_grad():
+        raw_CV.requires_grad_()
+        loss_C, stats = token_loss(head.shape(raw_CV), part)
+        loss = (loss_C if weight_C is None else loss_C * weight_C).sum()
+        (grad_CV,) = torch.autograd.grad(loss, raw_CV)
+    return loss.detach(), grad_CV, stats
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -116,38 +128,40 @@ class _ChunkedLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         token_loss: TokenLoss,
-        rows: int,
         weight_N: Tensor | None,
         seen: list[TokenStats],
     ) -> Tensor:
         size, dtype = head.vocabulary, head.dtype or matmul_dtype(weight_VH)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
-        grad_weight_VH = torch.zeros_like(weight_VH) if needs_weight else None
+        grad_weight_VH = torch.empty_like(weight_VH) if needs_weight else None
+        if grad_weight_VH is not None:
+            grad_weight_VH[size:].zero_()
         grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and needs_bias else None
         weight_cast_VH = weight_VH[:size].to(dtype)
         bias_cast_V = None if bias_V is None else bias_V[:size].to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for part in chunks(hidden_NH.shape[0], rows):
+            for part in chunks(hidden_NH.shape[0], head.chunk):
                 hidden_CH = hidden_NH[part].to(dtype)
                 raw_CV = F.linear(hidden_CH, weight_cast_VH, bias_cast_V)
-                with torch.enable_grad():
-                    raw_CV.requires_grad_()
-                    loss_C, stats = token_loss(head.shape(raw_CV), part)
-                    loss = (loss_C if weight_N is None else loss_C * weight_N[part]).sum()
-                    (grad_raw_CV,) = torch.autograd.grad(loss, raw_CV)
-                total += loss.detach()
+                loss, grad_CV, stats = _chunk_gradient(head, token_loss, raw_CV, part, None if weight_N is None else weight_N[part])
+                del raw_CV
+                total += loss
                 seen.append(stats)
                 if grad_hidden_NH is not None:
-                    grad_hidden_NH[part] = grad_raw_CV @ weight_cast_VH
+                    grad_hidden_NH[part] = grad_CV @ weight_cast_VH
                 if grad_weight_VH is not None:
+                    first = part.start == 0  # writes what the others add to
                     if dtype == grad_weight_VH.dtype:
-                        grad_weight_VH[:size].addmm_(grad_raw_CV.T, hidden_CH)
+                        grad_weight_VH[:size].addmm_(grad_CV.T, hidden_CH, beta=0 if first else 1)
+                    elif first:
+                        grad_weight_VH[:size] = grad_CV.T @ hidden_CH
                     else:
-                        grad_weight_VH[:size] += grad_raw_CV.T @ hidden_CH
+                        grad_weight_VH[:size] += grad_CV.T @ hidden_CH
                 if grad_bias_V is not None:
-                    grad_bias_V[:size] += grad_raw_CV.sum(0)
+                    grad_bias_V[:size] += grad_CV.sum(0)
+                del grad_CV
         ctx.gradients = (grad_hidden_NH, grad_weight_VH, grad_bias_V)
         return total.to(torch.promote_types(hidden_NH.dtype, torch.float32))
 
@@ -156,4 +170,4 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = grad_outputs
         gradients = [None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients]
         ctx.gradients = None  # scaled in place: a second backward pass must fail rather than scale again
-        return (*gradients, None, None, None, None, None)
+        return (*gradients, None, None, None, None)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from opd.data.rollouts import MicroBatch
 from opd.forward import autocast, kept_hidden, output_head, without
-from opd.objective import TeacherStates, chunked_stats, token_logp
+from opd.objective import TeacherStates
 
 
 class LocalTeacher:
@@ -37,7 +37,4 @@ class LocalTeacher:
         return without(self.adapters)
 
     def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
-        def pick(logits_CV: Tensor, part: slice) -> dict[str, Tensor]:
-            return {"logp": token_logp(logits_CV, batch.target_N[part], temperature)[0]}
-
-        return chunked_stats(self.states(batch).hidden_NH, self.head, pick)["logp"]
+        return self.states(batch).token_logp(batch.target_N, temperature)
