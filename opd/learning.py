@@ -54,7 +54,7 @@ def token_loss(config: Config, batch: MicroBatch, scores: Scores, old_logp_N: Te
             baseline=scores.states,
         )
         high = ppo.clip_eps if ppo.clip_eps_high is None else ppo.clip_eps_high
-        return sampled(tokens, temperature, Clips(ppo.clip_eps, high, ppo.advantage_clip, ppo.importance_cap))
+        return sampled(tokens, temperature, Clips(ppo.clip_eps, high, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
     assert scores.states is not None
     divergence = named_divergence(ppo.divergence.value, ppo.beta, ppo.alpha)
     if ppo.estimator is Estimator.topk:

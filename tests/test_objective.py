@@ -52,7 +52,7 @@ def objective(name, divergence, targets, teacher_hidden, teacher, old=None, clip
     if name == "sampled":
         teacher_logp = (teacher.logits(teacher_hidden) / TEMPERATURE).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
         tokens = Sampled(target_N=targets, teacher_logp_N=teacher_logp, behaviour_logp_N=teacher_logp, old_logp_N=old)
-        return sampled(tokens, TEMPERATURE, clips or Clips(0.2, 0.2, 1.0, None))
+        return sampled(tokens, TEMPERATURE, clips or Clips(0.2, 0.2, 1.0, None), overwrite=True)
     if name == "topk":
         return topk(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, divergence, 5)
     return exact(targets, TeacherStates(teacher_hidden, teacher), TEMPERATURE, divergence)

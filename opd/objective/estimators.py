@@ -125,11 +125,11 @@ class Sampled:
     baseline: TeacherStates | None = None
 
 
-def sampled(tokens: Sampled, temperature: float, clips: Clips) -> TokenLoss:
-    """The clipped surrogate on the token that was written. Its backward pass leaves the gradient of the logits in their place."""
+def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool = False) -> TokenLoss:
+    """The clipped surrogate on the token that was written. overwrite: as in `token_logp`, right within `chunked_loss`."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
-        logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature, overwrite=True)
+        logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature, overwrite)
         old_C = logp_C.detach() if tokens.old_logp_N is None else tokens.old_logp_N[part]
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():

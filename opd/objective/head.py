@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TokenStats = dict[str, Tensor]
-# (logits_CV in float32, which of the N tokens these are) -> (loss_C, per-token statistics of shape C). It may spoil the logits.
+# (logits_CV in float32, which of the N tokens these are) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
 
