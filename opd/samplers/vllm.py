@@ -11,9 +11,11 @@ import logging
 import math
 import os
 import random
+import sys
 import tempfile
+import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -35,16 +37,13 @@ TESTED = "0.32"
 # What vLLM reads from the environment on import; what the user has set stays.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, or the weights would have to be sent to another
-    "VLLM_CONFIGURE_LOGGING": "0",  # its lines go where opd's go, not to the screen
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CONFIGURE_LOGGING": "0",  # its lines go where opd's go
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer computes with the same threads
-    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
 class VllmSampler:
-    """Implements `Sampler` with a vLLM engine in this process.
+    """Implements `Sampler` with the vLLM engine of this process: there is one at a time, and a new sampler ends that of the one before.
 
     model: the student as it is trained; eos: ids that end a completion; vocabulary: the engine's model has these ids and no others;
     seed: the run's; bf16: compute in bf16. longest: tokens of prompt and completion together that must fit. batch_size: completions
@@ -73,9 +72,10 @@ class VllmSampler:
         self.sleeps = model.device.type == "cuda"
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        with apart(model.device):
+        stop_engine()
+        with apart(model.device), silenced():
             self.engine = start_engine(model, vocabulary, bf16, longest, batch_size, memory_share)
-        weakref.finalize(self, shut_down, self.engine)
+        running.append(weakref.finalize(self, shut_down, self.engine))
         self.asleep = False
         self.stale = True  # the engine was started without weights
 
@@ -108,8 +108,9 @@ class VllmSampler:
             self.engine.wake_up()
             self.asleep = False
         if self.stale:
-            weights = list(checkpoint_weights(self.model, self.vocabulary))
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            with silenced():
+                weights = checkpoint_weights(self.model, self.vocabulary)
+                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not self.engine.reset_prefix_cache():
                 raise EngineError("vLLM did not drop the cache of the old weights")
             self.stale = False
@@ -140,24 +141,28 @@ def check_version(found: str) -> None:
 
 
 def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: int, batch_size: int, memory_share: float) -> Any:
-    """A vLLM engine for the model's architecture, with weights of no meaning. Raises `ConfigError` when vLLM refuses."""
+    """A vLLM engine for the model's architecture, with weights of no meaning, that has written a token.
+
+    Raises `ConfigError` when vLLM refuses: some shapes it refuses only then.
+    """
     on_cpu = model.device.type == "cpu"
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.get_text_config().vocab_size = vocabulary
+    room: dict[str, float]
     if on_cpu:
         room = {"kv_cache_memory_bytes": min(cache_bytes(model, bf16, longest, batch_size), int(memory_share * free_memory(model.device)))}
     else:
         room = {"gpu_memory_utilization": memory_share}
     try:
-        from vllm import LLM
+        from vllm import LLM, SamplingParams, TokensPrompt
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu() != on_cpu:
             raise ConfigError(f"device={model.device.type}: this vLLM is built for {current_platform.device_type}")
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder:
             config.save_pretrained(folder)
-            return LLM(
+            engine = LLM(
                 model=folder,
                 load_format="dummy",
                 skip_tokenizer_init=True,
@@ -172,6 +177,8 @@ def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: i
                 disable_log_stats=True,
                 **room,
             )
+        engine.generate(TokensPrompt(prompt_token_ids=[0]), SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+        return engine
     except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(
             f"sampling.engine=vllm cannot run {type(model).__name__}: {first_line(error)}; sampling.engine=generate runs every model"
@@ -179,12 +186,21 @@ def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: i
 
 
 def cache_bytes(model: PreTrainedModel, bf16: bool, longest: int, batch_size: int) -> int:
-    """Keys and values of `batch_size` sequences of `longest` tokens, a block of 128 more for each."""
+    """Keys and values of `batch_size` sequences of `longest` tokens, and two blocks of 128 tokens more for each."""
     values = model.config.get_text_config().to_dict()
     heads = values.get("num_key_value_heads") or values["num_attention_heads"]
     width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     per_token = 2 * values["num_hidden_layers"] * heads * width * (2 if bf16 else 4)
     return int(per_token * (longest + 256) * (batch_size + 1))
+
+
+# How to end the engine of this process, if it has one: two would share what vLLM keeps for the process, and end together.
+running: list[Callable[[], object]] = []
+
+
+def stop_engine() -> None:
+    while running:
+        running.pop()()
 
 
 def shut_down(engine: Any) -> None:
@@ -193,6 +209,30 @@ def shut_down(engine: Any) -> None:
 
     engine.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """No advice to whoever runs a server, in the log or, from compiled code, on stderr. All of it with VLLM_LOGGING_LEVEL set."""
+    if "VLLM_LOGGING_LEVEL" in os.environ:
+        yield
+        return
+    level = logging.root.manager.disable
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+        sys.stderr.flush()
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 @contextmanager

@@ -109,8 +109,10 @@ class VllmServerSampler:
         self.dtype = torch.bfloat16 if bf16 else torch.float32
         self.connections = connections
         self.server = Server(url, timeout)
-        self.temporary = tempfile.TemporaryDirectory(prefix="opd-vllm-") if weights_folder is None else None
-        self.folder = Path(weights_folder or self.temporary.name).expanduser().resolve()
+        if weights_folder is None:
+            self.temporary = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # goes with the sampler
+            weights_folder = self.temporary.name
+        self.folder = Path(weights_folder).expanduser().resolve()
         # Where the student's head is wider than the ids that the teacher has, the server must be told.
         head = model.get_output_embeddings().weight.shape[0]
         self.restriction = {"allowed_token_ids": list(range(vocabulary))} if vocabulary < head else {}

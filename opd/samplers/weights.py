@@ -4,6 +4,7 @@ Shapes: `V` vocabulary, `H` hidden.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def vocabulary_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [model.get_input_embeddings(), model.get_output_embeddings()]
 
 
-def merged(layer: torch.nn.Module, weight: Tensor) -> Tensor:
+def merged(layer: Any, weight: Tensor) -> Tensor:
     """A layer's weight with its adapters' part added, in float32."""
     deltas = [layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters]
     return torch.stack([weight.float(), *deltas]).sum(0)
