@@ -27,6 +27,7 @@ from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prep
 from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
 from opd.samplers import SAMPLERS, Decoding, GenerateSampler, Sampler, VllmSampler, VllmServerSampler
+from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher
 from opd.trainer import Trainer
 
@@ -83,6 +84,8 @@ def build(
     config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, int] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
+    if config.sampling.engine is Engine.vllm:
+        check_vllm(config, accelerator.num_processes)
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -105,7 +108,7 @@ def build(
     teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
     if config.sampling.engine is Engine.vllm:
-        sampler = make_vllm_sampler(config, accelerator, student, eos, vocabulary, bf16, [*train_prompts, *eval_prompts])
+        sampler = make_vllm_sampler(config, student, eos, vocabulary, bf16, [*train_prompts, *eval_prompts])
     else:
         sampler = SAMPLERS[config.sampling.engine](student, eos, tokenizer.pad_token_id, vocabulary, config.seed, bf16)
     policy, optimizer = accelerator.prepare(
@@ -134,21 +137,23 @@ def build(
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences)
 
 
+def check_vllm(config: Config, processes: int) -> None:
+    """Raises `ConfigError` where `sampling.engine=vllm` cannot work."""
+    if processes > 1:
+        raise ConfigError(f"sampling.engine=vllm works in one process, here are {processes}: start one, or take sampling.engine=generate")
+    if config.sampling.vllm.url is None:
+        check_installed()
+
+
 def make_vllm_sampler(
     config: Config,
-    accelerator: Accelerator,
     student: PreTrainedModel,
     eos: tuple[int, ...],
     vocabulary: int,
     bf16: bool,
     prompts: list[Prompt],
 ) -> Sampler:
-    """vLLM in this process or, with `sampling.vllm.url`, the server there. Raises `ConfigError` with several processes."""
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"sampling.engine=vllm works in one process, here are {accelerator.num_processes}: start it without accelerate launch, or take "
-            "sampling.engine=generate"
-        )
+    """vLLM in this process or, with `sampling.vllm.url`, the server there."""
     vllm = config.sampling.vllm
     new_tokens = max(config.sampling.max_new_tokens, config.eval.max_new_tokens, config.eval.kl_max_new_tokens)
     longest = max(len(prompt.ids) for prompt in prompts) + new_tokens

@@ -242,10 +242,20 @@ def test_a_run_from_end_to_end(student_folder, tmp_path):
     assert steps == metrics(tmp_path / "sweep" / "0") != metrics(tmp_path / "sweep" / "1")
 
 
+def launch(cwd, processes, student_folder):
+    command = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m", "opd.train", "experiment=debug", "sampling.engine=vllm"]
+    command = [sys.executable, "-m", *command, f"model.path={student_folder}", "device=cpu", "name=one"]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def test_one_process_of_a_launcher_works(student_folder, tmp_path):
+    done = launch(tmp_path, 1, student_folder)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "runs" / "one")) == 6
+
+
 def test_several_processes_are_refused(student_folder, tmp_path):
-    command = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "opd.train", "experiment=debug"]
-    command = [sys.executable, "-m", *command, "sampling.engine=vllm", f"model.path={student_folder}"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = launch(tmp_path, 2, student_folder)
     assert done.returncode != 0 and "sampling.engine=vllm works in one process, here are 2" in done.stderr
 
 

@@ -64,7 +64,6 @@ class VllmSampler:
         batch_size: int,
         memory_share: float,
     ) -> None:
-        check_installed()
         self.model = model
         self.eos = list(eos)
         self.vocabulary = vocabulary

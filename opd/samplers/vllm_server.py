@@ -11,7 +11,9 @@ The developer mode opens the addresses through which weights are exchanged. They
 import http.client
 import json
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -110,8 +112,8 @@ class VllmServerSampler:
         self.connections = connections
         self.server = Server(url, timeout)
         if weights_folder is None:
-            self.temporary = tempfile.TemporaryDirectory(prefix="opd-vllm-")  # goes with the sampler
-            weights_folder = self.temporary.name
+            weights_folder = tempfile.mkdtemp(prefix="opd-vllm-")
+            weakref.finalize(self, shutil.rmtree, weights_folder, ignore_errors=True)
         self.folder = Path(weights_folder).expanduser().resolve()
         # Where the student's head is wider than the ids that the teacher has, the server must be told.
         head = model.get_output_embeddings().weight.shape[0]
@@ -122,22 +124,24 @@ class VllmServerSampler:
     def check_server(self, longest: int) -> str:
         """The name of the model it serves. Raises `EngineError` for a server that does not do what is needed."""
         found = self.server.get("/version")
-        if not str(found and found.get("version")).startswith(f"{TESTED}."):
+        if not (isinstance(found, dict) and str(found.get("version")).startswith(f"{TESTED}.")):
             raise self.server.error(f"this is not vLLM {TESTED}.x, which opd is tested with: {short(json.dumps(found).encode())}")
-        served = self.server.get("/v1/models")["data"][0]
-        if served["max_model_len"] < longest:
-            raise self.server.error(
-                f"it takes {served['max_model_len']} tokens, this run {longest}: start it with --max-model-len {longest}"
-            )
+        models = self.server.get("/v1/models")
+        try:
+            name, room = str(models["data"][0]["id"]), int(models["data"][0]["max_model_len"])
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise self.server.error(f"it tells no model that it serves: {short(json.dumps(models).encode())}") from None
+        if room < longest:
+            raise self.server.error(f"it takes {room} tokens, this run {longest}: start it with --max-model-len {longest}")
         self.server.get("/is_sleeping")  # there in developer mode only
         options = sampling_options(Decoding(2.0, PROBE_TOKENS, top_k=1), [])
-        _, logp = self.complete(served["id"], [0, 1, 2], options, 0)
+        _, logp = self.complete(name, [0, 1, 2], options, 0)
         if not all(abs(value) < CERTAIN for value in logp):
             raise self.server.error(
                 "its log-probs are not those of the distribution that it draws from (drawing from one token, they are "
                 f"{logp[0]:.3f}, … and not 0): start it with --logprobs-mode processed_logprobs"
             )
-        return str(served["id"])
+        return name
 
     def refresh(self) -> None:
         """The student's weights changed: the next `sample` sends them."""
