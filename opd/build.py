@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import models
 from opd.checkpoint import Checkpoints
-from opd.config.schema import Config, Tracker
+from opd.config.schema import Config, Engine, Tracker
 from opd.config.store import to_dict
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.sources import Rows, check_rows, load_rows
@@ -26,7 +26,8 @@ from opd.evaluate import Evaluator
 from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
 from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
-from opd.samplers import SAMPLERS, Decoding, Sampler
+from opd.samplers import SAMPLERS, Decoding, GenerateSampler, Sampler, VllmSampler, VllmServerSampler
+from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher
 from opd.trainer import Trainer
 
@@ -83,6 +84,8 @@ def build(
     config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, int] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
+    if config.sampling.engine is Engine.vllm:
+        check_vllm(config, accelerator.num_processes)
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -104,7 +107,10 @@ def build(
     rows = choices["head_rows"]
     teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
-    make_sampler = SAMPLERS[config.sampling.engine]
+    if config.sampling.engine is Engine.vllm:
+        sampler = make_vllm_sampler(config, student, eos, vocabulary, bf16, [*train_prompts, *eval_prompts])
+    else:
+        sampler = SAMPLERS[config.sampling.engine](student, eos, tokenizer.pad_token_id, vocabulary, config.seed, bf16)
     policy, optimizer = accelerator.prepare(
         Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
     )
@@ -114,7 +120,7 @@ def build(
         policy=policy,
         student=student,
         optimizer=optimizer,
-        sampler=make_sampler(student, eos, tokenizer.pad_token_id, vocabulary, config.seed, bf16),
+        sampler=sampler,
         teacher=teacher,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
@@ -124,9 +130,50 @@ def build(
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "choices": choices},
     )
-    teacher_sampler = make_sampler(teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, config.shares_base and bf16)
+    teacher_sampler = GenerateSampler(
+        teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, config.shares_base and bf16
+    )
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences)
+
+
+def check_vllm(config: Config, processes: int) -> None:
+    """Raises `ConfigError` where `sampling.engine=vllm` cannot work."""
+    if processes > 1:
+        raise ConfigError(f"sampling.engine=vllm works in one process, here are {processes}: start one, or take sampling.engine=generate")
+    if config.sampling.vllm.url is None:
+        check_installed()
+
+
+def make_vllm_sampler(
+    config: Config,
+    student: PreTrainedModel,
+    eos: tuple[int, ...],
+    vocabulary: int,
+    bf16: bool,
+    prompts: list[Prompt],
+) -> Sampler:
+    """vLLM in this process or, with `sampling.vllm.url`, the server there."""
+    vllm = config.sampling.vllm
+    new_tokens = max(config.sampling.max_new_tokens, config.eval.max_new_tokens, config.eval.kl_max_new_tokens)
+    longest = max(len(prompt.ids) for prompt in prompts) + new_tokens
+    batch_size = max(config.sampling.batch_size, config.eval.batch_size)
+    if vllm.url is None:
+        return VllmSampler(
+            student, eos, vocabulary, config.seed, bf16, longest=longest, batch_size=batch_size, memory_share=vllm.memory_share
+        )
+    return VllmServerSampler(
+        student,
+        eos,
+        vocabulary,
+        config.seed,
+        bf16,
+        url=vllm.url,
+        longest=longest,
+        connections=batch_size,
+        timeout=vllm.timeout,
+        weights_folder=vllm.weights_folder,
+    )
 
 
 def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:

@@ -9,6 +9,7 @@ USAGE = 64
 DATA = 65
 INTERNAL = 70
 OUTPUT = 74
+ENGINE = 76
 NUMERIC = 77
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
@@ -39,6 +40,12 @@ class OutputError(OpdError):
 
 class RewardError(DataError):
     """A reward of the user's own failed on an answer: perhaps in one process alone."""
+
+
+class EngineError(OpdError):
+    """An inference engine or server that refuses, does not answer in time, or answers what cannot be."""
+
+    exit_code = ENGINE
 
 
 class NumericError(OpdError):

@@ -236,6 +236,7 @@ class Trainer:
         finite = self.global_sum(0.0 if math.isfinite(loss_sum) and math.isfinite(norm) else 1.0) == 0
         if finite:
             self.optimizer.step()
+            self.sampler.refresh()
             means.add("optim/grad_norm", norm, 1.0)
         self.optimizer.zero_grad()
         means.add("optim/skipped", 0.0 if finite else 1.0, 1.0)

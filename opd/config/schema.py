@@ -36,6 +36,7 @@ class Source(Enum):
 
 class Engine(Enum):
     generate = "generate"
+    vllm = "vllm"
 
 
 class Estimator(Enum):
@@ -147,6 +148,24 @@ class DataConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class VllmConfig:
+    memory_share: float = 0.3
+    url: str | None = None
+    weights_folder: str | None = None
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.memory_share < 1, "sampling.vllm.memory_share", self.memory_share, "must be between 0 and 1 (0.3 is usual)")
+        require(
+            self.url is None or re.fullmatch(r"https?://[^/\s]+/?", self.url) is not None,
+            "sampling.vllm.url",
+            self.url,
+            "must be a server's address, for example http://127.0.0.1:8000, or null for an engine in this process",
+        )
+        require(is_positive(self.timeout), "sampling.vllm.timeout", self.timeout, "must be above 0 seconds")
+
+
+@dataclass(kw_only=True, slots=True)
 class SamplingConfig:
     engine: Engine = Engine.generate
     temperature: float = 0.7
@@ -155,6 +174,7 @@ class SamplingConfig:
     n: int = 4
     max_new_tokens: int = 256
     batch_size: int = 64
+    vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -374,6 +394,14 @@ class Config:
             self.ppo.reward_coef,
             "compares the rewards of a prompt's completions: set eval.reward and sampling.n above 1",
         )
+        if self.sampling.engine is Engine.vllm:
+            for key, temperature in {"sampling.temperature": self.sampling.temperature, "eval.temperature": self.eval.temperature}.items():
+                require(
+                    temperature == 0 or 0.01 <= temperature <= 2,
+                    key,
+                    temperature,
+                    "vLLM takes temperatures from 0.01 to 2, and 0",
+                )
         require(bool(self.resume.strip()), "resume", repr(self.resume), "must be auto, never or the path of a checkpoint")
 
     @property

@@ -24,3 +24,7 @@ class Sampler(Protocol):
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """One rollout for each request, in their order."""
         ...
+
+    def refresh(self) -> None:
+        """The model's weights changed."""
+        ...

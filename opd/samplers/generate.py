@@ -48,6 +48,9 @@ class GenerateSampler:
                 rollouts.update(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
         return [rollouts[index] for index in range(len(requests))]
 
+    def refresh(self) -> None:
+        """Nothing to do: it is the model itself that samples."""
+
     def _sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Requests with equal prompts stand beside each other: each prompt is prefilled once."""
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt.ids)]
