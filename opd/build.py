@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,13 +20,14 @@ from opd.checkpoint import Checkpoints
 from opd.config.schema import Config, Engine, Tracker
 from opd.config.store import to_dict
 from opd.data.prompts import Prompt, encode_rows
+from opd.data.rollouts import Request
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
 from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
 from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
-from opd.samplers import SAMPLERS, Decoding, GenerateSampler, Sampler, VllmSampler, VllmServerSampler
+from opd.samplers import Choice, Decoding, GenerateSampler, Material, Sampler, choose, longest, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher
 from opd.trainer import Trainer
@@ -48,6 +49,7 @@ class Built:
     """A trainer, and what its surroundings need besides.
 
     adapters: peft's handle on the student's, if it has any. differences: what does not match between student and teacher, a line each.
+    sampling: what was chosen to sample with.
     """
 
     trainer: Trainer
@@ -57,6 +59,7 @@ class Built:
     adapters: Any | None
     eos: tuple[int, ...]
     differences: list[str]
+    sampling: Choice
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
@@ -81,11 +84,10 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
 
 
 def build(
-    config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, int] | None
+    config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, Any] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
-    if config.sampling.engine is Engine.vllm:
-        check_vllm(config, accelerator.num_processes)
+    check_engine(config, accelerator.num_processes)
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -103,14 +105,19 @@ def build(
     else:
         teacher_model = prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
     vocabulary = models.shared_vocabulary(tokenizer, student, teacher_model)
-    choices = choices or measured_choices(accelerator, vocabulary)
-    rows = choices["head_rows"]
-    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
-    if config.sampling.engine is Engine.vllm:
-        sampler = make_vllm_sampler(config, student, eos, vocabulary, bf16, [*train_prompts, *eval_prompts])
-    else:
-        sampler = SAMPLERS[config.sampling.engine](student, eos, tokenizer.pad_token_id, vocabulary, config.seed, bf16)
+    material = Material(
+        config=config,
+        model=student,
+        eos=eos,
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=vocabulary,
+        bf16=bf16,
+        longest=longest(config, [*train_prompts, *eval_prompts]),
+    )
+    choices = choices or {**measured_choices(accelerator, vocabulary), "sampling": choose_sampling(accelerator, material, train_prompts)}
+    rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
+    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
     policy, optimizer = accelerator.prepare(
         Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
     )
@@ -120,7 +127,7 @@ def build(
         policy=policy,
         student=student,
         optimizer=optimizer,
-        sampler=sampler,
+        sampler=make_sampler(sampling, material),
         teacher=teacher,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
@@ -134,46 +141,18 @@ def build(
         teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, config.shares_base and bf16
     )
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
-    return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences)
+    return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
 
 
-def check_vllm(config: Config, processes: int) -> None:
-    """Raises `ConfigError` where `sampling.engine=vllm` cannot work."""
-    if processes > 1:
-        raise ConfigError(f"sampling.engine=vllm works in one process, here are {processes}: start one, or take sampling.engine=generate")
-    if config.sampling.vllm.url is None:
+def check_engine(config: Config, processes: int) -> None:
+    """Raises `ConfigError` where the engine is missing, or cannot work in so many processes."""
+    if config.sampling.engine is Engine.vllm and config.sampling.vllm.url is None:
         check_installed()
-
-
-def make_vllm_sampler(
-    config: Config,
-    student: PreTrainedModel,
-    eos: tuple[int, ...],
-    vocabulary: int,
-    bf16: bool,
-    prompts: list[Prompt],
-) -> Sampler:
-    """vLLM in this process or, with `sampling.vllm.url`, the server there."""
-    vllm = config.sampling.vllm
-    new_tokens = max(config.sampling.max_new_tokens, config.eval.max_new_tokens, config.eval.kl_max_new_tokens)
-    longest = max(len(prompt.ids) for prompt in prompts) + new_tokens
-    batch_size = max(config.sampling.batch_size, config.eval.batch_size)
-    if vllm.url is None:
-        return VllmSampler(
-            student, eos, vocabulary, config.seed, bf16, longest=longest, batch_size=batch_size, memory_share=vllm.memory_share
+    if config.sampling.engine in (Engine.vllm, Engine.continuous) and processes > 1:
+        raise ConfigError(
+            f"sampling.engine={config.sampling.engine.value} works in one process, here are {processes}: start one, or take "
+            "sampling.engine=generate"
         )
-    return VllmServerSampler(
-        student,
-        eos,
-        vocabulary,
-        config.seed,
-        bf16,
-        url=vllm.url,
-        longest=longest,
-        connections=batch_size,
-        timeout=vllm.timeout,
-        weights_folder=vllm.weights_folder,
-    )
 
 
 def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
@@ -184,11 +163,21 @@ def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
 def measured_choices(accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
     """What is chosen by looking at the machine: agreed by all processes, kept by a run that goes on: another would round otherwise.
 
-    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 320 MiB (2 GiB on a GPU).
+    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 304 MiB (2 GiB on a GPU).
     """
-    cap = 2**31 if accelerator.device.type == "cuda" else 320 * 2**20
+    cap = 2**31 if accelerator.device.type == "cuda" else 304 * 2**20
     rows = torch.tensor([chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, cap))], device=accelerator.device)
     return {"head_rows": int(accelerator.gather(rows).min())}
+
+
+def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[Prompt]) -> dict[str, Any]:
+    """The main process's `Choice`, tried on a step's first prompts."""
+    config, found = material.config, list[dict[str, Any]]([{}])
+    if accelerator.is_main_process:
+        requests = [Request(prompt, 0, attempt) for prompt in prompts[: config.train.batch_size] for attempt in range(config.sampling.n)]
+        found = [choose(config.sampling, material, requests).to_dict()]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:

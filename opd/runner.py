@@ -268,6 +268,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
+    display.note(f"sampling: {built.sampling}" + (f" ({built.sampling.why})" if built.sampling.why else ""))
     for line in built.differences:
         display.note(f"warning: {line}")
     if start is not None:

@@ -142,7 +142,9 @@ def test_ids_beyond_the_shared_vocabulary_are_never_drawn(make_model):
 def test_each_prompt_is_prefilled_once(make_model):
     model = make_model()
     seen = []
-    handle = model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    handle = model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     sampler_of(model, eos=(999,)).sample(
         [Request(Prompt(i, (5, 6 + i), ""), attempt=a) for i in range(3) for a in range(4)], Decoding(1.0, 3), "train"
     )

@@ -35,8 +35,28 @@ class Source(Enum):
 
 
 class Engine(Enum):
+    auto = "auto"
     generate = "generate"
+    continuous = "continuous"
     vllm = "vllm"
+
+
+class SamplingDtype(Enum):
+    auto = "auto"
+    trainer = "trainer"
+    bfloat16 = "bfloat16"
+
+
+class Truncated(Enum):
+    keep = "keep"
+    mask = "mask"
+    drop = "drop"
+
+
+class GuardAction(Enum):
+    off = "off"
+    warn = "warn"
+    stop = "stop"
 
 
 class Estimator(Enum):
@@ -149,13 +169,11 @@ class DataConfig:
 
 @dataclass(kw_only=True, slots=True)
 class VllmConfig:
-    memory_share: float = 0.3
     url: str | None = None
     weights_folder: str | None = None
     timeout: float = 600.0
 
     def __post_init__(self) -> None:
-        require(0 < self.memory_share < 1, "sampling.vllm.memory_share", self.memory_share, "must be between 0 and 1 (0.3 is usual)")
         require(
             self.url is None or re.fullmatch(r"https?://[^/\s]+/?", self.url) is not None,
             "sampling.vllm.url",
@@ -166,14 +184,34 @@ class VllmConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    action: GuardAction = GuardAction.warn
+    truncated: float = 0.95
+    repetition: float = 0.5
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        require(0 < self.truncated <= 1, "sampling.guard.truncated", self.truncated, "must be a share above 0 and at most 1")
+        require(0 < self.repetition <= 1, "sampling.guard.repetition", self.repetition, "must be a share above 0 and at most 1")
+        require(self.steps >= 1, "sampling.guard.steps", self.steps, "must be at least 1")
+
+
+@dataclass(kw_only=True, slots=True)
 class SamplingConfig:
-    engine: Engine = Engine.generate
+    engine: Engine = Engine.auto
+    dtype: SamplingDtype = SamplingDtype.auto
     temperature: float = 0.7
     top_p: float = 1.0
     top_k: int = 0
     n: int = 4
     max_new_tokens: int = 256
+    max_new_tokens_schedule: dict[int, int] = field(default_factory=dict)
+    truncated: Truncated = Truncated.keep
     batch_size: int = 64
+    memory_share: float = 0.3
+    max_gap: float = 0.05
+    lag: int = 0
+    guard: GuardConfig = field(default_factory=GuardConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)
 
     def __post_init__(self) -> None:
@@ -187,7 +225,27 @@ class SamplingConfig:
         require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (off) or a number of tokens")
         require(self.n >= 1, "sampling.n", self.n, "must be at least 1")
         require(self.max_new_tokens >= 1, "sampling.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        require(
+            all(step >= 0 and 1 <= tokens <= self.max_new_tokens for step, tokens in self.max_new_tokens_schedule.items()),
+            "sampling.max_new_tokens_schedule",
+            self.max_new_tokens_schedule,
+            f"must give steps and from 1 to sampling.max_new_tokens={self.max_new_tokens} tokens, for example {{0:64,100:256}}",
+        )
         require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "must be at least 1")
+        require(0 < self.memory_share < 1, "sampling.memory_share", self.memory_share, "must be between 0 and 1 (0.3 is usual)")
+        require(is_positive(self.max_gap), "sampling.max_gap", self.max_gap, "must be above 0 nats")
+        require(self.lag in (0, 1), "sampling.lag", self.lag, "must be 0 or 1 steps")
+        require(
+            self.lag == 0 or self.vllm.url is not None,
+            "sampling.lag",
+            self.lag,
+            "the next step is sampled during this one's update only by a server: set sampling.engine=vllm and sampling.vllm.url, or lag=0",
+        )
+
+    def new_tokens(self, step: int) -> int:
+        """The most new tokens of a completion at `step`: those of the last entry of the schedule that has begun, else max_new_tokens."""
+        begun = [begin for begin in self.max_new_tokens_schedule if begin <= step]
+        return self.max_new_tokens_schedule[max(begun)] if begun else self.max_new_tokens
 
 
 @dataclass(kw_only=True, slots=True)
@@ -367,6 +425,12 @@ class Config:
             self.lora.rank,
             "with model.path and teacher.path alike, the teacher is the student without its adapter and has nothing to teach; give it a "
             "prompt of its own with teacher.system='…' (context distillation), or another teacher",
+        )
+        require(
+            self.sampling.lag == 0 or self.ppo.importance_cap is not None,
+            "ppo.importance_cap",
+            self.ppo.importance_cap,
+            "sampling.lag=1 draws with weights of the step before; set an importance_cap (2.0 is usual), or lag=0",
         )
         truncated = self.sampling.top_p < 1 or self.sampling.top_k > 0
         if self.ppo.estimator is Estimator.sampled:

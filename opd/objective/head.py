@@ -76,7 +76,7 @@ def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
 
-def chunk_rows(vocabulary: int, budget_bytes: int = 320 * 2**20) -> int:
+def chunk_rows(vocabulary: int, budget_bytes: int = 304 * 2**20) -> int:
     """How many tokens fit in `budget_bytes` with three float32 copies of their logits: `sampled` makes one, `exact` three.
 
     At least 16, so that the matrix product stays worth its name.
@@ -112,7 +112,7 @@ def _chunk_gradient(
 ) -> tuple[Tensor, Tensor, TokenStats]:
     """A chunk's loss, its gradient in the matrix product, and the tokens' statistics. Of the graph nothing outlives the call."""
     with torch.enable_grad():
-        raw_CV.requires_grad_()
+        raw_CV = raw_CV.detach().requires_grad_()
         loss_C, stats = token_loss(head.shape(raw_CV), part)
         loss = (loss_C if weight_C is None else loss_C * weight_C).sum()
         (grad_CV,) = torch.autograd.grad(loss, raw_CV)
@@ -141,12 +141,14 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_cast_VH = weight_VH[:size].to(dtype)
         bias_cast_V = None if bias_V is None else bias_V[:size].to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+        room_CV = weight_cast_VH.new_empty(min(head.chunk, len(hidden_NH)), size)  # new memory for each chunk would cost time
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for part in chunks(hidden_NH.shape[0], head.chunk):
                 hidden_CH = hidden_NH[part].to(dtype)
-                raw_CV = F.linear(hidden_CH, weight_cast_VH, bias_cast_V)
+                raw_CV = torch.mm(hidden_CH, weight_cast_VH.T, out=room_CV[: len(hidden_CH)])
+                if bias_cast_V is not None:
+                    raw_CV += bias_cast_V
                 loss, grad_CV, stats = _chunk_gradient(head, token_loss, raw_CV, part, None if weight_N is None else weight_N[part])
-                del raw_CV
                 total += loss
                 seen.append(stats)
                 if grad_hidden_NH is not None:

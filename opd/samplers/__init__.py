@@ -1,11 +1,8 @@
 """Samplers write completions with the student's weights of the moment."""
 
-from opd.config.schema import Engine
 from opd.samplers.base import Decoding, Sampler
+from opd.samplers.choose import choose
 from opd.samplers.generate import GenerateSampler
-from opd.samplers.vllm import VllmSampler
-from opd.samplers.vllm_server import VllmServerSampler
+from opd.samplers.make import Choice, Material, longest, make_sampler
 
-SAMPLERS = {Engine.generate: GenerateSampler}
-
-__all__ = ["SAMPLERS", "Decoding", "GenerateSampler", "Sampler", "VllmSampler", "VllmServerSampler"]
+__all__ = ["Choice", "Decoding", "GenerateSampler", "Material", "Sampler", "choose", "longest", "make_sampler"]

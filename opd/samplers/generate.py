@@ -16,9 +16,10 @@ from transformers import DynamicCache, PreTrainedModel
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.forward import autocast
+from opd.forward import autocast, output_head
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding
+from opd.samplers.twin import Twin
 
 # A batch is rebuilt without its finished rows once they are this share of it: each rebuild copies the cache.
 COMPACT_AT = 0.25
@@ -27,19 +28,29 @@ COMPACT_AT = 0.25
 class GenerateSampler:
     """Implements `Sampler` on a transformers model.
 
-    eos: ids that end a completion. vocabulary: only ids below it are drawn. seed: the run's. bf16: compute in bf16.
+    eos: ids that end a completion. vocabulary: only ids below it are drawn. seed: the run's. bf16: compute in bf16, as the trainer does.
+    twin: sample with a bf16 copy of the weights.
     """
 
-    def __init__(self, model: PreTrainedModel, eos: Sequence[int], pad_id: int, vocabulary: int, seed: int, bf16: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, eos: Sequence[int], pad_id: int, vocabulary: int, seed: int, bf16: bool, twin: bool = False
+    ) -> None:
         self.model = model
+        self.twin = Twin(model) if twin else None
         self.pad_id = pad_id
         self.vocabulary = vocabulary
         self.seed = seed
-        self.bf16 = bf16
+        self.bf16 = bf16 and not twin
         self.eos = torch.tensor(list(eos), device=model.device)
+
+    def refresh(self) -> None:
+        if self.twin is not None:
+            self.twin.stale = True
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+        if self.twin is not None:
+            self.model = self.twin.up_to_date()
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
         with autocast(self.model.device, self.bf16):
@@ -47,9 +58,6 @@ class GenerateSampler:
                 batch = order[start : start + decoding.batch_size]
                 rollouts.update(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
         return [rollouts[index] for index in range(len(requests))]
-
-    def refresh(self) -> None:
-        """Nothing to do: it is the model itself that samples."""
 
     def _sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Requests with equal prompts stand beside each other: each prompt is prefilled once."""
@@ -75,11 +83,10 @@ class GenerateSampler:
 
     def _next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:
         """Logits (B, V) of the token after `ids_BT`, whose keys and values are added to the cache."""
-        output = self.model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True, logits_to_keep=1
+        output = self.model.base_model(
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
         )
-        logits_BV: Tensor = output.logits[:, -1, : self.vocabulary]
-        return logits_BV
+        return output_head(self.model, self.vocabulary).logits(output.last_hidden_state[:, -1])
 
     def _uniforms(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> Tensor:
         """One number in [0, 1) for each sequence and position (B, T), whatever batch the sequence is in."""

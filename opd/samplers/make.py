@@ -1,0 +1,101 @@
+"""The configured sampler on a model."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from opd.config.schema import Config, Engine
+from opd.data.prompts import Prompt
+from opd.samplers.base import Sampler
+from opd.samplers.continuous import ContinuousSampler
+from opd.samplers.generate import GenerateSampler
+from opd.samplers.vllm import VllmSampler
+from opd.samplers.vllm_server import VllmServerSampler
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An engine, whether it samples with a bf16 copy of the weights, and why it was chosen; "" where the config left no choice."""
+
+    engine: Engine
+    twin: bool
+    why: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.engine.value} with {'a bf16 copy' if self.twin else 'the weights as they are'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"engine": self.engine.value, "twin": self.twin, "why": self.why}
+
+    @staticmethod
+    def from_dict(stored: dict[str, Any]) -> "Choice":
+        return Choice(Engine(stored["engine"]), stored["twin"], stored["why"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """What samplers are made from. eos, vocabulary, bf16: as in `GenerateSampler`. longest: tokens of prompt and completion together."""
+
+    config: Config
+    model: PreTrainedModel
+    eos: Sequence[int]
+    pad_id: int
+    vocabulary: int
+    bf16: bool
+    longest: int
+
+
+def make_sampler(choice: Choice, material: Material) -> Sampler:
+    """Raises `ConfigError` where the engine is missing or cannot run the model, `EngineError` where a server does not answer."""
+    return SAMPLERS[choice.engine](material, choice.twin)
+
+
+def generate(material: Material, twin: bool) -> Sampler:
+    return GenerateSampler(
+        material.model, material.eos, material.pad_id, material.vocabulary, material.config.seed, material.bf16, twin=twin
+    )
+
+
+def continuous(material: Material, twin: bool) -> Sampler:
+    return ContinuousSampler(
+        material.model,
+        material.eos,
+        material.pad_id,
+        material.vocabulary,
+        material.config.seed,
+        twin=twin,
+        memory_share=material.config.sampling.memory_share,
+    )
+
+
+def vllm(material: Material, twin: bool) -> Sampler:
+    """vLLM in this process or, with `sampling.vllm.url`, the server there. bf16 like the trainer, or where a bf16 copy is asked for."""
+    config, options = material.config, material.config.sampling.vllm
+    batch_size = max(config.sampling.batch_size, config.eval.batch_size)
+    shared = (material.model, material.eos, material.vocabulary, config.seed, material.bf16 or twin)
+    if options.url is None:
+        share = config.sampling.memory_share
+        return VllmSampler(*shared, longest=material.longest, batch_size=batch_size, memory_share=share)
+    return VllmServerSampler(
+        *shared,
+        url=options.url,
+        longest=material.longest,
+        connections=batch_size,
+        timeout=options.timeout,
+        weights_folder=options.weights_folder,
+    )
+
+
+SAMPLERS: dict[Engine, Callable[[Material, bool], Sampler]] = {
+    Engine.generate: generate,
+    Engine.continuous: continuous,
+    Engine.vllm: vllm,
+}
+
+
+def longest(config: Config, prompts: Sequence[Prompt]) -> int:
+    """Tokens of the longest prompt and the longest completion that may be asked for."""
+    new_tokens = max(config.sampling.max_new_tokens, config.eval.max_new_tokens, config.eval.kl_max_new_tokens)
+    return max(len(prompt.ids) for prompt in prompts) + new_tokens
