@@ -157,11 +157,9 @@ def make_vllm_sampler(
     vllm = config.sampling.vllm
     new_tokens = max(config.sampling.max_new_tokens, config.eval.max_new_tokens, config.eval.kl_max_new_tokens)
     longest = max(len(prompt.ids) for prompt in prompts) + new_tokens
-    batch_size = max(config.sampling.batch_size, config.eval.batch_size)
     if vllm.url is None:
-        return VllmSampler(
-            student, eos, vocabulary, config.seed, bf16, longest=longest, batch_size=batch_size, memory_share=vllm.memory_share
-        )
+        batch_size, share = config.sampling.batch_size, vllm.memory_share
+        return VllmSampler(student, eos, vocabulary, config.seed, bf16, longest=longest, batch_size=batch_size, memory_share=share)
     return VllmServerSampler(
         student,
         eos,
@@ -170,7 +168,7 @@ def make_vllm_sampler(
         bf16,
         url=vllm.url,
         longest=longest,
-        connections=batch_size,
+        connections=config.sampling.batch_size,
         timeout=vllm.timeout,
         weights_folder=vllm.weights_folder,
     )
