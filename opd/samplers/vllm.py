@@ -41,6 +41,12 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+# What vLLM's refusals name, and what it is here.
+OURS = {
+    "gpu_memory_utilization": "sampling.vllm.memory_share",
+    "max_model_len": "the longest prompt and the most new tokens",
+}
+
 
 class VllmSampler:
     """Implements `Sampler` with the vLLM engine of this process: there is one at a time, and a new sampler ends that of the one before.
@@ -180,9 +186,9 @@ def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: i
         return engine
     except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
         why = " ".join(str(error).split())[:400] or type(error).__name__
+        ours = "".join(f" ({name} is {meaning})" for name, meaning in OURS.items() if name in why)
         raise ConfigError(
-            f"sampling.engine=vllm cannot run {type(model).__name__}: {why} (gpu_memory_utilization is sampling.vllm.memory_share; "
-            "max_model_len is the longest prompt and the most new tokens); sampling.engine=generate runs every model"
+            f"sampling.engine=vllm cannot run {type(model).__name__}: {why}{ours}; sampling.engine=generate runs every model"
         ) from error
 
 
