@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -101,6 +102,11 @@ def test_a_model_that_vllm_cannot_run_is_refused():
     model = models.load_model(ModelConfig(path="bundled:tiny-student"), "model", torch.device("cpu"))
     with pytest.raises(ConfigError, match=r"cannot run Qwen2ForCausalLM: .*head_dim=16.*sampling\.engine=generate"):
         engine_of(model, (256,), 261)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(model):
+    with pytest.raises(ConfigError, match=r"max_model_len \(5000\) is greater than .*the longest prompt and the most new tokens"):
+        VllmSampler(model, (1,), 23, 0, False, longest=5000, batch_size=2, memory_share=0.1)
 
 
 def test_adapters_are_merged_into_what_vllm_gets(make_model):
@@ -231,14 +237,20 @@ def metrics(folder):
 
 
 def test_a_run_from_end_to_end(student_folder, tmp_path):
-    """Two runs of one seed are the same, a member of a sweep starts after another, the engine agrees with the trainer at every step."""
+    """The engine agrees with the trainer at every step. A run that goes on does what it would have done; so does a member of a sweep."""
     done = opd(tmp_path, f"model.path={student_folder}", "name=one")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # vLLM has nothing to say on the screen
+    run = tmp_path / "runs" / "one"
+    steps = metrics(run)
+    assert len(steps) == 6 and max(step["engine_gap"] for step in steps) < 1e-4
+    shutil.rmtree(run / "checkpoints" / "step_000006")
+    (run / "status.json").write_text((run / "status.json").read_text().replace("done", "failed"))
+    done = opd(tmp_path, f"model.path={student_folder}", "name=one")
+    assert done.returncode == 0 and "going on after step 4" in done.stdout
+    assert metrics(run) == steps
     done = opd(tmp_path, f"model.path={student_folder}", "seed=0,1", "--multirun", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${seed}")
     assert done.returncode == 0, done.stderr
-    steps = metrics(tmp_path / "runs" / "one")
-    assert len(steps) == 6 and max(step["engine_gap"] for step in steps) < 1e-4
     assert steps == metrics(tmp_path / "sweep" / "0") != metrics(tmp_path / "sweep" / "1")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from opd import models
 from opd.config.schema import Engine, SamplingConfig, SamplingDtype
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import ConfigError
@@ -46,14 +47,14 @@ def candidates(config: SamplingConfig, device: torch.device) -> list[Choice]:
         engines = [Engine.generate, Engine.continuous] if device.type == "cuda" else [Engine.generate]
     twins = [config.dtype is SamplingDtype.bfloat16]
     if config.dtype is SamplingDtype.auto:
-        twins = [False, True] if has_bf16(device) else [False]
+        twins = [False, True] if is_fast_in_bf16(device) else [False]
     return [Choice(engine, twin) for engine, twin in product(engines, twins)]
 
 
-def has_bf16(device: torch.device) -> bool:
+def is_fast_in_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 matrices by instructions of its own."""
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        return models.has_bf16(device)
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that is allowed does not tell
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 

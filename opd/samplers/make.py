@@ -73,16 +73,15 @@ def continuous(material: Material, twin: bool) -> Sampler:
 def vllm(material: Material, twin: bool) -> Sampler:
     """vLLM in this process or, with `sampling.vllm.url`, the server there. bf16 like the trainer, or where a bf16 copy is asked for."""
     config, options = material.config, material.config.sampling.vllm
-    batch_size = max(config.sampling.batch_size, config.eval.batch_size)
     shared = (material.model, material.eos, material.vocabulary, config.seed, material.bf16 or twin)
     if options.url is None:
-        share = config.sampling.memory_share
+        batch_size, share = config.sampling.batch_size, config.sampling.memory_share
         return VllmSampler(*shared, longest=material.longest, batch_size=batch_size, memory_share=share)
     return VllmServerSampler(
         *shared,
         url=options.url,
         longest=material.longest,
-        connections=batch_size,
+        connections=config.sampling.batch_size,
         timeout=options.timeout,
         weights_folder=options.weights_folder,
     )

@@ -41,6 +41,12 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 
+# What vLLM's refusals name, and what it is here.
+OURS = {
+    "gpu_memory_utilization": "sampling.memory_share",
+    "max_model_len": "the longest prompt and the most new tokens",
+}
+
 
 class VllmSampler:
     """Implements `Sampler` with the vLLM engine of this process: there is one at a time, and a new sampler ends that of the one before.
@@ -179,8 +185,10 @@ def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: i
         engine.generate(TokensPrompt(prompt_token_ids=[0]), SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         return engine
     except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+        why = " ".join(str(error).split())[:400] or type(error).__name__
+        ours = "".join(f" ({name} is {meaning})" for name, meaning in OURS.items() if name in why)
         raise ConfigError(
-            f"sampling.engine=vllm cannot run {type(model).__name__}: {first_line(error)}; sampling.engine=generate runs every model"
+            f"sampling.engine=vllm cannot run {type(model).__name__}: {why}{ours}; sampling.engine=generate runs every model"
         ) from error
 
 
@@ -288,7 +296,3 @@ def make_rollout(
     certain = decoding.temperature == 0
     behaviour_logp: Tensor = torch.zeros(len(ids)) if certain else torch.tensor(list(logp), dtype=torch.float32)
     return Rollout(request, tuple(ids), behaviour_logp, FinishReason.stop if ends else FinishReason.length)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
