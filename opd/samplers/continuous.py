@@ -1,14 +1,14 @@
 """Sampling with transformers' continuous batching: a paged cache, requests that come and go, CUDA graphs where there are any.
 
-It shares the model's weights, so there is nothing to hand over after a step (with `twin`, a bf16 copy follows them). Random numbers come
+It samples with the model's own weights, so there is nothing to hand over after a step (or, with `twin`, a bf16 copy). Random numbers come
 from one stream a call, so a sample depends on what else is in the call; the same call draws the same samples.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -39,22 +39,19 @@ class ContinuousSampler:
                 f"sampling.engine=continuous draws from all {width} ids of the student, of which only {vocabulary} are the teacher's too; "
                 "use sampling.engine=generate"
             )
-        self.model = model
-        self.twin = Twin(model) if twin else None
+        self.source = Twin(model) if twin else nullcontext(model)
         self.eos = list(eos)
         self.pad_id = pad_id
         self.seed = seed
         self.memory_share = memory_share
 
     def refresh(self) -> None:
-        if self.twin is not None:
-            self.twin.stale = True
+        """Nothing to do: the weights of now are what samples, and each call has a cache of its own."""
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         if not requests:
             return []
-        model: Any = self.model if self.twin is None else self.twin.up_to_date()
         order = sorted(range(len(requests)), key=lambda index: requests[index].prompt.ids)
         groups = [list(group) for _, group in groupby(order, key=lambda index: requests[index].prompt.ids)]
         sizes = {len(group) for group in groups}
@@ -64,8 +61,8 @@ class ContinuousSampler:
         seed = derive_seed(
             stream, self.seed, *((request.epoch, request.prompt.sample_id, request.attempt) for request in (requests[i] for i in order))
         )
-        with generator_of(model.device, seed), quiet():
-            answers = model.generate_batch(
+        with self.source as model, generator_of(model.device, seed), quiet():
+            answers = cast(Any, model).generate_batch(
                 inputs=prompts,
                 generation_config=self.generation_config(decoding, copies),
                 continuous_batching_config=ContinuousBatchingConfig(

@@ -7,6 +7,7 @@ Shapes: `P` prompts, `B` sequences of the batch, `T` positions, `V` vocabulary.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
@@ -36,7 +37,7 @@ class GenerateSampler:
         self, model: PreTrainedModel, eos: Sequence[int], pad_id: int, vocabulary: int, seed: int, bf16: bool, twin: bool = False
     ) -> None:
         self.model = model
-        self.twin = Twin(model) if twin else None
+        self.source = Twin(model) if twin else nullcontext(model)
         self.pad_id = pad_id
         self.vocabulary = vocabulary
         self.seed = seed
@@ -44,16 +45,13 @@ class GenerateSampler:
         self.eos = torch.tensor(list(eos), device=model.device)
 
     def refresh(self) -> None:
-        if self.twin is not None:
-            self.twin.stale = True
+        """Nothing to do: the weights of now are what samples."""
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        if self.twin is not None:
-            self.model = self.twin.up_to_date()
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
-        with autocast(self.model.device, self.bf16):
+        with self.source as self.model, autocast(self.model.device, self.bf16):
             for start in range(0, len(order), decoding.batch_size):
                 batch = order[start : start + decoding.batch_size]
                 rollouts.update(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
