@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 from opd.build import make_optimizer
-from opd.checkpoint import Checkpoints, restore
+from opd.checkpoint import Checkpoints, read
 from opd.config.schema import Config, OptimConfig, Schedule
 from opd.config.store import to_config
 from opd.data.order import take
@@ -19,9 +19,9 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_bat
 from opd.errors import NumericError
 from opd.evaluate import Evaluation
 from opd.forward import Policy
-from opd.learning import score
 from opd.metrics import Means
 from opd.objective import Clips, Sampled, chunked_loss, sampled
+from opd.round import Round
 from opd.samplers import GenerateSampler
 from opd.schedule import lr_factor
 from opd.teachers import LocalTeacher
@@ -78,7 +78,7 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **optio
         pad_id=0,
         packed=bool(settings.train.packing),
         max_steps=settings.train.max_steps or 1,
-        saved_state={"config": {}},
+        saved_state={"config": {}, "choices": {}},
     )
 
 
@@ -119,9 +119,12 @@ def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_mod
     batches = trainer.split(rollouts)
     assert len(batches) == 2
     grabbed = {}
-    monkeypatch.setattr(Trainer, "apply", lambda self, *_: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()}))
+    gradients = lambda self, *_: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()})  # noqa: E731
+    monkeypatch.setattr(Trainer, "apply", gradients)
     trainer.config.ppo.importance_cap = None
-    trainer.inner_step(rollouts, batches, [score(trainer.teacher, b, trainer.config) for b in batches], [None] * 2, Means())
+    current = Round(rollouts, rollouts)
+    trainer.score(current)
+    trainer.inner_step(current)
     trainer.student.zero_grad()
     temperature, losses = trainer.config.sampling.temperature, []
     for rollout in rollouts:
@@ -235,7 +238,7 @@ def test_master_weights_are_float32(make_model):
 
 
 def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(make_model, tmp_path):
-    trainer = make_trainer(make_model, tmp_path)
+    trainer = make_trainer(make_model, tmp_path, train__max_steps=9)
     trainer.train_step()
     before, state = weights(trainer), {k: v.clone() for k, v in optimizer_state(trainer).items()}
     honest = trainer.teacher
@@ -245,9 +248,10 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(mak
     assert torch.equal(before, weights(trainer))
     assert all(torch.equal(v, optimizer_state(trainer)[k]) for k, v in state.items())
     trainer.train_step()
-    with pytest.raises(NumericError, match="3 updates in a row"):
-        trainer.train_step()
-    trainer.teacher, trainer.non_finite = honest, 0
+    trainer.train_step()
+    with pytest.raises(NumericError, match=r"3 steps in a row were not finite \(step 4\), there is no checkpoint to go back to"):
+        trainer.rewind()
+    trainer.teacher = honest
     assert trainer.train_step().metrics["optim/skipped"] == 0
     assert not torch.equal(before, weights(trainer))
 
@@ -318,10 +322,7 @@ def test_resume_is_bitwise_at_every_step_across_epochs(make_model, tmp_path):
     assert straight.step * straight.prompts_per_step > 2 * len(straight.prompts)  # several epochs
     for step in range(1, 9):
         resumed = make_trainer(make_model, tmp_path / "straight", **options)
-        from opd.checkpoint import read
-
-        restore(read(straight.checkpoints.path(step)), resumed.student, resumed.optimizer)
-        resumed.step = step
+        resumed.go_on(read(straight.checkpoints.path(step)))
         for _ in range(step, 9):
             resumed.train_step()
         assert torch.equal(weights(resumed), trajectory[-1])
