@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - what every child would import for itself
+
+from opd import runner  # noqa: F401
 from opd.checkpoint import Checkpoints
 from opd.train import main
 
