@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from opd import errors, mistakes, signals
-from opd.config import store
+from opd.config import secrets, store
 from opd.config.schema import Config
 
 Task = Callable[[Config, Path], float | None]
@@ -132,6 +132,7 @@ class Job:
 
 def compose_and_run(job: Job, words: Sequence[str]) -> None:
     """Let Hydra compose the config and call `job.run`, once or for each member of a sweep."""
+    secrets.refuse_in_words(words)
     parsed = parse(words)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` ends without a complaint

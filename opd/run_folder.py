@@ -56,6 +56,7 @@ class RunFolder:
         if not self.writes:
             return
         try:
+            self._refuse_links()
             (self.path / ROLLOUTS).mkdir(parents=True, exist_ok=True)
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             probe = self.path / ".probe"
@@ -65,6 +66,13 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER"
             ) from None
+
+    def _refuse_links(self) -> None:
+        """Nothing is written through a link that leads out of the folder the run folder is in."""
+        root = self.path.parent.resolve()
+        for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise OutputError(f"{path}: a link to {path.resolve()}, outside of {root}; remove it, or take hydra.run.dir=FOLDER")
 
     @contextmanager
     def held(self) -> Iterator[None]:

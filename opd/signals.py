@@ -59,6 +59,25 @@ def note(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
 
 
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError within it, once it has taken so long in Python. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 _parent: list[int] = []  # the launcher, where there is one
 
 

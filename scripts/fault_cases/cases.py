@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fault_cases import running, saving, stopping
+from fault_cases import running, saving, stopping, typed
 from fault_cases.harness import Outcome
 
 
@@ -34,4 +34,10 @@ CASES = {
     "second-writer": Case("the same command twice at a time", running.second_writers, 1, 10),
     "second-interrupt": Case("Ctrl-C twice", running.second_interrupts, 1, 5),
     "changed": Case("another option, row, tokenizer or teacher on going on", running.changed, 4, 20),
+    "command-lines": Case("composed or refused", typed.fuzzed, 60, 10_000),
+    "hostile-values": Case("values that are code somewhere", typed.hostile, 20, 100),
+    "outside": Case("names, links, pickles, code and templates that reach out", typed.outside, 1, 44),
+    "data": Case("files and rows that are not what they should be", typed.data, 1, 52),
+    "vocabularies": Case("permuted ids, padded output layers", typed.vocabularies, 2, 10),
+    "answers": Case("answers that hang or fill the memory of who judges them", typed.answers, 12, 36),
 }
