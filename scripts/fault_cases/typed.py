@@ -39,7 +39,8 @@ HOSTILE = (
 
 RIGHT = (
     "optim.lr=2e-5", "seed=3", "train.max_steps=5", "sampling.temperature=0.9", "name=mine", "ppo.steps=2", "eval.limit=null",
-    "model=qwen3b", "data.system=null", "teacher.dtype=bfloat16", "checkpoint.background=true", "data.options={a: 1}", "optim.betas=[0.9,0.99]",
+    "model=qwen3b", "data.system=null", "teacher.dtype=bfloat16", "checkpoint.background=true", "data.options={a: 1}",
+    "optim.betas=[0.9,0.99]",
 )  # fmt: skip
 
 
