@@ -2,6 +2,8 @@
 
 import fcntl
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from opd import checkpoint
 from opd.checkpoint import Checkpoint
@@ -32,10 +34,18 @@ def no_check_of_numbers() -> None:
     math.isfinite = lambda value: True
 
 
+class Build(NamedTuple):
+    """case: the one that has to find the hole, in so many tries."""
+
+    open_hole: Callable[[], None]
+    case: str
+    times: int
+
+
 BUILDS = {
-    "no-manifest": no_manifest,
-    "no-buffer": no_buffer,
-    "no-flush": no_flush,
-    "no-lock": no_lock,
-    "no-check-of-numbers": no_check_of_numbers,
+    "no-manifest": Build(no_manifest, "corruptions", 3),
+    "no-buffer": Build(no_buffer, "stops", 1),
+    "no-flush": Build(no_flush, "power-cuts", 1),
+    "no-lock": Build(no_lock, "second-writer", 1),
+    "no-check-of-numbers": Build(no_check_of_numbers, "not-finite", 4),
 }
