@@ -11,25 +11,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import models
 from opd.checkpoint import Checkpoints
 from opd.config.schema import Config, Engine, Tracker
-from opd.config.store import to_dict
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import Request
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
 from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
+from opd.identity import content, identity
 from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, Sampler, choose, longest, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher
+from opd.together import on_main
 from opd.trainer import Trainer
 
 
@@ -115,7 +116,10 @@ def build(
         bf16=bf16,
         longest=longest(config, [*train_prompts, *eval_prompts]),
     )
-    choices = choices or {**measured_choices(accelerator, vocabulary), "sampling": choose_sampling(accelerator, material, train_prompts)}
+    choices = choices or {
+        **measured_choices(config, accelerator, vocabulary),
+        "sampling": choose_sampling(accelerator, material, train_prompts),
+    }
     rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
     teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
     policy, optimizer = accelerator.prepare(
@@ -135,7 +139,13 @@ def build(
         pad_id=tokenizer.pad_token_id,
         packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
-        saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "choices": choices},
+        max_tokens=choices["max_tokens"],
+        saved_state={
+            **identity(config, accelerator),
+            "prompts": len(train_prompts),
+            "content": on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts)),
+            "choices": choices,
+        },
     )
     teacher_sampler = GenerateSampler(
         teacher_model, teacher_eos, tokenizer.pad_token_id, vocabulary, config.seed, config.shares_base and bf16
@@ -155,29 +165,22 @@ def check_engine(config: Config, processes: int) -> None:
         )
 
 
-def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
-    """What a run is before anything is loaded: only a run that is the same may go on from its checkpoints."""
-    return {"config": to_dict(config), "prompts_per_step": config.train.batch_size * accelerator.num_processes}
-
-
-def measured_choices(accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
+def measured_choices(config: Config, accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
     """What is chosen by looking at the machine: agreed by all processes, kept by a run that goes on: another would round otherwise.
 
-    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 304 MiB (2 GiB on a GPU).
+    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 304 MiB (2 GiB on a GPU). max_tokens:
+    `train.max_tokens_per_micro_batch` until memory runs out.
     """
     cap = 2**31 if accelerator.device.type == "cuda" else 304 * 2**20
     rows = torch.tensor([chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, cap))], device=accelerator.device)
-    return {"head_rows": int(accelerator.gather(rows).min())}
+    return {"head_rows": int(accelerator.gather(rows).min()), "max_tokens": config.train.max_tokens_per_micro_batch}
 
 
 def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[Prompt]) -> dict[str, Any]:
     """The main process's `Choice`, tried on a step's first prompts."""
-    config, found = material.config, list[dict[str, Any]]([{}])
-    if accelerator.is_main_process:
-        requests = [Request(prompt, 0, attempt) for prompt in prompts[: config.train.batch_size] for attempt in range(config.sampling.n)]
-        found = [choose(config.sampling, material, requests).to_dict()]
-    broadcast_object_list(found)
-    return found[0]
+    config = material.config
+    requests = [Request(prompt, 0, attempt) for prompt in prompts[: config.train.batch_size] for attempt in range(config.sampling.n)]
+    return on_main(accelerator, lambda: choose(config.sampling, material, requests).to_dict())
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:

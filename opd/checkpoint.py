@@ -1,16 +1,20 @@
 """Training state that survives a crash: written beside, verified by digest, renamed into place, and only then the old one deleted.
 
 A checkpoint is a folder `step_000200/` with `model.safetensors` (float32 weights), `optimizer.safetensors`, `state.json` and, written
-last, `manifest.json` with the sha256 of each. No pickle. Which data come next and which random numbers are drawn follows from the step.
+last, `manifest.json` with the sha256 of each. One that was taken between inner steps is called `step_000200_1/` (one inner step of step
+201 is done) and holds `round.safetensors` too: the rollouts it works on. No pickle. Which data come next and which random numbers are
+drawn follows from the step.
 """
 
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
-from hashlib import file_digest
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +29,17 @@ from opd.errors import OutputError
 log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE, MANIFEST, BEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "best.json"
+ROUND = "round.safetensors"
+NAME = re.compile(r"step_(\d+)(?:_(\d+))?")
+FAILURES_LIMIT = 3
+SPARE_BYTES = 2**20  # what a checkpoint takes besides its tensors
+
+Moment = tuple[int, int]  # steps done, inner steps done of the next
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint. state: the step it was taken after and the config of its run, as JSON."""
+    """A verified checkpoint. state: when it was taken, the config of its run, and how the run was going, as JSON."""
 
     path: Path
     state: dict[str, Any]
@@ -38,90 +48,184 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.state["step"])
 
+    @property
+    def moment(self) -> Moment:
+        return self.step, int(self.state["inner"])
 
+    def round(self) -> dict[str, Tensor] | None:
+        """The rollouts of the step it is in the middle of; None between steps."""
+        return None if self.state["round"] is None else load_file(self.path / ROUND)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a checkpoint is written from. files: tensors by file name. state: JSON, with the moment in it."""
+
+    files: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    @property
+    def moment(self) -> Moment:
+        return self.state["step"], self.state["inner"]
+
+    def copied(self) -> "Snapshot":
+        """A copy on the CPU that training does not change."""
+        copies = {
+            name: {key: tensor.to("cpu", copy=True).contiguous() for key, tensor in tensors.items()} for name, tensors in self.files.items()
+        }
+        return Snapshot(copies, json.loads(json.dumps(self.state)))
+
+    def size(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensors in self.files.values() for tensor in tensors.values()) + SPARE_BYTES
+
+
+@dataclass(slots=True)
 class Checkpoints:
-    """The checkpoints of one run in `folder`: the last few and the best."""
+    """The checkpoints of one run in `folder`: the last few and the best. background: written while training goes on, one at a time."""
 
-    def __init__(self, folder: Path, keep_last: int, keep_best: bool) -> None:
-        self.folder = folder
-        self.keep_last = keep_last
-        self.keep_best = keep_best
+    folder: Path
+    keep_last: int
+    keep_best: bool
+    background: bool = False
+    failures: int = 0
+    writer: ThreadPoolExecutor | None = None
+    in_flight: "Future[Path] | None" = field(default=None)
 
-    def path(self, step: int) -> Path:
-        return self.folder / f"step_{step:06d}"
+    def path(self, step: int, inner: int = 0) -> Path:
+        return self.folder / (f"step_{step:06d}_{inner}" if inner else f"step_{step:06d}")
 
-    def steps(self) -> list[int]:
-        """Steps with a committed checkpoint, ascending."""
-        return sorted(int(path.name.removeprefix("step_")) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
+    def moments(self) -> list[Moment]:
+        """Moments with a committed checkpoint, ascending."""
+        found = (NAME.fullmatch(path.name) for path in self.folder.glob("step_*"))
+        return sorted((int(match[1]), int(match[2] or 0)) for match in found if match)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; None when there are none at all.
+    def newest(self, suits: Callable[[Mapping[str, Any]], bool] = lambda state: True) -> Checkpoint | None:
+        """The newest checkpoint that verifies and whose state suits; None when there are none at all.
 
         Bad ones are renamed to `bad_…` and named in the log. Raises `OutputError` when there are checkpoints and all are bad.
         """
-        steps = self.steps()
-        for step in reversed(steps):
-            problem = verify(self.path(step))
-            if problem is None:
-                return read(self.path(step))
-            log.error("checkpoint %s is bad and set aside: %s", self.path(step).name, problem)
-            self.path(step).rename(self.folder / f"bad_{self.path(step).name}")
+        self.wait()
+        for moment in reversed(self.moments()):
+            path = self.path(*moment)
+            problem = verify(path)
+            if problem is not None:
+                log.error("checkpoint %s is bad and set aside: %s", path.name, problem)
+                path.rename(unused(self.folder / f"bad_{path.name}"))
+            elif suits(read(path).state):
+                return read(path)
         bad = sorted(path.name for path in self.folder.glob("bad_*"))
-        if bad:
+        if bad and not self.moments():
             raise OutputError(
                 f"{self.folder}: no checkpoint is usable ({', '.join(bad)}); nothing was deleted. Start again under another name=…"
             )
         return None
 
-    def save(self, step: int, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> Path:
-        """Commit the checkpoint of `step`, verify it, then delete those that are no longer kept."""
-        target, work = self.path(step), self.folder / f"tmp_step_{step:06d}"
+    def save(self, snapshot: Snapshot, best: float | None = None, needed: bool = False) -> None:
+        """Commit a checkpoint, now or in the background. best: the score of an evaluation better than all before, which it belongs to.
+
+        One that cannot be written is left out: the old ones stay and the next one is tried as usual. Raises `OutputError` when that was
+        the third in a row, or when this one is needed, because the run ends with it.
+        """
+        self.wait()
+        if self.background and not needed:
+            self.writer = self.writer or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self.in_flight = self.writer.submit(self.commit, snapshot.copied(), best)
+        else:
+            self._settle(lambda: self.commit(snapshot, best), 1 if needed else FAILURES_LIMIT)
+
+    def wait(self) -> None:
+        """Until nothing is being written any more. Raises `OutputError` as `save` does."""
+        if self.in_flight is not None:
+            flight, self.in_flight = self.in_flight, None
+            self._settle(flight.result, FAILURES_LIMIT)
+
+    def _settle(self, finish: Callable[[], Path], limit: int) -> None:
         try:
+            finish()
+        except OutputError as error:
+            self.failures += 1
+            if self.failures >= limit:
+                raise
+            log.error("%s (failure %d of %d in a row; training goes on)", error, self.failures, FAILURES_LIMIT)
+        else:
+            self.failures = 0
+
+    def commit(self, snapshot: Snapshot, best: float | None = None) -> Path:
+        """Write a checkpoint, verify it, then delete those that are no longer kept. Raises `OutputError`; the old ones are then whole."""
+        target = self.path(*snapshot.moment)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left_over in self.folder.glob("tmp_*"):
+                shutil.rmtree(left_over)
+            if target.exists() and verify(target) is not None:
+                target.rename(unused(self.folder / f"bad_{target.name}"))
             if not target.exists():
-                shutil.rmtree(work, ignore_errors=True)
-                work.mkdir(parents=True)
-                save_file(model_tensors(model), work / MODEL)
-                save_file(optimizer_tensors(optimizer), work / OPTIMIZER)
-                write_json(work / STATE, {**state, "step": step})
-                write_json(work / MANIFEST, {"step": step, "files": {name: digest(work / name) for name in (MODEL, OPTIMIZER, STATE)}})
-                for file in work.iterdir():
-                    flush(file)
-                flush(work)
-                work.rename(target)
+                self._write(snapshot, target)
+            problem = verify(target)
+            if problem is not None:
+                target.rename(unused(self.folder / f"bad_{target.name}"))
+                raise OutputError(f"{target}: what was written cannot be read back: {problem}")
+            if best is not None and self.keep_best:
+                write_json(self.folder / BEST, {"step": snapshot.moment[0], "score": best})
                 flush(self.folder)
+            self._delete_old()
         except (OSError, SafetensorError) as error:
+            shutil.rmtree(self._work(target), ignore_errors=True)
             raise OutputError(
                 f"{target}: the checkpoint could not be written ({error}); make room and run the same command again"
             ) from error
-        problem = verify(target)
-        if problem is not None:
-            raise OutputError(f"{target}: what was written cannot be read back: {problem}")
-        self._delete_old()
         return target
 
-    def mark_best(self, step: int, score: float) -> None:
-        if self.keep_best:
-            write_json(self.folder / BEST, {"step": step, "score": score})
+    def _work(self, target: Path) -> Path:
+        return self.folder / f"tmp_{target.name}"
+
+    def _write(self, snapshot: Snapshot, target: Path) -> None:
+        """Nothing is renamed into place before all of it would survive a power cut."""
+        free, needed = shutil.disk_usage(self.folder).free, snapshot.size()
+        if free < needed:
+            raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
+        work = self._work(target)
+        work.mkdir()
+        for name, tensors in snapshot.files.items():
+            save_file(tensors, work / name)
+            flush(work / name)
+        write_json(work / STATE, snapshot.state)
+        names = (*snapshot.files, STATE)
+        write_text(work / MANIFEST, manifest({"step": snapshot.moment[0], "files": {name: digest(work / name) for name in names}}))
+        flush(work)
+        work.rename(target)
+        flush(self.folder)
 
     def best(self) -> dict[str, float] | None:
         """The step and score of the best evaluation so far whose checkpoint is there."""
         if not (self.folder / BEST).is_file():
             return None
         found: dict[str, float] = json.loads((self.folder / BEST).read_text())
-        return found if int(found["step"]) in self.steps() else None
+        return found if (int(found["step"]), 0) in self.moments() else None
 
-    def set_aside(self, step: int) -> None:
-        """Rename the checkpoints after `step`, which will be run again another way."""
-        for later in self.steps():
-            if later > step:
-                shutil.rmtree(self.folder / f"old_{self.path(later).name}", ignore_errors=True)
-                self.path(later).rename(self.folder / f"old_{self.path(later).name}")
+    def set_aside(self, moment: Moment) -> None:
+        """Rename the checkpoints after `moment`, which will be run again another way."""
+        for later in self.moments():
+            if later > moment:
+                shutil.rmtree(self.folder / f"old_{self.path(*later).name}", ignore_errors=True)
+                self.path(*later).rename(self.folder / f"old_{self.path(*later).name}")
 
     def _delete_old(self) -> None:
         best = self.best()
-        kept = {*self.steps()[-self.keep_last :], *([] if best is None else [best["step"]])}
-        for step in set(self.steps()) - kept:
-            shutil.rmtree(self.path(step))
+        kept = {*self.moments()[-self.keep_last :], *([] if best is None else [(int(best["step"]), 0)])}
+        for moment in set(self.moments()) - kept:
+            gone = self.folder / f"tmp_{self.path(*moment).name}"
+            self.path(*moment).rename(gone)  # first, or a crash in between would leave a part that looks like a checkpoint
+            shutil.rmtree(gone)
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with the first number behind it that no file has yet."""
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
 
 
 def read(path: Path) -> Checkpoint:
@@ -131,11 +235,21 @@ def read(path: Path) -> Checkpoint:
 def verify(path: Path) -> str | None:
     """What is wrong with the checkpoint at `path`, or None when every file is there and has the digest it was written with."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        wrong = [name for name in (MODEL, OPTIMIZER, STATE) if digest(path / name) != files[name]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        text = (path / MANIFEST).read_text()
+        content = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+        if text != manifest(content):
+            return f"{MANIFEST}: not what was written"
+        files = {MODEL: None, OPTIMIZER: None, STATE: None, **content["files"]}
+        wrong = [name for name in files if digest(path / name) != files[name]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)}: not what was written" if wrong else None
+
+
+def manifest(content: dict[str, Any]) -> str:
+    """The manifest's text, with a digest of its own."""
+    own = sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": own}, indent=2) + "\n"
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
@@ -148,6 +262,12 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
     restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
+
+
+def snapshot(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], round_tensors: dict[str, Tensor] | None = None) -> Snapshot:
+    """What there is to save now; the tensors are those in use, not copies. state: with `step` and `inner`."""
+    files = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}
+    return Snapshot(files if round_tensors is None else {**files, ROUND: round_tensors}, state)
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -178,8 +298,13 @@ def digest(file: Path) -> str:
 
 def write_json(file: Path, content: Any) -> None:
     """Replace `file` at once: a reader sees the old or the new content, never a part."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """As `write_json`."""
     work = file.with_name(f".{file.name}.tmp")
-    work.write_text(json.dumps(content, indent=2) + "\n")
+    work.write_text(text, encoding="utf-8")
     flush(work)
     work.replace(file)
 

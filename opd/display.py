@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.evaluate import Evaluation, Rewards
-from opd.trainer import Evaluated, Event, Saved, StepDone
+from opd.trainer import Evaluated, Event, Rewound, Saved, StepDone
 
 LINE_EVERY_SECONDS = 5.0
 SHOWN = (
@@ -75,6 +75,8 @@ class Display:
             case Evaluated():
                 self.evaluation = event.evaluation
                 self.note(describe(event.evaluation))
+            case Rewound():
+                self.progress.update(self.task, completed=event.step)
             case Saved():
                 pass
         if self.live is not None:

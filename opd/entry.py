@@ -20,14 +20,14 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opd import errors, mistakes
-from opd.config import store
+from opd import errors, mistakes, signals
+from opd.config import secrets, store
 from opd.config.schema import Config
 
 Task = Callable[[Config, Path], float | None]
 
 WITHOUT_FILES = ("hydra.output_subdir=null", "hydra/job_logging=errors", "hydra/hydra_logging=none")
-SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError)
+SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError, errors.OutputError, errors.Preempted)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Job:
             if log_files():
                 log.error(message)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
-                self.say(f"error: {message}")
+                self.say(message if isinstance(error, errors.Preempted) else f"error: {message}")
             return error.exit_code
         summary = mistakes.one_line(f"internal error: {type(error).__name__}: {error}")
         files = log_files()
@@ -121,6 +121,8 @@ class Job:
             except OSError as error:
                 full = errors.OutputError(f"{error.filename or 'output'}: {error.strerror}") if error.errno in CANNOT_WRITE else error
                 self.codes.append(self.report(full))
+            except errors.Preempted as error:
+                raise SystemExit(self.report(error)) from None  # asked to stop: the other members of a sweep are not begun
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
                 self.codes.append(self.report(error))
             finally:
@@ -130,6 +132,7 @@ class Job:
 
 def compose_and_run(job: Job, words: Sequence[str]) -> None:
     """Let Hydra compose the config and call `job.run`, once or for each member of a sweep."""
+    secrets.refuse_in_words(words)
     parsed = parse(words)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` ends without a complaint
@@ -144,6 +147,8 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
 def launch(task: Task, words: Sequence[str]) -> int:
     """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code."""
     job = Job(task)
+    signals.follow_launcher()
+    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason to fill the screen
     try:
         compose_and_run(job, words)
     except KeyboardInterrupt:

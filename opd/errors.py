@@ -9,6 +9,7 @@ USAGE = 64
 DATA = 65
 INTERNAL = 70
 OUTPUT = 74
+PREEMPTED = 75
 ENGINE = 76
 NUMERIC = 77
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
@@ -36,6 +37,12 @@ class OutputError(OpdError):
     """A folder that cannot be made or written, a full disk, checkpoints that cannot be used."""
 
     exit_code = OUTPUT
+
+
+class Preempted(OpdError):
+    """A signal asked the run to stop; the same command goes on from where it stopped."""
+
+    exit_code = PREEMPTED
 
 
 class RewardError(DataError):

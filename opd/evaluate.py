@@ -21,6 +21,7 @@ from opd.objective import chunked_stats, exact, reverse_kl
 from opd.rewards import Grader
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
+from opd.together import stoppable
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ def exact_kl(
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Evaluates with its share of the prompts in each process; every process gets the whole result.
+    """Evaluates with its share of the prompts in each process; every process gets the whole result, or `Preempted` when asked to stop.
 
     answered: prompts that are answered and judged. kl_prompts: prompts whose samples the KL is measured on.
     """
@@ -116,9 +117,8 @@ class Evaluator:
         """The rewards of the model behind `sampler`, and the first prompt with its answer. as_teacher: prompts as the teacher sees them."""
         if not self.answered:
             return None, None
-        rollouts = sampler.sample(
-            [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)], self.decoding, "evaluation"
-        )
+        requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
+        rollouts = stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
         judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
         rows = [
             (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
@@ -135,7 +135,8 @@ class Evaluator:
     def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher) -> float | None:
         if not self.kl_prompts:
             return None
-        rollouts = sampler.sample([Request(prompt) for prompt in self._share(self.kl_prompts)], self.kl_decoding, "evaluation-kl")
+        requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
+        rollouts = stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
         with self.precision():
             own = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
         parts = gather_object([own])

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from opd import signals
 from opd.errors import ConfigError
 
 # (completion, answer) -> the reward, or None when the pair cannot be judged.
@@ -181,6 +182,7 @@ def ended_after(seconds: float) -> Iterator[None]:
 
 def main(name: str, time_limit: float, memory_limit_mb: int) -> NoReturn:
     """Serves one reward until the parent closes the pipe."""
+    signals.die_with_parent(signal.SIGKILL)
     requests, replies = claim_pipes()
     try:
         with ended_after(START_LIMIT + GRACE):

@@ -2,39 +2,37 @@
 
 import gc
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from opd.build import Built, Given, build, check_tracker, identity, make_accelerator
-from opd.checkpoint import Checkpoint, Checkpoints, read, restore, verify
+from opd import signals
+from opd.build import Built, Given, build, check_tracker, make_accelerator
+from opd.checkpoint import Checkpoint, Checkpoints, read, verify
 from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
 from opd.data.rollouts import Rollout
 from opd.display import Display, NoteHandler, describe_rewards
-from opd.errors import INTERNAL, INTERRUPTED, ConfigError, DataError, OpdError, OutputError
+from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, Preempted
 from opd.evaluate import Evaluation
 from opd.export import export
+from opd.identity import check_content, check_same, identity
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
 from opd.summary import peak_memory, summarise
-from opd.trainer import Evaluated, Scored, StepDone, Trainer
+from opd.together import on_main, stop_together
+from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
+from opd.watchdog import watched
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-
-# What may differ between a run and its continuation, because it changes nothing that is learnt or compared. Prompts per process may,
-# as long as their number over all processes stays.
-MAY_CHANGE = ("name", "resume", "device", "checkpoint", "track", "train.batch_size", "eval.steps", "eval.batch_size")
 
 
 def run(config: Config, folder: Path) -> float | None:
@@ -51,65 +49,95 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
     check_tracker(config.track.tool)
     accelerator = make_accelerator(config, folder)
     run_folder = RunFolder(folder, writes=accelerator.is_main_process)
+    with ExitStack() as stack:
+        stack.enter_context(signals.noted())
+        on_main(accelerator, lambda: claim(run_folder, stack))
+        checkpoints = Checkpoints(
+            run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best, config.checkpoint.background
+        )
+        wanted = identity(config, accelerator)
+        finished = on_main(accelerator, lambda: find_finished(config, run_folder, wanted))
+        if finished is not None:
+            display = Display(finished["steps"], shown=accelerator.is_main_process)
+            display.note(f"{folder} holds this run, finished; nothing to do (a new one: name=…)")
+            display.summarise(finished, places(folder))
+            return finished
+        start, forced = on_main(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
+        run_folder.set_status(Status.running)
+        with told(accelerator, run_folder, checkpoints):
+            summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given())
+        run_folder.set_status(Status.done, exit_code=0)
+        return summary
+
+
+def claim(run_folder: RunFolder, stack: ExitStack) -> None:
+    """Make the run folder and let no other process write to it."""
     run_folder.prepare()
-    accelerator.wait_for_everyone()
-    checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
-    wanted = identity(config, accelerator)
-    finished = on_main(accelerator, lambda: find_finished(config, run_folder, wanted))
-    if finished is not None:
-        display = Display(finished["steps"], shown=accelerator.is_main_process)
-        display.note(f"{folder} holds this run, finished; nothing to do (a new one: name=…)")
-        display.summarise(finished, places(folder))
-        return finished
-    start = on_main(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
-    run_folder.set_status(Status.running)
+    stack.enter_context(run_folder.held())
+
+
+@contextmanager
+def told(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints) -> Iterator[None]:
+    """Whatever ends the run is in its `status.json`, with the exit code."""
     try:
-        summary = distil(config, accelerator, run_folder, checkpoints, start, given or Given())
+        yield
     except KeyboardInterrupt:
         run_folder.set_status(Status.failed, "interrupted", INTERRUPTED)
         raise
+    except Preempted as error:
+        moments = checkpoints.moments()
+        saved = f"the same command goes on from {checkpoints.path(*moments[-1])}" if moments else "nothing was learnt yet"
+        stopped = Preempted(f"{error}; {saved}")
+        run_folder.set_status(Status.preempted, str(stopped), stopped.exit_code)
+        raise stopped from None
     except torch.OutOfMemoryError as error:
-        told = ConfigError(
+        out_of_memory = ConfigError(
             f"{accelerator.device} has too little memory ({str(error).splitlines()[0]}): lower train.max_tokens_per_micro_batch, set "
             "train.activation_checkpointing=true, or, while sampling, lower sampling.batch_size and eval.batch_size"
         )
-        run_folder.set_status(Status.failed, str(told), told.exit_code)
-        raise told from error
+        run_folder.set_status(Status.failed, str(out_of_memory), out_of_memory.exit_code)
+        raise out_of_memory from error
     except Exception as error:
         code = error.exit_code if isinstance(error, OpdError) else INTERNAL
         run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
         raise
-    run_folder.set_status(Status.done, exit_code=0)
-    return summary
 
 
 def distil(
-    config: Config, accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, start: Checkpoint | None, given: Given
+    config: Config,
+    accelerator: Accelerator,
+    run_folder: RunFolder,
+    checkpoints: Checkpoints,
+    start: Checkpoint | None,
+    forced: list[str],
+    given: Given,
 ) -> dict[str, Any]:
-    """Build, run the loop, write what happens, export."""
+    """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
         trainer = built.trainer
         if start is not None:
-            if start.state["prompts"] != len(trainer.prompts):
-                raise DataError(f"the data changed: there were {start.state['prompts']} prompts, there are {len(trainer.prompts)}")
-            restore(start, trainer.student, trainer.optimizer)
-            trainer.step = start.step
+            forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
+            trainer.go_on(start, anew=bool(forced))
         on_main(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
-        history = on_main(accelerator, lambda: History(run_folder.metrics(), run_folder.evaluations(), checkpoints.best()))
-        catch_up(trainer, history)
+        history = catch_up(accelerator, run_folder, checkpoints, trainer)
         display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         handler = NoteHandler(display)
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         introduce(display, config, built, start)
+        for difference in forced:
+            log.warning("resume_force=true: %s", difference)
         start_tracking(config, accelerator, run_folder.path)
+        stop_together(accelerator)
+        beat = stack.enter_context(watched(config.train.watchdog_minutes, run_folder.stacks(accelerator.process_index), run_folder.hung))
         teacher_evaluation = evaluate_teacher(built, run_folder, history)
         if teacher_evaluation is not None and teacher_evaluation.rewards is not None:
             display.note(f"teacher: reward {describe_rewards(teacher_evaluation.rewards)}")
         stack.callback(display.end)
         display.begin(trainer.step)
         for event in trainer.run():
+            beat()
             match event:
                 case StepDone(step, metrics, scored):
                     run_folder.add_metrics({"step": step, **metrics})
@@ -120,8 +148,12 @@ def distil(
                     run_folder.add_evaluation({"model": "student", **evaluation.to_dict()})
                     accelerator.log(tracked(evaluation), step=evaluation.step)
                     display.show(event)
+                case Rewound(step, left_out):
+                    log.warning("going on from step %d again, without %d samples", step, len(left_out))
+                    on_main(accelerator, lambda step=step: forget_after(step, run_folder, checkpoints))  # type: ignore[misc]
+                    catch_up(accelerator, run_folder, checkpoints, trainer)
         display.end()
-        accelerator.wait_for_everyone()
+        on_main(accelerator, checkpoints.wait)
         peak = peak_memory(accelerator)
         summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak))
         if accelerator.is_main_process:
@@ -159,21 +191,6 @@ def quiet_libraries() -> None:
     datasets.disable_progress_bars()
 
 
-def on_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
-    """What `find` returns in the main process, in all of them; or the `OpdError` that it raises there."""
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            found = [find()]
-        except OpdError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], OpdError):
-        raise found[0]
-    result: T = found[0]
-    return result
-
-
 def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The summary of this very run, if it is done. Raises `ConfigError` when the folder holds another run, or may not be touched."""
     held = run_folder.identity()
@@ -182,15 +199,21 @@ def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, An
     kept = run_folder.status() is Status.done or any(run_folder.checkpoints.glob("*step_*"))
     if config.resume == "never" and kept:
         raise ConfigError(f"resume=never: {run_folder.path} holds a run already; take another name=…, or resume=auto to go on")
-    if kept and config.resume == "auto":
-        check_same(held, wanted, run_folder.path)
-    return run_folder.summary() if run_folder.status() is Status.done and config.resume == "auto" else None
-
-
-def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints, wanted: Mapping[str, Any]) -> Checkpoint | None:
-    """The checkpoint to go on from, by `resume`. Raises `ConfigError` when it is another run's, `OutputError` when it is unusable."""
-    if config.resume == "never":
+    if not kept or config.resume != "auto":
         return None
+    changed = check_same(held, wanted, run_folder.path, config.resume_force)
+    return run_folder.summary() if run_folder.status() is Status.done and not changed else None
+
+
+def find_start(
+    config: Config, run_folder: RunFolder, checkpoints: Checkpoints, wanted: Mapping[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, by `resume`, and what differs from its run although `resume_force` says to go on.
+
+    Raises `ConfigError` when it is another run's, `OutputError` when it is unusable.
+    """
+    if config.resume == "never":
+        return None, []
     if config.resume == "auto":
         start = checkpoints.newest()
     else:
@@ -198,30 +221,7 @@ def find_start(config: Config, run_folder: RunFolder, checkpoints: Checkpoints, 
         if problem is not None:
             raise OutputError(f"resume={config.resume}: not a usable checkpoint: {problem}")
         start = read(Path(config.resume))
-    if start is not None:
-        check_same(start.state, wanted, start.path)
-    return start
-
-
-def check_same(held: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    """Raises `ConfigError`, with what differs, unless a run that is `wanted` may go on from what `where` holds."""
-    changed = differences(held["config"], wanted["config"])
-    if held["prompts_per_step"] != wanted["prompts_per_step"]:
-        changed.append(
-            f"prompts a step were {held['prompts_per_step']}, are {wanted['prompts_per_step']} (train.batch_size × processes: with another "
-            "number of processes set train.batch_size so that the product stays)"
-        )
-    if changed:
-        raise ConfigError(f"{where} holds another run: {'; '.join(changed)}. Take another name=…, or the same options to go on")
-
-
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Options, with old and new value, in which two configs differ and which alter what is learnt."""
-    if key in MAY_CHANGE:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [line for name in {**old, **new} for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
-    return [] if old == new else [f"{key} was {old}, is {new}"]
+    return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
 
 
 def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
@@ -231,17 +231,25 @@ def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer
     else:
         run_folder.adopt(start.path.parent.parent)
         run_folder.rewind(start.step)
-        checkpoints.set_aside(start.step)
+        checkpoints.set_aside(start.moment)
     run_folder.set_identity(trainer.saved_state)
 
 
-def catch_up(trainer: Trainer, history: History) -> None:
-    """Let the trainer know what the run did before."""
+def forget_after(step: int, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Let logs and checkpoints end at `step`, from which the run goes on another way."""
+    run_folder.rewind(step)
+    checkpoints.set_aside((step, 0))
+
+
+def catch_up(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> History:
+    """Let the trainer know what the run did before, and return it."""
+    history = on_main(accelerator, lambda: History(run_folder.metrics(), run_folder.evaluations(), checkpoints.best()))
     trainer.graded_tokens = int(sum(line["tokens"] for line in history.metrics))
     if any(line["model"] == "student" and line["step"] == trainer.step for line in history.evaluations):
         trainer.evaluated = trainer.step
     if history.best is not None and history.best["step"] <= trainer.step:
         trainer.best = history.best["score"]
+    return history
 
 
 def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> Evaluation | None:

@@ -1,7 +1,8 @@
 """The step and the loop of on-policy distillation. Builds nothing, prints nothing: `run` yields what happened.
 
 A step: the student samples, the teacher scores every token, and for each inner step all micro-batches give gradients scaled by one global
-token count, which are clipped and applied. Around it: evaluate the weights, step, save.
+token count, which are clipped and applied. Around it: evaluate the weights, step, save. All processes stop, make do with less memory, and
+leave out an update together.
 
 Shapes: `N` kept completion tokens of a micro-batch.
 """
@@ -9,32 +10,36 @@ Shapes: `N` kept completion tokens of a micro-batch.
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from opd.checkpoint import Checkpoints
+from opd.checkpoint import Checkpoint, Checkpoints, restore, snapshot
 from opd.config.schema import Config, Reduction
-from opd.data.order import take
+from opd.data.order import place, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
-from opd.errors import NumericError
+from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
+from opd.forward import let_go
 from opd.learning import Scores, score, token_loss
 from opd.metrics import Means
 from opd.objective import chunked_loss, group_normalised
 from opd.objective.head import Head, TokenLoss, TokenStats
+from opd.round import Round, joined, share
 from opd.samplers import Decoding, Sampler
 from opd.schedule import lr_factor
 from opd.teachers import Teacher
+from opd.together import anywhere, on_main, stop_together, stoppable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 NON_FINITE_LIMIT = 3
 
@@ -65,14 +70,36 @@ class Saved:
     step: int
 
 
-Event = StepDone | Evaluated | Saved
+@dataclass(frozen=True, slots=True)
+class Rewound:
+    """The run goes on after `step`, with the weights of then."""
+
+    step: int
+    left_out: list[int]
+
+
+Event = StepDone | Evaluated | Saved | Rewound
+
+
+@dataclass(slots=True)
+class Trouble:
+    """Updates that were not finite. steps: how many steps in a row, and places: their samples' in the data (see `opd.data.order`).
+
+    left_out: places that are not trained on any more. rewound_to: the step of the checkpoint that was last gone back to.
+    """
+
+    steps: int = 0
+    places: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    rewound_to: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
 
-    step: how many steps are done. best: the best evaluation's score so far.
+    step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
+    max_tokens: of a micro-batch; halved where memory does not suffice.
     """
 
     config: Config
@@ -93,7 +120,12 @@ class Trainer:
     evaluated: int | None = None
     best: float | None = None
     graded_tokens: int = 0
-    non_finite: int = 0
+    round: Round | None = None
+    trouble: Trouble = field(default_factory=Trouble)
+    max_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.max_tokens or self.config.train.max_tokens_per_micro_batch
 
     @property
     def prompts_per_step(self) -> int:
@@ -101,7 +133,17 @@ class Trainer:
         return self.config.train.batch_size * processes
 
     def run(self) -> Iterator[Event]:
-        """Steps until `max_steps`, evaluations every `eval.steps` and before and after, checkpoints every `checkpoint.every` steps."""
+        """Steps until `max_steps`, evaluations every `eval.steps` and before and after, checkpoints every `checkpoint.every` steps.
+
+        Saves and raises `Preempted` when a signal asks it to stop.
+        """
+        try:
+            yield from self.loop()
+        except Preempted:
+            yield self.save(needed=True)
+            raise
+
+    def loop(self) -> Iterator[Event]:
         while True:
             last = self.step >= self.max_steps
             if self.evaluation_due(last):
@@ -109,8 +151,14 @@ class Trainer:
             if last:
                 return
             yield self.train_step()
-            if self.step % self.config.checkpoint.every == 0 or self.step == self.max_steps:
+            if self.trouble.steps == NON_FINITE_LIMIT:
+                yield self.rewind()
+            elif self.save_due():
                 yield self.save()
+
+    def save_due(self) -> bool:
+        """Not amid steps that are not finite: what is saved there is what they are gone back from."""
+        return self.step == self.max_steps or (self.step % self.config.checkpoint.every == 0 and self.trouble.steps == 0)
 
     def evaluation_due(self, last: bool) -> bool:
         every = self.config.eval.steps
@@ -123,56 +171,160 @@ class Trainer:
         if score is not None and self.step > 0 and (self.best is None or score > self.best):
             self.best = score
             if self.config.checkpoint.keep_best:
-                yield self.save()
-                if self.accelerator.is_main_process:
-                    self.checkpoints.mark_best(self.step, score)
+                yield self.save(best=score)
         yield Evaluated(evaluation)
 
-    def save(self) -> Saved:
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(self.step, self.student, self.optimizer, self.saved_state)
-        self.accelerator.wait_for_everyone()
+    def save(self, best: float | None = None, needed: bool = False) -> Saved:
+        """Commit a checkpoint of this moment, between inner steps with their rollouts. best, needed: as `Checkpoints.save`."""
+        tensors = None if self.round is None else joined(gather_object([self.round.tensors()]))
+        numbers = None if self.round is None else self.numbers(self.round)
+        state = {
+            **self.saved_state,
+            "step": self.step,
+            "inner": 0 if self.round is None else self.round.inner,
+            "round": numbers,
+            "trouble": asdict(self.trouble),
+        }
+        on_main(
+            self.accelerator,
+            lambda: self.checkpoints.save(snapshot(self.student, self.optimizer, state, tensors), best, needed),
+        )
         return Saved(self.step)
+
+    def numbers(self, current: Round) -> dict[str, Any]:
+        """What a round is but for its tensors, metrics added up over all processes."""
+        if self.accelerator.num_processes > 1:
+            total = current.means.from_tensor(self.accelerator.reduce(current.means.to_tensor(self.accelerator.device), "sum"))
+            current = replace(current, means=total)
+        return current.numbers()
+
+    def go_on(self, checkpoint: Checkpoint, anew: bool = False) -> None:
+        """Be where the run was when the checkpoint was taken. anew: begin the step that it is in the middle of again."""
+        restore(checkpoint, self.student, self.optimizer)
+        self.sampler.refresh()
+        self.step = checkpoint.step
+        self.trouble = Trouble(**checkpoint.state["trouble"])
+        tensors = None if anew else checkpoint.round()
+        self.round = None
+        if tensors is not None:
+            prompts = {prompt.sample_id: prompt for prompt in self.prompts}
+            rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+            self.round = share(tensors, checkpoint.state["round"], prompts, rank, processes, self.accelerator.device)
+
+    def rewind(self) -> Rewound:
+        """Go back to the last checkpoint from before the steps that were not finite, and on without their samples."""
+        back_to = on_main(self.accelerator, lambda: self.checkpoints.newest(lambda state: state["trouble"]["steps"] == 0))
+        if back_to is None or back_to.step == self.trouble.rewound_to:
+            where = "there is no checkpoint to go back to" if back_to is None else f"also after going back to step {back_to.step}"
+            raise NumericError(
+                f"{NON_FINITE_LIMIT} steps in a row were not finite (step {self.step}), {where}: lower optim.lr, set ppo.advantage_clip, "
+                "or compute in model.dtype=float32; the last checkpoint is untouched"
+            )
+        places = self.trouble.places
+        self.go_on(back_to)
+        self.trouble.left_out = sorted({*self.trouble.left_out, *places})
+        self.trouble.rewound_to = self.step
+        self.evaluated = self.step
+        return Rewound(self.step, self.trouble.left_out)
 
     def train_step(self) -> StepDone:
         """Sample, score, and take `ppo.steps` optimizer steps on all of it."""
-        begin = time.perf_counter()
         rate = self.set_learning_rate()
-        written = self.sampler.sample(self.requests(), self.decoding(), "train")
-        sampled_at = time.perf_counter()
-        bonus = self.task_bonus(written)
-        rollouts = [rollout.first(self.config.ppo.loss_prefix) for rollout in written]
-        batches = [batch.to(self.accelerator.device) for batch in self.split(rollouts)]
-        scores = [score(self.teacher, batch, self.config, None if bonus is None else bonus[batch.sequence_N]) for batch in batches]
-        scored_at = time.perf_counter()
-        means, first = Means(), list[TokenStats]()
-        for inner in range(self.config.ppo.steps):
-            old_logp = [stats["logp"] for stats in first] if inner else [None] * len(batches)
-            seen = self.inner_step(rollouts, batches, scores, old_logp, means)
-            first = first or seen
+        current = self.round = self.round or self.begin()
+        finite = True
+        while finite and current.inner < self.config.ppo.steps:
+            stop_together(self.accelerator)
+            finite = self.inner_step(current)
+        self.round = None
         self.step += 1
-        end = time.perf_counter()
-        self.describe(means, written, batches, first)
+        self.trouble.steps = 0 if finite else self.trouble.steps + 1
+        self.trouble.places = [] if finite else self.trouble.places
+        return self.done(current, rate)
+
+    def begin(self) -> Round:
+        """Sample, and let the teacher score."""
+        begin = time.perf_counter()
+        written = stoppable(self.accelerator, lambda: self.sampler.sample(self.requests(), self.decoding(), "train"))
+        sampled_at = time.perf_counter()
+        current = Round(written, [rollout.first(self.config.ppo.loss_prefix) for rollout in written], self.task_bonus(written))
+        self.score(current)
+        current.seconds |= {"sample": sampled_at - begin, "score": time.perf_counter() - sampled_at}
+        return current
+
+    def score(self, current: Round) -> None:
+        """Cut micro-batches and let the teacher score them; what it said of tokens before stands."""
+        current.parts = self.fitting(current, lambda: self.parts(current))
+        said = [scores.logp_N for _, scores in current.parts if scores.logp_N is not None]
+        if current.teacher_logp_N is None and said:
+            current.teacher_logp_N = current.in_order(said)
+
+    def parts(self, current: Round) -> list[tuple[MicroBatch, Scores]]:
+        parts = []
+        for batch in self.split(current.learnt):
+            batch = batch.to(self.accelerator.device)
+            bonus_N = None if current.bonus is None else current.bonus[batch.sequence_N]
+            scores = score(self.teacher, batch, self.config, bonus_N)
+            if current.teacher_logp_N is not None:
+                scores = replace(scores, logp_N=current.teacher_logp_N[current.places(batch)])
+            parts.append((batch, scores))
+        return parts
+
+    def fitting(self, current: Round, work: Callable[[], T]) -> T:
+        """What `work` on the round's micro-batches returns; while any process lacks the memory for it, all halve them and try again.
+
+        Nothing that is learnt depends on how rollouts are cut into micro-batches. `work` waits for no other process.
+        """
+        while True:
+            done: list[T] = []
+            complaint = ""
+            try:
+                done.append(work())
+            except torch.OutOfMemoryError as error:
+                complaint = str(error).splitlines()[0]
+            if not anywhere(self.accelerator, not done):
+                return done[0]
+            current.parts = []
+            self.optimizer.zero_grad()
+            let_go(self.accelerator.device)
+            self.halve(current, complaint)
+
+    def halve(self, current: Round, complaint: str) -> None:
+        """Raises OutOfMemoryError in all processes where every micro-batch is a single rollout already."""
+        longest = max(rollout.length for rollout in current.learnt)
+        if not anywhere(self.accelerator, self.max_tokens > longest):
+            raise torch.OutOfMemoryError(complaint or "another process of the run ran out of memory")
+        self.max_tokens //= 2
+        self.saved_state["choices"]["max_tokens"] = self.max_tokens
+        log.warning("out of memory%s: from here on micro-batches of %d tokens", complaint and f" ({complaint})", self.max_tokens)
+
+    def done(self, current: Round, rate: float) -> StepDone:
+        """The finished step: what there is to report of it."""
+        means, seconds = current.means, current.seconds
+        self.describe(current)
         metrics = self.reduce(means)
-        seconds = {"sample": sampled_at - begin, "score": scored_at - sampled_at, "update": end - scored_at, "step": end - begin}
-        tokens = self.global_sum(sum(len(rollout.completion) for rollout in rollouts))
+        took = sum(seconds.values())
+        tokens = self.global_sum(sum(len(rollout.completion) for rollout in current.learnt))
         self.graded_tokens += int(tokens)
-        metrics |= {f"time/{name}": value for name, value in seconds.items()}
+        metrics |= {f"time/{name}": value for name, value in {**seconds, "step": took}.items()}
         metrics |= {
             "optim/lr": rate,
-            "reverse_kl_p99": self.quantile([stats["reverse_kl"] for stats in first], 0.99),
+            "reverse_kl_p99": self.quantile(current.seen["reverse_kl"], 0.99),
             "tokens": tokens,
             "tokens_total": float(self.graded_tokens),
-            "tokens_per_second": tokens / (end - begin),
+            "tokens_per_second": tokens / took,
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
-        return StepDone(self.step, metrics, self.scored(written, batches, first))
+        return StepDone(self.step, metrics, self.scored(current))
+
+    def places(self) -> list[int]:
+        """Where this process's prompts of the step stand in the data."""
+        size = self.config.train.batch_size
+        start = self.step * self.prompts_per_step + self.accelerator.process_index * size
+        return [place(number, self.trouble.left_out) for number in range(start, start + size)]
 
     def requests(self) -> list[Request]:
         """This process's share of the step's prompts, `sampling.n` times each."""
-        size = self.config.train.batch_size
-        start = self.step * self.prompts_per_step + self.accelerator.process_index * size
-        drawn = take(self.config.seed, len(self.prompts), start, size)
+        drawn = [sample for position in self.places() for sample in take(self.config.seed, len(self.prompts), position, 1)]
         return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
 
     def decoding(self) -> Decoding:
@@ -180,7 +332,7 @@ class Trainer:
         return Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
 
     def split(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return micro_batches(rollouts, self.config.train.max_tokens_per_micro_batch, self.pad_id, self.packed)
+        return micro_batches(rollouts, self.max_tokens, self.pad_id, self.packed)
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""
@@ -191,37 +343,46 @@ class Trainer:
         groups = torch.arange(len(rollouts)) // self.config.sampling.n
         return coefficient * group_normalised(rewards, groups).to(self.accelerator.device)
 
-    def inner_step(
-        self,
-        rollouts: Sequence[Rollout],
-        batches: Sequence[MicroBatch],
-        scores: Sequence[Scores],
-        old_logp: Sequence[Tensor | None],
-        means: Means,
-    ) -> list[TokenStats]:
-        """One optimizer step over all micro-batches; adds to `means` and returns the tokens' statistics by micro-batch."""
-        weights, total = self.token_weights(rollouts)
-        # DDP averages over processes what is to be a sum over all of their tokens.
-        scale = self.accelerator.num_processes / total
+    def inner_step(self, current: Round) -> bool:
+        """One optimizer step over all micro-batches. Returns whether it was finite and thus taken."""
+        begin = time.perf_counter()
+        weights, total = self.token_weights(current.learnt)
+        loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total))
+        tokens = len(current.learnt) if self.config.ppo.reduction is Reduction.sequence else sum(map(len_of, seen))
+        current.means.add("loss", loss_sum, float(tokens))
+        for stats in seen:
+            current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
+        if not current.seen:
+            current.seen = {name: current.in_order([stats[name] for stats in seen]) for name in seen[0]}
+        finite = self.apply(loss_sum, current)
+        current.inner += 1
+        current.seconds["update"] += time.perf_counter() - begin
+        return finite
+
+    def gradients(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
+        """This process's gradients, its loss, and its tokens' statistics by micro-batch. Waits for no other process.
+
+        weights, total: those of `token_weights`.
+        """
+        if not current.parts:
+            current.parts = self.parts(current)
         seen: list[TokenStats] = []
         loss_sum = 0.0
-        for number, (batch, scored, old_N) in enumerate(zip(batches, scores, old_logp, strict=True), start=1):
-            objective = token_loss(self.config, batch, scored, old_N)
-            weight_N = weights[batch.sequence_N]
+        with self.accelerator.no_sync(self.policy):  # gradients are added up in `apply`, once every process has its own
+            for batch, scores in current.parts:
+                # At the first inner step it is what is being computed.
+                old_N = current.seen["logp"][current.places(batch)] if current.inner else None
+                objective = token_loss(self.config, batch, scores, old_N)
+                weight_N = weights[batch.sequence_N]
 
-            def head_loss(hidden_NH: Tensor, head: Head, objective: TokenLoss = objective, weight_N: Tensor = weight_N) -> Any:
-                return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
+                def head_loss(hidden_NH: Tensor, head: Head, objective: TokenLoss = objective, weight_N: Tensor = weight_N) -> Any:
+                    return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
 
-            with nullcontext() if number == len(batches) else self.accelerator.no_sync(self.policy):
                 loss, stats = self.policy(batch.inputs, head_loss)
-                (loss * scale).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
-            loss_sum += float(loss.detach())
-            seen.append(stats)
-        means.add("loss", loss_sum, float(len(rollouts) if self.config.ppo.reduction is Reduction.sequence else sum(map(len_of, seen))))
-        for stats in seen:
-            means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
-        self.apply(loss_sum, means)
-        return seen
+                (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
+                loss_sum += float(loss.detach())
+                seen.append(stats)
+        return loss_sum, seen
 
     def token_weights(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, float]:
         """Each rollout's weight for each of its tokens (rollouts,), and what all processes' weighted token counts add up to."""
@@ -230,41 +391,61 @@ class Trainer:
             return torch.ones_like(lengths), self.global_sum(float(lengths.sum()))
         return 1.0 / lengths, self.global_sum(float(len(rollouts)))
 
-    def apply(self, loss_sum: float, means: Means) -> None:
-        """Clip and step; or, if anything is not finite in any process, leave weights and optimizer as they are, and say so."""
+    def apply(self, loss_sum: float, current: Round) -> bool:
+        """Add up gradients, clip and step; or, if anything is not finite in any process, leave weights and optimizer as they are."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.policy.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm))
-        finite = self.global_sum(0.0 if math.isfinite(loss_sum) and math.isfinite(norm) else 1.0) == 0
+        suspects = self.not_finite(current)
+        finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))
         if finite:
             self.optimizer.step()
             self.sampler.refresh()
-            means.add("optim/grad_norm", norm, 1.0)
+            current.means.add("optim/grad_norm", norm, 1.0)
         self.optimizer.zero_grad()
-        means.add("optim/skipped", 0.0 if finite else 1.0, 1.0)
-        self.non_finite = 0 if finite else self.non_finite + 1
+        current.means.add("optim/skipped", 0.0 if finite else 1.0, 1.0)
         if not finite:
-            log.error("step %d: loss %s, gradient norm %s: the update is left out", self.step + 1, loss_sum, norm)
-        if self.non_finite == NON_FINITE_LIMIT:
-            raise NumericError(
-                f"{NON_FINITE_LIMIT} updates in a row were not finite (step {self.step + 1}): lower optim.lr, set ppo.advantage_clip, or "
-                "compute in model.dtype=float32; the last checkpoint is untouched"
-            )
+            self.note_trouble(current, suspects, f"loss {loss_sum}, gradient norm {norm}")
+        return finite
 
-    def describe(self, means: Means, rollouts: Sequence[Rollout], batches: Sequence[MicroBatch], first: Sequence[TokenStats]) -> None:
+    def not_finite(self, current: Round) -> list[int]:
+        """This process's rollouts with a score, of the teacher or the student, that is no finite number."""
+        values = [current.seen[name] for name in ("logp", "teacher_logp")]
+        values += [] if current.teacher_logp_N is None else [current.teacher_logp_N]
+        bad_N = torch.stack([~value.isfinite() for value in values]).any(0).cpu()
+        return sorted(set(current.sequence_N()[bad_N].tolist()))
+
+    def note_trouble(self, current: Round, suspects: Sequence[int], what: str) -> None:
+        """Say which samples an update is left out for, and remember them: those with scores that are not finite, else all of the step."""
+        own = self.places()
+        named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in suspects])
+        if not named:
+            starts = range(0, len(current.written), self.config.sampling.n)
+            named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in starts])
+        self.trouble.places = sorted({*self.trouble.places, *(position for position, _ in named)})
+        shown = ", ".join(str(sample_id) for sample_id in sorted({sample_id for _, sample_id in named}))
+        log.error("step %d: %s: the update is left out (sample ids %s)", self.step + 1, what, shown)
+
+    def sample_id(self, current: Round, index: int) -> int:
+        return current.written[index].request.prompt.sample_id
+
+    def describe(self, current: Round) -> None:
         """Adds what is known of the rollouts before the update."""
-        for stats, batch in zip(first, batches, strict=True):
-            means.add_tensors({name: stats[name] for name in ("reverse_kl", "entropy", "advantage", "cut") if name in stats})
-            means.add_tensors({"teacher_nll": -stats["teacher_logp"], "engine_gap": (batch.behaviour_logp_N - stats["logp"]).abs()})
+        seen, means, rollouts = current.seen, current.means, current.written
+        behaviour_N = torch.cat([rollout.behaviour_logp for rollout in current.learnt]).to(seen["logp"].device)
+        means.add_tensors({name: seen[name] for name in ("reverse_kl", "entropy", "advantage", "cut") if name in seen})
+        means.add_tensors({"teacher_nll": -seen["teacher_logp"], "engine_gap": (behaviour_N - seen["logp"]).abs()})
         means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
         means.add("truncated", float(sum(rollout.finish_reason is FinishReason.length for rollout in rollouts)), len(rollouts))
 
-    def scored(self, rollouts: Sequence[Rollout], batches: Sequence[MicroBatch], first: Sequence[TokenStats]) -> list[Scored]:
+    def scored(self, current: Round) -> list[Scored]:
         """The first `track.rollouts_per_step` rollouts with both models' log-probs."""
-        sequence_N = torch.cat([batch.sequence_N for batch in batches])
-        logp_N = torch.cat([stats["logp"] for stats in first])
-        teacher_N = torch.cat([stats["teacher_logp"] for stats in first])
+        sequence_N, logp_N, teacher_N = current.sequence_N(), current.seen["logp"].cpu(), current.seen["teacher_logp"].cpu()
         return [
-            Scored(rollouts[index], logp_N[sequence_N == index].cpu(), teacher_N[sequence_N == index].cpu())
-            for index in range(min(self.config.track.rollouts_per_step, len(rollouts)))
+            Scored(current.written[index], logp_N[sequence_N == index], teacher_N[sequence_N == index])
+            for index in range(min(self.config.track.rollouts_per_step, len(current.written)))
         ]
 
     def set_learning_rate(self) -> float:
@@ -285,9 +466,9 @@ class Trainer:
             means = means.from_tensor(self.accelerator.reduce(means.to_tensor(self.accelerator.device), "sum"))
         return means.means()
 
-    def quantile(self, values: Sequence[Tensor], q: float) -> float:
+    def quantile(self, own: Tensor, q: float) -> float:
         """The quantile of all processes' values."""
-        own = torch.cat(list(values)).float()
+        own = own.float()
         if self.accelerator.num_processes > 1:
             own = self.accelerator.gather(self.accelerator.pad_across_processes(own, pad_index=float("nan")))
         return float(own.nanquantile(q))

@@ -9,19 +9,20 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
+from opd import signals
 from opd.build import make_optimizer
-from opd.checkpoint import Checkpoints, restore
+from opd.checkpoint import Checkpoints, read
 from opd.config.schema import Config, OptimConfig, Schedule
 from opd.config.store import to_config
-from opd.data.order import take
+from opd.data.order import place, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, split_by_tokens
-from opd.errors import NumericError
+from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation
 from opd.forward import Policy
-from opd.learning import score
 from opd.metrics import Means
 from opd.objective import Clips, Sampled, chunked_loss, sampled
+from opd.round import Round, joined, share
 from opd.samplers import GenerateSampler
 from opd.schedule import lr_factor
 from opd.teachers import LocalTeacher
@@ -78,7 +79,7 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **optio
         pad_id=0,
         packed=bool(settings.train.packing),
         max_steps=settings.train.max_steps or 1,
-        saved_state={"config": {}},
+        saved_state={"config": {}, "choices": {}},
     )
 
 
@@ -119,9 +120,12 @@ def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_mod
     batches = trainer.split(rollouts)
     assert len(batches) == 2
     grabbed = {}
-    monkeypatch.setattr(Trainer, "apply", lambda self, *_: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()}))
+    gradients = lambda self, *_: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()})  # noqa: E731
+    monkeypatch.setattr(Trainer, "apply", gradients)
     trainer.config.ppo.importance_cap = None
-    trainer.inner_step(rollouts, batches, [score(trainer.teacher, b, trainer.config) for b in batches], [None] * 2, Means())
+    current = Round(rollouts, rollouts)
+    trainer.score(current)
+    trainer.inner_step(current)
     trainer.student.zero_grad()
     temperature, losses = trainer.config.sampling.temperature, []
     for rollout in rollouts:
@@ -235,7 +239,7 @@ def test_master_weights_are_float32(make_model):
 
 
 def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(make_model, tmp_path):
-    trainer = make_trainer(make_model, tmp_path)
+    trainer = make_trainer(make_model, tmp_path, train__max_steps=9)
     trainer.train_step()
     before, state = weights(trainer), {k: v.clone() for k, v in optimizer_state(trainer).items()}
     honest = trainer.teacher
@@ -245,9 +249,10 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(mak
     assert torch.equal(before, weights(trainer))
     assert all(torch.equal(v, optimizer_state(trainer)[k]) for k, v in state.items())
     trainer.train_step()
-    with pytest.raises(NumericError, match="3 updates in a row"):
-        trainer.train_step()
-    trainer.teacher, trainer.non_finite = honest, 0
+    trainer.train_step()
+    with pytest.raises(NumericError, match=r"3 steps in a row were not finite \(step 4\), there is no checkpoint to go back to"):
+        trainer.rewind()
+    trainer.teacher = honest
     assert trainer.train_step().metrics["optim/skipped"] == 0
     assert not torch.equal(before, weights(trainer))
 
@@ -318,13 +323,87 @@ def test_resume_is_bitwise_at_every_step_across_epochs(make_model, tmp_path):
     assert straight.step * straight.prompts_per_step > 2 * len(straight.prompts)  # several epochs
     for step in range(1, 9):
         resumed = make_trainer(make_model, tmp_path / "straight", **options)
-        from opd.checkpoint import read
-
-        restore(read(straight.checkpoints.path(step)), resumed.student, resumed.optimizer)
-        resumed.step = step
+        resumed.go_on(read(straight.checkpoints.path(step)))
         for _ in range(step, 9):
             resumed.train_step()
         assert torch.equal(weights(resumed), trajectory[-1])
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact"])
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_stop_between_inner_steps_goes_on_from_the_rollouts_bit_for_bit(make_model, tmp_path, monkeypatch, estimator, place):
+    options = {"train__max_steps": 2, "ppo__steps": 3, "ppo__estimator": estimator, "ppo__loss_prefix": 5, "checkpoint__every": 9}
+    straight = make_trainer(make_model, tmp_path / "straight", **options)
+    events = [event for event in straight.run() if isinstance(event, StepDone)]
+    stopped = make_trainer(make_model, tmp_path / "stopped", **options)
+    looks = iter(range(100))
+    monkeypatch.setattr(signals, "requested", lambda: next(looks) == place + 1)
+    with pytest.raises(Preempted):
+        list(stopped.run())
+    monkeypatch.setattr(signals, "requested", lambda: False)
+    found = stopped.checkpoints.newest()
+    assert found.moment == (0, place) and found.path.name == f"step_000000_{place}"
+    resumed = make_trainer(make_model, tmp_path / "stopped", **options)
+    monkeypatch.setattr(resumed.sampler, "sample", forbidden_at_step_0(resumed))
+    resumed.go_on(found)
+    assert len(resumed.round.seen["logp"]) == sum(len(rollout.completion) for rollout in resumed.round.learnt)
+    again = [event for event in resumed.run() if isinstance(event, StepDone)]
+    assert torch.equal(weights(resumed), weights(straight))
+    untimed = [{k: v for k, v in e.metrics.items() if "time" not in k and "per_second" not in k} for e in (*events, *again)]
+    assert untimed[:2] == untimed[2:]
+
+
+def forbidden_at_step_0(trainer):
+    sample = trainer.sampler.sample
+
+    def guarded(*args):
+        assert trainer.step > 0, "sampled again"
+        return sample(*args)
+
+    return guarded
+
+
+def test_a_round_is_shared_out_to_another_number_of_processes(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, train__batch_size=4, ppo__loss_prefix=3)
+    whole = trainer.begin()
+    trainer.inner_step(whole)
+    prompts = {prompt.sample_id: prompt for prompt in trainer.prompts}
+    parts = [share(whole.tensors(), whole.numbers(), prompts, rank, 2, torch.device("cpu")) for rank in range(2)]
+    assert [r.completion for part in parts for r in part.written] == [r.completion for r in whole.written]
+    assert [r.completion for part in parts for r in part.learnt] == [r.completion for r in whole.learnt]
+    assert torch.equal(torch.cat([part.seen["logp"] for part in parts]), whole.seen["logp"])
+    assert torch.equal(torch.cat([part.teacher_logp_N for part in parts]), whole.teacher_logp_N)
+    assert parts[0].means.sums == whole.means.sums and set(parts[1].means.sums.values()) == {0.0}
+    assert all(torch.equal(a, b) for a, b in zip(joined([p.tensors() for p in parts]).values(), whole.tensors().values(), strict=True))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_out_of_memory_makes_smaller_micro_batches_and_the_same_step(make_model, tmp_path, monkeypatch, packing):
+    options = {"ppo__steps": 2, "train__packing": packing}
+    plenty = after(make_model, tmp_path, **options)
+    trainer = make_trainer(make_model, tmp_path, **options)
+    forward, refused = Policy.forward, []
+
+    def tight(self, inputs, loss):
+        if inputs.ids_BT.numel() > 30:
+            refused.append(inputs.ids_BT.numel())
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, inputs, loss)
+
+    monkeypatch.setattr(Policy, "forward", tight)
+    for _ in range(2):
+        trainer.train_step()
+    assert refused and trainer.max_tokens <= 60 and trainer.saved_state["choices"]["max_tokens"] == trainer.max_tokens
+    assert torch.allclose(weights(trainer), plenty, atol=2e-5)
+    monkeypatch.setattr(Policy, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room for one")))
+    with pytest.raises(torch.OutOfMemoryError, match="no room for one"):
+        trainer.train_step()
+
+
+def test_samples_left_out_are_left_out_and_no_other_is_missed():
+    left_out = [2, 3, 7]
+    assert [place(number, left_out) for number in range(6)] == [0, 1, 4, 5, 6, 8]
+    assert [place(number, []) for number in range(3)] == [0, 1, 2]
 
 
 def test_every_sample_comes_once_an_epoch_and_in_another_order_each():

@@ -324,6 +324,7 @@ class TrainConfig:
     packing: bool | None = None
     activation_checkpointing: bool = False
     compile: bool = False
+    watchdog_minutes: float | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -343,6 +344,10 @@ class TrainConfig:
             self.max_tokens_per_micro_batch,
             "must be at least 1 (a single longer sequence makes a micro-batch of its own)",
         )
+        if self.watchdog_minutes is not None:
+            require(
+                is_positive(self.watchdog_minutes), "train.watchdog_minutes", self.watchdog_minutes, "must be above 0, or null for none"
+            )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -377,6 +382,7 @@ class CheckpointConfig:
     every: int = 50
     keep_last: int = 2
     keep_best: bool = True
+    background: bool = False
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
@@ -398,6 +404,7 @@ class Config:
     seed: int = 0
     name: str = "run"
     resume: str = "auto"
+    resume_force: bool = False
     device: Device = Device.auto
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

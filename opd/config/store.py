@@ -12,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from opd.config import secrets
 from opd.config.schema import Config
 from opd.errors import ConfigError
 
@@ -103,9 +104,11 @@ def to_config(composed: DictConfig) -> Config:
     """The typed, checked config of what Hydra composed. Raises `ConfigError` where options do not fit together."""
     for key in undeclared(plain(composed), Config):
         raise ConfigError(f"+{key}: there is no such option")
+    secrets.refuse_in_config(plain(composed))
     config = OmegaConf.to_object(composed)
     if not isinstance(config, Config):
         raise ConfigError("the config lacks `- schema` at the head of its defaults list; start from the shipped conf/config.yaml")
+    secrets.refuse_in_config(to_dict(config))  # again, because interpolations are resolved now
     return config
 
 

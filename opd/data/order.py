@@ -1,5 +1,6 @@
 """Which sample comes when: a function of the seed and of how many were taken, so that nothing needs to be saved but a number."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -20,3 +21,10 @@ def derive_seed(*parts: object) -> int:
 def take(seed: int, size: int, start: int, count: int) -> list[tuple[int, int]]:
     """(epoch, index) of the samples at positions start … start + count of the endless sequence that holds each index once an epoch."""
     return [(position // size, permutation(seed, position // size, size)[position % size]) for position in range(start, start + count)]
+
+
+def place(number: int, left_out: Sequence[int]) -> int:
+    """The position in that endless sequence of its `number`-th sample (from 0) once the positions `left_out`, ascending, are taken out."""
+    for position in left_out:
+        number += position <= number
+    return number

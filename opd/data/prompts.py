@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from opd.config.schema import DataConfig
 from opd.data.sources import Row
 from opd.errors import DataError
+from opd.signals import time_limit
 
 log = logging.getLogger(__name__)
+
+TEMPLATE_SECONDS = 20.0  # for one row; transformers runs templates in a sandbox, but lets them run for ever
 
 GetReward = Callable[[str], float | None]
 Message = dict[str, str]
@@ -49,7 +52,8 @@ def encode_rows(
 
     Raises `DataError` where a prompt has no text or the chat template refuses it, and where no prompt is left.
     """
-    prompts = [encode_row(row, index, tokenizer, config, teacher_system) for index, row in enumerate(rows)]
+    longest = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
+    prompts = [encode_row(row, index, tokenizer, config, teacher_system, longest) for index, row in enumerate(rows)]
     kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     if len(kept) < len(prompts):
         log.warning(
@@ -67,16 +71,29 @@ def encode_rows(
     return kept
 
 
-def encode_row(row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher_system: str | None = None) -> Prompt:
+def encode_row(
+    row: Row,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    teacher_system: str | None = None,
+    longest: int | None = None,
+) -> Prompt:
+    """longest: characters beyond which a text has more tokens than are wanted, and is not read on."""
     messages = to_messages(row, index, config)
     try:
-        ids = render(messages, tokenizer, config.chat_template_kwargs)
-        teacher_ids = None
-        if teacher_system is not None:
-            others = [message for message in messages if message["role"] != "system"]
-            teacher_ids = tuple(render([{"role": "system", "content": teacher_system}, *others], tokenizer, config.chat_template_kwargs))
-    except TemplateError as error:
+        with time_limit(TEMPLATE_SECONDS):
+            ids = render(messages, tokenizer, config.chat_template_kwargs, longest)
+            teacher_ids = None
+            if teacher_system is not None:
+                others = [message for message in messages if message["role"] != "system"]
+                teacher_ids = tuple(
+                    render([{"role": "system", "content": teacher_system}, *others], tokenizer, config.chat_template_kwargs)
+                )
+    except (TemplateError, OverflowError) as error:
         raise DataError(f"row {index}: the chat template refuses the messages: {error}") from None
+    except (TimeoutError, MemoryError) as error:
+        raise DataError(f"row {index}: the chat template or the tokenizer took too much: {error or 'no memory is left'}") from None
     if not ids:
         raise DataError(f"row {index}: data.prompt={config.prompt} gives a prompt of no tokens")
     answer = None if config.answer is None else extract_answer(row.get(config.answer), config.answer_after)
@@ -103,12 +120,14 @@ def is_message(message: Any) -> bool:
     return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
 
 
-def render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> list[int]:
+def render(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], longest: int | None = None
+) -> list[int]:
     """The ids of the chat up to where the assistant begins. A tokenizer without a chat template gets the bare texts, a line each."""
     if tokenizer.chat_template is None:
-        return list(tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+        return list(tokenizer("\n".join(message["content"] for message in messages)[:longest])["input_ids"])
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text[:longest], add_special_tokens=False)["input_ids"])
 
 
 def extract_answer(value: Any, after: str | None) -> str | None:

@@ -22,7 +22,7 @@ class Sampler(Protocol):
     """Writes completions. `stream` keeps random numbers of different uses (training, evaluation) apart."""
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        """One rollout for each request, in their order."""
+        """One rollout for each request, in their order. Raises `Preempted`, between decode steps, when this process is asked to stop."""
         ...
 
     def refresh(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from opd import signals
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
@@ -108,6 +109,7 @@ class GenerateSampler:
         rows_B = torch.arange(total, device=device)  # which sequence each row of the batch is
         live_B = torch.ones(total, dtype=torch.bool, device=device)
         for step in range(limit):
+            signals.check()
             next_B, next_logp_B = choose(logits_BV, uniforms_BT[rows_B, step], decoding)
             ids_BT[rows_B[live_B], step] = next_B[live_B]
             logp_BT[rows_B[live_B], step] = next_logp_B[live_B]

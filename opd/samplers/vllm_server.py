@@ -24,6 +24,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from opd import signals
 from opd.data.rollouts import Request, Rollout
 from opd.errors import EngineError, OutputError
 from opd.samplers.base import Decoding
@@ -155,6 +156,7 @@ class VllmServerSampler:
         options = {**sampling_options(decoding, self.eos), **self.restriction}
 
         def write(request: Request) -> Rollout:
+            signals.check()
             ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.seed))
             return make_rollout(request, ids, logp, decoding, self.eos, self.vocabulary)
 

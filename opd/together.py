@@ -1,0 +1,54 @@
+"""What the processes of a run decide together, so that none waits for another that has gone elsewhere."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from opd import signals
+from opd.errors import OpdError, Preempted
+
+T = TypeVar("T")
+
+
+def anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether the flag is set in any process. All processes have to ask."""
+    if accelerator.num_processes == 1:
+        return flag
+    found = accelerator.reduce(torch.tensor([float(flag)], device=accelerator.device), "sum")
+    return bool(float(found) > 0)
+
+
+def stop_together(accelerator: Accelerator) -> None:
+    """Raises `Preempted` in all processes once any of them was asked to stop."""
+    if anywhere(accelerator, signals.requested()):
+        signals.check()
+        raise Preempted("another process of the run was asked to stop")
+
+
+def stoppable(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work`, which watches for signals and waits for no other process, returns; or `Preempted` in all processes."""
+    done: list[T] = []
+    try:
+        done.append(work())
+    except Preempted:
+        assert signals.requested()
+    stop_together(accelerator)
+    return done[0]
+
+
+def on_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
+    """What `find` returns in the main process, in all of them; or the `OpdError` that it raises there."""
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [find()]
+        except OpdError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], OpdError):
+        raise found[0]
+    result: T = found[0]
+    return result
