@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -21,13 +22,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd.checkpoint import Checkpoint, Checkpoints, restore, snapshot
-from opd.config.schema import Config, Reduction
+from opd.config.schema import Config, Reduction, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
+from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches, repetition
 from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
 from opd.forward import let_go
+from opd.guard import Guard
 from opd.learning import Scores, score, token_loss
 from opd.metrics import Means
 from opd.objective import chunked_loss, group_normalised
@@ -99,7 +101,7 @@ class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
 
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
-    max_tokens: of a micro-batch; halved where memory does not suffice.
+    max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
     """
 
     config: Config
@@ -123,8 +125,12 @@ class Trainer:
     round: Round | None = None
     trouble: Trouble = field(default_factory=Trouble)
     max_tokens: int = 0
+    ahead: Future[list[Rollout]] | None = None
+    background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
+        self.guard = Guard(self.config.sampling)
         self.max_tokens = self.max_tokens or self.config.train.max_tokens_per_micro_batch
 
     @property
@@ -150,7 +156,9 @@ class Trainer:
                 yield from self.evaluate()
             if last:
                 return
-            yield self.train_step()
+            done = self.train_step()
+            yield done
+            self.guard.look(done.step, done.metrics)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
@@ -160,11 +168,17 @@ class Trainer:
         """Not amid steps that are not finite: what is saved there is what they are gone back from."""
         return self.step == self.max_steps or (self.step % self.config.checkpoint.every == 0 and self.trouble.steps == 0)
 
+    def settle(self) -> None:
+        """Let what is sampled ahead come to its end: nothing else may sample, or change the weights that it samples with."""
+        if self.ahead is not None:
+            wait([self.ahead])
+
     def evaluation_due(self, last: bool) -> bool:
         every = self.config.eval.steps
         return self.evaluated != self.step and (self.step == 0 or last or (every > 0 and self.step % every == 0))
 
     def evaluate(self) -> Iterator[Event]:
+        self.settle()
         evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
         self.evaluated = self.step
         score = evaluation.score
@@ -200,6 +214,8 @@ class Trainer:
 
     def go_on(self, checkpoint: Checkpoint, anew: bool = False) -> None:
         """Be where the run was when the checkpoint was taken. anew: begin the step that it is in the middle of again."""
+        self.settle()
+        self.ahead = None
         restore(checkpoint, self.student, self.optimizer)
         self.sampler.refresh()
         self.step = checkpoint.step
@@ -243,13 +259,35 @@ class Trainer:
 
     def begin(self) -> Round:
         """Sample, and let the teacher score."""
-        begin = time.perf_counter()
-        written = stoppable(self.accelerator, lambda: self.sampler.sample(self.requests(), self.decoding(), "train"))
-        sampled_at = time.perf_counter()
-        current = Round(written, [rollout.first(self.config.ppo.loss_prefix) for rollout in written], self.task_bonus(written))
+        begin = clock(self.accelerator.device)
+        written = stoppable(self.accelerator, self.sample)
+        sampled_at = clock(self.accelerator.device)
+        current = Round(written, self.learnt(written), self.task_bonus(written))
         self.score(current)
-        current.seconds |= {"sample": sampled_at - begin, "score": time.perf_counter() - sampled_at}
+        current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
+
+    def sample(self) -> list[Rollout]:
+        """This process's rollouts of the step. With `sampling.lag`, a server goes on with those of the next, from the weights of now."""
+        if self.config.sampling.lag == 0:
+            return self.sampler.sample(self.requests(self.step), self.decoding(self.step), "train")
+        if self.ahead is None:
+            self.ahead = self.background.submit(self.sampler.sample, self.requests(self.step), self.decoding(self.step), "train")
+        written, self.ahead = self.ahead.result(), None
+        if self.step + 1 < self.max_steps:
+            self.sampler.sample([], self.decoding(self.step), "train")  # the weights go over before the update changes them
+            self.ahead = self.background.submit(self.sampler.sample, self.requests(self.step + 1), self.decoding(self.step + 1), "train")
+        return written
+
+    def learnt(self, written: Sequence[Rollout]) -> list[Rollout]:
+        """What is scored of each rollout: the first `ppo.loss_prefix` tokens; none where it is dropped.
+
+        Where all are to be dropped the shortest stays, with a weight of 0 (see `token_weights`): other processes count on gradients.
+        """
+        dropped = {index for index, rollout in enumerate(written) if self.config.sampling.truncated is Truncated.drop and rollout.truncated}
+        if len(dropped) == len(written):
+            dropped.remove(min(dropped, key=lambda index: len(written[index].completion)))
+        return [rollout.first(0 if index in dropped else self.config.ppo.loss_prefix) for index, rollout in enumerate(written)]
 
     def score(self, current: Round) -> None:
         """Cut micro-batches and let the teacher score them; what it said of tokens before stands."""
@@ -307,8 +345,13 @@ class Trainer:
         self.graded_tokens += int(tokens)
         metrics |= {f"time/{name}": value for name, value in {**seconds, "step": took}.items()}
         metrics |= {
+            f"finish/{reason.value}": self.global_sum(sum(rollout.finish_reason is reason for rollout in current.written))
+            for reason in FinishReason
+        }
+        metrics |= {
             "optim/lr": rate,
             "reverse_kl_p99": self.quantile(current.seen["reverse_kl"], 0.99),
+            "engine_gap_p99": self.quantile(self.engine_gap(current), 0.99),
             "tokens": tokens,
             "tokens_total": float(self.graded_tokens),
             "tokens_per_second": tokens / took,
@@ -316,20 +359,20 @@ class Trainer:
         }
         return StepDone(self.step, metrics, self.scored(current))
 
-    def places(self) -> list[int]:
-        """Where this process's prompts of the step stand in the data."""
+    def places(self, step: int) -> list[int]:
+        """Where this process's prompts of a step stand in the data."""
         size = self.config.train.batch_size
-        start = self.step * self.prompts_per_step + self.accelerator.process_index * size
+        start = step * self.prompts_per_step + self.accelerator.process_index * size
         return [place(number, self.trouble.left_out) for number in range(start, start + size)]
 
-    def requests(self) -> list[Request]:
-        """This process's share of the step's prompts, `sampling.n` times each."""
-        drawn = [sample for position in self.places() for sample in take(self.config.seed, len(self.prompts), position, 1)]
+    def requests(self, step: int) -> list[Request]:
+        """This process's share of a step's prompts, `sampling.n` times each."""
+        drawn = [sample for position in self.places(step) for sample in take(self.config.seed, len(self.prompts), position, 1)]
         return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
 
-    def decoding(self) -> Decoding:
+    def decoding(self, step: int) -> Decoding:
         sampling = self.config.sampling
-        return Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
+        return Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
 
     def split(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
         return micro_batches(rollouts, self.max_tokens, self.pad_id, self.packed)
@@ -345,24 +388,24 @@ class Trainer:
 
     def inner_step(self, current: Round) -> bool:
         """One optimizer step over all micro-batches. Returns whether it was finite and thus taken."""
-        begin = time.perf_counter()
-        weights, total = self.token_weights(current.learnt)
-        loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total))
-        tokens = len(current.learnt) if self.config.ppo.reduction is Reduction.sequence else sum(map(len_of, seen))
-        current.means.add("loss", loss_sum, float(tokens))
+        begin = clock(self.accelerator.device)
+        weights, own = self.token_weights(current.learnt)
+        total = self.global_sum(own)
+        loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0))
+        current.means.add("loss", loss_sum, own)
         for stats in seen:
             current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
         if not current.seen:
             current.seen = {name: current.in_order([stats[name] for stats in seen]) for name in seen[0]}
-        finite = self.apply(loss_sum, current)
+        finite = self.apply(loss_sum, current, empty=total == 0)
         current.inner += 1
-        current.seconds["update"] += time.perf_counter() - begin
+        current.seconds["update"] += clock(self.accelerator.device) - begin
         return finite
 
     def gradients(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
         """This process's gradients, its loss, and its tokens' statistics by micro-batch. Waits for no other process.
 
-        weights, total: those of `token_weights`.
+        weights: those of `token_weights`; total: what their sums add up to over processes.
         """
         if not current.parts:
             current.parts = self.parts(current)
@@ -385,14 +428,19 @@ class Trainer:
         return loss_sum, seen
 
     def token_weights(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, float]:
-        """Each rollout's weight for each of its tokens (rollouts,), and what all processes' weighted token counts add up to."""
+        """Each rollout's weight for each of its tokens (rollouts,), 0 for what is not learnt from; and the sum over all its tokens."""
+        left_out = [self.config.sampling.truncated is not Truncated.keep and rollout.truncated for rollout in rollouts]
         lengths = torch.tensor([len(rollout.completion) for rollout in rollouts], dtype=torch.float32, device=self.accelerator.device)
-        if self.config.ppo.reduction is Reduction.token:
-            return torch.ones_like(lengths), self.global_sum(float(lengths.sum()))
-        return 1.0 / lengths, self.global_sum(float(len(rollouts)))
+        by_sequence = self.config.ppo.reduction is Reduction.sequence
+        weights = 1.0 / lengths.clamp_min(1.0) if by_sequence else torch.ones_like(lengths)
+        weights[torch.tensor(left_out, device=weights.device)] = 0.0
+        return weights, float(weights.count_nonzero()) if by_sequence else float((weights * lengths).sum())
 
-    def apply(self, loss_sum: float, current: Round) -> bool:
-        """Add up gradients, clip and step; or, if anything is not finite in any process, leave weights and optimizer as they are."""
+    def apply(self, loss_sum: float, current: Round, empty: bool) -> bool:
+        """Add up gradients, clip and step; or, if anything is not finite in any process, leave weights and optimizer as they are.
+
+        empty: there was nothing to learn from, in any process, and nothing is done either.
+        """
         if self.accelerator.num_processes > 1:
             for parameter in self.policy.parameters():
                 if parameter.grad is not None:
@@ -400,12 +448,12 @@ class Trainer:
         norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm))
         suspects = self.not_finite(current)
         finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))
-        if finite:
+        if finite and not empty:
             self.optimizer.step()
             self.sampler.refresh()
             current.means.add("optim/grad_norm", norm, 1.0)
         self.optimizer.zero_grad()
-        current.means.add("optim/skipped", 0.0 if finite else 1.0, 1.0)
+        current.means.add("optim/skipped", 0.0 if finite and not empty else 1.0, 1.0)
         if not finite:
             self.note_trouble(current, suspects, f"loss {loss_sum}, gradient norm {norm}")
         return finite
@@ -419,7 +467,7 @@ class Trainer:
 
     def note_trouble(self, current: Round, suspects: Sequence[int], what: str) -> None:
         """Say which samples an update is left out for, and remember them: those with scores that are not finite, else all of the step."""
-        own = self.places()
+        own = self.places(self.step)
         named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in suspects])
         if not named:
             starts = range(0, len(current.written), self.config.sampling.n)
@@ -434,11 +482,16 @@ class Trainer:
     def describe(self, current: Round) -> None:
         """Adds what is known of the rollouts before the update."""
         seen, means, rollouts = current.seen, current.means, current.written
-        behaviour_N = torch.cat([rollout.behaviour_logp for rollout in current.learnt]).to(seen["logp"].device)
         means.add_tensors({name: seen[name] for name in ("reverse_kl", "entropy", "advantage", "cut") if name in seen})
-        means.add_tensors({"teacher_nll": -seen["teacher_logp"], "engine_gap": (behaviour_N - seen["logp"]).abs()})
+        means.add_tensors({"teacher_nll": -seen["teacher_logp"], "engine_gap": self.engine_gap(current)})
         means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
-        means.add("truncated", float(sum(rollout.finish_reason is FinishReason.length for rollout in rollouts)), len(rollouts))
+        means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
+        means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
+
+    def engine_gap(self, current: Round) -> Tensor:
+        """|behaviour_logp − logp| of each token (N,); with top-p and top-k what they leave out is in it."""
+        behaviour_N = torch.cat([rollout.behaviour_logp for rollout in current.learnt])
+        return (behaviour_N.to(current.seen["logp"].device) - current.seen["logp"]).abs()
 
     def scored(self, current: Round) -> list[Scored]:
         """The first `track.rollouts_per_step` rollouts with both models' log-probs."""
@@ -474,5 +527,8 @@ class Trainer:
         return float(own.nanquantile(q))
 
 
-def len_of(stats: TokenStats) -> int:
-    return len(stats["logp"])
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told: it answers before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -16,10 +16,11 @@ from opd.config.schema import Config, OptimConfig, Schedule
 from opd.config.store import to_config
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, split_by_tokens
-from opd.errors import NumericError, Preempted
+from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, repetition, split_by_tokens
+from opd.errors import ConfigError, NumericError, Preempted
 from opd.evaluate import Evaluation
 from opd.forward import Policy
+from opd.guard import Guard
 from opd.metrics import Means
 from opd.objective import Clips, Sampled, chunked_loss, sampled
 from opd.round import Round, joined, share
@@ -120,7 +121,7 @@ def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_mod
     batches = trainer.split(rollouts)
     assert len(batches) == 2
     grabbed = {}
-    gradients = lambda self, *_: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()})  # noqa: E731
+    gradients = lambda self, *_, **__: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()})  # noqa: E731
     monkeypatch.setattr(Trainer, "apply", gradients)
     trainer.config.ppo.importance_cap = None
     current = Round(rollouts, rollouts)
@@ -174,7 +175,7 @@ def test_the_prefix_limit_leaves_later_tokens_out_of_the_loss(make_model, tmp_pa
 def test_the_ids_that_were_sampled_are_the_ids_that_are_scored(make_model, tmp_path):
     """Never decoded and tokenised again: the student's ids, in any order that no tokenizer would write, reach both models as they are."""
     trainer = make_trainer(make_model, tmp_path)
-    rollouts = trainer.sampler.sample(trainer.requests(), trainer.decoding(), "train")
+    rollouts = trainer.sample()
     scored = [(int(i), int(t)) for batch in trainer.split(rollouts) for i, t in zip(batch.sequence_N, batch.target_N, strict=True)]
     assert sorted(scored, key=lambda pair: pair[0]) == [(i, t) for i, rollout in enumerate(rollouts) for t in rollout.completion]
 
@@ -294,7 +295,7 @@ def test_masked_positions_cannot_matter_even_as_nan(make_model):
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
 def test_the_reported_loss_is_the_one_that_is_minimised(make_model, tmp_path, reduction):
     trainer = make_trainer(make_model, tmp_path, ppo__reduction=reduction, ppo__advantage_clip=None, ppo__importance_cap=None)
-    rollouts = trainer.sampler.sample(trainer.requests(), trainer.decoding(), "train")
+    rollouts = trainer.sample()
     done = trainer.train_step()
     by_rollout = {}
     for batch in trainer.split(rollouts):
@@ -530,6 +531,131 @@ def test_task_rewards_are_added_within_a_prompts_completions(make_model, tmp_pat
             return [1.0, 0.0, None, None, 1.0, 1.0]
 
     trainer.evaluator = Judge()
-    rollouts = trainer.sampler.sample(trainer.requests(), trainer.decoding(), "train")
+    rollouts = trainer.sample()
     assert trainer.task_bonus(rollouts).tolist() == [0.5, -0.5, 0, 0, 0, 0]
     assert math.isfinite(trainer.train_step().metrics["loss"])
+
+
+def test_completion_lengths_follow_their_schedule(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, sampling__max_new_tokens_schedule={0: 2, 2: 5})
+    trainer.sampler.eos = torch.tensor([999])
+    lengths = [trainer.train_step().metrics["length"] for _ in range(4)]
+    assert lengths == [2, 2, 5, 5]
+    with pytest.raises(ConfigError, match=r"max_new_tokens_schedule.*from 1 to sampling.max_new_tokens=8"):
+        config(sampling__max_new_tokens_schedule={0: 9})
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+@pytest.mark.parametrize("truncated", ["mask", "drop"])
+def test_cut_off_completions_are_left_out_of_the_gradient(make_model, tmp_path, monkeypatch, truncated, reduction):
+    """As if they had not been written: against the same step with the whole completions alone."""
+    rollouts = [
+        rollout_of((3, 4), (5, 6, 1), index=0),
+        rollout_of((6,), (7, 8, 9, 10, 11), FinishReason.length, index=1),
+        rollout_of((6, 2), (7, 1), index=2),
+    ]
+
+    def step(written, **options):
+        trainer = make_trainer(make_model, tmp_path, ppo__reduction=reduction, ppo__importance_cap=None, **options)
+        monkeypatch.setattr(Trainer, "sample", lambda self: written)
+        done = trainer.train_step()
+        return weights(trainer), done
+
+    found, done = step(rollouts, sampling__truncated=truncated)
+    expected, _ = step([rollouts[0], rollouts[2]])
+    everything, _ = step(rollouts)
+    assert torch.allclose(found, expected, atol=1e-5) and not torch.allclose(found, everything, atol=1e-4)
+    assert done.metrics["tokens"] == (10 if truncated == "mask" else 5)
+    assert (done.metrics["finish/stop"], done.metrics["finish/length"]) == (2, 1)
+
+
+@pytest.mark.parametrize("truncated", ["mask", "drop"])
+def test_a_step_of_nothing_but_cut_off_completions_changes_nothing(make_model, tmp_path, truncated):
+    trainer = make_trainer(make_model, tmp_path, sampling__truncated=truncated, sampling__max_new_tokens=2)
+    before = weights(trainer)
+    trainer.sampler.eos = torch.tensor([999])
+    metrics = trainer.train_step().metrics
+    assert torch.equal(weights(trainer), before) and metrics["optim/skipped"] == 1 and metrics["truncated"] == 1
+    assert trainer.trouble.steps == 0  # nothing was wrong with the numbers
+    assert not trainer.optimizer.state_dict()["state"]
+
+
+def test_the_sampler_is_told_of_every_update(make_model, tmp_path, monkeypatch):
+    trainer = make_trainer(make_model, tmp_path, ppo__steps=2)
+    told = []
+    monkeypatch.setattr(trainer.sampler, "refresh", lambda: told.append(weights(trainer)), raising=False)
+    trainer.train_step()
+    assert len(told) == 2 and torch.equal(told[-1], weights(trainer))
+
+
+class Recording:
+    """A sampler that notes what it was asked, with the weights of then: as a server, it gets them with a call of its own."""
+
+    def __init__(self, trainer, inner):
+        self.trainer, self.inner, self.asked = trainer, inner, []
+
+    def sample(self, requests, decoding, stream):
+        self.asked.append(([request.prompt.sample_id for request in requests], weights(self.trainer)))
+        return self.inner.sample(requests, decoding, stream)
+
+    def refresh(self):
+        pass
+
+
+def test_with_a_lag_the_next_step_is_sampled_with_the_weights_before_the_update(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, sampling__lag=1, sampling__engine="vllm", sampling__vllm__url="http://localhost:1")
+    trainer.sampler = Recording(trainer, trainer.sampler)
+    before = weights(trainer)
+    first = trainer.train_step()
+    trainer.settle()
+    ids = [asked[0] for asked in trainer.sampler.asked]
+    expected = [[r.prompt.sample_id for r in trainer.requests(step)] for step in (0, 1)]
+    assert ids == [expected[0], [], expected[1]]  # this step's; the weights; the next step's
+    assert all(torch.equal(seen, before) for _, seen in trainer.sampler.asked[:2])
+    second = trainer.train_step()
+    assert first.metrics["engine_gap"] < 1e-5 < second.metrics["engine_gap"]  # of the weights of one step before, and corrected for
+    for _ in range(2):
+        trainer.train_step()
+    assert trainer.ahead is None  # nothing is sampled behind the last step
+
+
+def test_a_lag_needs_a_server_and_a_correction():
+    with pytest.raises(ConfigError, match=r"sampling.lag=1.*sampling.vllm.url"):
+        config(sampling__lag=1)
+    with pytest.raises(ConfigError, match=r"importance_cap"):
+        config(sampling__lag=1, sampling__vllm__url="http://localhost:1", ppo__importance_cap=None)
+
+
+def metrics_of(**values):
+    return {"truncated": 0.0, "repetition": 0.0, "engine_gap": 0.0, **values}
+
+
+def test_the_guard_speaks_once_of_what_lasts(caplog):
+    guard = Guard(config(sampling__guard__steps=3).sampling)
+    for step in range(10):
+        guard.look(step, metrics_of(truncated=1.0 if step != 5 else 0.2, repetition=0.1))
+    assert [record.message.split(":")[0] for record in caplog.records] == ["step 2", "step 8"]
+    assert "truncated was 1.00" in caplog.text and "sampling.max_new_tokens" in caplog.text
+
+
+def test_the_guard_stops_where_it_is_told_to():
+    guard = Guard(config(sampling__guard__action="stop", sampling__guard__steps=2).sampling)
+    guard.look(1, metrics_of(repetition=0.9))
+    with pytest.raises(NumericError, match=r"step 2: repetition was 0.90"):
+        guard.look(2, metrics_of(repetition=0.9))
+    off = Guard(config(sampling__guard__action="off", sampling__guard__steps=1).sampling)
+    off.look(1, metrics_of(repetition=0.9, truncated=1.0))
+
+
+@pytest.mark.parametrize(("options", "warned"), [({}, True), ({"sampling__top_p": 0.9}, False), ({"sampling__max_gap": 0.5}, False)])
+def test_a_gap_between_sampler_and_trainer_is_warned_of(caplog, options, warned):
+    guard = Guard(config(**options).sampling)
+    for step in range(3):
+        guard.look(step, metrics_of(engine_gap=0.2))
+    assert len(caplog.records) == int(warned)
+
+
+def test_repetition_counts_runs_that_stood_there_before():
+    assert repetition((1, 2, 3)) == 0 and repetition((1, 2, 3, 4, 5)) == 0
+    assert repetition((7,) * 8) == pytest.approx(4 / 5)
+    assert repetition((1, 2, 3, 4, 1, 2, 3, 4)) == pytest.approx(1 / 5)

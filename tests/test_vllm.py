@@ -27,7 +27,9 @@ from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import ConfigError, EngineError
 from opd.forward import add_adapters, kept_hidden, output_head
 from opd.objective import behaviour_logp
-from opd.samplers import Decoding, GenerateSampler, VllmSampler, VllmServerSampler
+from opd.samplers import Decoding, GenerateSampler
+from opd.samplers.vllm import VllmSampler
+from opd.samplers.vllm_server import VllmServerSampler
 
 pytestmark = [
     pytest.mark.vllm,

@@ -14,8 +14,9 @@ from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ENGINE, ConfigError, EngineError, OutputError
-from opd.samplers import Decoding, VllmServerSampler
+from opd.samplers import Decoding
 from opd.samplers import vllm as vllm_module
+from opd.samplers.vllm_server import VllmServerSampler
 
 REQUESTS = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(3)]
 DECODING = Decoding(0.8, 4, top_p=0.9, top_k=7)

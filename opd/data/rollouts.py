@@ -40,6 +40,10 @@ class Rollout:
     behaviour_logp: Tensor
     finish_reason: FinishReason
 
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason is FinishReason.length
+
     def first(self, tokens: int | None) -> "Rollout":
         """The rollout with the first so many tokens of its completion; all of it for None."""
         if tokens is None or len(self.completion) <= tokens:
@@ -145,5 +149,13 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = Fals
 
 
 def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, packed: bool = False) -> list[MicroBatch]:
-    groups = split_by_tokens([rollout.length for rollout in rollouts], max_tokens, packed)
-    return [collate(rollouts, group, pad_id, packed) for group in groups]
+    """Those with a completion, in groups by `split_by_tokens`."""
+    told = [index for index, rollout in enumerate(rollouts) if rollout.completion]
+    groups = split_by_tokens([rollouts[index].length for index in told], max_tokens, packed)
+    return [collate(rollouts, [told[place] for place in group], pad_id, packed) for group in groups]
+
+
+def repetition(completion: Sequence[int], size: int = 4) -> float:
+    """The share of the runs of `size` tokens that stood in the same completion before; 0 for one that has none."""
+    runs = [tuple(completion[start : start + size]) for start in range(len(completion) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
