@@ -3,7 +3,9 @@
 Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary, `H` hidden.
 """
 
+import ctypes
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -122,10 +124,19 @@ def free_memory(device: torch.device) -> int:
 
 
 def let_go(device: torch.device) -> None:
-    """Give back the device's memory that nothing uses."""
+    """Give back the memory that nothing uses."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give back the host's memory that nothing uses: glibc keeps it, in pieces that do not fit what comes next."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 class Policy(nn.Module):

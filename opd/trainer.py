@@ -28,7 +28,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches, repetition
 from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
-from opd.forward import let_go
+from opd.forward import let_go, trim_heap
 from opd.guard import Guard
 from opd.learning import Scores, score, token_loss
 from opd.metrics import Means
@@ -261,9 +261,11 @@ class Trainer:
         """Sample, and let the teacher score."""
         begin = clock(self.accelerator.device)
         written = stoppable(self.accelerator, self.sample)
+        trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
         self.score(current)
+        trim_heap()
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
 

@@ -7,8 +7,25 @@ importance weight makes up for it.
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+# Any number of rows gives the same products; the layout is chosen for this many, about a batch that is decoded.
+ROWS = 8
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer on a CPU, its weights laid out as matrix kernels read them: for few rows that costs as much as the product."""
+
+    packed: Tensor | None = None
+
+    def pack(self) -> None:
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.data, ROWS)
+        self.weight.data = self.weight.data.new_empty(0)
+
+    def forward(self, input: Tensor) -> Tensor:
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+        return product
 
 
 class Twin:
@@ -25,12 +42,29 @@ class Twin:
             for weight in source.parameters()
         }
         self.copy: PreTrainedModel = copy.deepcopy(source, empty).eval()
+        head = self.copy.get_output_embeddings()  # is read as a matrix, and may be the embedding too
+        linear = [module for module in self.copy.modules() if type(module) is nn.Linear and module is not head]
+        self.packed: list[PackedLinear] = []
+        if source.device.type == "cpu" and can_pack():
+            for module in linear:
+                module.__class__ = PackedLinear
+            self.packed = [module for module in self.copy.modules() if isinstance(module, PackedLinear)]
 
     def __enter__(self) -> PreTrainedModel:
         for mine, theirs in zip(self.copy.parameters(), self.source.parameters(), strict=True):
             mine.data = theirs.detach().to(torch.bfloat16)
+        for layer in self.packed:
+            layer.pack()
         return self.copy
 
     def __exit__(self, *error: object) -> None:
         for mine in self.copy.parameters():
             mine.data = mine.data.new_empty(0)
+        for layer in self.packed:
+            layer.packed = None
+
+
+def can_pack() -> bool:
+    """Whether this torch has the kernels; they are those of its own compiler, and not promised to stay."""
+    kernels = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in kernels)
