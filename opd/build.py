@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,7 +71,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         cpu=device.type == "cpu",
         mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) else "no",
         # Ranks may run different numbers of micro-batches, so a forward pass must not communicate; there are no trained buffers.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        # bf16 copies of weights that autocast would keep for a second use are used once.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), AutocastKwargs(cache_enabled=False)],
         log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
         project_dir=folder,
     )
@@ -168,11 +169,12 @@ def check_engine(config: Config, processes: int) -> None:
 def measured_choices(config: Config, accelerator: Accelerator, vocabulary: int) -> dict[str, int]:
     """What is chosen by looking at the machine: agreed by all processes, kept by a run that goes on: another would round otherwise.
 
-    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 304 MiB (2 GiB on a GPU). max_tokens:
-    `train.max_tokens_per_micro_batch` until memory runs out.
+    head_rows: tokens whose logits exist at a time, in a twentieth of the free memory and at most 304 MiB (2 GiB on a GPU). A CPU gains
+    nothing from more than 256 of them, or 16 MiB of logits. max_tokens: `train.max_tokens_per_micro_batch` until memory runs out.
     """
-    cap = 2**31 if accelerator.device.type == "cuda" else 304 * 2**20
-    rows = torch.tensor([chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, cap))], device=accelerator.device)
+    on_gpu = accelerator.device.type == "cuda"
+    most = chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, 2**31 if on_gpu else 304 * 2**20))
+    rows = torch.tensor([most if on_gpu else min(most, max(256, 2**24 // (4 * vocabulary)))], device=accelerator.device)
     return {"head_rows": int(accelerator.gather(rows).min()), "max_tokens": config.train.max_tokens_per_micro_batch}
 
 

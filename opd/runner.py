@@ -314,9 +314,14 @@ def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]
         "ids": list(rollout.completion),
         "finish_reason": rollout.finish_reason.value,
         "behaviour_logp": rounded(rollout.behaviour_logp),
-        "student_logp": rounded(scored.logp),
-        "teacher_logp": rounded(scored.teacher_logp),
+        "student_logp": filled(rounded(scored.logp), len(rollout.completion)),
+        "teacher_logp": filled(rounded(scored.teacher_logp), len(rollout.completion)),
     }
+
+
+def filled(values: list[float], length: int) -> list[float | None]:
+    """With null for tokens that were not scored, behind `ppo.loss_prefix` or dropped."""
+    return [*values, *[None] * (length - len(values))]
 
 
 def rounded(values: torch.Tensor) -> list[float]:

@@ -380,3 +380,16 @@ def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monke
     assert {line["rewards"]["count"] for line in evaluations} == {8}
     assert max(line["engine_gap"] for line in lines(folder / "metrics.jsonl")) < 1e-4
     assert AutoModelForCausalLM.from_pretrained(folder / "final").get_output_embeddings().weight.shape[0] == 264
+
+
+def test_tokens_that_were_not_scored_are_null_in_the_stored_rollouts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "ppo.loss_prefix=2", "train.max_steps=1"]) == 0
+    folder = tmp_path / "runs" / "run"
+    records = [json.loads(line) for file in (folder / "rollouts").glob("*.jsonl") for line in file.read_text().splitlines()]
+    assert any(len(record["ids"]) > 2 for record in records)
+    for record in records:
+        scored = min(2, len(record["ids"]))
+        for name in ("student_logp", "teacher_logp"):
+            assert len(record[name]) == len(record["ids"]) and all(value is None for value in record[name][scored:])
+            assert all(value is not None for value in record[name][:scored])

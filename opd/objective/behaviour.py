@@ -25,11 +25,11 @@ def behaviour_logp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p:
 
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token ids (B,) that the uniform numbers in [0, 1) select by inverting the cumulative distribution, in float64.
+    """The token ids (B,) that the uniform numbers in [0, 1) select by inverting the cumulative distribution, summed in float64.
 
     A token's id depends on its own row and number alone, so what is sampled does not depend on the batch it falls into.
     """
-    mass_BV = logp_BV.double().exp().cumsum(-1)
+    mass_BV = logp_BV.exp().cumsum(-1, dtype=torch.float64)
     target_B1 = uniform_B.to(mass_BV)[:, None] * mass_BV[:, -1:]
     ids_B = torch.searchsorted(mass_BV, target_B1, right=True)[:, 0]
     return ids_B.clamp_max(logp_BV.shape[-1] - 1)

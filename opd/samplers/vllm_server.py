@@ -31,7 +31,7 @@ from opd.samplers.base import Decoding
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
 from opd.samplers.weights import checkpoint_weights
 
-START = "start it as the section on vLLM in README.md says"
+START = "start it as README.md says under Sampling engines"
 CERTAIN = 1e-4  # what a log-prob of 0 may be off by
 PROBE_TOKENS = 8
 
