@@ -16,7 +16,7 @@ from opd.objective import behaviour_logp
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, choose, make_sampler
 from opd.samplers.continuous import ContinuousSampler
 from opd.samplers.trial import candidates
-from opd.samplers.twin import Twin
+from opd.samplers.twin import PackedLinear, Twin, can_pack
 
 PROMPTS = [(5, 7, 9), (4,), (11, 12, 13, 14, 15, 3), (8, 2)]
 DECODING = Decoding(temperature=0.8, max_new_tokens=12)
@@ -168,3 +168,15 @@ def test_what_the_config_fixes_is_not_tried(make_model, monkeypatch):
     assert len(candidates(SamplingConfig(), cuda)) == 4
     assert isinstance(make_sampler(Choice(Engine.generate, True), material(make_model())), GenerateSampler)
     assert Choice.from_dict(Choice(Engine.continuous, True, "x").to_dict()) == Choice(Engine.continuous, True, "x")
+
+
+@pytest.mark.skipif(not can_pack(), reason="this torch has no such kernels")
+@pytest.mark.parametrize("shape", [(3, 1, 64), (2, 7, 64), (5, 64)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_give_the_products_of_plain_ones(shape, bias):
+    layer = torch.nn.Linear(64, 48, bias=bias).bfloat16().requires_grad_(False)
+    given = torch.randn(shape).bfloat16()
+    expected = layer(given)
+    layer.__class__ = PackedLinear
+    layer.pack()
+    assert layer.weight.numel() == 0 and torch.allclose(layer(given), expected, atol=2e-2, rtol=1e-2)
