@@ -285,6 +285,18 @@ def test_how_a_task_ends(error: BaseException, code: int, said: str, tmp_path: P
         assert said.removeprefix("opd: error: ") in log
 
 
+def test_a_run_that_is_asked_to_stop_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    seen = []
+
+    def task(config: Config, folder: Path) -> float:
+        seen.append(config.seed)
+        raise errors.Preempted("stopped by SIGTERM")
+
+    assert entry.launch(task, ["-m", "seed=0,1,2", "optim.lr=0.1"]) == errors.PREEMPTED
+    assert seen == [0]
+    assert capfd.readouterr().err == "opd: stopped by SIGTERM\n"
+
+
 def test_a_failing_member_does_not_end_a_sweep_and_the_first_code_counts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     seen = []
 

@@ -29,13 +29,13 @@ def bent(kind: str, hit: Callable[[int], bool]) -> Sabotage:
         count = 0
         apply, logp, loss = Trainer.apply, LocalTeacher.logp, trainer.chunked_loss
 
-        def applied(self: Trainer, loss_sum: float, current: Any) -> bool:
+        def applied(self: Trainer, *args: Any, **kwargs: Any) -> bool:
             nonlocal count
             count += 1
             if hit(count) and kind == "gradient":
                 next(iter(self.student.parameters())).grad.view(-1)[0] = math.inf
             before = everything(self)
-            taken = apply(self, loss_sum, current)
+            taken = apply(self, *args, **kwargs)
             after = everything(self)
             same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
             with Path("updates.txt").open("a") as file:

@@ -134,7 +134,12 @@ def stops(times: int, root: Path, processes: int) -> Outcome:
     kinds = looks(root, processes)
     inner = [place for place, kind in enumerate(kinds, 1) if kind == "inner"]
     others = [place for place, kind in enumerate(kinds, 1) if kind != "inner"]
-    places = [(inner, others)[number % 2][number // 2 * len((inner, others)[number % 2]) // max(1, times // 2)] for number in range(times)]
+    each = max(1, times // 2)
+    # Those before a second inner step first: there the rollouts are what has to be saved.
+    places = [
+        (inner[1::2] + inner[::2], others)[number % 2][number // 2 * (len(inner), len(others))[number % 2] // each]
+        for number in range(times)
+    ]
     if times > len(kinds):
         places = list(range(1, len(kinds) + 1))
     if times == 1:
