@@ -26,7 +26,7 @@ class Guard:
         """Raises `NumericError` for what lasts, where `sampling.guard.action` is stop."""
         self.look_at_gap(step, metrics["engine_gap"])
         guard = self.config.guard
-        if guard.action is GuardAction.off:
+        if guard.action is GuardAction.none:
             return
         for name, limit in (("truncated", guard.truncated), ("repetition", guard.repetition)):
             self.lasted[name] = self.lasted[name] + 1 if metrics[name] >= limit else 0

@@ -643,7 +643,7 @@ def test_the_guard_stops_where_it_is_told_to():
     guard.look(1, metrics_of(repetition=0.9))
     with pytest.raises(NumericError, match=r"step 2: repetition was 0.90"):
         guard.look(2, metrics_of(repetition=0.9))
-    off = Guard(config(sampling__guard__action="off", sampling__guard__steps=1).sampling)
+    off = Guard(config(sampling__guard__action="none", sampling__guard__steps=1).sampling)
     off.look(1, metrics_of(repetition=0.9, truncated=1.0))
 
 

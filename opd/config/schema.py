@@ -54,7 +54,7 @@ class Truncated(Enum):
 
 
 class GuardAction(Enum):
-    off = "off"
+    none = "none"
     warn = "warn"
     stop = "stop"
 
