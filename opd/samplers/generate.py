@@ -48,7 +48,6 @@ class GenerateSampler:
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples."""
 
-    @torch.no_grad()
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
@@ -60,15 +59,20 @@ class GenerateSampler:
 
     def _sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Requests with equal prompts stand beside each other: each prompt is prefilled once."""
+        ids_BT, logp_BT = self._write(requests, decoding, stream)
+        return [
+            self._to_rollout(request, ids, logp) for request, ids, logp in zip(requests, ids_BT.tolist(), logp_BT.unbind(), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _write(self, requests: list[Request], decoding: Decoding, stream: str) -> tuple[Tensor, Tensor]:
+        """As `_decode`."""
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt.ids)]
         cache, logits_PV, mask_PT = self._prefill([group[0].prompt for group in groups])
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
         cache.batch_select_indices(copies)
         uniforms_BT = self._uniforms(requests, decoding, stream)
-        ids_BT, logp_BT = self._decode(cache, logits_PV[copies], mask_PT[copies], uniforms_BT, decoding)
-        return [
-            self._to_rollout(request, ids, logp) for request, ids, logp in zip(requests, ids_BT.tolist(), logp_BT.unbind(), strict=True)
-        ]
+        return self._decode(cache, logits_PV[copies], mask_PT[copies], uniforms_BT, decoding)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache, Tensor, Tensor]:
         """The cache after the prompts, the logits (P, V) of the next token, and the mask (P, T) of what is not padding on the left."""
