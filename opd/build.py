@@ -182,7 +182,7 @@ def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[
     """The main process's `Choice`, tried on a step's first prompts."""
     config = material.config
     requests = [Request(prompt, 0, attempt) for prompt in prompts[: config.train.batch_size] for attempt in range(config.sampling.n)]
-    return on_main(accelerator, lambda: choose(config.sampling, material, requests).to_dict())
+    return on_main(accelerator, lambda: choose(config.sampling, material, requests, accelerator.num_processes).to_dict())
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:

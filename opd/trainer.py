@@ -207,10 +207,7 @@ class Trainer:
 
     def numbers(self, current: Round) -> dict[str, Any]:
         """What a round is but for its tensors, metrics added up over all processes."""
-        if self.accelerator.num_processes > 1:
-            total = current.means.from_tensor(self.accelerator.reduce(current.means.to_tensor(self.accelerator.device), "sum"))
-            current = replace(current, means=total)
-        return current.numbers()
+        return replace(current, means=self.added_up(current.means)).numbers()
 
     def go_on(self, checkpoint: Checkpoint, anew: bool = False) -> None:
         """Be where the run was when the checkpoint was taken. anew: begin the step that it is in the middle of again."""
@@ -339,8 +336,9 @@ class Trainer:
     def done(self, current: Round, rate: float) -> StepDone:
         """The finished step: what there is to report of it."""
         means, seconds = current.means, current.seconds
-        self.describe(current)
-        metrics = self.reduce(means)
+        gap_N = self.engine_gap(current)
+        self.describe(current, gap_N)
+        metrics = self.added_up(means).means()
         took = sum(seconds.values())
         tokens = self.global_sum(sum(len(rollout.completion) for rollout in current.learnt))
         self.graded_tokens += int(tokens)
@@ -352,7 +350,7 @@ class Trainer:
         metrics |= {
             "optim/lr": rate,
             "reverse_kl_p99": self.quantile(current.seen["reverse_kl"], 0.99),
-            "engine_gap_p99": self.quantile(self.engine_gap(current), 0.99),
+            "engine_gap_p99": self.quantile(gap_N, 0.99),
             "tokens": tokens,
             "tokens_total": float(self.graded_tokens),
             "tokens_per_second": tokens / took,
@@ -480,11 +478,11 @@ class Trainer:
     def sample_id(self, current: Round, index: int) -> int:
         return current.written[index].request.prompt.sample_id
 
-    def describe(self, current: Round) -> None:
+    def describe(self, current: Round, gap_N: Tensor) -> None:
         """Adds what is known of the rollouts before the update."""
         seen, means, rollouts = current.seen, current.means, current.written
         means.add_tensors({name: seen[name] for name in ("reverse_kl", "entropy", "advantage", "cut") if name in seen})
-        means.add_tensors({"teacher_nll": -seen["teacher_logp"], "engine_gap": self.engine_gap(current)})
+        means.add_tensors({"teacher_nll": -seen["teacher_logp"], "engine_gap": gap_N})
         means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
         means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
         means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
@@ -515,10 +513,11 @@ class Trainer:
         tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
         return float(self.accelerator.reduce(tensor, "sum"))
 
-    def reduce(self, means: Means) -> dict[str, float]:
-        if self.accelerator.num_processes > 1:
-            means = means.from_tensor(self.accelerator.reduce(means.to_tensor(self.accelerator.device), "sum"))
-        return means.means()
+    def added_up(self, means: Means) -> Means:
+        """The same over all processes."""
+        if self.accelerator.num_processes == 1:
+            return means
+        return means.from_tensor(self.accelerator.reduce(means.to_tensor(self.accelerator.device), "sum"))
 
     def quantile(self, own: Tensor, q: float) -> float:
         """The quantile of all processes' values."""

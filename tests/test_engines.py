@@ -2,16 +2,17 @@
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from opd.config.schema import Engine, SamplingConfig, SamplingDtype
+from opd.config.schema import Config, Engine, LoraConfig, SamplingConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
-from opd.errors import ConfigError
-from opd.forward import kept_hidden, output_head
+from opd.errors import ConfigError, EngineError
+from opd.forward import add_adapters, kept_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, choose, make_sampler
 from opd.samplers.continuous import ContinuousSampler
@@ -180,3 +181,39 @@ def test_packed_layers_give_the_products_of_plain_ones(shape, bias):
     layer.__class__ = PackedLinear
     layer.pack()
     assert layer.weight.numel() == 0 and torch.allclose(layer(given), expected, atol=2e-2, rtol=1e-2)
+
+
+def test_an_engine_that_runs_no_candidate_is_refused_in_its_own_words(make_model, monkeypatch):
+    monkeypatch.setattr("opd.samplers.trial.is_fast_in_bf16", lambda device: True)
+    narrow = replace(material(make_model()), vocabulary=20, config=Config())
+    with pytest.raises(ConfigError, match=r"all 23 ids of the student, of which only 20"):
+        choose(SamplingConfig(engine=Engine.continuous), narrow, requests())
+
+
+def test_auto_of_several_processes_takes_no_engine_for_one():
+    assert {choice.engine for choice in candidates(SamplingConfig(), torch.device("cuda"), processes=2)} == {Engine.generate}
+
+
+def test_an_engine_that_breaks_off_is_an_engine_error(make_model, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(type(model), "generate_batch", lambda self, **_: {})
+    with pytest.raises(EngineError, match=r"gave 0 of 8 completions.*engine=generate"):
+        continuous(model).sample(requests(), DECODING, "train")
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks in transformers' old words
+def test_the_bf16_copy_has_the_adapters_of_the_student(make_model):
+    pytest.importorskip("peft")
+    model = make_model()
+    add_adapters(model, LoraConfig(rank=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    sampler = twin_sampler(model)
+    assert gaps(model, sampler.sample(requests(), DECODING, "train"), DECODING).mean() < 0.1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1.0)
+    assert gaps(model, sampler.sample(requests(), DECODING, "train"), DECODING).mean() < 0.1

@@ -16,7 +16,7 @@ from transformers.generation.continuous_batching.requests import GenerationOutpu
 
 from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.errors import ConfigError
+from opd.errors import ConfigError, EngineError
 from opd.forward import output_head
 from opd.samplers.base import Decoding
 from opd.samplers.twin import Twin
@@ -50,6 +50,7 @@ class ContinuousSampler:
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+        """Raises `EngineError` when not every request is answered."""
         if not requests:
             return []
         order = sorted(range(len(requests)), key=lambda index: requests[index].prompt.ids)
@@ -75,7 +76,7 @@ class ContinuousSampler:
         drawn = list(answers.values())
         failed = next((answer.error for answer in drawn if answer.error), None)
         if failed or len(drawn) != len(requests):
-            raise ConfigError(
+            raise EngineError(
                 f"sampling.engine=continuous gave {len(drawn)} of {len(requests)} completions ({failed or 'the engine stopped'}): raise "
                 "sampling.memory_share, lower sampling.batch_size, or use sampling.engine=generate"
             )

@@ -12,7 +12,7 @@ import torch
 from opd import models
 from opd.config.schema import Engine, SamplingConfig, SamplingDtype
 from opd.data.rollouts import Request, Rollout, micro_batches
-from opd.errors import ConfigError
+from opd.errors import ConfigError, EngineError
 from opd.forward import autocast, kept_hidden, output_head
 from opd.objective import TeacherStates
 from opd.samplers.base import Decoding
@@ -38,13 +38,13 @@ class Trial:
         return f"{self.choice} {self.tokens_per_second:,.0f} tokens/s, gap {self.gap:.4f} nats"
 
 
-def candidates(config: SamplingConfig, device: torch.device) -> list[Choice]:
-    """What `auto` leaves open, the exact and simple first."""
+def candidates(config: SamplingConfig, device: torch.device, processes: int = 1) -> list[Choice]:
+    """What `auto` leaves open, the exact and simple first. Of several processes only `generate` can be one."""
     if config.engine is Engine.vllm:  # has a copy of its own, which nothing is to be compared with
         return [Choice(Engine.vllm, config.dtype is SamplingDtype.bfloat16)]
     engines = [config.engine]
     if config.engine is Engine.auto:
-        engines = [Engine.generate, Engine.continuous] if device.type == "cuda" else [Engine.generate]
+        engines = [Engine.generate, Engine.continuous] if device.type == "cuda" and processes == 1 else [Engine.generate]
     twins = [config.dtype is SamplingDtype.bfloat16]
     if config.dtype is SamplingDtype.auto:
         twins = [False, True] if is_fast_in_bf16(device) else [False]
@@ -59,16 +59,21 @@ def is_fast_in_bf16(device: torch.device) -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
-def choose(config: SamplingConfig, material: Material, requests: Sequence[Request]) -> Choice:
-    """The fastest candidate whose log-probs are within `sampling.max_gap` of the trainer's, tried on `requests`."""
-    open_ones = candidates(config, material.model.device)
+def choose(config: SamplingConfig, material: Material, requests: Sequence[Request], processes: int = 1) -> Choice:
+    """The fastest candidate whose log-probs are within `sampling.max_gap` of the trainer's, tried on `requests`.
+
+    Raises what the last candidate raised where none can run the model.
+    """
+    open_ones = candidates(config, material.model.device, processes)
     if len(open_ones) == 1:
         return open_ones[0]
     trials = []
     for choice in open_ones:
         try:
             trials.append(attempt(choice, config, material, requests))
-        except ConfigError as error:  # this engine cannot run this model
+        except (ConfigError, EngineError) as error:
+            if choice == open_ones[-1] and not trials:
+                raise
             log.info("%s: %s", choice, error)
     best = trials[0]
     for trial in trials[1:]:
@@ -78,6 +83,7 @@ def choose(config: SamplingConfig, material: Material, requests: Sequence[Reques
 
 
 def attempt(choice: Choice, config: SamplingConfig, material: Material, requests: Sequence[Request]) -> Trial:
+    """Raises `ConfigError` where the engine cannot run the model, `EngineError` where it breaks off."""
     decoding = Decoding(config.temperature, min(TRIAL_TOKENS, config.max_new_tokens), batch_size=config.batch_size)
     sampler = make_sampler(choice, material)
     sampler.sample(requests, replace(decoding, max_new_tokens=1), "trial")  # what only the first call does
