@@ -8,7 +8,6 @@ drawn follows from the step.
 
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -24,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opd import files
 from opd.errors import OutputError
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,8 @@ class Checkpoints:
                 target.rename(unused(self.folder / f"bad_{target.name}"))
                 raise OutputError(f"{target}: what was written cannot be read back: {problem}")
             if best is not None and self.keep_best:
-                write_json(self.folder / BEST, {"step": snapshot.moment[0], "score": best})
-                flush(self.folder)
+                files.write_json(self.folder / BEST, {"step": snapshot.moment[0], "score": best})
+                files.flush(self.folder)
             self._delete_old()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(self._work(target), ignore_errors=True)
@@ -188,13 +188,13 @@ class Checkpoints:
         work.mkdir()
         for name, tensors in snapshot.files.items():
             save_file(tensors, work / name)
-            flush(work / name)
-        write_json(work / STATE, snapshot.state)
+            files.flush(work / name)
+        files.write_json(work / STATE, snapshot.state)
         names = (*snapshot.files, STATE)
-        write_text(work / MANIFEST, manifest({"step": snapshot.moment[0], "files": {name: digest(work / name) for name in names}}))
-        flush(work)
+        files.write_text(work / MANIFEST, manifest({"step": snapshot.moment[0], "files": {name: digest(work / name) for name in names}}))
+        files.flush(work)
         work.rename(target)
-        flush(self.folder)
+        files.flush(self.folder)
 
     def best(self) -> dict[str, float] | None:
         """The step and score of the best evaluation so far whose checkpoint is there."""
@@ -294,25 +294,3 @@ def restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> No
 def digest(file: Path) -> str:
     with file.open("rb") as stream:
         return file_digest(stream, "sha256").hexdigest()
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Replace `file` at once: a reader sees the old or the new content, never a part."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(file: Path, text: str) -> None:
-    """As `write_json`."""
-    work = file.with_name(f".{file.name}.tmp")
-    work.write_text(text, encoding="utf-8")
-    flush(work)
-    work.replace(file)
-
-
-def flush(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

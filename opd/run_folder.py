@@ -14,8 +14,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from opd.checkpoint import write_json
 from opd.errors import INTERNAL, OutputError
+from opd.files import read_lines, write_json
 
 log = logging.getLogger(__name__)
 
@@ -195,11 +195,3 @@ class RunFolder:
 def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null says that there is no number."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; a last line that a crash cut short is left out."""
-    if not file.is_file():
-        return []
-    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from opd import checkpoint
+from opd import checkpoint, files
 from opd.checkpoint import Checkpoint
 
 
@@ -21,7 +21,7 @@ def no_buffer() -> None:
 
 def no_flush() -> None:
     """Nothing waits for the disk."""
-    checkpoint.flush = lambda path: None
+    files.flush = lambda path: None
 
 
 def no_lock() -> None:

@@ -1,0 +1,50 @@
+"""What every verb with plain arguments does: read them, do the task, and turn what goes wrong into one line and an exit code."""
+
+import argparse
+import contextlib
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from opd import errors
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` where argparse would print its usage and leave."""
+
+    def error(self, message: str) -> NoReturn:
+        raise errors.ConfigError(f"{message}; {self.prog} --help shows the arguments")
+
+
+def parser(verb: str, does: str, example: str) -> Parser:
+    """For `opd VERB`: add its arguments. example: one command line or several, a line each."""
+    return Parser(
+        prog=f"opd {verb}",
+        description=does,
+        epilog="\n".join(f"  {line}" for line in ("examples:", *example.splitlines())),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def launch(arguments: Parser, task: Callable[[argparse.Namespace], int], words: Sequence[str]) -> int:
+    """Call `task` with what `words` say, and return its exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd ls | head -1` ends without a complaint
+    try:
+        return task(arguments.parse_args(words))
+    except SystemExit as stop:
+        return int(stop.code or errors.OK)
+    except KeyboardInterrupt:
+        return errors.INTERRUPTED
+    except errors.OpdError as error:
+        message, code = f"error: {error}", error.exit_code
+    except OSError as error:
+        message, code = f"error: {error.filename or 'file'}: {error.strerror}", errors.OUTPUT
+    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
+        traceback.print_exception(error)
+        message, code = f"internal error: {type(error).__name__}: {error}", errors.INTERNAL
+    with contextlib.suppress(BrokenPipeError):
+        print(f"opd: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
