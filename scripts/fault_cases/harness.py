@@ -25,7 +25,7 @@ RUN = (
     "experiment=debug", "device=cpu", "name=run", "data=jsonl", "data.train_path=train.jsonl", "data.eval_path=eval.jsonl",
     "train.max_steps=9", "checkpoint.every=1", "eval.limit=4", "eval.kl_prompts=4", "eval.max_new_tokens=8", "eval.kl_max_new_tokens=8",
 )  # fmt: skip
-LIMIT = 120.0  # seconds after which a child is taken for hung
+LIMIT = 300.0  # seconds after which a child is taken for hung
 
 
 @dataclass(slots=True)

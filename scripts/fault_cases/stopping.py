@@ -192,7 +192,7 @@ def lost_launchers(times: int, root: Path) -> Outcome:
     return outcome
 
 
-def await_end(pids: list[int], seconds: float = 30.0) -> list[int]:
+def await_end(pids: list[int], seconds: float = 60.0) -> list[int]:
     """Those of the processes, which are not our children, that are still there."""
     deadline = time.monotonic() + seconds
     left = pids
