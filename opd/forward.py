@@ -105,6 +105,11 @@ def packs(model: PreTrainedModel, packing: bool | None) -> bool:
     return packing if packing is not None else attention.startswith("flash_attention")
 
 
+def worthwhile_padding(device: torch.device) -> int:
+    """Tokens of padding that a micro-batch may hold: about what another one would cost, which reads all weights and starts all kernels."""
+    return 2048 if device.type == "cuda" else 128
+
+
 @torch.no_grad()
 def check_head(model: PreTrainedModel, role: str) -> None:
     """Refuse an architecture whose logits are not what `output_head` makes of its hidden states."""

@@ -28,7 +28,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches, repetition
 from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
-from opd.forward import let_go, trim_heap
+from opd.forward import let_go, trim_heap, worthwhile_padding
 from opd.guard import Guard
 from opd.learning import Scores, score, token_loss
 from opd.metrics import Means
@@ -374,7 +374,7 @@ class Trainer:
         return Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
 
     def split(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return micro_batches(rollouts, self.max_tokens, self.pad_id, self.packed)
+        return micro_batches(rollouts, self.max_tokens, self.pad_id, self.packed, worthwhile_padding(self.accelerator.device))
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""

@@ -1,5 +1,7 @@
 """Collation, packing and token counts, for any rollouts."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,15 +56,22 @@ def test_micro_batches_hold_every_token_once_with_its_own_log_prob(made, budget,
     assert all(batch.inputs.ids_BT.numel() <= budget or len(batch.sequence_N.unique()) == 1 for batch in batches)
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 80), st.booleans())
-def test_splits_are_longest_first_and_within_the_budget(lengths, budget, packed):
-    groups = split_by_tokens(lengths, budget, packed)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 80), st.booleans(), st.integers(0, 60))
+def test_splits_are_longest_first_and_within_the_budget_and_the_padding(lengths, budget, packed, padding):
+    groups = split_by_tokens(lengths, budget, packed, padding)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     flat = [lengths[index] for group in groups for index in group]
     assert flat == sorted(flat, reverse=True)
     for group in groups:
         size = sum(lengths[i] for i in group) if packed else len(group) * lengths[group[0]]
         assert size <= budget or len(group) == 1
+        assert size - sum(lengths[i] for i in group) <= padding
+    # No group could have taken the row that the next begins with.
+    for group, following in itertools.pairwise(groups):
+        longest, joined = lengths[group[0]], [*group, following[0]]
+        own = sum(lengths[i] for i in joined)
+        size = own if packed else len(joined) * longest
+        assert size > budget or size - own > padding
 
 
 @given(rollouts(), st.integers(1, 10))

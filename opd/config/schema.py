@@ -209,7 +209,7 @@ class SamplingConfig:
     truncated: Truncated = Truncated.keep
     batch_size: int = 64
     memory_share: float = 0.3
-    max_gap: float = 0.05
+    max_gap: float = 0.1
     lag: int = 0
     guard: GuardConfig = field(default_factory=GuardConfig)
     vllm: VllmConfig = field(default_factory=VllmConfig)

@@ -3,6 +3,7 @@
 Shapes: `B` sequences, `T` positions, `N` kept completion tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -130,28 +131,31 @@ def lay_out(prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout], pad
     return Inputs(ids, torch.tensor(kept, dtype=torch.long))
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = False) -> list[list[int]]:
+def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = False, max_padding: float = math.inf) -> list[list[int]]:
     """Indices grouped, longest first, so that no group takes more than `max_tokens`; a longer one stands alone.
 
-    A group takes rows × longest with padding, and the sum of its lengths when packed.
+    A group takes rows × longest with padding, of which there are at most `max_padding` tokens, and the sum of its lengths when packed.
     """
     groups: list[list[int]] = []
-    used = 0
+    used, padding = 0, 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         taken = lengths[index] if packed else lengths[groups[-1][0]] if groups else 0
-        if groups and used + taken <= max_tokens:
+        padding += taken - lengths[index]
+        if groups and used + taken <= max_tokens and padding <= max_padding:
             groups[-1].append(index)
             used += taken
         else:
             groups.append([index])
-            used = lengths[index]
+            used, padding = lengths[index], 0
     return groups
 
 
-def micro_batches(rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, packed: bool = False) -> list[MicroBatch]:
+def micro_batches(
+    rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, packed: bool = False, max_padding: float = math.inf
+) -> list[MicroBatch]:
     """Those with a completion, in groups by `split_by_tokens`."""
     told = [index for index, rollout in enumerate(rollouts) if rollout.completion]
-    groups = split_by_tokens([rollouts[index].length for index in told], max_tokens, packed)
+    groups = split_by_tokens([rollouts[index].length for index in told], max_tokens, packed, max_padding)
     return [collate(rollouts, [told[place] for place in group], pad_id, packed) for group in groups]
 
 
