@@ -26,7 +26,7 @@ from opd.config.schema import Config
 
 Task = Callable[[Config, Path], float | None]
 
-WITHOUT_FILES = ("hydra.output_subdir=null", "hydra/job_logging=errors", "hydra/hydra_logging=none")
+WITHOUT_FILES = ("hydra/job_logging=errors", "hydra/hydra_logging=none")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError, errors.OutputError, errors.Preempted)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import INTERNAL, OutputError
-from opd.files import read_lines, write_json
+from opd.files import read_lines, write_json, write_text
 
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+COMPOSED = ".hydra"
 
 RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
     "run.json",
@@ -125,6 +126,13 @@ class RunFolder:
     def set_identity(self, identity: Mapping[str, Any]) -> None:
         if self.writes:
             write_json(self.path / RUN, identity)
+
+    def write_composed(self, files: Mapping[str, str]) -> None:
+        """What the run was composed from and to, as YAML by name."""
+        if self.writes:
+            (self.path / COMPOSED).mkdir(exist_ok=True)
+            for name, text in files.items():
+                write_text(self.path / COMPOSED / f"{name}.yaml", text)
 
     def adopt(self, other: Path) -> None:
         """Take over what another run logged, to go on from one of its checkpoints."""

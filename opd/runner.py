@@ -12,6 +12,8 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from opd import signals
@@ -63,11 +65,20 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
+        keep_composed(config, run_folder)
         run_folder.set_status(Status.running)
         with told(accelerator, run_folder, checkpoints):
             summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given())
         run_folder.set_status(Status.done, exit_code=0)
         return summary
+
+
+def keep_composed(config: Config, run_folder: RunFolder) -> None:
+    """Write `.hydra/`, if Hydra composed this run. Hydra itself would before it is known whether this run may have the folder."""
+    if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir).resolve() == run_folder.path.resolve():
+        hydra = HydraConfig.get()
+        parts = {"config": to_dict(config), "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
+        run_folder.write_composed({name: OmegaConf.to_yaml(part) for name, part in parts.items()})
 
 
 def claim(run_folder: RunFolder, stack: ExitStack) -> None:

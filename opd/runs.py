@@ -10,9 +10,9 @@ import yaml
 
 from opd.errors import DataError
 from opd.files import read_lines
-from opd.run_folder import EVALUATIONS, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY
+from opd.run_folder import COMPOSED, EVALUATIONS, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY
 
-OVERRIDES = ".hydra/overrides.yaml"
+OVERRIDES = f"{COMPOSED}/overrides.yaml"
 
 
 @dataclass(frozen=True, slots=True)

@@ -227,9 +227,9 @@ def test_mistakes_through_the_real_command(tmp_path: Path) -> None:
 
 def test_a_mistake_does_not_touch_an_earlier_run(tmp_path: Path) -> None:
     assert entry.launch(lambda config, folder: None, ["name=mine"]) == errors.OK
-    before = (tmp_path / "runs" / "mine" / ".hydra" / "config.yaml").read_text()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert entry.launch(must_not_run, ["name=mine", "optim.lr=-1"]) == errors.USAGE
-    assert (tmp_path / "runs" / "mine" / ".hydra" / "config.yaml").read_text() == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # The task
@@ -249,7 +249,6 @@ def test_the_task_gets_the_config_and_the_run_folder(tmp_path: Path, capfd: pyte
     assert config.optim.lr == 1e-4
     assert folder == tmp_path / "runs" / "mine"
     assert full_error is None, "programs that the task starts would inherit it"
-    assert (folder / ".hydra" / "overrides.yaml").read_text() == "- optim.lr=1e-4\n- name=mine\n"
     assert "somebody else's" in (folder / "train.log").read_text()
     assert capfd.readouterr() == ("", "")
 

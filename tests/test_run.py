@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.train import main
@@ -53,6 +54,9 @@ def test_the_run_folder_holds_what_is_promised(finished):
         "summary.json",
     }
     assert json.loads((finished / "status.json").read_text()) == {"status": "done", "reason": "", "exit_code": 0}
+    assert (finished / ".hydra/overrides.yaml").read_text().splitlines() == [f"- {word}" for word in [*DEBUG, "name=run"]]
+    assert OmegaConf.load(finished / ".hydra/config.yaml") == json.loads((finished / "run.json").read_text())["config"]
+    assert OmegaConf.load(finished / ".hydra/hydra.yaml").hydra.job.name == "train"
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() >= SUMMARY
     assert summary["steps"] == 6 and summary["reward_teacher"] > 0.9 and 0 < summary["eval_kl_after"] < 10
@@ -98,6 +102,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, monkeypatch, capfd
 
 def test_another_method_in_the_same_folder_is_refused_with_the_difference(finished, monkeypatch, capfd):
     monkeypatch.chdir(finished.parent.parent)
+    composed = {file.name: file.read_text() for file in (finished / ".hydra").iterdir()}
     assert main([*DEBUG, "name=run", "optim.lr=2e-4"]) == 64
     assert "optim.lr was 0.0001, is 0.0002" in capfd.readouterr().err
     assert main([*DEBUG, "name=run", "resume=never"]) == 64
@@ -105,6 +110,7 @@ def test_another_method_in_the_same_folder_is_refused_with_the_difference(finish
     assert main([*DEBUG, "name=run", "eval.limit=8"]) == 64
     assert "eval.limit was 16, is 8" in capfd.readouterr().err
     assert json.loads((finished / "status.json").read_text())["status"] == "done"
+    assert composed == {file.name: file.read_text() for file in (finished / ".hydra").iterdir()}, "they tell of the run that is there"
 
 
 def stop_after(monkeypatch, step: int) -> None:

@@ -40,7 +40,7 @@ def run_name(name: str, *, _root_: DictConfig) -> str:
     """`name`, once the whole config is known to be right: raises `ConfigError` otherwise.
 
     Hydra makes the run folder before the task starts. `hydra.run.dir` asks for its name here, the last moment at which a mistake
-    leaves no folder behind and does not overwrite the `.hydra` of an earlier run.
+    leaves no folder behind.
     """
     composed = copy.deepcopy(_root_)
     with read_write(composed), open_dict(composed):
