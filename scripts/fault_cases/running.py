@@ -204,7 +204,7 @@ def hangs(times: int, root: Path) -> Outcome:
     outcome = Outcome()
     for number in range(times):
         folder = fresh(root, "hang")
-        ended = start(folder, [*RUN, "train.watchdog_minutes=0.05"], 1, sabotage)[0].wait()
+        ended = start(folder, [*RUN, "train.watchdog_minutes=0.2"], 1, sabotage)[0].wait()
         stacks = folder / "runs/run/stacks.txt"
         problem = None
         if ended.code != 70 or status(folder)["exit_code"] != 70:
