@@ -25,6 +25,7 @@ from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError
 from opd.evaluate import Evaluation
 from opd.export import export
 from opd.identity import check_content, check_same, identity
+from opd.launch import objective
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
 from opd.summary import peak_memory, summarise
@@ -37,9 +38,7 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, folder: Path) -> float | None:
     """Train as configured and return what a sweep maximises: the last reward, or −KL where nothing is judged."""
-    summary = train(config, folder)
-    reward, kl = summary["reward_after"], summary["eval_kl_after"]
-    return reward if reward is not None else None if kl is None else -kl
+    return objective(train(config, folder))
 
 
 def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:

@@ -400,6 +400,21 @@ class TrackConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    processes: int | None = None
+    config_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes is not None:
+            require(self.processes >= 1, "launch.processes", self.processes, "must be at least 1, or null")
+
+    @property
+    def several(self) -> bool:
+        """Whether a launcher is asked for."""
+        return (self.processes or 1) > 1 or self.config_file is not None
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     seed: int = 0
     name: str = "run"
@@ -417,6 +432,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 4294967295")
