@@ -2,6 +2,7 @@
 
 import atexit
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd import models
+from opd import models, sharding
 from opd.checkpoint import Checkpoints
 from opd.config.schema import Config, Engine, Tracker
 from opd.data.prompts import Prompt, encode_rows
@@ -66,6 +68,8 @@ class Built:
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
     device = models.find_device(config.device)
+    # Each process loads its weights before they are sharded: the main process alone reads them otherwise, and the teacher's are no one's.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -78,11 +82,29 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         atexit.register(PartialState().destroy_process_group)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"{accelerator.distributed_type.value}: weights that are sharded over processes are not supported; use MULTI_GPU (DDP)"
-        )
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        # Accelerate takes up FSDP on GPUs alone and would go on with DDP; its FSDP2 itself works on a CPU as well.
+        accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    check_strategy(config, accelerator)
     return accelerator
+
+
+def check_strategy(config: Config, accelerator: Accelerator) -> None:
+    """Raises `ConfigError` for what a launcher asks for and does not work here."""
+    strategy = accelerator.distributed_type
+    if strategy not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise ConfigError(
+            f"{strategy.value} is not supported: to shard weights take distributed_type: FSDP with fsdp_version: 2 "
+            "(scripts/accelerate/fsdp2_gpu8.yaml), else MULTI_GPU (DDP)"
+        )
+    if strategy is DistributedType.FSDP:
+        problem = sharding.check_settings(accelerator.state.fsdp_plugin)
+        if problem is not None:
+            raise ConfigError(problem)
+        if config.lora.rank:
+            raise ConfigError(f"lora.rank={config.lora.rank}: adapters are not trained with sharded weights; use MULTI_GPU (DDP)")
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as it does without sharding
 
 
 def build(
@@ -123,8 +145,12 @@ def build(
     }
     rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
     teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
-    policy, optimizer = accelerator.prepare(
-        Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
+    sampler = make_sampler(sampling, material)  # copies what it samples with, which cannot be done once weights are sharded
+    digests = on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    policy, optimizer = prepare(
+        accelerator,
+        Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile),
+        make_optimizer(config, student),
     )
     trainer = Trainer(
         config=config,
@@ -132,7 +158,7 @@ def build(
         policy=policy,
         student=student,
         optimizer=optimizer,
-        sampler=make_sampler(sampling, material),
+        sampler=sampler,
         teacher=teacher,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
@@ -144,7 +170,7 @@ def build(
         saved_state={
             **identity(config, accelerator),
             "prompts": len(train_prompts),
-            "content": on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts)),
+            "content": digests,
             "choices": choices,
         },
     )
@@ -153,6 +179,17 @@ def build(
     )
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
+
+
+def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Student and optimizer under the launcher's strategy; where that shards weights, a layer at a time."""
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    if sharded:
+        policy.bf16 = accelerator.mixed_precision == "bf16"
+    prepared = accelerator.prepare(policy, optimizer)
+    if sharded:
+        sharding.settle(prepared[0])
+    return prepared[0], prepared[1]
 
 
 def check_engine(config: Config, processes: int) -> None:

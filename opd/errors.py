@@ -61,6 +61,10 @@ class NumericError(OpdError):
     exit_code = NUMERIC
 
 
+class PeerError(OpdError):
+    """Another process of the run is gone, and has said why."""
+
+
 class Told(OpdError):
     """A run that a launcher started ended badly; its processes have told the user why."""
 

@@ -16,20 +16,21 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import signals
 from opd.build import Built, Given, build, check_tracker, make_accelerator
-from opd.checkpoint import Checkpoint, Checkpoints, read, verify
+from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
 from opd.data.rollouts import Rollout
 from opd.display import Display, NoteHandler, describe_rewards
-from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, Preempted
+from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.evaluate import Evaluation
 from opd.export import export
 from opd.identity import check_content, check_same, identity
 from opd.launch import objective
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
+from opd.sharding import at_rest, gathered, units
 from opd.summary import peak_memory, summarise
-from opd.together import on_main, stop_together
+from opd.together import lost_another, on_main, stop_together
 from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
 
@@ -97,9 +98,10 @@ def told(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoin
         run_folder.set_status(Status.failed, str(out_of_memory), out_of_memory.exit_code)
         raise out_of_memory from error
     except Exception as error:
-        code = error.exit_code if isinstance(error, OpdError) else INTERNAL
-        run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
-        raise
+        failure = PeerError("another process of the run ended; what it said is the reason") if lost_another(error) else error
+        code = failure.exit_code if isinstance(failure, OpdError) else INTERNAL
+        run_folder.set_status(Status.failed, f"{type(failure).__name__}: {failure}", code)
+        raise failure from error.__cause__
 
 
 def distil(
@@ -155,9 +157,10 @@ def distil(
         on_main(accelerator, checkpoints.wait)
         peak = peak_memory(accelerator)
         summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak))
+        weights = gathered(model_tensors(trainer.student), keep=accelerator.is_main_process) if units(trainer.policy) else None
         if accelerator.is_main_process:
             student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
-            export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary)
+            export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
         run_folder.write_summary(summary)
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:  # not end_training, which ends the process group that the next member of a sweep needs
@@ -275,6 +278,10 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
+    if units(trainer.policy):
+        display.note(
+            f"sharded (FSDP2): each process holds {at_rest(trainer.policy) / 1e6:,.2f} M of the parameters between its computations"
+        )
     display.note(f"sampling: {built.sampling}" + (f" ({built.sampling.why})" if built.sampling.why else ""))
     for line in built.differences:
         display.note(f"warning: {line}")

@@ -37,6 +37,7 @@ from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, Sampler
 from opd.schedule import lr_factor
+from opd.sharding import add_up, full, start_again, units, whole
 from opd.teachers import Teacher
 from opd.together import anywhere, on_main, stop_together, stoppable
 
@@ -179,7 +180,8 @@ class Trainer:
 
     def evaluate(self) -> Iterator[Event]:
         self.settle()
-        evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
+        with whole(self.policy):
+            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
         self.evaluated = self.step
         score = evaluation.score
         if score is not None and self.step > 0 and (self.best is None or score > self.best):
@@ -199,10 +201,8 @@ class Trainer:
             "round": numbers,
             "trouble": asdict(self.trouble),
         }
-        on_main(
-            self.accelerator,
-            lambda: self.checkpoints.save(snapshot(self.student, self.optimizer, state, tensors), best, needed),
-        )
+        taken = snapshot(self.student, self.optimizer, state, tensors, keep=self.accelerator.is_main_process)
+        on_main(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
         return Saved(self.step)
 
     def numbers(self, current: Round) -> dict[str, Any]:
@@ -257,7 +257,8 @@ class Trainer:
     def begin(self) -> Round:
         """Sample, and let the teacher score."""
         begin = clock(self.accelerator.device)
-        written = stoppable(self.accelerator, self.sample)
+        with whole(self.policy):
+            written = stoppable(self.accelerator, self.sample)
         trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
@@ -305,10 +306,11 @@ class Trainer:
             parts.append((batch, scores))
         return parts
 
-    def fitting(self, current: Round, work: Callable[[], T]) -> T:
+    def fitting(self, current: Round, work: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:
         """What `work` on the round's micro-batches returns; while any process lacks the memory for it, all halve them and try again.
 
-        Nothing that is learnt depends on how rollouts are cut into micro-batches. `work` waits for no other process.
+        Nothing that is learnt depends on how rollouts are cut into micro-batches. `work` waits for no other process; `again`, which comes
+        before it is tried once more, may.
         """
         while True:
             done: list[T] = []
@@ -321,6 +323,7 @@ class Trainer:
                 return done[0]
             current.parts = []
             self.optimizer.zero_grad()
+            again()
             let_go(self.accelerator.device)
             self.halve(current, complaint)
 
@@ -390,7 +393,11 @@ class Trainer:
         begin = clock(self.accelerator.device)
         weights, own = self.token_weights(current.learnt)
         total = self.global_sum(own)
-        loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0))
+        with whole(self.policy):
+            loss_sum, seen = self.fitting(
+                current, lambda: self.gradients(current, weights, total or 1.0), again=lambda: start_again(self.policy)
+            )
+            add_up(self.policy)
         current.means.add("loss", loss_sum, own)
         for stats in seen:
             current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
@@ -440,11 +447,11 @@ class Trainer:
 
         empty: there was nothing to learn from, in any process, and nothing is done either.
         """
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not units(self.policy):
             for parameter in self.policy.parameters():
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
-        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm))
+        norm = float(full(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)))
         suspects = self.not_finite(current)
         finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))
         if finite and not empty:

@@ -54,6 +54,7 @@ def test_a_process_that_fails_ends_the_run_with_its_error_and_its_exit_code(tmp_
     _, complaints = (running := begin(tmp_path, "eval.reward=own:one")).communicate(timeout=300)
     assert running.returncode == errors.DATA
     assert "[rank 1] error: reward `own:one` failed on an answer: ValueError: not me" in complaints
+    assert "opd: error: another process of the run ended" in complaints
     assert not any(word in complaints for word in ("Traceback", "ChildFailedError", "torch.distributed", "Root Cause"))
 
 
