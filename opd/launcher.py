@@ -18,7 +18,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from opd import signals
+from opd import sharding, signals
 from opd.config.schema import Device
 from opd.errors import INTERNAL, OK, USAGE, ConfigError
 
@@ -61,8 +61,13 @@ def own_file(processes: int, device: Device, folder: Path) -> Path:
 
 
 def free_port(file: Path) -> list[str]:
-    """Arguments that let two runs on one machine talk on ports of their own, unless the file names one or has several machines."""
+    """Arguments that let two runs on one machine talk on ports of their own, unless the file names one or has several machines.
+
+    Raises `ConfigError` for DeepSpeed.
+    """
     content: dict[str, Any] = yaml.safe_load(file.read_text())
+    if content.get("distributed_type") == "DEEPSPEED":
+        raise ConfigError(f"launch.config_file={file}: {sharding.NO_DEEPSPEED}")
     return [] if content.get("main_process_port") or content.get("num_machines", 1) > 1 else ["--main_process_port", "0"]
 
 

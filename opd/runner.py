@@ -12,6 +12,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from transformers import PreTrainedTokenizerBase
 
 from opd import signals
@@ -26,6 +27,7 @@ from opd.evaluate import Evaluation
 from opd.export import export
 from opd.identity import check_content, check_same, identity
 from opd.launch import objective
+from opd.memory import estimate
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
 from opd.sharding import at_rest, gathered, units
@@ -98,10 +100,13 @@ def told(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoin
         run_folder.set_status(Status.failed, str(out_of_memory), out_of_memory.exit_code)
         raise out_of_memory from error
     except Exception as error:
-        failure = PeerError("another process of the run ended; what it said is the reason") if lost_another(error) else error
-        code = failure.exit_code if isinstance(failure, OpdError) else INTERNAL
-        run_folder.set_status(Status.failed, f"{type(failure).__name__}: {failure}", code)
-        raise failure from error.__cause__
+        if lost_another(error):
+            gone = PeerError("another process of the run ended; what it said is the reason")
+            run_folder.set_status(Status.failed, str(gone), gone.exit_code)
+            raise gone from error
+        code = error.exit_code if isinstance(error, OpdError) else INTERNAL
+        run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
+        raise
 
 
 def distil(
@@ -114,6 +119,10 @@ def distil(
     given: Given,
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
+    if given.student is None and given.teacher is None:
+        sharded = accelerator.distributed_type is DistributedType.FSDP
+        memory = on_main(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded))
+        Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
         trainer = built.trainer
@@ -258,7 +267,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> E
     """The teacher under the student's decoding, once a run."""
     if any(line["model"] == "teacher" for line in history.evaluations):
         return None
-    with built.teacher.active():
+    with built.teacher.ready(), built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
     evaluation = Evaluation(0, rewards, None, example)
     run_folder.add_evaluation({"model": "teacher", **evaluation.to_dict()})

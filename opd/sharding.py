@@ -5,16 +5,21 @@ memory in the middle. So nothing here communicates inside a forward or backward 
 and `add_up` reduces the gradients into the shards once all have theirs. At rest a process holds its shards of weights and optimizer state.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd.data.rollouts import Inputs
+
+NO_DEEPSPEED = (
+    "DeepSpeed is not supported: to shard weights take distributed_type: FSDP with fsdp_version: 2 (scripts/accelerate/fsdp2_gpu8.yaml), "
+    "else MULTI_GPU (DDP)"
+)
 
 
 def units(model: nn.Module) -> list[FSDPModule]:
@@ -45,6 +50,13 @@ def whole(model: nn.Module) -> Iterator[None]:
     finally:
         for unit in units(model):
             unit.reshard()
+
+
+def shard(layers: Sequence[nn.Module]) -> None:
+    """Shard each of the layers, which are never trained, over all processes."""
+    for layer in layers:
+        unit = fully_shard(layer)
+        unit.set_reshard_after_forward(False)
 
 
 def settle(policy: nn.Module) -> None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -180,7 +181,7 @@ class Trainer:
 
     def evaluate(self) -> Iterator[Event]:
         self.settle()
-        with whole(self.policy):
+        with whole(self.policy), self.teacher.ready():
             evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
         self.evaluated = self.step
         score = evaluation.score
@@ -262,7 +263,8 @@ class Trainer:
         trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
-        self.score(current)
+        with self.teacher.ready():
+            self.score(current)
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
 
@@ -393,10 +395,16 @@ class Trainer:
         begin = clock(self.accelerator.device)
         weights, own = self.token_weights(current.learnt)
         total = self.global_sum(own)
-        with whole(self.policy):
-            loss_sum, seen = self.fitting(
-                current, lambda: self.gradients(current, weights, total or 1.0), again=lambda: start_again(self.policy)
-            )
+        with ExitStack() as held:
+            held.enter_context(whole(self.policy))
+            if not current.parts:
+                held.enter_context(self.teacher.ready())
+
+            def again() -> None:
+                start_again(self.policy)
+                held.enter_context(self.teacher.ready())
+
+            loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0), again)
             add_up(self.policy)
         current.means.add("loss", loss_sum, own)
         for stats in seen:

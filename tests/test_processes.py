@@ -161,11 +161,11 @@ def test_sharded_weights_learn_what_whole_ones_do(one, sharded):
 
 
 @pytest.mark.slow
-def test_sharded_runs_go_on_bitwise_and_so_does_one_process_from_their_checkpoints(one, sharded, tmp_path):
+def test_sharded_runs_go_on_bitwise_and_one_process_goes_on_from_them_wherever_the_teacher_is(one, sharded, tmp_path):
     half = f"resume={sharded / 'runs/run/checkpoints/step_000002'}"
-    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *OPTIONS, "train.batch_size=2", half])
+    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *OPTIONS, "train.batch_size=2", half, "teacher.placement=sharded"])
     assert distance(weights(tmp_path / "two"), weights(sharded)) == 0.0
-    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *OPTIONS, "train.batch_size=4", half])
+    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *OPTIONS, "train.batch_size=4", half, "teacher.placement=offload"])
     assert distance(weights(tmp_path / "one"), one) < 1e-6
 
 
