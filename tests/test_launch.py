@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from opd import errors, launch, launched, launcher
+from opd import errors, launch, launched, launcher, sharding
 from opd.api import OnPolicyDistillationTrainer, from_options
+from opd.build import make_accelerator
 from opd.config.schema import Device
 from opd.identity import differences
 
@@ -71,6 +74,60 @@ def test_a_signal_stops_all_processes_and_the_death_of_the_parent_leaves_none(tm
     running.kill()
     running.communicate(timeout=300)  # until no process holds the other ends of the pipes
     assert read(tmp_path / "runs" / "run" / "status.json")["status"] == "preempted"
+
+
+FILES = Path(__file__).resolve().parent.parent / "scripts" / "accelerate"
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "machines", "processes"),
+    [
+        ("cpu2", "multi_gpu", 1, 2),
+        ("fsdp2_cpu2", "use_fsdp", 1, 2),
+        ("gpu1", None, 1, 1),
+        ("gpu2", "multi_gpu", 1, 2),
+        ("gpu8", "multi_gpu", 1, 8),
+        ("fsdp2_gpu8", "use_fsdp", 1, 8),
+        ("nodes2_gpu8", "multi_gpu", 2, 16),
+    ],
+)
+def test_accelerate_reads_the_shipped_files_as_they_are_meant(name, strategy, machines, processes, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["--config_file", str(FILES / f"{name}.yaml"), "-m", "opd.train"]
+    found, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    assert [kind for kind in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(found, kind)] == ([strategy] if strategy else [])
+    assert (found.num_machines, found.num_processes, found.use_cpu) == (machines, processes, "cpu" in name)
+    if strategy == "use_fsdp":
+        assert (found.fsdp_version, found.fsdp_cpu_ram_efficient_loading) == (2, False)
+    assert launcher.free_port(FILES / f"{name}.yaml") == ([] if machines > 1 else ["--main_process_port", "0"])
+
+
+def test_every_shipped_file_is_read_here():
+    assert sorted(path.stem for path in FILES.iterdir()) == sorted(
+        ["cpu2", "fsdp2_cpu2", "gpu1", "gpu2", "gpu8", "fsdp2_gpu8", "nodes2_gpu8"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: to shard weights take distributed_type: FSDP"),
+        ({"FSDP_VERSION": "1"}, "fsdp_version: 1 is not supported"),
+        ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true is not supported"),
+    ],
+)
+def test_what_a_launcher_asks_for_and_does_not_work_is_refused(environment, said, tmp_path, monkeypatch, capsys):
+    for name, value in {**environment, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}.items():
+        monkeypatch.setenv(name, value)
+    if "FSDP_VERSION" in environment:
+        assert said in (sharding.check_settings(FullyShardedDataParallelPlugin()) or "")
+    else:
+        with pytest.raises(errors.ConfigError, match=said):
+            make_accelerator(from_options({"device": "cpu"}), tmp_path)
+        (tmp_path / "zero3.yaml").write_text("distributed_type: DEEPSPEED\nnum_processes: 2\n")
+        monkeypatch.setattr("opd.signals.die_with_parent", lambda number: None)
+        assert launcher.main(["", "cpu", str(tmp_path / "zero3.yaml"), "-m", "opd.train"]) == errors.USAGE
+        assert said in capsys.readouterr().err
 
 
 def ended(*codes: int | None) -> list[launched.Process]:
