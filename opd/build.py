@@ -171,6 +171,7 @@ def build(
         optimizer=optimizer,
         sampler=sampler,
         teacher=teacher,
+        teacher_ready=teacher.ready,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
         prompts=train_prompts,

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -103,6 +103,7 @@ class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
 
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
+    teacher_ready: within it, which all processes enter together, the teacher answers.
     max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
     """
 
@@ -128,6 +129,7 @@ class Trainer:
     trouble: Trouble = field(default_factory=Trouble)
     max_tokens: int = 0
     ahead: Future[list[Rollout]] | None = None
+    teacher_ready: Callable[[], AbstractContextManager[None]] = nullcontext
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     guard: Guard = field(init=False)
 
@@ -181,7 +183,7 @@ class Trainer:
 
     def evaluate(self) -> Iterator[Event]:
         self.settle()
-        with whole(self.policy), self.teacher.ready():
+        with whole(self.policy), self.teacher_ready():
             evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
         self.evaluated = self.step
         score = evaluation.score
@@ -263,7 +265,7 @@ class Trainer:
         trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
-        with self.teacher.ready():
+        with self.teacher_ready():
             self.score(current)
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
@@ -398,11 +400,11 @@ class Trainer:
         with ExitStack() as held:
             held.enter_context(whole(self.policy))
             if not current.parts:
-                held.enter_context(self.teacher.ready())
+                held.enter_context(self.teacher_ready())
 
             def again() -> None:
                 start_again(self.policy)
-                held.enter_context(self.teacher.ready())
+                held.enter_context(self.teacher_ready())
 
             loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0), again)
             add_up(self.policy)

@@ -1,6 +1,5 @@
 """What every teacher takes and gives."""
 
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -11,10 +10,6 @@ from opd.objective import TeacherStates
 
 class Teacher(Protocol):
     """Scores tokens. Never trained, never saved."""
-
-    def ready(self) -> AbstractContextManager[None]:
-        """Within it each process may ask what it likes. All processes have to enter: weights may be shared out among them."""
-        ...
 
     def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
         """The log-probs (N,) of the kept tokens at the temperature."""

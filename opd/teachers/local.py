@@ -44,6 +44,7 @@ class LocalTeacher:
         return TeacherStates(hidden_NH.to(self.device), self.head)
 
     def ready(self) -> AbstractContextManager[None]:
+        """Within it each process may ask what it likes. All processes have to enter: the layers may be shared out among them."""
         return whole(self.model)
 
     def active(self) -> AbstractContextManager[None]:
