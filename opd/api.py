@@ -93,6 +93,9 @@ class OnPolicyDistillationTrainer:
             }
         )
 
+        if self.config.launch.several:
+            raise ConfigError("launch: processes for Python code are started by a launcher: accelerate launch YOUR_SCRIPT")
+
     def train(self) -> dict[str, Any]:
         """Run to the end and return the summary that stands in `output_dir/summary.json`. Raises `OpdError` for all but defects."""
         return runner.train(self.config, self.output_dir, self.given)

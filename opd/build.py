@@ -2,6 +2,7 @@
 
 import atexit
 import math
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -11,13 +12,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd import models
+from opd import models, sharding
 from opd.checkpoint import Checkpoints
-from opd.config.schema import Config, Engine, Tracker
+from opd.config.schema import Config, Engine, Placement, Quantization, Tracker
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import Request
 from opd.data.sources import Rows, check_rows, load_rows
@@ -29,7 +31,7 @@ from opd.objective import chunk_rows
 from opd.rewards import Grader, make_grader
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, Sampler, choose, longest, make_sampler
 from opd.samplers.vllm import check_installed
-from opd.teachers import LocalTeacher
+from opd.teachers import LocalTeacher, home, place
 from opd.together import on_main
 from opd.trainer import Trainer
 
@@ -65,7 +67,11 @@ class Built:
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
+    if asks_for("DEEPSPEED"):
+        raise ConfigError(sharding.NO_DEEPSPEED)
     device = models.find_device(config.device)
+    # Each process loads its weights before they are sharded: the main process alone reads them otherwise, and the teacher's are no one's.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -78,11 +84,31 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         atexit.register(PartialState().destroy_process_group)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"{accelerator.distributed_type.value}: weights that are sharded over processes are not supported; use MULTI_GPU (DDP)"
-        )
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and asks_for("FSDP"):
+        # Accelerate takes up FSDP on GPUs alone and would go on with DDP; its FSDP2 itself works on a CPU as well.
+        accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    check_strategy(config, accelerator)
     return accelerator
+
+
+def asks_for(strategy: str) -> bool:
+    """Whether `accelerate launch` was told to use it."""
+    return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
+
+
+def check_strategy(config: Config, accelerator: Accelerator) -> None:
+    """Raises `ConfigError` for what a launcher asks for and does not work here."""
+    strategy = accelerator.distributed_type
+    if strategy not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+        raise ConfigError(f"{strategy.value} is not supported; use MULTI_GPU (DDP)")
+    if strategy is DistributedType.FSDP:
+        problem = sharding.check_settings(accelerator.state.fsdp_plugin)
+        if problem is not None:
+            raise ConfigError(problem)
+        if config.lora.rank:
+            raise ConfigError(f"lora.rank={config.lora.rank}: adapters are not trained with sharded weights; use MULTI_GPU (DDP)")
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as it does without sharding
 
 
 def build(
@@ -105,7 +131,11 @@ def build(
     if config.shares_base:
         teacher_model = student
     else:
-        teacher_model = prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", device), device)
+        teacher_home = home(config.teacher, device, accelerator.num_processes, accelerator.distributed_type is DistributedType.FSDP)
+        if given.teacher is not None and config.teacher.quantization is not Quantization.none:
+            raise ConfigError(f"teacher.quantization={config.teacher.quantization.value}: is done on loading; give the teacher's path")
+        computes_on = teacher_home if config.teacher.placement is Placement.device else device
+        teacher_model = prepare_teacher(given.teacher or models.load_model(config.teacher, "teacher", computes_on), teacher_home)
     vocabulary = models.shared_vocabulary(tokenizer, student, teacher_model)
     eos, teacher_eos = models.eos_ids(student, tokenizer), models.eos_ids(teacher_model, teacher_tokenizer)
     material = Material(
@@ -122,9 +152,16 @@ def build(
         "sampling": choose_sampling(accelerator, material, train_prompts),
     }
     rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
-    teacher = LocalTeacher(teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16)
-    policy, optimizer = accelerator.prepare(
-        Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile), make_optimizer(config, student)
+    sampler = make_sampler(sampling, material)  # copies what it samples with, which cannot be done once weights are sharded
+    digests = on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    place(teacher_model, config.teacher.placement, device)
+    teacher = LocalTeacher(
+        teacher_model, vocabulary, adapters if config.shares_base else None, rows, bf16=config.shares_base and bf16, device=device
+    )
+    policy, optimizer = prepare(
+        accelerator,
+        Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile),
+        make_optimizer(config, student),
     )
     trainer = Trainer(
         config=config,
@@ -132,8 +169,9 @@ def build(
         policy=policy,
         student=student,
         optimizer=optimizer,
-        sampler=make_sampler(sampling, material),
+        sampler=sampler,
         teacher=teacher,
+        teacher_ready=teacher.ready,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
         prompts=train_prompts,
@@ -144,7 +182,7 @@ def build(
         saved_state={
             **identity(config, accelerator),
             "prompts": len(train_prompts),
-            "content": on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts)),
+            "content": digests,
             "choices": choices,
         },
     )
@@ -153,6 +191,17 @@ def build(
     )
     differences = models.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
+
+
+def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Student and optimizer under the launcher's strategy; where that shards weights, a layer at a time."""
+    sharded = accelerator.distributed_type is DistributedType.FSDP
+    if sharded:
+        policy.bf16 = accelerator.mixed_precision == "bf16"
+    prepared = accelerator.prepare(policy, optimizer)
+    if sharded:
+        sharding.settle(prepared[0])
+    return prepared[0], prepared[1]
 
 
 def check_engine(config: Config, processes: int) -> None:

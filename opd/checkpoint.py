@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from opd import files
 from opd.errors import OutputError
+from opd.sharding import gathered, like
 
 log = logging.getLogger(__name__)
 
@@ -260,13 +261,22 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
         raise OutputError(f"{checkpoint.path}: holds the weights of another model")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(like(tensors[name], tensor))
     restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
 
 
-def snapshot(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], round_tensors: dict[str, Tensor] | None = None) -> Snapshot:
-    """What there is to save now; the tensors are those in use, not copies. state: with `step` and `inner`."""
-    files = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}
+def snapshot(
+    model: nn.Module,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    round_tensors: dict[str, Tensor] | None = None,
+    keep: bool = True,
+) -> Snapshot:
+    """What there is to save now; the tensors are those in use, not copies. state: with `step` and `inner`.
+
+    Sharded ones are gathered, for which all processes have to ask; those that do not `keep` them get none.
+    """
+    files = {MODEL: gathered(model_tensors(model), keep), OPTIMIZER: gathered(optimizer_tensors(optimizer), keep)}
     return Snapshot(files if round_tensors is None else {**files, ROUND: round_tensors}, state)
 
 
@@ -284,10 +294,12 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = tensor
+        parameter = parameters[int(number)]
+        state.setdefault(int(number), {})[name] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -20,7 +20,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opd import errors, mistakes, signals
+from opd import errors, launched, mistakes, signals
 from opd.config import secrets, store
 from opd.config.schema import Config
 
@@ -28,6 +28,7 @@ Task = Callable[[Config, Path], float | None]
 
 WITHOUT_FILES = ("hydra/job_logging=errors", "hydra/hydra_logging=none")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError, errors.OutputError, errors.Preempted)
+STOPPED = (errors.PREEMPTED, errors.INTERRUPTED)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
 
 log = logging.getLogger(__name__)
@@ -121,6 +122,10 @@ class Job:
             except OSError as error:
                 full = errors.OutputError(f"{error.filename or 'output'}: {error.strerror}") if error.errno in CANNOT_WRITE else error
                 self.codes.append(self.report(full))
+            except errors.Told as error:
+                if error.exit_code in STOPPED:
+                    raise SystemExit(error.exit_code) from None
+                self.codes.append(error.exit_code)
             except errors.Preempted as error:
                 raise SystemExit(self.report(error)) from None  # asked to stop: the other members of a sweep are not begun
             except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
@@ -146,6 +151,13 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
 
 def launch(task: Task, words: Sequence[str]) -> int:
     """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code."""
+    launched.begin()
+    code = composed(task, words)
+    launched.end(code)
+    return code
+
+
+def composed(task: Task, words: Sequence[str]) -> int:
     job = Job(task)
     signals.follow_launcher()
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason to fill the screen

@@ -59,3 +59,15 @@ class NumericError(OpdError):
     """Loss or gradients are not finite."""
 
     exit_code = NUMERIC
+
+
+class PeerError(OpdError):
+    """Another process of the run is gone, and has said why."""
+
+
+class Told(OpdError):
+    """A run that a launcher started ended badly; its processes have told the user why."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"ended with exit code {exit_code}")
+        self.exit_code = exit_code

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config
@@ -19,13 +20,17 @@ def export(
     eos: tuple[int, ...],
     config: Config,
     summary: Mapping[str, Any],
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write weights (float32: those evaluated), tokenizer with chat template, generation config and model card; replaces `folder`."""
+    """Write weights (float32: those evaluated), tokenizer with chat template, generation config and model card; replaces `folder`.
+
+    weights: the model's, by name, where it holds a part of them only.
+    """
     work = folder.with_name(f"tmp_{folder.name}")
     try:
         shutil.rmtree(work, ignore_errors=True)
         model.generation_config = generation_config(config, eos, tokenizer)
-        model.save_pretrained(work)
+        model.save_pretrained(work, state_dict=weights)
         tokenizer.save_pretrained(work)
         (work / "README.md").write_text(model_card(config, summary), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)

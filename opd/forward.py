@@ -157,6 +157,8 @@ class Policy(nn.Module):
         self.model = model
         self.size = size
         self.rows = rows
+        self.bf16 = False  # Accelerate's wrapper for DDP sees to it, for FSDP it has none
+        self._no_split_modules = model._no_split_modules  # the layers that FSDP takes one by one
         self.checkpointed: list[nn.Module] = []
         if checkpointing:
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -167,6 +169,12 @@ class Policy(nn.Module):
 
     def forward(self, inputs: Inputs, loss: Callable[[Tensor, Head], Any]) -> Any:
         """`loss` of the hidden states (N, H) at the kept positions and the output head."""
+        if not self.bf16:
+            return self.apply_loss(inputs, loss)
+        with torch.autocast(inputs.ids_BT.device.type, dtype=torch.bfloat16, cache_enabled=False):
+            return self.apply_loss(inputs, loss)
+
+    def apply_loss(self, inputs: Inputs, loss: Callable[[Tensor, Head], Any]) -> Any:
         with self.recomputing():
             hidden_NH = kept_hidden(self.layers[0], inputs)
         return loss(hidden_NH, output_head(self.model, self.size, self.rows))

@@ -5,14 +5,15 @@ Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary
 
 import logging
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import hub
-from opd.config.schema import Device, Dtype, ModelConfig
+from opd.config.schema import Device, Dtype, ModelConfig, Quantization, TeacherConfig
 from opd.config.store import PACKAGE
 from opd.errors import ConfigError
 from opd.forward import output_head
@@ -99,12 +100,23 @@ def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrain
     kwargs: dict[str, Any] = {"dtype": dtype}
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
+    if isinstance(config, TeacherConfig) and config.quantization is not Quantization.none:
+        kwargs |= {"quantization_config": quantized(config.quantization, dtype), "device_map": {"": device}}
     model: PreTrainedModel = load_with(AutoModelForCausalLM.from_pretrained, config, role, **kwargs)
     if config.gguf_file is not None:
         # The weights were expanded on loading: from here on it is an ordinary model, which transformers agrees to save.
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
     return model
+
+
+def quantized(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How bitsandbytes is to load a model that computes in `dtype`. Raises `ConfigError` where it is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"teacher.quantization={quantization.value} needs the package bitsandbytes: pip install 'opd[quantized]'")
+    if quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

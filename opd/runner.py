@@ -12,25 +12,29 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from opd import signals
 from opd.build import Built, Given, build, check_tracker, make_accelerator
-from opd.checkpoint import Checkpoint, Checkpoints, read, verify
+from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
 from opd.data.rollouts import Rollout
 from opd.display import Display, NoteHandler, describe_rewards
-from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, Preempted
+from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.evaluate import Evaluation
 from opd.export import export
 from opd.identity import check_content, check_same, identity
+from opd.launch import objective
+from opd.memory import estimate
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
+from opd.sharding import at_rest, gathered, units
 from opd.summary import peak_memory, summarise
-from opd.together import on_main, stop_together
+from opd.together import lost_another, on_main, stop_together
 from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
 
@@ -39,9 +43,7 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, folder: Path) -> float | None:
     """Train as configured and return what a sweep maximises: the last reward, or −KL where nothing is judged."""
-    summary = train(config, folder)
-    reward, kl = summary["reward_after"], summary["eval_kl_after"]
-    return reward if reward is not None else None if kl is None else -kl
+    return objective(train(config, folder))
 
 
 def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:
@@ -109,6 +111,10 @@ def told(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoin
         run_folder.set_status(Status.failed, str(out_of_memory), out_of_memory.exit_code)
         raise out_of_memory from error
     except Exception as error:
+        if lost_another(error):
+            gone = PeerError("another process of the run ended; what it said is the reason")
+            run_folder.set_status(Status.failed, str(gone), gone.exit_code)
+            raise gone from error
         code = error.exit_code if isinstance(error, OpdError) else INTERNAL
         run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
         raise
@@ -124,6 +130,10 @@ def distil(
     given: Given,
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
+    if given.student is None and given.teacher is None:
+        sharded = accelerator.distributed_type is DistributedType.FSDP
+        memory = on_main(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded))
+        Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
         trainer = built.trainer
@@ -167,9 +177,10 @@ def distil(
         on_main(accelerator, checkpoints.wait)
         peak = peak_memory(accelerator)
         summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak))
+        weights = gathered(model_tensors(trainer.student), keep=accelerator.is_main_process) if units(trainer.policy) else None
         if accelerator.is_main_process:
             student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
-            export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary)
+            export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
         run_folder.write_summary(summary)
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:  # not end_training, which ends the process group that the next member of a sweep needs
@@ -267,7 +278,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> E
     """The teacher under the student's decoding, once a run."""
     if any(line["model"] == "teacher" for line in history.evaluations):
         return None
-    with built.teacher.active():
+    with built.teacher.ready(), built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
     evaluation = Evaluation(0, rewards, None, example)
     run_folder.add_evaluation({"model": "teacher", **evaluation.to_dict()})
@@ -287,6 +298,10 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
+    if units(trainer.policy):
+        display.note(
+            f"sharded (FSDP2): each process holds {at_rest(trainer.policy) / 1e6:,.2f} M of the parameters between its computations"
+        )
     display.note(f"sampling: {built.sampling}" + (f" ({built.sampling.why})" if built.sampling.why else ""))
     for line in built.differences:
         display.note(f"warning: {line}")

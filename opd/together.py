@@ -52,3 +52,9 @@ def on_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
         raise found[0]
     result: T = found[0]
     return result
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether it was raised because another process did not answer any more. Gloo has no class of its own for that."""
+    gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    return gloo or isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -37,6 +38,7 @@ from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, Sampler
 from opd.schedule import lr_factor
+from opd.sharding import add_up, full, start_again, units, whole
 from opd.teachers import Teacher
 from opd.together import anywhere, on_main, stop_together, stoppable
 
@@ -101,6 +103,7 @@ class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
 
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
+    teacher_ready: within it, which all processes enter together, the teacher answers.
     max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
     """
 
@@ -126,6 +129,7 @@ class Trainer:
     trouble: Trouble = field(default_factory=Trouble)
     max_tokens: int = 0
     ahead: Future[list[Rollout]] | None = None
+    teacher_ready: Callable[[], AbstractContextManager[None]] = nullcontext
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     guard: Guard = field(init=False)
 
@@ -179,7 +183,8 @@ class Trainer:
 
     def evaluate(self) -> Iterator[Event]:
         self.settle()
-        evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
+        with whole(self.policy), self.teacher_ready():
+            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
         self.evaluated = self.step
         score = evaluation.score
         if score is not None and self.step > 0 and (self.best is None or score > self.best):
@@ -199,10 +204,8 @@ class Trainer:
             "round": numbers,
             "trouble": asdict(self.trouble),
         }
-        on_main(
-            self.accelerator,
-            lambda: self.checkpoints.save(snapshot(self.student, self.optimizer, state, tensors), best, needed),
-        )
+        taken = snapshot(self.student, self.optimizer, state, tensors, keep=self.accelerator.is_main_process)
+        on_main(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
         return Saved(self.step)
 
     def numbers(self, current: Round) -> dict[str, Any]:
@@ -257,11 +260,13 @@ class Trainer:
     def begin(self) -> Round:
         """Sample, and let the teacher score."""
         begin = clock(self.accelerator.device)
-        written = stoppable(self.accelerator, self.sample)
+        with whole(self.policy):
+            written = stoppable(self.accelerator, self.sample)
         trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
-        self.score(current)
+        with self.teacher_ready():
+            self.score(current)
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
 
@@ -305,10 +310,11 @@ class Trainer:
             parts.append((batch, scores))
         return parts
 
-    def fitting(self, current: Round, work: Callable[[], T]) -> T:
+    def fitting(self, current: Round, work: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:
         """What `work` on the round's micro-batches returns; while any process lacks the memory for it, all halve them and try again.
 
-        Nothing that is learnt depends on how rollouts are cut into micro-batches. `work` waits for no other process.
+        Nothing that is learnt depends on how rollouts are cut into micro-batches. `work` waits for no other process; `again`, which comes
+        before it is tried once more, may.
         """
         while True:
             done: list[T] = []
@@ -321,6 +327,7 @@ class Trainer:
                 return done[0]
             current.parts = []
             self.optimizer.zero_grad()
+            again()
             let_go(self.accelerator.device)
             self.halve(current, complaint)
 
@@ -390,7 +397,17 @@ class Trainer:
         begin = clock(self.accelerator.device)
         weights, own = self.token_weights(current.learnt)
         total = self.global_sum(own)
-        loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0))
+        with ExitStack() as held:
+            held.enter_context(whole(self.policy))
+            if not current.parts:
+                held.enter_context(self.teacher_ready())
+
+            def again() -> None:
+                start_again(self.policy)
+                held.enter_context(self.teacher_ready())
+
+            loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0), again)
+            add_up(self.policy)
         current.means.add("loss", loss_sum, own)
         for stats in seen:
             current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
@@ -440,11 +457,11 @@ class Trainer:
 
         empty: there was nothing to learn from, in any process, and nothing is done either.
         """
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not units(self.policy):
             for parameter in self.policy.parameters():
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
-        norm = float(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm))
+        norm = float(full(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)))
         suspects = self.not_finite(current)
         finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))
         if finite and not empty:

@@ -72,6 +72,19 @@ class Divergence(Enum):
     skew = "skew"
 
 
+class Placement(Enum):
+    same = "same"
+    device = "device"
+    sharded = "sharded"
+    offload = "offload"
+
+
+class Quantization(Enum):
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
 class Reduction(Enum):
     token = "token"
     sequence = "sequence"
@@ -122,6 +135,38 @@ class ModelConfig:
 class TeacherConfig(ModelConfig):
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"
     system: str | None = None
+    placement: Placement = Placement.same
+    device: str | None = None
+    quantization: Quantization = Quantization.none
+
+    def __post_init__(self) -> None:
+        ModelConfig.__post_init__(self)
+        on_another = self.placement is Placement.device
+        require(
+            on_another == (self.device is not None),
+            "teacher.device",
+            self.device,
+            "teacher.placement=device and the device itself go together, for example teacher.placement=device teacher.device=cuda:1",
+        )
+        require(
+            self.device is None or re.fullmatch(r"cpu|cuda:\d+", self.device) is not None,
+            "teacher.device",
+            self.device,
+            "must be cpu or a GPU by its number, for example cuda:1",
+        )
+        quantized = self.quantization is not Quantization.none
+        require(
+            not quantized or self.placement in (Placement.same, Placement.device),
+            "teacher.quantization",
+            self.quantization.value,
+            f"a quantised teacher is small: it is neither sharded nor offloaded; set teacher.placement=same, not {self.placement.value}",
+        )
+        require(
+            not quantized or self.gguf_file is None,
+            "teacher.quantization",
+            self.quantization.value,
+            "a GGUF file is expanded on loading; take the plain weights, or teacher.quantization=none",
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -400,6 +445,21 @@ class TrackConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class LaunchConfig:
+    processes: int | None = None
+    config_file: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes is not None:
+            require(self.processes >= 1, "launch.processes", self.processes, "must be at least 1, or null")
+
+    @property
+    def several(self) -> bool:
+        """Whether a launcher is asked for."""
+        return (self.processes or 1) > 1 or self.config_file is not None
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     seed: int = 0
     name: str = "run"
@@ -417,6 +477,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 4294967295")
@@ -432,6 +493,14 @@ class Config:
             self.lora.rank,
             "with model.path and teacher.path alike, the teacher is the student without its adapter and has nothing to teach; give it a "
             "prompt of its own with teacher.system='…' (context distillation), or another teacher",
+        )
+        elsewhere = self.teacher.placement is not Placement.same or self.teacher.quantization is not Quantization.none
+        require(
+            not self.shares_base or not elsewhere,
+            "teacher.placement",
+            self.teacher.placement.value,
+            "the teacher is the student's own base here, which stays where the student is; set teacher.placement=same and "
+            "teacher.quantization=none",
         )
         require(
             self.sampling.lag == 0 or self.ppo.importance_cap is not None,

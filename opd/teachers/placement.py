@@ -1,0 +1,68 @@
+"""Where the teacher's weights are while the student trains. It computes the same wherever they are."""
+
+from dataclasses import replace
+
+import torch
+from accelerate import cpu_offload
+from torch import nn
+from transformers import PreTrainedModel
+
+from opd import sharding
+from opd.config.schema import Placement, TeacherConfig
+from opd.errors import ConfigError
+from opd.objective import Head
+
+
+def home(config: TeacherConfig, device: torch.device, processes: int, sharded: bool) -> torch.device:
+    """Where the weights are loaded to. device: the student's. sharded: whether its weights are.
+
+    Raises `ConfigError` for a placement that cannot be had here.
+    """
+    if config.placement is Placement.same:
+        return device
+    if config.placement is Placement.sharded:
+        if not sharded:
+            raise ConfigError(
+                "teacher.placement=sharded: shards the teacher as the student is; start with an FSDP2 config "
+                "(launch.config_file=scripts/accelerate/fsdp2_gpu8.yaml), or take teacher.placement=same"
+            )
+        return torch.device("cpu")
+    if config.placement is Placement.offload:
+        return torch.device("cpu")
+    assert config.device is not None
+    chosen = torch.device(config.device)
+    if chosen.type == "cuda" and processes > 1:
+        raise ConfigError(f"teacher.device={chosen}: all {processes} processes would use it; take teacher.placement=sharded or offload")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"teacher.device={chosen}: torch sees {torch.cuda.device_count()} GPUs here")
+    return chosen
+
+
+def layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers, which hold nearly all weights. Embedding, last norm and output head stay out: the objective reads the head itself."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def place(model: PreTrainedModel, placement: Placement, device: torch.device) -> None:
+    """Shard or offload the layers of a model on the CPU; the rest of it goes to `device`, where all of it computes."""
+    if placement not in (Placement.sharded, Placement.offload):
+        return
+    found = layers(model)
+    if not found:
+        raise ConfigError(f"teacher.placement={placement.value}: {type(model).__name__} does not say what its layers are; take same")
+    inside = {id(part) for layer in found for part in layer.modules()}
+    for module in model.modules():
+        if inside.isdisjoint(map(id, module.modules())):
+            nn.Module.to(module, device)
+    if placement is Placement.sharded:
+        sharding.shard(found)
+    else:
+        for layer in found:
+            cpu_offload(layer, execution_device=device)
+
+
+def head_on(head: Head, device: torch.device) -> Head:
+    """The output layer where the student's is: the objective compares the two."""
+    bias_V = None if head.bias_V is None else head.bias_V.to(device)
+    return replace(head, weight_VH=head.weight_VH.to(device), bias_V=bias_V)

@@ -1,0 +1,124 @@
+"""Where the teacher's weights are, in how many bits, and how much memory that is said to take before anything is loaded."""
+
+import pytest
+import torch
+from conftest import random_model
+
+from opd import memory, models
+from opd.api import from_options
+from opd.config.schema import Placement
+from opd.data.prompts import Prompt
+from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.errors import ConfigError
+from opd.forward import prepare_teacher
+from opd.identity import differences
+from opd.teachers import LocalTeacher, home, place
+
+CPU = torch.device("cpu")
+TINY = {"model.path": "bundled:tiny-student", "teacher.path": "bundled:tiny-teacher"}
+
+
+def batch():
+    rollouts = [
+        Rollout(Request(Prompt(0, (2, 3, 4), "")), (5, 6, 1), torch.zeros(3), FinishReason.stop),
+        Rollout(Request(Prompt(1, (7,), "")), (8, 9), torch.zeros(2), FinishReason.length),
+    ]
+    return micro_batches(rollouts, 100, 0)[0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_teacher_says_bitwise_the_same_and_leaves_its_layers_off_the_device(tied):
+    here, away = (prepare_teacher(random_model(tie_word_embeddings=tied), CPU) for _ in range(2))
+    place(away, Placement.offload, CPU)
+    expected, found = LocalTeacher(here, 23), LocalTeacher(away, 23, device=CPU)
+    for _ in range(2):
+        with found.ready():
+            assert torch.equal(found.logp(batch(), 0.7), expected.logp(batch(), 0.7))
+        assert {parameter.device.type for parameter in away.model.layers.parameters()} == {"meta"}
+    assert torch.equal(found.states(batch()).head.weight_VH, expected.states(batch()).head.weight_VH)
+    assert not any(parameter.requires_grad for parameter in away.parameters())
+
+
+def test_a_teacher_on_another_device_answers_on_the_students():
+    """Another device of the same kind is not there: `meta` stands for the student's, which nothing is computed on."""
+    teacher = LocalTeacher(prepare_teacher(random_model(), CPU), 23, device=torch.device("meta"))
+    states = teacher.states(batch())
+    assert (states.hidden_NH.device.type, states.head.weight_VH.device.type) == ("meta", "meta")
+    assert teacher.model.device.type == "cpu"
+
+
+def test_where_the_teacher_is_loaded():
+    config = from_options({**TINY, "teacher.placement": "device", "teacher.device": "cpu"}).teacher
+    assert home(config, torch.device("cuda"), 1, sharded=False) == CPU
+    offloaded = from_options({**TINY, "teacher.placement": "offload"}).teacher
+    assert home(offloaded, torch.device("cuda"), 8, sharded=False) == CPU
+    with pytest.raises(ConfigError, match=r"teacher\.placement=sharded: .* FSDP2 config"):
+        home(from_options({**TINY, "teacher.placement": "sharded"}).teacher, CPU, 2, sharded=False)
+    on_gpu = from_options({**TINY, "teacher.placement": "device", "teacher.device": "cuda:77"}).teacher
+    with pytest.raises(ConfigError, match=r"teacher\.device=cuda:77: torch sees \d+ GPUs here"):
+        home(on_gpu, CPU, 1, sharded=False)
+    with pytest.raises(ConfigError, match="all 2 processes would use it"):
+        home(on_gpu, CPU, 2, sharded=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"teacher.placement": "device"}, r"teacher\.device=None"),
+        ({"teacher.device": "cuda:1"}, r"teacher\.placement=device teacher\.device=cuda:1"),
+        ({"teacher.placement": "device", "teacher.device": "cuda"}, "a GPU by its number"),
+        ({"teacher.placement": "offload", "teacher.quantization": "nf4"}, r"set teacher\.placement=same, not offload"),
+        ({"teacher.quantization": "int8", "teacher.gguf_file": "x.gguf"}, "GGUF"),
+        ({"teacher.placement": "offload", "teacher.path": "m", "model.path": "m", "lora.rank": 4, "teacher.system": "s"}, "own base"),
+    ],
+)
+def test_combinations_without_a_meaning_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        from_options({**TINY, **options})
+
+
+def test_a_run_goes_on_with_its_teacher_elsewhere_but_not_in_other_bits():
+    assert differences({"teacher": {"placement": "same"}}, {"teacher": {"placement": "offload"}}) == []
+    assert differences({"teacher": {"quantization": "none"}}, {"teacher": {"quantization": "nf4"}}) != []
+
+
+def test_the_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    config = from_options({**TINY, "teacher.quantization": "nf4"}).teacher
+    with pytest.raises(ConfigError, match=r"bitsandbytes: pip install 'opd\[quantized\]'"):
+        models.load_model(config, "teacher", CPU)
+
+
+@pytest.mark.parametrize(("quantization", "furthest"), [("int8", 0.2), ("nf4", 0.2)])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_a_quantised_teacher_is_smaller_and_nearly_the_same(quantization, furthest):
+    pytest.importorskip("bitsandbytes")
+    config = from_options({**TINY, "teacher.quantization": quantization})
+    whole = prepare_teacher(models.load_model(from_options(TINY).teacher, "teacher", CPU), CPU)
+    small = prepare_teacher(models.load_model(config.teacher, "teacher", CPU), CPU)
+    kl = (whole(torch.arange(20)[None]).logits.log_softmax(-1), small(torch.arange(20)[None]).logits.log_softmax(-1))
+    assert 0 < float((kl[0].exp() * (kl[0] - kl[1])).sum(-1).mean()) < furthest
+    told = memory.estimate(config, 1, CPU).teacher
+    assert told == pytest.approx(small.get_memory_footprint(), rel=0.1)  # which leaves out the scales of nf4
+    assert told < 0.3 * whole.get_memory_footprint()
+
+
+def numbers(path: str) -> int:
+    return sum(parameter.numel() for parameter in models.load_model(from_options({"model.path": path}).model, "model", CPU).parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks in transformers' old words
+def test_memory_is_told_from_the_config_alone():
+    student, teacher = numbers("bundled:tiny-student"), numbers("bundled:tiny-teacher")
+    plain = memory.estimate(from_options(TINY), 2, CPU)
+    assert plain == memory.Memory(weights=4 * student, gradients=4 * student, optimizer=8 * student, teacher=4 * teacher)
+    assert plain.total == 16 * student + 4 * teacher
+    sharded = memory.estimate(from_options(TINY), 4, CPU, sharded=True)
+    assert (sharded.weights, sharded.optimizer) == (5 * student, 2 * student)  # a quarter beside what is gathered
+    halves = memory.estimate(from_options({**TINY, "teacher.dtype": "bfloat16"}), 1, CPU)
+    assert halves.teacher == 2 * teacher
+    adapters = memory.estimate(from_options({**TINY, "lora.rank": 2}), 1, CPU)
+    assert adapters.weights > 4 * student and adapters.optimizer < 8 * student / 2
+    gone = memory.estimate(from_options({**TINY, "teacher.placement": "offload"}), 1, torch.device("cuda"))
+    assert gone.teacher < 4 * teacher / 2
+    assert "student 1.5 MiB (weights 0.4 MiB, gradients 0.4 MiB, optimizer 0.8 MiB), teacher" in str(plain)
