@@ -28,6 +28,7 @@ from opd.identity import check_content, check_same, identity
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
 from opd.summary import peak_memory, summarise
+from opd.sweep import objective
 from opd.together import on_main, stop_together
 from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
@@ -36,10 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, folder: Path) -> float | None:
-    """Train as configured and return what a sweep maximises: the last reward, or −KL where nothing is judged."""
-    summary = train(config, folder)
-    reward, kl = summary["reward_after"], summary["eval_kl_after"]
-    return reward if reward is not None else None if kl is None else -kl
+    """Train as configured and return what a sweep looks at."""
+    return objective(config.sweep, train(config, folder))
 
 
 def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:
