@@ -179,6 +179,10 @@ def run_sweep(job: Job, composed_by: Callable[[Callable[[DictConfig], float | No
     try:
         with signals.raised():
             mistakes.explained(composed_by(job.member))
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in sweep.LAUNCHERS:
+            raise
+        raise errors.OpdError(f"a member's process is gone, and the sweep with it: {mistakes.first_line(error)}") from error
     finally:
         if job.rank == 0:
             ended = sweep.members(job.sweep, job.members)

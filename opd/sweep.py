@@ -5,6 +5,7 @@ Members may run in other processes or on other machines (joblib, submitit), so e
 
 import argparse
 import json
+import logging
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -32,11 +33,14 @@ from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
 from opd.files import write_json
 from opd.run_folder import STATUS, Status
 
+log = logging.getLogger(__name__)
+
 MEMBER = "member.json"
 SCREEN = "screen.txt"
 EXTRAS = {"hydra_optuna_sweeper": "optuna", "hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
 WIDTH = 160  # columns of the table where there is no terminal
-SILENT = "its process ended without a word: killed, or out of memory"
+SILENT = "did not say how it ended: killed, out of memory, or still running"
+LAUNCHERS = ("joblib", "submitit")  # what they raise says that a process of theirs is gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +148,12 @@ def label(sweep: Sweep, member: Member) -> str:
 
 def tell(folder: Path, member: Member) -> None:
     """Leave in the member's folder how it is. One that failed before it was a run is a failed run from now on."""
-    write_json(folder / MEMBER, asdict(member))
-    if member.status == Status.failed.value and not (folder / STATUS).is_file():
-        write_json(folder / STATUS, {"status": member.status, "reason": member.reason, "exit_code": member.exit_code})
+    try:
+        write_json(folder / MEMBER, asdict(member))
+        if member.status == Status.failed.value and not (folder / STATUS).is_file():
+            write_json(folder / STATUS, {"status": member.status, "reason": member.reason, "exit_code": member.exit_code})
+    except OSError as error:
+        log.error("%s cannot be written: %s", folder / MEMBER, error)
 
 
 def ended(member: Member, code: int, reason: str, value: float | None) -> Member:

@@ -106,6 +106,14 @@ def test_a_signal_between_members_ends_the_sweep_alike(monkeypatch: pytest.Monke
     assert "1 of 3 done" in shown.out and "the same command goes on" in shown.out
 
 
+def test_a_stopped_member_of_another_process_counts_before_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [sweep.Member("", number, [], exit_code=code) for number, code in enumerate((0, errors.DATA, errors.PREEMPTED), 1)]
+    monkeypatch.setattr(sweep, "members", lambda what, known: told)
+    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
+    told.pop()
+    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.DATA
+
+
 def test_a_member_that_never_was_a_run_is_a_failed_one_and_an_earlier_run_stays_what_it_is(capfd: pytest.CaptureFixture[str]) -> None:
     assert entry.launch(nothing, ["-m", "optim.lr=-1", "name=s"]) == errors.USAGE
     [run] = find_runs([Path("sweeps/s")])
@@ -135,7 +143,7 @@ def test_a_member_of_another_process_that_said_nothing_has_failed() -> None:
     Path("sweeps/s/a").mkdir(parents=True)
     sweep.tell(Path("sweeps/s/a"), sweep.Member(what.key, 1, ["seed=0"]))
     [member] = sweep.members(what, [])
-    assert (member.status, member.exit_code) == ("failed", errors.INTERNAL) and "killed" in member.reason
+    assert (member.status, member.exit_code, member.reason) == ("failed", errors.INTERNAL, sweep.SILENT)
 
 
 # What is known before it begins
@@ -320,6 +328,30 @@ def test_optuna_without_any_member_that_ended_well_ends_with_the_members_exit_co
     )
     assert failed.returncode == errors.USAGE
     assert failed.stdout.count("│ failed") == 2 and "Traceback" not in failed.stderr
+
+
+DIES = """
+import os, signal, sys
+from opd import entry
+
+def task(config, folder):
+    if config.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+if __name__ == "__main__":
+    sys.exit(entry.launch(task, sys.argv[1:]))
+"""
+
+
+@installed("hydra_joblib_launcher")
+def test_a_member_whose_process_dies_is_told_in_one_line() -> None:
+    Path("dies.py").write_text(DIES)
+    words = ["-m", "seed=0,1", "name=s", "hydra/launcher=joblib"]
+    died = subprocess.run([sys.executable, "dies.py", *words], capture_output=True, text=True, timeout=120)
+    assert died.returncode == errors.INTERNAL
+    assert died.stderr.count("opd: ") == 1 and "a member's process is gone" in died.stderr and "Traceback" not in died.stderr
+    assert "seed=1 │ failed" in died.stdout and "did not say how it ended" in died.stdout
 
 
 @pytest.mark.parametrize(
