@@ -20,6 +20,9 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("distil a teacher into a student", "opd train model=qwen05b teacher=qwen15b", "opd.train:main"),
+    "compare": Verb(
+        "rank runs, with the options in which they differ", "opd compare sweeps/first --svg curves.svg", "opd.verbs.compare:main"
+    ),
     "completion": Verb("print tab completion for bash, zsh or fish", 'eval "$(opd completion bash)"', "opd.completion:main"),
 }
 

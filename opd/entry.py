@@ -14,13 +14,14 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opd import errors, launched, mistakes, signals
+from opd import errors, launched, mistakes, signals, sweep
 from opd.config import secrets, store
 from opd.config.schema import Config
 
@@ -88,6 +89,14 @@ class Job:
         self.rank = int(os.environ.get("RANK") or 0)
         self.full_error = os.environ.get("HYDRA_FULL_ERROR")
         self.codes: list[int] = []
+        self.reason = ""  # what was said last of what went wrong
+        self.sweep: sweep.Sweep | None = None
+        self.members: list[sweep.Member] = []  # those that ran in this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a process that a sweep's launcher started for a member: tell Hydra what it must know there too."""
+        self.__dict__.update(state)
+        store.register()
 
     def say(self, text: str) -> None:
         where = f"[rank {self.rank}] " if self.rank else ""
@@ -96,13 +105,13 @@ class Job:
     def report(self, error: Exception) -> int:
         """Tell the user about `error` and return its exit code. What fails alike on all ranks is said by the first one alone."""
         if isinstance(error, errors.OpdError):
-            message = mistakes.one_line(str(error))
+            message = self.reason = mistakes.one_line(str(error))
             if log_files():
                 log.error(message)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
                 self.say(message if isinstance(error, errors.Preempted) else f"error: {message}")
             return error.exit_code
-        summary = mistakes.one_line(f"internal error: {type(error).__name__}: {error}")
+        summary = self.reason = mistakes.one_line(f"internal error: {type(error).__name__}: {error}")
         files = log_files()
         if files:
             log.error("internal error", exc_info=error)
@@ -134,6 +143,58 @@ class Job:
                 logging.captureWarnings(False)
         return None
 
+    def member(self, composed: DictConfig) -> float | None:
+        """`run` as one of a sweep: says so, and leaves in its folder how it ended. In a process of its own, its screen is a file."""
+        assert self.sweep is not None
+        if self.rank:
+            return self.run(composed)
+        hydra_config, is_here = HydraConfig.get(), self.sweep.is_here
+        folder = Path(hydra_config.runtime.output_dir)
+        member = sweep.Member(self.sweep.key, int(hydra_config.job.num) + 1, [str(word) for word in hydra_config.overrides.task])
+        title = sweep.title(self.sweep, member)
+        print(title, flush=True)
+        self.reason = ""
+        stopped: BaseException | None = None
+        with contextlib.ExitStack() as stack:
+            sweep.tell(folder, member)
+            if not is_here:
+                screen = stack.enter_context((folder / sweep.SCREEN).open("w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(screen))
+            before, value = len(self.codes), None
+            try:
+                value = self.run(composed)
+                code = next(iter(self.codes[before:]), errors.OK)
+            except SystemExit as stop:
+                code, stopped = int(stop.code or errors.OK), stop
+            except KeyboardInterrupt as stop:
+                code, self.reason, stopped = errors.INTERRUPTED, "interrupted", stop
+        member = sweep.ended(member, code, self.reason, value)
+        self.members.append(member)
+        sweep.tell(folder, member)
+        if is_here and stopped is not None:
+            raise stopped  # asked to stop: the other members are not begun
+        if not is_here:
+            print(f"{title}: {member.status}", flush=True)
+        return value
+
+
+def run_sweep(job: Job, composed_by: Callable[[Callable[[DictConfig], float | None]], Callable[[], None]]) -> None:
+    """Let Hydra run the members, and tell what became of them, whatever ends the sweep."""
+    assert job.sweep is not None
+    try:
+        with signals.raised():
+            mistakes.explained(composed_by(job.member))
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in sweep.LAUNCHERS:
+            raise
+        raise errors.OpdError(f"a member's process is gone, and the sweep with it: {mistakes.first_line(error)}") from error
+    finally:
+        if job.rank == 0:
+            ended = sweep.members(job.sweep, job.members)
+            job.codes = [member.exit_code or errors.OK for member in ended]
+            if ended:
+                sweep.show(job.sweep, ended)
+
 
 def compose_and_run(job: Job, words: Sequence[str]) -> None:
     """Let Hydra compose the config and call `job.run`, once or for each member of a sweep."""
@@ -146,7 +207,11 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
     main = hydra.main(version_base="1.3", config_path=str(store.conf_dir()), config_name="config")
     with environment("HYDRA_FULL_ERROR", "1"), command_line([*flags, *overrides]):  # Hydra then raises instead of printing
-        mistakes.explained(main(job.run))
+        if parsed.multirun and not (parsed.cfg or parsed.info):
+            job.sweep = mistakes.explained(lambda: sweep.plan(parsed, int(os.environ.get("WORLD_SIZE") or 1)))
+            run_sweep(job, main)
+        else:
+            mistakes.explained(main(job.run))
 
 
 def launch(task: Task, words: Sequence[str]) -> int:
@@ -168,7 +233,11 @@ def composed(task: Task, words: Sequence[str]) -> int:
             job.say("interrupted")
         return errors.INTERRUPTED
     except SystemExit as stop:
+        if isinstance(stop.__cause__, errors.Preempted):  # between members
+            return job.report(stop.__cause__)
         return errors.USAGE if stop.code == 1 else int(stop.code or errors.OK)  # 1 is Hydra's: --package names nothing
     except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
-        return job.report(error)
+        job.codes.append(job.report(error))
+    if errors.PREEMPTED in job.codes:
+        return errors.PREEMPTED
     return next((code for code in job.codes if code), errors.OK)

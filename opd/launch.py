@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from opd import launched, signals
+from opd import launched, signals, sweep
 from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, OK, PREEMPTED, ConfigError, Told
 
@@ -40,13 +39,7 @@ def run(config: Config, folder: Path) -> float | None:
     if code != OK:
         raise Told(code)
     summary = folder / "summary.json"
-    return objective(json.loads(summary.read_text())) if summary.is_file() else None  # the first node has it
-
-
-def objective(summary: dict[str, Any]) -> float | None:
-    """What a sweep maximises: the last reward, or −KL where nothing is judged."""
-    reward, kl = summary["reward_after"], summary["eval_kl_after"]
-    return reward if reward is not None else None if kl is None else -kl
+    return sweep.objective(config.sweep, json.loads(summary.read_text())) if summary.is_file() else None  # the first node has it
 
 
 def command(config: Config, folder: Path) -> list[str]:

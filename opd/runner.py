@@ -28,12 +28,12 @@ from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError
 from opd.evaluate import Evaluation
 from opd.export import export
 from opd.identity import check_content, check_same, identity
-from opd.launch import objective
 from opd.memory import estimate
 from opd.models import decode
 from opd.run_folder import FINAL, RunFolder, Status
 from opd.sharding import at_rest, gathered, units
 from opd.summary import peak_memory, summarise
+from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
 from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, folder: Path) -> float | None:
-    """Train as configured and return what a sweep maximises: the last reward, or −KL where nothing is judged."""
-    return objective(train(config, folder))
+    """Train as configured and return what a sweep looks at."""
+    return objective(config.sweep, train(config, folder))
 
 
 def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:

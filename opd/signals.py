@@ -60,6 +60,25 @@ def note(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
+def raised() -> Iterator[None]:
+    """Within it, and outside of `noted`, SIGTERM and SIGUSR1 raise SystemExit at once, from `Preempted`, so that no `except Exception`
+    goes on. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(PREEMPTED) from Preempted(f"stopped by {signal.Signals(number).name}")
+
+    before = {number: signal.signal(number, stop) for number in ASKING if number != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError within it, once it has taken so long in Python. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():

@@ -102,6 +102,31 @@ class Tracker(Enum):
     wandb = "wandb"
 
 
+class Direction(Enum):
+    maximize = "maximize"
+    minimize = "minimize"
+
+
+AUTO = "auto"
+# The numbers in summary.json, and whether large or small ones are better.
+METRICS: dict[str, Direction | None] = {
+    "reward_before": Direction.maximize,
+    "reward_after": Direction.maximize,
+    "reward_teacher": Direction.maximize,
+    "gap_closed": Direction.maximize,
+    "eval_kl_before": Direction.minimize,
+    "eval_kl_after": Direction.minimize,
+    "reverse_kl_first": Direction.minimize,
+    "reverse_kl_last": Direction.minimize,
+    "steps": None,
+    "graded_tokens": None,
+    "seconds": Direction.minimize,
+    "tokens_per_second": Direction.maximize,
+    "peak_memory_bytes": Direction.minimize,
+    "seed": None,
+}
+
+
 def require(condition: bool, key: str, value: object, rule: str) -> None:
     """Raise `ConfigError` naming the option, its value and the rule unless `condition` holds."""
     if not condition:
@@ -460,6 +485,28 @@ class LaunchConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class SweepConfig:
+    metric: str = AUTO
+    direction: Direction = Direction.maximize
+
+    def __post_init__(self) -> None:
+        require(
+            self.metric == AUTO or self.metric in METRICS,
+            "sweep.metric",
+            self.metric,
+            f"must be {AUTO} or a number of summary.json: {', '.join(METRICS)}",
+        )
+        better = METRICS.get(self.metric, Direction.maximize) or self.direction
+        require(
+            self.direction is better,
+            "sweep.direction",
+            self.direction.value,
+            f"sweep.metric={self.metric} is the better the {'larger' if better is Direction.maximize else 'smaller'} it is: "
+            f"set sweep.direction={better.value}",
+        )
+
+
+@dataclass(kw_only=True, slots=True)
 class Config:
     seed: int = 0
     name: str = "run"
@@ -478,6 +525,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be between 0 and 4294967295")
@@ -542,6 +590,12 @@ class Config:
                     temperature,
                     "vLLM takes temperatures from 0.01 to 2, and 0",
                 )
+        for metrics, setting, off in (
+            (("reward_before", "reward_after", "reward_teacher", "gap_closed"), "eval.reward=null", self.eval.reward is None),
+            (("eval_kl_before", "eval_kl_after"), "eval.kl_prompts=0", self.eval.kl_prompts == 0),
+        ):
+            fits = not (off and self.sweep.metric in metrics)
+            require(fits, "sweep.metric", self.sweep.metric, f"is not measured with {setting}")
         require(bool(self.resume.strip()), "resume", repr(self.resume), "must be auto, never or the path of a checkpoint")
 
     @property

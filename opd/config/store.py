@@ -10,6 +10,7 @@ from typing import Any, get_origin
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
@@ -70,6 +71,16 @@ def schema() -> DictConfig:
     return node
 
 
+def prefer_shipped() -> None:
+    """Forget what plugins bring as options of sweepers and launchers of which `conf/` has a file: Hydra would mix the two and complain."""
+    Plugins.instance()  # loads the plugins, which leave theirs in the store
+    for file in (conf_dir() / "hydra").rglob("*.yaml"):
+        group: Any = ConfigStore.instance().repo
+        for level in file.relative_to(conf_dir()).parent.parts:
+            group = group.get(level, {})
+        group.pop(file.name, None)
+
+
 def register(extra_dirs: Sequence[Path] = ()) -> None:
     """Tell Hydra the schema, and make every model a teacher too.
 
@@ -78,6 +89,7 @@ def register(extra_dirs: Sequence[Path] = ()) -> None:
     """
     store = ConfigStore.instance()
     store.store(name="schema", node=schema())
+    prefer_shipped()
     folders = (conf_dir(), *extra_dirs)
     for name in sorted({file.name for folder in folders for file in (folder / "model").glob("*.yaml")}):
         if not any((folder / "teacher" / name).is_file() for folder in folders):

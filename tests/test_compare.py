@@ -1,0 +1,184 @@
+"""Runs are ranked by what they reached, whatever became of them and whichever version made them; programs get all of it."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from opd import cli, compare, errors
+from opd.config.schema import METRICS, Direction
+from opd.files import write_json
+from opd.runs import find_runs
+
+
+def rewarded(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "count": 10, "length": 3.0, "truncated": 0.0}
+
+
+def make(folder: Path, status: str = "done", rewards: tuple[float, ...] = (), kl: tuple[float, ...] = (), **options: Any) -> Path:
+    """A run that was evaluated before the first step and after each tenth one."""
+    folder.mkdir(parents=True)
+    write_json(folder / "status.json", {"status": status, "reason": "" if status == "done" else "why", "exit_code": 0})
+    write_json(folder / "run.json", {"config": {"seed": 0, "name": folder.name, "optim": {"lr": 0.1, "betas": [0.9, 0.95]}} | options})
+    measured = max(len(rewards), len(kl))
+    lines = [{"model": "teacher", "step": 0, "rewards": rewarded(1.0) if rewards else None, "kl": None}]
+    for index in range(measured):
+        reward = rewarded(rewards[index]) if rewards else None
+        lines.append({"model": "student", "step": 10 * index, "rewards": reward, "kl": kl[index] if kl else None})
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = [{"step": step, "reverse_kl": 1.0 / step, "tokens": 5, "time/step": 2.0} for step in range(1, 10 * measured - 9)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    return folder
+
+
+def ranked(*folders: Path, **how: Any) -> list[tuple[int | None, str]]:
+    return [(row.rank, row.run.name) for row in compare.compare(find_runs(folders), **how).rows]
+
+
+def test_runs_are_ranked_by_the_last_reward_and_those_without_one_come_last(tmp_path: Path) -> None:
+    make(tmp_path / "a", rewards=(0.5, 0.6), kl=(2.0, 1.0))
+    make(tmp_path / "b", rewards=(0.5, 0.9, 0.7), kl=(2.0, 1.0, 1.5))
+    make(tmp_path / "c", "failed")
+    make(tmp_path / "d", rewards=(0.5, 0.0), kl=(2.0, 0.5))
+    assert ranked(tmp_path) == [(1, "b"), (2, "a"), (3, "d"), (None, "c")]
+    assert ranked(tmp_path, metric="eval_kl_after") == [(1, "d"), (2, "a"), (3, "b"), (None, "c")]
+    assert ranked(tmp_path, metric="eval_kl_after", direction=Direction.maximize) == [(1, "b"), (2, "a"), (3, "d"), (None, "c")]
+    assert ranked(tmp_path, metric="reward_best")[0] == (1, "b")
+
+
+def test_where_nothing_is_judged_the_smaller_kl_is_better(tmp_path: Path) -> None:
+    make(tmp_path / "a", kl=(2.0, 1.0))
+    make(tmp_path / "b", kl=(2.0, 0.5))
+    assert ranked(tmp_path) == [(1, "b"), (2, "a")]
+
+
+def test_what_a_run_reached_so_far_is_in_its_logs(tmp_path: Path) -> None:
+    [row] = compare.compare(find_runs([make(tmp_path / "a", "running", rewards=(0.5, 0.9, 0.7), kl=(2.0, 1.0, 1.5))])).rows
+    assert {name: row.values[name] for name in ("reward_before", "reward_after", "reward_best", "reward_best_step", "reward_teacher")} == {
+        "reward_before": 0.5,
+        "reward_after": 0.7,
+        "reward_best": 0.9,
+        "reward_best_step": 10,
+        "reward_teacher": 1.0,
+    }
+    assert row.values["reward_best_interval"] == [pytest.approx(0.8), pytest.approx(1.0)]
+    assert (row.values["eval_kl_before"], row.values["eval_kl_after"]) == (2.0, 1.5)
+    assert row.values["reverse_kl_first"] == pytest.approx((1 + 1 / 2) / 2) and row.values["reverse_kl_last"] == pytest.approx(
+        (1 / 19 + 1 / 20) / 2
+    )
+    assert (row.values["steps"], row.values["graded_tokens"], row.values["seconds"], row.values["tokens_per_second"]) == (
+        20,
+        100,
+        40.0,
+        2.5,
+    )
+    assert set(METRICS) <= set(row.values)
+
+
+def test_a_finished_run_is_what_its_summary_says_and_an_older_one_may_say_less(tmp_path: Path) -> None:
+    folder = make(tmp_path / "a", rewards=(0.5, 0.6))
+    write_json(folder / "summary.json", {"reward_after": 0.65, "gap_closed": 0.3, "seconds": None, "of_another_version": 1})
+    [row] = compare.compare(find_runs([folder])).rows
+    assert (row.values["reward_after"], row.values["gap_closed"], row.values["reward_before"], row.values["seconds"]) == (
+        0.65,
+        0.3,
+        0.5,
+        20.0,
+    )
+    assert "of_another_version" not in row.values
+
+
+def test_only_options_that_differ_are_shown_and_none_that_change_nothing(tmp_path: Path) -> None:
+    make(tmp_path / "a", optim={"lr": 0.1, "betas": [0.9, 0.95]}, sweep={"metric": "auto"})
+    make(tmp_path / "b", optim={"lr": 0.2, "betas": [0.9, 0.9]}, sweep={"metric": "gap_closed"}, new_option=3)
+    never_begun = make(tmp_path / "c", "failed")
+    (never_begun / "run.json").unlink()
+    (never_begun / ".hydra").mkdir()
+    (never_begun / ".hydra/overrides.yaml").write_text("- experiment=debug\n- optim.lr=-1e-1\n- seed=0\n")
+    rows = {row.run.name: row.options for row in compare.compare(find_runs([tmp_path])).rows}
+    assert rows == {
+        "a": {"optim.betas": [0.9, 0.95], "optim.lr": 0.1},
+        "b": {"optim.betas": [0.9, 0.9], "optim.lr": 0.2},
+        "c": {"optim.lr": -0.1},
+    }
+
+
+def test_any_run_folder_will_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/status.json").write_text("{}")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd/run.json").write_text("{}")
+    (tmp_path / "odd/metrics.jsonl").write_text('{"step": 1}\n{"st')
+    (tmp_path / "odd/evaluations.jsonl").write_text('{"model": "student", "step": 0}\n')
+    for form in ([], ["--json"], ["--csv"], ["--svg", str(tmp_path / "x.svg")]):
+        assert cli.main(["compare", str(tmp_path), *form]) == errors.OK
+    assert "nothing was measured" in (tmp_path / "x.svg").read_text()
+    assert "new" in capsys.readouterr().out
+
+
+def test_the_table_says_what_ended_a_run_and_takes_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", rewards=(0.5, 0.6), kl=(2.0, 1.0), model={"path": "[red]x[/red]"})
+    make(tmp_path / "b", "preempted", model={"path": "y"})
+    assert cli.main(["compare", str(tmp_path), "--metric", "gap_closed"]) == errors.OK
+    shown = capsys.readouterr().out
+    assert "model.path=[red]x[/red]" in shown and "60.0% [50, 70]" in shown and "2.0000 → 1.0000" in shown
+    assert "gap_closed" in shown.splitlines()[1], "what they are ranked by has a column"
+    assert f"{tmp_path / 'b'}: preempted: why" in shown
+
+
+def test_json_and_csv_hold_every_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", rewards=(0.5, 0.6), optim={"lr": 0.12345678901234}, data={"prompt": 'x,"y"'})
+    make(tmp_path / "b", optim={"lr": 0.2}, data={"prompt": None})
+    assert cli.main(["compare", str(tmp_path), "--json"]) == errors.OK
+    told = json.loads(capsys.readouterr().out)
+    assert told["metric"] == "reward_after" and [run["rank"] for run in told["runs"]] == [1, None]
+    assert told["runs"][0]["options"] == {"data.prompt": 'x,"y"', "optim.lr": 0.12345678901234}
+    assert cli.main(["compare", str(tmp_path), "--csv"]) == errors.OK
+    first, second = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (first["optim.lr"], first["data.prompt"], second["data.prompt"]) == ("0.12345678901234", 'x,"y"', "null")
+    assert (first["reward_after"], first["reward_after_interval_low"], second["reward_after"]) == ("0.6", "0.5", "")
+
+
+def test_the_curves_of_all_runs_are_in_one_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", rewards=(0.5, 0.6, 0.9), kl=(3.0, 2.0, 1.0), model={"path": "</text><x>"})
+    make(tmp_path / "b", "failed", rewards=(0.5, 0.7), model={"path": "b"})
+    file = tmp_path / "curves.svg"
+    assert cli.main(["compare", str(tmp_path), "--svg", str(file)]) == errors.OK
+    assert "options that differ" in capsys.readouterr().out
+    root = ElementTree.fromstring(file.read_text())
+    points = [len(line.attrib["points"].split()) for line in root.iter("{http://www.w3.org/2000/svg}polyline")]
+    assert points == [3, 2], "the best first"
+    assert "model.path=</text><x>" in "".join(root.itertext())
+    assert cli.main(["compare", str(tmp_path), "--svg", str(file), "--curve", "eval_kl"]) == errors.OK
+    assert "KL(student‖teacher), nats/token" in "".join(ElementTree.fromstring(file.read_text()).itertext())
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "remedy"),
+    [
+        (["nowhere"], errors.DATA, "nowhere: there is no such folder"),
+        ([], errors.USAGE, "DIR"),
+        (["runs", "--metric", "reward"], errors.USAGE, "reward_after"),
+        (["runs", "--json", "--csv"], errors.USAGE, "not allowed with"),
+        (["runs", "--svg", "nowhere/x.svg"], errors.OUTPUT, "nowhere/x.svg: cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: list[str], code: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs/a")
+    assert cli.main(["compare", *words]) == code
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and shown.err.startswith("opd: error: ") and remedy in shown.err
+
+
+def test_compare_does_without_torch(tmp_path: Path) -> None:
+    make(tmp_path / "a", rewards=(0.5, 0.6))
+    code = f"import sys; from opd import cli; cli.main(['compare', {str(tmp_path)!r}]); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

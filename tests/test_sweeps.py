@@ -1,0 +1,375 @@
+"""A sweep tells what it does, goes on where it was broken off, survives its members, and gives sweepers what they look for."""
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from opd import entry, errors, runner, sweep
+from opd.config.schema import METRICS, Config, Direction, SweepConfig
+from opd.identity import differences
+from opd.runs import find_runs, open_run
+
+DEBUG = ["experiment=debug", "train.max_steps=2", "checkpoint.every=1", "eval.steps=0", "eval.limit=8", "eval.kl_prompts=2", "name=s"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    for handler in set(root.handlers) - set(handlers):
+        handler.close()
+    root.handlers[:], root.level = handlers, level
+
+
+def members(folder: str = "sweeps/s") -> dict[str, dict[str, object]]:
+    """What the members' files say, by the last part of their folders' names."""
+    return {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(folder).glob(f"*/{sweep.MEMBER}"))}
+
+
+def planned(*words: str, processes: int = 1) -> sweep.Sweep:
+    return sweep.plan(entry.parse(["-m", *words]), processes)
+
+
+def nothing(config: Config, folder: Path) -> float:
+    return 1.0
+
+
+# What is said
+
+
+def test_each_member_is_announced_and_the_table_tells_what_became_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+    def task(config: Config, folder: Path) -> float | None:
+        if config.seed == 1:
+            raise errors.DataError("no data:\n none")
+        return None if config.seed == 2 else float(config.seed)
+
+    assert entry.launch(task, ["-m", "seed=0,1,2,3", "optim.lr=0.1", "name=s"]) == errors.DATA
+    shown = capfd.readouterr()
+    lines = shown.out.splitlines()
+    assert [line for line in lines if line.startswith("member")] == [f"member {number} of 4: seed={number - 1}" for number in (1, 2, 3, 4)]
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines if line.startswith(" seed=")}
+    assert rows == {
+        "seed=0": "│ done │ 0 │",
+        "seed=1": "│ failed │ – │ no data: none",
+        "seed=2": "│ done │ – │ nothing to compare was measured",
+        "seed=3": "│ done │ 3 │",
+    }
+    assert "best: seed=3 (maximizes objective)" in shown.out
+    assert "3 of 4 done" in shown.out and "the same command goes on" in shown.out
+    assert shown.err == "opd: error: no data: none\n"
+
+
+def test_a_whole_sweep_has_nothing_left_to_go_on_with(capfd: pytest.CaptureFixture[str]) -> None:
+    assert entry.launch(nothing, ["-m", "seed=0,1"]) == errors.OK
+    assert "goes on" not in capfd.readouterr().out
+
+
+def test_a_sweep_that_is_asked_to_stop_says_what_is_done_and_that_the_same_command_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+    def task(config: Config, folder: Path) -> float:
+        if config.seed == 0:
+            raise errors.DataError("no data")
+        raise errors.Preempted("stopped by SIGTERM")
+
+    assert entry.launch(task, ["-m", "seed=0,1,2", "name=s"]) == errors.PREEMPTED, "whatever failed before: it is to be started again"
+    shown = capfd.readouterr().out
+    assert "0 of 3 done" in shown and "the same command goes on" in shown and "member 3" not in shown
+    assert [member["status"] for member in members().values()] == ["failed", "preempted"]
+
+
+def test_a_signal_between_members_ends_the_sweep_alike(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    titled = sweep.title
+
+    def title(*arguments: object) -> str:
+        if arguments[1].number == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return titled(*arguments)
+
+    monkeypatch.setattr(sweep, "title", title)
+    before = signal.getsignal(signal.SIGTERM)
+    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) is before
+    shown = capfd.readouterr()
+    assert shown.err == "opd: stopped by SIGTERM\n"
+    assert "1 of 3 done" in shown.out and "the same command goes on" in shown.out
+
+
+def test_a_stopped_member_of_another_process_counts_before_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = [sweep.Member("", number, [], exit_code=code) for number, code in enumerate((0, errors.DATA, errors.PREEMPTED), 1)]
+    monkeypatch.setattr(sweep, "members", lambda what, known: told)
+    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
+    told.pop()
+    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.DATA
+
+
+def test_a_member_that_never_was_a_run_is_a_failed_one_and_an_earlier_run_stays_what_it_is(capfd: pytest.CaptureFixture[str]) -> None:
+    assert entry.launch(nothing, ["-m", "optim.lr=-1", "name=s"]) == errors.USAGE
+    [run] = find_runs([Path("sweeps/s")])
+    assert run.status == "failed" and "must be above 0" in run.reason and run.exit_code == errors.USAGE
+
+    done = Path("sweeps/s/name=s,seed=5/status.json")
+    done.parent.mkdir()
+    done.write_text('{"status": "done", "reason": "", "exit_code": 0}')
+
+    def refuses(config: Config, folder: Path) -> float:
+        raise errors.ConfigError("another run")
+
+    assert entry.launch(refuses, ["-m", "seed=5", "name=s"]) == errors.USAGE
+    assert open_run(done.parent).status == "done"
+    assert "another run" in capfd.readouterr().out
+
+
+def test_members_of_an_earlier_call_are_not_those_of_this_one(capfd: pytest.CaptureFixture[str]) -> None:
+    for seeds in ("0,1,2", "1,7"):
+        assert entry.launch(nothing, ["-m", f"seed={seeds}", "name=s"]) == errors.OK
+    assert "2 of 2 done" in capfd.readouterr().out.rpartition("member 1")[2]
+
+
+def test_a_member_of_another_process_that_said_nothing_has_failed() -> None:
+    what = sweep.Sweep(Path("sweeps/s"), 2, frozenset(["seed"]), SweepConfig(), process=("elsewhere", 1))
+    assert not what.is_here
+    Path("sweeps/s/a").mkdir(parents=True)
+    sweep.tell(Path("sweeps/s/a"), sweep.Member(what.key, 1, ["seed=0"]))
+    [member] = sweep.members(what, [])
+    assert (member.status, member.exit_code, member.reason) == ("failed", errors.INTERNAL, sweep.SILENT)
+
+
+# What is known before it begins
+
+
+@pytest.mark.parametrize(
+    ("words", "count", "swept"),
+    [
+        (["seed=0,1,2", "optim.lr=1,2", "name=s"], 6, {"seed", "optim.lr"}),
+        (["seed=range(0,4)"], 4, {"seed"}),
+        (["model=glob(qwen3_*)"], 3, {"model"}),
+        (["--config-dir=own", "experiment=mine"], 2, {"seed"}),
+        (["seed=0"], 1, set()),
+        (["seed=0,1", "hydra.sweeper.max_batch_size=1"], 2, {"seed"}),
+    ],
+)
+def test_the_number_of_members_and_what_they_differ_in(words: list[str], count: int, swept: set[str]) -> None:
+    Path("own/experiment").mkdir(parents=True)
+    Path("own/experiment/mine.yaml").write_text("# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n")
+    entry.store.register()
+    plan = planned(*words)
+    assert (plan.members, plan.swept) == (count, swept)
+    seen = []
+    if count <= 2:
+        assert entry.launch(lambda config, folder: seen.append(folder), ["-m", *words]) == errors.OK
+        assert len(seen) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["sweep.metric=reward"], "reward_after, reward_teacher, gap_closed"),
+        (["sweep.metric=eval_kl_after"], "sweep.direction=minimize"),
+        (["sweep.direction=minimize"], "sweep.direction=maximize"),
+        (["sweep.direction=up"], "one of maximize, minimize"),
+        (["hydra/sweeper=optuna"], "opd[optuna]"),
+        (["hydra/launcher=joblib"], "opd[joblib]"),
+        (["hydra/launcher=submitit_slurm"], "opd[submitit]"),
+    ],
+)
+def test_what_no_member_could_do_is_refused_before_the_first(
+    words: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    assert entry.launch(nothing, ["-m", "seed=0,1", *words]) == errors.USAGE
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1 and remedy in shown.err
+    assert not Path("sweeps").exists()
+
+
+def test_a_metric_that_these_options_do_not_measure_is_refused() -> None:
+    for metric, off in (("gap_closed", {"reward": None}), ("eval_kl_after", {"kl_prompts": 0})):
+        direction = METRICS[metric] or Direction.maximize
+        part = {"sweep": {"metric": metric, "direction": direction.value}, "eval": off}
+        with pytest.raises(errors.ConfigError, match="is not measured with eval"):
+            OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), part))
+
+
+def test_only_the_simple_sweep_may_run_in_several_processes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry.store.register()
+    monkeypatch.setattr(sweep, "find_spec", lambda name: object())
+    assert planned("seed=0,1", processes=2).members == 2
+    with pytest.raises(errors.ConfigError, match="2 times at once"):
+        planned("seed=0,1", "hydra/launcher=joblib", processes=2)
+
+
+# What it looks for
+
+
+@pytest.mark.parametrize(
+    ("metric", "reward", "kl", "found"),
+    [
+        ("auto", 0.5, 2.0, 0.5),
+        ("auto", 0.0, 2.0, 0.0),
+        ("auto", None, 2.0, -2.0),
+        ("auto", None, None, None),
+        ("eval_kl_after", 0.5, 2.0, 2.0),
+        ("eval_kl_after", 0.5, None, None),
+    ],
+)
+def test_the_objective_is_what_the_summary_says(metric: str, reward: float | None, kl: float | None, found: float | None) -> None:
+    direction = METRICS.get(metric) or Direction.maximize
+    assert sweep.objective(SweepConfig(metric=metric, direction=direction), {"reward_after": reward, "eval_kl_after": kl}) == found
+
+
+@pytest.mark.parametrize(("direction", "best"), [(Direction.maximize, 3), (Direction.minimize, 2)])
+def test_the_best_is_never_one_without_an_objective(direction: Direction, best: int) -> None:
+    config = SweepConfig(metric="steps", direction=direction)
+    values = [None, 1.0, 5.0, 5.0]
+    ended = [sweep.Member("", number, [], objective=value) for number, value in enumerate(values, 1)]
+    found = sweep.best(config, ended)
+    assert found is not None and found.number == best
+    assert sweep.best(config, ended[:1]) is None
+
+
+def test_what_a_sweep_looks_for_changes_no_run_and_no_folder() -> None:
+    held = {"sweep": {"metric": "auto", "direction": "maximize"}, "seed": 0}
+    assert not differences(held, {"sweep": {"metric": "gap_closed", "direction": "maximize"}, "seed": 0})
+    assert not differences({"seed": 0}, held), "nor in a run of before there were such options"
+    seen = []
+    for more in ([], ["sweep.metric=gap_closed"]):
+        assert entry.launch(lambda config, folder: seen.append(folder.name), ["-m", "seed=1", *more]) == errors.OK
+    assert seen == 2 * ["seed=1"]
+
+
+# Real members
+
+KILLED = """
+import os, signal, sys
+from opd import entry, runner
+from opd.run_folder import RunFolder
+
+add = RunFolder.add_metrics
+
+def add_metrics(self, line):
+    if "seed=1" in self.path.name and line["step"] == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(self, line)
+
+RunFolder.add_metrics = add_metrics
+sys.exit(entry.launch(runner.run, sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_leaves_out_what_is_done_and_goes_on_with_what_was_broken_off(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["-m", *DEBUG, "seed=0,1"]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folders = {seed: next(Path("sweeps/s").glob(f"*seed={seed},*")) for seed in (0, 1)}
+    assert open_run(folders[0]).status == "done" and open_run(folders[1]).status == "running"
+    before = (folders[0] / "summary.json").stat().st_mtime_ns
+    capfd.readouterr()
+
+    assert entry.launch(runner.run, words) == errors.OK
+    first, second = capfd.readouterr().out.partition("sweep\n")[0].split("\nmember ")
+    assert "nothing to do" in first and "step 2/2" not in first
+    assert "going on after step 1" in second and "step 2/2" in second and "step 1/2" not in second
+    assert (folders[0] / "summary.json").stat().st_mtime_ns == before
+    assert [member["status"] for member in members().values()] == 2 * ["done"]
+    summaries = [run.summary for run in find_runs([Path("sweeps/s")])]
+    assert [member["objective"] for member in members().values()] == [summary["reward_after"] for summary in summaries if summary]
+    assert all(
+        {key for key, value in summary.items() if not isinstance(value, list)} == set(METRICS) for summary in summaries if summary
+    ), "sweep.metric knows every number of a summary"
+
+
+def installed(plugin: str) -> Callable[..., object]:
+    there = importlib.util.find_spec("hydra_plugins") and importlib.util.find_spec(f"hydra_plugins.{plugin}")
+    return pytest.mark.skipif(not there, reason=f"needs the extra {sweep.EXTRAS[plugin]}")
+
+
+def opd(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "opd", "train", "-m", *words], capture_output=True, text=True, timeout=180)
+
+
+@pytest.mark.slow
+@installed("hydra_optuna_sweeper")
+def test_optuna_makes_the_metric_small_and_a_failed_member_is_never_the_best() -> None:
+    options = ["sweep.metric=eval_kl_after", "sweep.direction=minimize"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=interval(-1.2e-3,0.8e-3)", *options]
+    first = opd(*DEBUG, *search)
+    assert first.returncode == errors.USAGE, first.stderr
+    told = list(members().values())
+    values = {word: member["objective"] for member in told for word in member["overrides"] if word.startswith("optim.lr=")}
+    assert {member["status"] for member in told} == {"done", "failed"}
+    assert all((float(word.partition("=")[2]) <= 0) == (value is None) for word, value in values.items())
+    found = OmegaConf.load("sweeps/s/optimization_results.yaml")
+    assert found.best_value == min(value for value in values.values() if value is not None)
+    assert values[f"optim.lr={found.best_params['optim.lr']}"] == found.best_value
+    assert "Traceback" not in first.stderr
+
+    again = opd(*DEBUG, *search)
+    assert again.stdout.count("nothing to do") == sum(value is not None for value in values.values())
+    assert len(members()) == len(told), "the same command proposes the same members"
+
+
+@installed("hydra_optuna_sweeper")
+def test_optuna_without_any_member_that_ended_well_ends_with_the_members_exit_code() -> None:
+    failed = opd(
+        "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra/sweeper/sampler=random", "optim.lr=interval(-2.0,-1.0)", "name=s"
+    )
+    assert failed.returncode == errors.USAGE
+    assert failed.stdout.count("│ failed") == 2 and "Traceback" not in failed.stderr
+
+
+DIES = """
+import os, signal, sys
+from opd import entry
+
+def task(config, folder):
+    if config.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 1.0
+
+if __name__ == "__main__":
+    sys.exit(entry.launch(task, sys.argv[1:]))
+"""
+
+
+@installed("hydra_joblib_launcher")
+def test_a_member_whose_process_dies_is_told_in_one_line() -> None:
+    Path("dies.py").write_text(DIES)
+    words = ["-m", "seed=0,1", "name=s", "hydra/launcher=joblib"]
+    died = subprocess.run([sys.executable, "dies.py", *words], capture_output=True, text=True, timeout=120)
+    assert died.returncode == errors.INTERNAL
+    assert died.stderr.count("opd: ") == 1 and "a member's process is gone" in died.stderr and "Traceback" not in died.stderr
+    assert "seed=1 │ failed" in died.stdout and "did not say how it ended" in died.stdout
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param("joblib", marks=installed("hydra_joblib_launcher")),
+        pytest.param("submitit_local", marks=installed("hydra_submitit_launcher")),
+    ],
+)
+@pytest.mark.slow
+def test_members_in_processes_of_their_own_tell_how_they_ended(launcher: str) -> None:
+    done = opd(*DEBUG, f"hydra/launcher={launcher}", "model=tiny", "optim.lr=1e-4,-1")
+    assert done.returncode == errors.USAGE, done.stderr
+    good, bad = sorted(members().values(), key=lambda member: str(member["status"]))
+    assert (good["status"], bad["status"], bad["exit_code"]) == ("done", "failed", errors.USAGE)
+    assert isinstance(good["objective"], float)
+    assert "must be above 0" in done.stdout and "1 of 2 done" in done.stdout and "step 1/2" not in done.stdout
+    [screen] = [file for file in Path("sweeps/s").glob(f"*/{sweep.SCREEN}") if "step 1/2" in file.read_text()]
+    assert open_run(screen.parent).status == "done"
+    assert sorted(run.status for run in find_runs([Path("sweeps/s")])) == ["done", "failed"]
+    assert "Warning" not in done.stderr
