@@ -185,9 +185,11 @@ def run_sweep(job: Job, composed_by: Callable[[Callable[[DictConfig], float | No
         with signals.raised():
             mistakes.explained(composed_by(job.member))
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in sweep.LAUNCHERS:
+        launcher = type(error).__module__.partition(".")[0]
+        if launcher not in sweep.LAUNCHERS:
             raise
-        raise errors.OpdError(f"a member's process is gone, and the sweep with it: {mistakes.first_line(error)}") from error
+        reason = mistakes.first_line(error if str(error) else error.__cause__ or error)
+        raise errors.OpdError(f"{launcher} ended the sweep: {reason}") from error
     finally:
         if job.rank == 0:
             ended = sweep.members(job.sweep, job.members)

@@ -40,7 +40,7 @@ SCREEN = "screen.txt"
 EXTRAS = {"hydra_optuna_sweeper": "optuna", "hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
 WIDTH = 160  # columns of the table where there is no terminal
 SILENT = "did not say how it ended: killed, out of memory, or still running"
-LAUNCHERS = ("joblib", "submitit")  # what they raise says that a process of theirs is gone
+LAUNCHERS = ("joblib", "submitit")  # what they raise is about their processes
 
 
 @dataclass(frozen=True, slots=True)

@@ -350,7 +350,7 @@ def test_a_member_whose_process_dies_is_told_in_one_line() -> None:
     words = ["-m", "seed=0,1", "name=s", "hydra/launcher=joblib"]
     died = subprocess.run([sys.executable, "dies.py", *words], capture_output=True, text=True, timeout=120)
     assert died.returncode == errors.INTERNAL
-    assert died.stderr.count("opd: ") == 1 and "a member's process is gone" in died.stderr and "Traceback" not in died.stderr
+    assert died.stderr.count("opd: ") == 1 and "joblib ended the sweep: A worker process" in died.stderr and "Traceback" not in died.stderr
     assert "seed=1 │ failed" in died.stdout and "did not say how it ended" in died.stdout
 
 
