@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -33,6 +33,7 @@ from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def run(config: Config, folder: Path) -> float | None:
@@ -139,8 +140,8 @@ def distil(
         for event in trainer.run():
             beat()
             match event:
-                case StepDone(step, metrics, scored):
-                    run_folder.add_metrics({"step": step, **metrics})
+                case StepDone(step, metrics, by_position, scored):
+                    run_folder.add_metrics({"step": step, **metrics, "by_position": by_position})
                     run_folder.write_rollouts(step, (record(built.tokenizer, item) for item in scored))
                     accelerator.log(metrics, step=step)
                     display.show(event, sample_text(built.tokenizer, scored))
@@ -155,7 +156,7 @@ def distil(
         display.end()
         on_main(accelerator, checkpoints.wait)
         peak = peak_memory(accelerator)
-        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak))
+        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown))
         if accelerator.is_main_process:
             student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
             export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary)
@@ -302,8 +303,13 @@ def tracked(evaluation: Evaluation) -> dict[str, float]:
 
 
 def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]:
-    """A rollout as it is stored: texts, ids, and the log-probs of each completion token."""
+    """A rollout as it is stored: texts, ids, and what is known of each completion token; null for tokens that were not scored.
+
+    learnt: how many tokens, from the first on, were learnt from. alternatives: at each token the teacher's most probable ids, their texts
+    and log-probs, the best first; null in most steps.
+    """
     rollout = scored.rollout
+    length = len(rollout.completion)
     return {
         "sample_id": rollout.request.prompt.sample_id,
         "epoch": rollout.request.epoch,
@@ -313,13 +319,32 @@ def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]
         "tokens": [decode(tokenizer, [token]) for token in rollout.completion],
         "ids": list(rollout.completion),
         "finish_reason": rollout.finish_reason.value,
+        "learnt": scored.learnt,
         "behaviour_logp": rounded(rollout.behaviour_logp),
-        "student_logp": filled(rounded(scored.logp), len(rollout.completion)),
-        "teacher_logp": filled(rounded(scored.teacher_logp), len(rollout.completion)),
+        "student_logp": filled(rounded(scored.logp), length),
+        "teacher_logp": filled(rounded(scored.teacher_logp), length),
+        "entropy": filled(rounded(scored.entropy), length),
+        "clipped": flags(scored.clipped, length),
+        "cut": flags(scored.cut, length),
+        "alternatives": alternatives(tokenizer, scored, length),
     }
 
 
-def filled(values: list[float], length: int) -> list[float | None]:
+def alternatives(tokenizer: PreTrainedTokenizerBase, scored: Scored, length: int) -> list[Any] | None:
+    if scored.top_ids is None or scored.top_logp is None:
+        return None
+    rows = zip(scored.top_ids.tolist(), map(rounded, scored.top_logp), strict=True)
+    texts = {token: decode(tokenizer, [token]) for token in set(scored.top_ids.flatten().tolist())}
+    found = [[{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(ids, logps, strict=True)] for ids, logps in rows]
+    return filled(found, length)
+
+
+def flags(values: torch.Tensor | None, length: int) -> list[bool | None] | None:
+    """None where the objective has no such thing."""
+    return None if values is None else filled(values.bool().tolist(), length)
+
+
+def filled(values: list[T], length: int) -> list[T | None]:
     """With null for tokens that were not scored, behind `ppo.loss_prefix` or dropped."""
     return [*values, *[None] * (length - len(values))]
 
