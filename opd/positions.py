@@ -40,9 +40,10 @@ def add_by_position(
         sums = torch.bincount(piece_N, seen[name].double().cpu(), minlength=count).tolist()
         for piece in range(count):
             means.add(f"{PREFIX}{name}/{piece:02}", sums[piece], tokens[piece])
+    lengths = torch.tensor([len(rollout.completion) for rollout in written], dtype=torch.long)
+    ends = torch.bincount((lengths.clamp_min(1) - 1) // size, minlength=count).tolist()
     for piece in range(count):
-        ended = sum((max(len(rollout.completion), 1) - 1) // size == piece for rollout in written)
-        means.add(f"{PREFIX}ends/{piece:02}", ended, 1.0)
+        means.add(f"{PREFIX}ends/{piece:02}", ends[piece], 1.0)
 
 
 def by_position(means: Means, max_new_tokens: int) -> ByPosition:

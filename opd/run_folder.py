@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
-RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
+RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS, REPORT = (
     "run.json",
     "metrics.jsonl",
     "evaluations.jsonl",
@@ -30,6 +30,7 @@ RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
     "final",
     "checkpoints",
     "rollouts",
+    "report.html",
 )
 
 

@@ -4,7 +4,7 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,10 +24,13 @@ from opd.display import Display, NoteHandler, describe_rewards
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, Preempted
 from opd.evaluate import Evaluation
 from opd.export import export
+from opd.files import write_text
 from opd.identity import check_content, check_same, identity
 from opd.models import decode
-from opd.run_folder import FINAL, RunFolder, Status
-from opd.summary import peak_memory, summarise
+from opd.report import page
+from opd.run_folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
+from opd.runs import open_run
+from opd.summary import device_name, peak_memory, summarise
 from opd.together import on_main, stop_together
 from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
@@ -156,11 +159,14 @@ def distil(
         display.end()
         on_main(accelerator, checkpoints.wait)
         peak = peak_memory(accelerator)
-        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown))
+        device = device_name(accelerator.device)
+        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown, device))
         if accelerator.is_main_process:
             student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
             export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary)
         run_folder.write_summary(summary)
+        if accelerator.is_main_process:
+            write_report(run_folder.path, summary)
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:  # not end_training, which ends the process group that the next member of a sweep needs
             tracker.finish()
@@ -362,6 +368,15 @@ def sample_text(tokenizer: PreTrainedTokenizerBase, scored: list[Scored]) -> str
     return " ".join(text.split())
 
 
+def write_report(folder: Path, summary: dict[str, Any]) -> None:
+    """The run as a page. What was learnt is safe by then: a page that cannot be made is told in the log and ends nothing."""
+    try:
+        write_text(folder / REPORT, page([replace(open_run(folder), status=Status.done.value, summary=summary)]))
+    except Exception:
+        log.exception("%s cannot be written; opd report %s tries again", folder / REPORT, folder)
+
+
 def places(folder: Path) -> dict[str, str]:
     """Where a finished run left what a person looks for."""
-    return {"model": str(folder / FINAL), "metrics": str(folder / "metrics.jsonl"), "samples": str(folder / "rollouts")}
+    found = {"model": folder / FINAL, "metrics": folder / METRICS, "samples": folder / ROLLOUTS, "report": folder / REPORT}
+    return {label: str(place) for label, place in found.items() if place.exists()}

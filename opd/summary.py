@@ -1,21 +1,23 @@
 """`summary.json`: what a run achieved, computed from what it logged, so that an interrupted run ends with the same summary."""
 
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from opd import forward
+from opd import __version__, forward
 from opd.config.schema import Config
 from opd.run_folder import RunFolder
 
 
-def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int, grown: Mapping[str, int]) -> dict[str, Any]:
+def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int, grown: Mapping[str, int], device: str) -> dict[str, Any]:
     """Rewards (with 95 % intervals), exact KL and training KL before and after, and what it cost; null for what was not measured.
 
-    steps: how many were done. peak: bytes of memory at the most. grown: as `Trainer.grown`.
+    steps: how many were done. peak: bytes of memory at the most. grown: as `Trainer.grown`. device: what it ran on, in words.
     """
     metrics, evaluations = run_folder.metrics(), run_folder.evaluations()
     student = [line for line in evaluations if line["model"] == "student"]
@@ -40,7 +42,19 @@ def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int, grow
         "peak_memory_bytes": peak,
         "peak_memory_grown_bytes": dict(grown),
         "seed": config.seed,
+        "device": device,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    named = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"opd": __version__, **named, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:

@@ -37,7 +37,7 @@ from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.positions import ByPosition, add_by_position, by_position
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, Sampler
-from opd.schedule import lr_factor
+from opd.schedule import looked_into, lr_factor
 from opd.teachers import Teacher
 from opd.together import anywhere, on_main, stop_together, stoppable
 
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NON_FINITE_LIMIT = 3
-ALTERNATIVE_STEPS = 50  # in about so many steps of a run the teacher is asked what else it would have written
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Scored:
 
     logp, teacher_logp, entropy: at the sampling temperature, in nats. learnt: how many of the scored tokens had a weight: all or none.
     clipped: whether the clip held the token back in some inner step; cut: whether the bound changed its advantage; both None where there
-    are no advantages. top_ids, top_logp: the teacher's most probable ids (scored, k); None in most steps (see `ALTERNATIVE_STEPS`).
+    are no advantages. top_ids, top_logp: the teacher's most probable ids (scored, k); None in most steps (see `looked_into`).
     """
 
     rollout: Rollout
@@ -544,10 +543,10 @@ class Trainer:
     def alternatives(self, rollouts: Sequence[Rollout]) -> dict[int, tuple[Tensor, Tensor]]:
         """The teacher's `track.alternatives` most probable ids at each token, and their log-probs, by rollout: (tokens, k) each.
 
-        In the main process, in about `ALTERNATIVE_STEPS` steps of the run, the first and the last among them; else none.
+        In the main process, in the steps of `looked_into`; else none.
         """
-        k, every = self.config.track.alternatives, math.ceil(self.max_steps / ALTERNATIVE_STEPS)
-        if not k or not self.accelerator.is_main_process or (self.step not in (1, self.max_steps) and self.step % every != 0):
+        k = self.config.track.alternatives
+        if not k or not self.accelerator.is_main_process or not looked_into(self.step, self.max_steps):
             return {}
         found = {}
         for batch in self.split(rollouts):
