@@ -254,6 +254,12 @@ def manifest(content: dict[str, Any]) -> str:
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
     """Put the weights and the optimizer back, bit for bit."""
+    restore_weights(checkpoint, model)
+    restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
+
+
+def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raises `OutputError` where they are another model's."""
     tensors = load_file(checkpoint.path / MODEL)
     own = model_tensors(model)
     if tensors.keys() != own.keys():
@@ -261,7 +267,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-    restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
 
 
 def snapshot(model: nn.Module, optimizer: Optimizer, state: dict[str, Any], round_tensors: dict[str, Tensor] | None = None) -> Snapshot:

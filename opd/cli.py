@@ -21,6 +21,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("distil a teacher into a student", "opd train model=qwen05b teacher=qwen15b", "opd.train:main"),
     "report": Verb("show runs as one HTML file, token by token", "opd report runs/first", "opd.verbs.report:main"),
+    "export": Verb("write a run's model as a folder of its own", "opd export runs/first --out first", "opd.verbs.export:main"),
     "completion": Verb("print tab completion for bash, zsh or fish", 'eval "$(opd completion bash)"', "opd.completion:main"),
 }
 
