@@ -54,6 +54,14 @@ def test_tokens_that_a_clip_or_bound_changed_say_so(debug_run):
         assert len(record["clipped"]) == len(record["ids"])
 
 
+def test_tokens_that_the_clip_held_back_in_a_later_inner_step_are_flagged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "train.max_steps=1", "optim.lr=1e-2", "optim.warmup_steps=0", "track.rollouts_per_step=8"]) == 0
+    [line] = lines(tmp_path / "runs/run/metrics.jsonl")
+    held_back = sum(flag for record in stored(tmp_path / "runs/run") for flag in record["clipped"])
+    assert held_back == round(2 * line["clipped"] * line["tokens"]) > 0  # in the second of two inner steps: at the first every ratio is 1
+
+
 def test_what_is_stored_for_the_report_changes_nothing_that_is_learnt(debug_run, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
