@@ -255,6 +255,12 @@ def manifest(content: dict[str, Any]) -> str:
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
     """Put the weights and the optimizer back, bit for bit."""
+    restore_weights(checkpoint, model)
+    restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
+
+
+def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
+    """Raises `OutputError` where they are another model's."""
     tensors = load_file(checkpoint.path / MODEL)
     own = model_tensors(model)
     if tensors.keys() != own.keys():
@@ -262,7 +268,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(like(tensors[name], tensor))
-    restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
 
 
 def snapshot(

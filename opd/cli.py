@@ -23,6 +23,8 @@ VERBS = {
     "compare": Verb(
         "rank runs, with the options in which they differ", "opd compare sweeps/first --svg curves.svg", "opd.verbs.compare:main"
     ),
+    "report": Verb("show runs as one HTML file, token by token", "opd report runs/first", "opd.verbs.report:main"),
+    "export": Verb("write a run's model as a folder of its own", "opd export runs/first --out first", "opd.verbs.export:main"),
     "completion": Verb("print tab completion for bash, zsh or fish", 'eval "$(opd completion bash)"', "opd.completion:main"),
 }
 

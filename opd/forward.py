@@ -5,6 +5,7 @@ Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary
 
 import ctypes
 import gc
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -126,6 +127,13 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that this process held so far, on its GPU, or of main memory on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def let_go(device: torch.device) -> None:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 COMPOSED = ".hydra"
 
-RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
+RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS, REPORT = (
     "run.json",
     "metrics.jsonl",
     "evaluations.jsonl",
@@ -31,6 +31,7 @@ RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS = (
     "final",
     "checkpoints",
     "rollouts",
+    "report.html",
 )
 
 

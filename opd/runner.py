@@ -4,9 +4,9 @@ import gc
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import torch
@@ -27,18 +27,22 @@ from opd.display import Display, NoteHandler, describe_rewards
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.evaluate import Evaluation
 from opd.export import export
+from opd.files import write_text
 from opd.identity import check_content, check_same, identity
 from opd.memory import estimate
 from opd.models import decode
-from opd.run_folder import FINAL, RunFolder, Status
+from opd.report import page
+from opd.run_folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
+from opd.runs import open_run
 from opd.sharding import at_rest, gathered, units
-from opd.summary import peak_memory, summarise
+from opd.summary import device_name, peak_memory, summarise
 from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
 from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
 from opd.watchdog import watched
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def run(config: Config, folder: Path) -> float | None:
@@ -160,8 +164,8 @@ def distil(
         for event in trainer.run():
             beat()
             match event:
-                case StepDone(step, metrics, scored):
-                    run_folder.add_metrics({"step": step, **metrics})
+                case StepDone(step, metrics, by_position, scored):
+                    run_folder.add_metrics({"step": step, **metrics, "by_position": by_position})
                     run_folder.write_rollouts(step, (record(built.tokenizer, item) for item in scored))
                     accelerator.log(metrics, step=step)
                     display.show(event, sample_text(built.tokenizer, scored))
@@ -176,12 +180,15 @@ def distil(
         display.end()
         on_main(accelerator, checkpoints.wait)
         peak = peak_memory(accelerator)
-        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak))
+        device = device_name(accelerator.device)
+        summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown, device))
         weights = gathered(model_tensors(trainer.student), keep=accelerator.is_main_process) if units(trainer.policy) else None
         if accelerator.is_main_process:
             student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
             export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
         run_folder.write_summary(summary)
+        if accelerator.is_main_process:
+            write_report(run_folder.path, summary)
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:  # not end_training, which ends the process group that the next member of a sweep needs
             tracker.finish()
@@ -328,8 +335,13 @@ def tracked(evaluation: Evaluation) -> dict[str, float]:
 
 
 def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]:
-    """A rollout as it is stored: texts, ids, and the log-probs of each completion token."""
+    """A rollout as it is stored: texts, ids, and what is known of each completion token; null for tokens that were not scored.
+
+    learnt: how many tokens, from the first on, were learnt from. alternatives: at each token the teacher's most probable ids, their texts
+    and log-probs, the best first; null in most steps.
+    """
     rollout = scored.rollout
+    length = len(rollout.completion)
     return {
         "sample_id": rollout.request.prompt.sample_id,
         "epoch": rollout.request.epoch,
@@ -339,13 +351,32 @@ def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]
         "tokens": [decode(tokenizer, [token]) for token in rollout.completion],
         "ids": list(rollout.completion),
         "finish_reason": rollout.finish_reason.value,
+        "learnt": scored.learnt,
         "behaviour_logp": rounded(rollout.behaviour_logp),
-        "student_logp": filled(rounded(scored.logp), len(rollout.completion)),
-        "teacher_logp": filled(rounded(scored.teacher_logp), len(rollout.completion)),
+        "student_logp": filled(rounded(scored.logp), length),
+        "teacher_logp": filled(rounded(scored.teacher_logp), length),
+        "entropy": filled(rounded(scored.entropy), length),
+        "clipped": flags(scored.clipped, length),
+        "cut": flags(scored.cut, length),
+        "alternatives": alternatives(tokenizer, scored, length),
     }
 
 
-def filled(values: list[float], length: int) -> list[float | None]:
+def alternatives(tokenizer: PreTrainedTokenizerBase, scored: Scored, length: int) -> list[Any] | None:
+    if scored.top_ids is None or scored.top_logp is None:
+        return None
+    rows = zip(scored.top_ids.tolist(), map(rounded, scored.top_logp), strict=True)
+    texts = {token: decode(tokenizer, [token]) for token in set(scored.top_ids.flatten().tolist())}
+    found = [[{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(ids, logps, strict=True)] for ids, logps in rows]
+    return filled(found, length)
+
+
+def flags(values: torch.Tensor | None, length: int) -> list[bool | None] | None:
+    """None where the objective has no such thing."""
+    return None if values is None else filled(values.bool().tolist(), length)
+
+
+def filled(values: list[T], length: int) -> list[T | None]:
     """With null for tokens that were not scored, behind `ppo.loss_prefix` or dropped."""
     return [*values, *[None] * (length - len(values))]
 
@@ -363,6 +394,15 @@ def sample_text(tokenizer: PreTrainedTokenizerBase, scored: list[Scored]) -> str
     return " ".join(text.split())
 
 
+def write_report(folder: Path, summary: dict[str, Any]) -> None:
+    """The run as a page. What was learnt is safe by then: a page that cannot be made is told in the log and ends nothing."""
+    try:
+        write_text(folder / REPORT, page([replace(open_run(folder), status=Status.done.value, summary=summary)]))
+    except Exception:
+        log.exception("%s cannot be written; opd report %s tries again", folder / REPORT, folder)
+
+
 def places(folder: Path) -> dict[str, str]:
     """Where a finished run left what a person looks for."""
-    return {"model": str(folder / FINAL), "metrics": str(folder / "metrics.jsonl"), "samples": str(folder / "rollouts")}
+    found = {"model": folder / FINAL, "metrics": folder / METRICS, "samples": folder / ROLLOUTS, "report": folder / REPORT}
+    return {label: str(place) for label, place in found.items() if place.exists()}

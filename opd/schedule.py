@@ -1,8 +1,15 @@
-"""The learning rate over the steps of a run."""
+"""What depends on the step of a run: the learning rate, and which steps are looked into more closely."""
 
 import math
 
 from opd.config.schema import OptimConfig, Schedule
+
+LOOKED_INTO = 50  # steps of a run, about
+
+
+def looked_into(step: int, total: int) -> bool:
+    """Whether the teacher is asked, after this step (1-based), what else it would have written: the first, the last, and some between."""
+    return step in (1, total) or step % math.ceil(total / LOOKED_INTO) == 0
 
 
 def lr_factor(config: OptimConfig, step: int, total: int) -> float:

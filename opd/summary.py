@@ -1,22 +1,23 @@
 """`summary.json`: what a run achieved, computed from what it logged, so that an interrupted run ends with the same summary."""
 
-import resource
-import sys
-from collections.abc import Sequence
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
+from opd import __version__, forward
 from opd.config.schema import Config
 from opd.run_folder import RunFolder
 
 
-def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int) -> dict[str, Any]:
+def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int, grown: Mapping[str, int], device: str) -> dict[str, Any]:
     """Rewards (with 95 % intervals), exact KL and training KL before and after, and what it cost; null for what was not measured.
 
-    steps: how many were done. peak: bytes of memory at the most.
+    steps: how many were done. peak: bytes of memory at the most. grown: as `Trainer.grown`. device: what it ran on, in words.
     """
     metrics, evaluations = run_folder.metrics(), run_folder.evaluations()
     student = [line for line in evaluations if line["model"] == "student"]
@@ -39,8 +40,21 @@ def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int) -> d
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": peak,
+        "peak_memory_grown_bytes": dict(grown),
         "seed": config.seed,
+        "device": device,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    named = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {"opd": __version__, **named, "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
@@ -52,10 +66,6 @@ def gap_closed(before: float | None, after: float | None, teacher: float | None)
 
 def peak_memory(accelerator: Accelerator) -> int:
     """Bytes: the most that any process held on its GPU, or of main memory on a CPU."""
-    if accelerator.device.type == "cuda":
-        own = torch.cuda.max_memory_allocated(accelerator.device)
-    else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    own = forward.peak_memory(accelerator.device)
     found: Sequence[int] = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
     return max(found)

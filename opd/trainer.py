@@ -29,15 +29,16 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches, repetition
 from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
-from opd.forward import let_go, trim_heap, worthwhile_padding
+from opd.forward import let_go, peak_memory, trim_heap, worthwhile_padding
 from opd.guard import Guard
 from opd.learning import Scores, score, token_loss
 from opd.metrics import Means
 from opd.objective import chunked_loss, group_normalised
 from opd.objective.head import Head, TokenLoss, TokenStats
+from opd.positions import ByPosition, add_by_position, by_position
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, Sampler
-from opd.schedule import lr_factor
+from opd.schedule import looked_into, lr_factor
 from opd.sharding import add_up, full, start_again, units, whole
 from opd.teachers import Teacher
 from opd.together import anywhere, on_main, stop_together, stoppable
@@ -50,17 +51,29 @@ NON_FINITE_LIMIT = 3
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A rollout with the log-probs of its tokens, each (completion tokens,), before the update."""
+    """A rollout with what is known of its tokens that were scored, the first (scored,) of its completion, before the update.
+
+    logp, teacher_logp, entropy: at the sampling temperature, in nats. learnt: how many of the scored tokens had a weight: all or none.
+    clipped: whether the clip held the token back in some inner step; cut: whether the bound changed its advantage; both None where there
+    are no advantages. top_ids, top_logp: the teacher's most probable ids (scored, k); None in most steps (see `looked_into`).
+    """
 
     rollout: Rollout
     logp: Tensor
     teacher_logp: Tensor
+    entropy: Tensor
+    learnt: int
+    clipped: Tensor | None = None
+    cut: Tensor | None = None
+    top_ids: Tensor | None = None
+    top_logp: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
     step: int
     metrics: dict[str, float]
+    by_position: ByPosition
     scored: list[Scored]
 
 
@@ -105,6 +118,7 @@ class Trainer:
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
     teacher_ready: within it, which all processes enter together, the teacher answers.
     max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
+    grown: bytes by which this process's peak of memory rose in each kind of work so far.
     """
 
     config: Config
@@ -131,6 +145,7 @@ class Trainer:
     ahead: Future[list[Rollout]] | None = None
     teacher_ready: Callable[[], AbstractContextManager[None]] = nullcontext
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    grown: dict[str, int] = field(default_factory=dict)
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +169,7 @@ class Trainer:
             raise
 
     def loop(self) -> Iterator[Event]:
+        self.note_memory("loading")
         while True:
             last = self.step >= self.max_steps
             if self.evaluation_due(last):
@@ -167,6 +183,11 @@ class Trainer:
                 yield self.rewind()
             elif self.save_due():
                 yield self.save()
+
+    def note_memory(self, work: str) -> None:
+        """What the peak rose by since the last call is put down to `work`."""
+        rise = peak_memory(self.accelerator.device) - sum(self.grown.values())
+        self.grown[work] = self.grown.get(work, 0) + rise
 
     def save_due(self) -> bool:
         """Not amid steps that are not finite: what is saved there is what they are gone back from."""
@@ -185,6 +206,7 @@ class Trainer:
         self.settle()
         with whole(self.policy), self.teacher_ready():
             evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
+        self.note_memory("evaluation")
         self.evaluated = self.step
         score = evaluation.score
         if score is not None and self.step > 0 and (self.best is None or score > self.best):
@@ -262,11 +284,13 @@ class Trainer:
         begin = clock(self.accelerator.device)
         with whole(self.policy):
             written = stoppable(self.accelerator, self.sample)
+        self.note_memory("sampling")
         trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
         with self.teacher_ready():
             self.score(current)
+        self.note_memory("scoring")
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
 
@@ -345,7 +369,9 @@ class Trainer:
         means, seconds = current.means, current.seconds
         gap_N = self.engine_gap(current)
         self.describe(current, gap_N)
-        metrics = self.added_up(means).means()
+        summed = self.added_up(means)
+        positions = by_position(summed, self.config.sampling.max_new_tokens)
+        metrics = summed.means()
         took = sum(seconds.values())
         tokens = self.global_sum(sum(len(rollout.completion) for rollout in current.learnt))
         self.graded_tokens += int(tokens)
@@ -363,7 +389,7 @@ class Trainer:
             "tokens_per_second": tokens / took,
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
-        return StepDone(self.step, metrics, self.scored(current))
+        return StepDone(self.step, metrics, positions, self.scored(current))
 
     def places(self, step: int) -> list[int]:
         """Where this process's prompts of a step stand in the data."""
@@ -413,7 +439,11 @@ class Trainer:
             current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
         if not current.seen:
             current.seen = {name: current.in_order([stats[name] for stats in seen]) for name in seen[0]}
+        elif "clipped" in current.seen:
+            now_N = current.in_order([stats["clipped"] for stats in seen])
+            current.seen["clipped"] = torch.maximum(current.seen["clipped"], now_N)
         finite = self.apply(loss_sum, current, empty=total == 0)
+        self.note_memory("update")
         current.inner += 1
         current.seconds["update"] += clock(self.accelerator.device) - begin
         return finite
@@ -503,6 +533,7 @@ class Trainer:
         means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
         means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
         means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
+        add_by_position(means, seen, current.learnt, rollouts, self.config.sampling.max_new_tokens)
 
     def engine_gap(self, current: Round) -> Tensor:
         """|behaviour_logp − logp| of each token (N,); with top-p and top-k what they leave out is in it."""
@@ -510,12 +541,38 @@ class Trainer:
         return (behaviour_N.to(current.seen["logp"].device) - current.seen["logp"]).abs()
 
     def scored(self, current: Round) -> list[Scored]:
-        """The first `track.rollouts_per_step` rollouts with both models' log-probs."""
-        sequence_N, logp_N, teacher_N = current.sequence_N(), current.seen["logp"].cpu(), current.seen["teacher_logp"].cpu()
-        return [
-            Scored(current.written[index], logp_N[sequence_N == index], teacher_N[sequence_N == index])
-            for index in range(min(self.config.track.rollouts_per_step, len(current.written)))
-        ]
+        """The first `track.rollouts_per_step` rollouts with what is known of their tokens."""
+        sequence_N = current.sequence_N()
+        seen = {name: values.cpu() for name, values in current.seen.items()}
+        weights = self.token_weights(current.learnt)[0].tolist()
+        stored = range(min(self.config.track.rollouts_per_step, len(current.written)))
+        top = self.alternatives(current.learnt[: len(stored)])
+        found = []
+        for index in stored:
+            own = {name: values[sequence_N == index] for name, values in seen.items()}
+            learnt = len(own["logp"]) if weights[index] > 0 else 0
+            known = Scored(
+                current.written[index], own["logp"], own["teacher_logp"], own["entropy"], learnt, own.get("clipped"), own.get("cut")
+            )
+            found.append(replace(known, top_ids=top[index][0], top_logp=top[index][1]) if index in top else known)
+        return found
+
+    def alternatives(self, rollouts: Sequence[Rollout]) -> dict[int, tuple[Tensor, Tensor]]:
+        """The teacher's `track.alternatives` most probable ids at each token, and their log-probs, by rollout: (tokens, k) each.
+
+        In the main process, in the steps of `looked_into`; else none.
+        """
+        k = self.config.track.alternatives
+        if not k or not self.accelerator.is_main_process or not looked_into(self.step, self.max_steps):
+            return {}
+        found = {}
+        for batch in self.split(rollouts):
+            batch = batch.to(self.accelerator.device)
+            ids, logp = (values.cpu() for values in self.teacher.states(batch).top(k, self.config.sampling.temperature))
+            sequence_N = batch.sequence_N.cpu()
+            for index in set(sequence_N.tolist()):
+                found[index] = (ids[sequence_N == index], logp[sequence_N == index])
+        return found
 
     def set_learning_rate(self) -> float:
         rate = self.config.optim.lr * lr_factor(self.config.optim, self.step, self.max_steps)

@@ -36,3 +36,15 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
 @pytest.fixture
 def make_model():
     return random_model
+
+
+@pytest.fixture(scope="session")
+def debug_run(tmp_path_factory):
+    """A finished run of experiment=debug, for tests that only read it."""
+    from opd.train import main
+
+    root = tmp_path_factory.mktemp("debug")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert main(["experiment=debug", "device=cpu", "name=run", "track.rollouts_per_step=3"]) == 0
+    return root / "runs" / "run"

@@ -464,8 +464,10 @@ class TrackConfig:
     tool: Tracker = Tracker.none
     project: str = "opd"
     rollouts_per_step: int = 2
+    alternatives: int = 5
 
     def __post_init__(self) -> None:
+        require(self.alternatives >= 0, "track.alternatives", self.alternatives, "must be 0 (none) or a number of tokens (5 is usual)")
         require(self.rollouts_per_step >= 0, "track.rollouts_per_step", self.rollouts_per_step, "must not be negative")
 
 

@@ -104,6 +104,16 @@ class TeacherStates:
 
         return chunked_stats(self.hidden_NH, self.head, pick)["logp"]
 
+    def top(self, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """The k most probable ids of each position and their log-probabilities at the temperature, (N, k) each, the best first."""
+
+        def best(logits_CV: Tensor, part: slice) -> TokenStats:
+            logp_CK, id_CK = scaled_logp(logits_CV, temperature).topk(min(k, logits_CV.shape[-1]), -1)
+            return {"id": id_CK, "logp": logp_CK}
+
+        found = chunked_stats(self.hidden_NH, self.head, best)
+        return found["id"], found["logp"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:

@@ -1,0 +1,101 @@
+"""A run's model as a folder of its own: from its end or from a checkpoint, adapters merged, in the dtype asked for, and on the hub."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from opd import hub, models
+from opd.checkpoint import Checkpoint, read, restore_weights, verify
+from opd.config.schema import Config
+from opd.config.store import schema, to_config
+from opd.errors import ConfigError, DataError, OutputError
+from opd.export import export
+from opd.forward import add_adapters
+from opd.run_folder import FINAL
+from opd.runs import Run, is_run, open_run
+from opd.summary import gap_closed
+
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def release(source: Path, out: Path, dtype: str = "float32", repository: str | None = None) -> str | None:
+    """Write the model of a run or checkpoint to the new folder `out`, and upload it where a repository is named: returns its address.
+
+    Raises `OutputError` for a folder that holds something, or a checkpoint that is damaged; `DataError` for what is neither run nor
+    checkpoint, or a run without its model.
+    """
+    if repository is not None and REPOSITORY.fullmatch(repository) is None:
+        raise ConfigError(f"--push {repository}: must be OWNER/NAME")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out}: there is something already; name a new folder")
+    config, model, tokenizer, summary = finished(source) if is_run(source) else at_checkpoint(source)
+    eos = models.eos_ids(model, tokenizer)
+    export(out, model.to(DTYPES[dtype]), tokenizer, eos, config, summary)
+    return None if repository is None else hub.push(out, repository)
+
+
+Loaded = tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]
+
+
+def finished(folder: Path) -> Loaded:
+    """What a run ended with."""
+    run = open_run(folder)
+    final = folder / FINAL
+    if run.summary is None or not (final / "config.json").is_file():
+        raise DataError(f"{folder}: the run is {run.status}, not done, or {FINAL}/ is gone; name one of its checkpoints instead")
+    model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    return configured(run.config), model, AutoTokenizer.from_pretrained(final), run.summary
+
+
+def at_checkpoint(folder: Path) -> Loaded:
+    """What a run was at a checkpoint: its model loaded anew, with the weights that were trained."""
+    problem = verify(folder)
+    if problem is not None:
+        raise DataError(
+            f"{folder}: neither a run folder nor a whole checkpoint ({problem}); give runs/NAME or runs/NAME/checkpoints/step_…"
+        )
+    checkpoint = read(folder)
+    config = configured(checkpoint.state["config"])
+    tokenizer = models.load_tokenizer(config.model, "model")
+    model = models.load_model(config.model, "model", torch.device("cpu"))
+    adapters = add_adapters(model, config.lora) if config.lora.rank else None
+    restore_weights(checkpoint, model)
+    return config, model if adapters is None else adapters.merge_and_unload(), tokenizer, so_far(checkpoint)
+
+
+def configured(options: dict[str, Any]) -> Config:
+    """The config of a run that was, from its JSON, whose keys are all texts."""
+    lengths = options["sampling"].get("max_new_tokens_schedule") or {}
+    sampling = {**options["sampling"], "max_new_tokens_schedule": {int(step): tokens for step, tokens in lengths.items()}}
+    merged = OmegaConf.merge(schema(), OmegaConf.create(options | {"sampling": sampling}))
+    assert isinstance(merged, DictConfig)
+    return to_config(merged)
+
+
+def so_far(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What was measured of this checkpoint, in the words of summary.json."""
+    folder = checkpoint.path.parent.parent
+    lines = Run(folder).evaluations() if is_run(folder) else []
+    student = {line["step"]: line for line in lines if line["model"] == "student"}
+    found = {
+        "before": student.get(0),
+        "after": student.get(checkpoint.step),
+        "teacher": next((line for line in lines if line["model"] == "teacher"), None),
+    }
+    rewards = {when: line["rewards"] if line is not None else None for when, line in found.items()}
+    means = {when: None if own is None else own["mean"] for when, own in rewards.items()}
+    tokens = sum(line["tokens"] for line in Run(folder).metrics() if line["step"] <= checkpoint.step) if is_run(folder) else None
+    return {
+        **{f"reward_{when}": mean for when, mean in means.items()},
+        **{f"reward_{when}_interval": None if own is None else [own["low"], own["high"]] for when, own in rewards.items()},
+        "gap_closed": gap_closed(means["before"], means["after"], means["teacher"]),
+        "eval_kl_before": None if found["before"] is None else found["before"]["kl"],
+        "eval_kl_after": None if found["after"] is None else found["after"]["kl"],
+        "steps": checkpoint.step,
+        "graded_tokens": None if tokens is None else int(tokens),
+    }

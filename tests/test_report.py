@@ -1,0 +1,207 @@
+"""What a run stores for the report, and the report itself: what is in it, what stays inert, and how large it gets."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd import errors
+from opd.report import page
+from opd.report.document import inert
+from opd.report.tokens import spread
+from opd.report.visible import visible
+from opd.runs import open_run
+from opd.train import main
+
+DEBUG = ("experiment=debug", "device=cpu")
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stored(folder: Path) -> list[dict]:
+    return [record for file in sorted((folder / "rollouts").glob("*.jsonl")) for record in lines(file)]
+
+
+def test_the_teachers_best_ids_stand_beside_each_stored_token(debug_run):
+    records = stored(debug_run)
+    assert len(records) == 18
+    for record in records:
+        assert len(record["ids"]) == len(record["alternatives"]) == len(record["entropy"]) == record["learnt"]
+        for token, logp, best in zip(record["ids"], record["teacher_logp"], record["alternatives"], strict=True):
+            logps = [one["logp"] for one in best]
+            assert len(best) == 5 and logps == sorted(logps, reverse=True) and sum(map(math.exp, logps)) < 1.001
+            same = [one["logp"] for one in best if one["id"] == token]
+            assert all(abs(value - logp) < 1e-4 for value in same)  # the token's own score, where it is among the best
+            assert same or logp <= logps[-1] + 1e-4  # and no better than they are, where it is not
+    assert any(entropy > 0.1 for record in records for entropy in record["entropy"])
+
+
+def test_tokens_that_a_clip_or_bound_changed_say_so(debug_run):
+    metrics = {line["step"]: line for line in lines(debug_run / "metrics.jsonl")}
+    for step in metrics:
+        told = [flag for record in lines(debug_run / f"rollouts/step_{step:06d}.jsonl") for flag in record["cut"]]
+        assert all(isinstance(flag, bool) for flag in told)
+    for record in stored(debug_run):
+        gaps = [abs(teacher - student) for teacher, student in zip(record["teacher_logp"], record["student_logp"], strict=True)]
+        assert record["cut"] == [gap > 2.0 for gap in gaps]  # ppo.advantage_clip of the debug run
+        assert len(record["clipped"]) == len(record["ids"])
+
+
+def test_tokens_that_the_clip_held_back_in_a_later_inner_step_are_flagged(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "train.max_steps=1", "optim.lr=1e-2", "optim.warmup_steps=0", "track.rollouts_per_step=8"]) == 0
+    [line] = lines(tmp_path / "runs/run/metrics.jsonl")
+    held_back = sum(flag for record in stored(tmp_path / "runs/run") for flag in record["clipped"])
+    assert held_back == round(2 * line["clipped"] * line["tokens"]) > 0  # in the second of two inner steps: at the first every ratio is 1
+
+
+def test_what_is_stored_for_the_report_changes_nothing_that_is_learnt(debug_run, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "track.alternatives=0", "track.rollouts_per_step=1"]) == 0
+    folder = tmp_path / "runs" / "run"
+    assert all(record["alternatives"] is None for record in stored(folder)) and len(stored(folder)) == 6
+    one, other = (AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (debug_run, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_masked_and_dropped_completions_are_not_learnt_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["train.max_steps=1", "sampling.max_new_tokens=2", "track.rollouts_per_step=8"]
+    for name, options in {"mask": ["sampling.truncated=mask"], "prefix": ["ppo.loss_prefix=1"]}.items():
+        assert main([*DEBUG, f"name={name}", *short, *options]) == 0
+    masked, prefix = stored(tmp_path / "runs" / "mask"), stored(tmp_path / "runs" / "prefix")
+    cut_off = [record for record in masked if record["finish_reason"] == "length"]
+    assert cut_off and all(record["learnt"] == 0 and record["teacher_logp"][0] is not None for record in cut_off)
+    assert all(record["learnt"] == 1 for record in prefix) and all(record["alternatives"][1:] == [None] for record in prefix)
+
+
+def test_positions_add_up_to_the_step(debug_run):
+    for line in lines(debug_run / "metrics.jsonl"):
+        found = line["by_position"]
+        assert found["width"] == 1 and len(found["tokens"]) == 8 and sum(found["tokens"]) == line["tokens"]
+        assert sum(found["ends"]) == line["finish/stop"] + line["finish/length"] and found["ends"][-1] >= line["finish/length"]
+        for name in ("reverse_kl", "entropy"):
+            total = sum(value * count for value, count in zip(found[name], found["tokens"], strict=True) if count)
+            assert math.isclose(total / line["tokens"], line[name], rel_tol=1e-5)
+
+
+def test_where_the_memory_went_adds_up_to_the_peak(debug_run):
+    summary = json.loads((debug_run / "summary.json").read_text())
+    grown = summary["peak_memory_grown_bytes"]
+    assert set(grown) == {"loading", "evaluation", "sampling", "scoring", "update"} and min(grown.values()) >= 0 < grown["loading"]
+    assert sum(grown.values()) <= summary["peak_memory_bytes"]
+
+
+def read(folder: Path, **files: str) -> str:
+    """The report of a run folder that is made of these files."""
+    folder.mkdir(parents=True)
+    for name, content in {"status.json": '{"status": "running"}', **files}.items():
+        file = folder / name.replace("__", "/")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(content)
+    return page([open_run(folder)])
+
+
+def test_a_run_that_ends_has_its_report(debug_run):
+    html = (debug_run / "report.html").read_text(encoding="utf-8")
+    summary = json.loads((debug_run / "summary.json").read_text())
+    assert f"{100 * summary['reward_after']:.1f} %" in html and f"{100 * summary['gap_closed']:.1f} %" in html
+    assert f"torch {torch.__version__}" in html and "experiment=debug" in html and "is not finished" not in html
+    assert not re.search(r'(?:src|href|url\(|@import|xlink)\s*=?["\'(]?\s*(?:https?:)?//', html)
+
+
+def test_a_report_that_cannot_be_made_does_not_fail_the_run(tmp_path, monkeypatch, capfd):
+    from opd import runner
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "page", lambda runs: 1 / 0)
+    assert main([*DEBUG, "name=run", "train.max_steps=1"]) == 0
+    folder = tmp_path / "runs" / "run"
+    assert json.loads((folder / "status.json").read_text())["status"] == "done" and not (folder / "report.html").exists()
+    assert "report.html cannot be written" in capfd.readouterr().out + (folder / "train.log").read_text()
+
+
+def test_a_run_may_be_read_at_any_moment_of_its_life(tmp_path):
+    assert "Nothing was evaluated yet" in read(tmp_path / "new")
+    half = read(
+        tmp_path / "half",
+        **{
+            "metrics.jsonl": '{"step": 1, "tokens": 3, "reverse_kl": null}\n{"step": 2, "tok',
+            "evaluations.jsonl": '{"model": "student", "step": 0, "rewards": null, "kl": 1.25}\n',
+            "rollouts__step_000001.jsonl": "",
+        },
+    )
+    assert "1.25" in half and "is not finished" in half and "No completions are stored" in half
+
+
+def test_a_damaged_line_is_a_data_error_with_the_run(tmp_path):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts__step_000001.jsonl"):
+        with pytest.raises(errors.DataError, match=r"damaged.*cannot be read"):
+            read(tmp_path / name / "damaged", **{name: '{"step": \n'})
+
+
+@pytest.mark.parametrize("letter", [*"<>&\u2028\u2029"])
+def test_data_cannot_end_its_block(letter):
+    text = f"a{letter}/script{letter}"
+    assert letter not in inert({"x": text}) and json.loads(inert({"x": text})) == {"x": text}
+
+
+def test_every_text_of_a_run_is_escaped(tmp_path):
+    bad = "<b id=bad>\u202e"
+    html = read(
+        tmp_path / bad,
+        **{
+            "run.json": json.dumps({"config": {"model": {"path": bad}, bad: bad}}),
+            "status.json": json.dumps({"status": "failed", "reason": bad}),
+            ".hydra__overrides.yaml": json.dumps([bad]),
+        },
+    )
+    assert "<b id=bad>" not in html and "\u202e" not in html and html.count("&lt;b id=bad&gt;⟨U+202E⟩") >= 6
+
+
+def test_what_cannot_be_seen_is_marked():
+    assert visible("a\x00b\u202ec\ud800d\u200be\nf\tg", 99) == "a␀b⟨U+202E⟩c⟨U+D800⟩d⟨U+200B⟩e↵\nf⇥g"
+    assert visible("é漢🙂 x", 99) == "é漢🙂 x"
+    assert visible("x" * 100, 10) == "x" * 10 + " … (+90 characters)"
+
+
+def test_a_long_run_makes_a_page_of_bounded_size_that_says_what_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("opd.report.document.MOST_BYTES", 60_000)
+    record = {"tokens": ["wörd"] * 2_000, "ids": [1] * 2_000, "student_logp": [-1.0] * 2_000, "teacher_logp": [-2.0] * 2_000}
+    files = {f"rollouts__step_{step:06d}.jsonl": json.dumps(record) + "\n" for step in range(1, 41)}
+    html = read(tmp_path / "long", **files)
+    assert len(html.encode()) < 120_000
+    assert "1 of 40 stored steps" in html and "cut to their first 1,500 tokens" in html
+
+
+def test_steps_are_taken_from_all_over_the_run():
+    assert spread(range(1, 10))[:3] == [1, 9, 5] and sorted(spread(range(100))) == [*range(100)]
+    assert spread([]) == [] and spread([4]) == [4]
+
+
+def test_the_verb_writes_one_file_and_needs_no_torch(debug_run, tmp_path):
+    out = tmp_path / "both.html"
+    words = ["report", str(debug_run), str(debug_run.parent), "--out", str(out)]
+    code = f"import sys; from opd.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
+    assert "<h1><bdi>run</bdi></h1>" in out.read_text(encoding="utf-8")  # named twice, it is one run
+
+
+def test_mistakes_of_the_verb_end_in_one_line(debug_run, tmp_path, capfd):
+    from opd.cli import main as opd
+
+    mistakes = {("nowhere",): 65, (str(debug_run), "--out", str(tmp_path)): 74, (): 64, (str(debug_run), "--out", "no/x.html"): 74}
+    for words, code in mistakes.items():
+        assert opd(["report", *words]) == code
+        said = capfd.readouterr().err
+        assert said.startswith("opd: error: ") and len(said.splitlines()) == 1
