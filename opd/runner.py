@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from opd import signals
+from opd.account import Scored
 from opd.build import Built, Given, build, check_tracker, make_accelerator
 from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config, Tracker
@@ -38,7 +39,7 @@ from opd.sharding import at_rest, gathered, units
 from opd.summary import device_name, peak_memory, summarise
 from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
-from opd.trainer import Evaluated, Rewound, Scored, StepDone, Trainer
+from opd.trainer import Evaluated, Rewound, StepDone, Trainer
 from opd.watchdog import watched
 
 log = logging.getLogger(__name__)

@@ -6,9 +6,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from opd import signals
 from opd.errors import OpdError, Preempted
+from opd.metrics import Means
 
 T = TypeVar("T")
 
@@ -58,3 +60,26 @@ def lost_another(error: Exception) -> bool:
     """Whether it was raised because another process did not answer any more. Gloo has no class of its own for that."""
     gloo = isinstance(error, RuntimeError) and "/gloo/" in str(error)
     return gloo or isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
+
+
+def global_sum(accelerator: Accelerator, value: float) -> float:
+    """The value added up over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
+    return float(accelerator.reduce(tensor, "sum"))
+
+
+def added_up(accelerator: Accelerator, means: Means) -> Means:
+    """Sums and counts over all processes, which have the same names."""
+    if accelerator.num_processes == 1:
+        return means
+    return means.from_tensor(accelerator.reduce(means.to_tensor(accelerator.device), "sum"))
+
+
+def quantile(accelerator: Accelerator, own: Tensor, q: float) -> float:
+    """The quantile of all processes' values."""
+    own = own.float()
+    if accelerator.num_processes > 1:
+        own = accelerator.gather(accelerator.pad_across_processes(own, pad_index=float("nan")))
+    return float(own.nanquantile(q))

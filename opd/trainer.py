@@ -22,51 +22,31 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from opd.account import Scored, describe, engine_gap, scored
 from opd.checkpoint import Checkpoint, Checkpoints, restore, snapshot
 from opd.config.schema import Config, Reduction, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches, repetition
+from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
 from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
 from opd.forward import let_go, peak_memory, trim_heap, worthwhile_padding
 from opd.guard import Guard
 from opd.learning import Scores, score, token_loss
-from opd.metrics import Means
 from opd.objective import chunked_loss, group_normalised
 from opd.objective.head import Head, TokenLoss, TokenStats
-from opd.positions import ByPosition, add_by_position, by_position
+from opd.positions import ByPosition, by_position
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, Sampler
 from opd.schedule import looked_into, lr_factor
 from opd.sharding import add_up, full, start_again, units, whole
 from opd.teachers import Teacher
-from opd.together import anywhere, on_main, stop_together, stoppable
+from opd.together import added_up, anywhere, global_sum, on_main, quantile, stop_together, stoppable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NON_FINITE_LIMIT = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A rollout with what is known of its tokens that were scored, the first (scored,) of its completion, before the update.
-
-    logp, teacher_logp, entropy: at the sampling temperature, in nats. learnt: how many of the scored tokens had a weight: all or none.
-    clipped: whether the clip held the token back in some inner step; cut: whether the bound changed its advantage; both None where there
-    are no advantages. top_ids, top_logp: the teacher's most probable ids (scored, k); None in most steps (see `looked_into`).
-    """
-
-    rollout: Rollout
-    logp: Tensor
-    teacher_logp: Tensor
-    entropy: Tensor
-    learnt: int
-    clipped: Tensor | None = None
-    cut: Tensor | None = None
-    top_ids: Tensor | None = None
-    top_logp: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +212,7 @@ class Trainer:
 
     def numbers(self, current: Round) -> dict[str, Any]:
         """What a round is but for its tensors, metrics added up over all processes."""
-        return replace(current, means=self.added_up(current.means)).numbers()
+        return replace(current, means=added_up(self.accelerator, current.means)).numbers()
 
     def go_on(self, checkpoint: Checkpoint, anew: bool = False) -> None:
         """Be where the run was when the checkpoint was taken. anew: begin the step that it is in the middle of again."""
@@ -367,29 +347,31 @@ class Trainer:
     def done(self, current: Round, rate: float) -> StepDone:
         """The finished step: what there is to report of it."""
         means, seconds = current.means, current.seconds
-        gap_N = self.engine_gap(current)
-        self.describe(current, gap_N)
-        summed = self.added_up(means)
+        gap_N = engine_gap(current)
+        describe(current, gap_N, self.config.sampling.max_new_tokens)
+        summed = added_up(self.accelerator, means)
         positions = by_position(summed, self.config.sampling.max_new_tokens)
         metrics = summed.means()
         took = sum(seconds.values())
-        tokens = self.global_sum(sum(len(rollout.completion) for rollout in current.learnt))
+        tokens = global_sum(self.accelerator, sum(len(rollout.completion) for rollout in current.learnt))
         self.graded_tokens += int(tokens)
         metrics |= {f"time/{name}": value for name, value in {**seconds, "step": took}.items()}
         metrics |= {
-            f"finish/{reason.value}": self.global_sum(sum(rollout.finish_reason is reason for rollout in current.written))
+            f"finish/{reason.value}": global_sum(self.accelerator, sum(rollout.finish_reason is reason for rollout in current.written))
             for reason in FinishReason
         }
         metrics |= {
             "optim/lr": rate,
-            "reverse_kl_p99": self.quantile(current.seen["reverse_kl"], 0.99),
-            "engine_gap_p99": self.quantile(gap_N, 0.99),
+            "reverse_kl_p99": quantile(self.accelerator, current.seen["reverse_kl"], 0.99),
+            "engine_gap_p99": quantile(self.accelerator, gap_N, 0.99),
             "tokens": tokens,
             "tokens_total": float(self.graded_tokens),
             "tokens_per_second": tokens / took,
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
-        return StepDone(self.step, metrics, positions, self.scored(current))
+        stored = self.config.track.rollouts_per_step
+        weights, top = self.token_weights(current.learnt)[0].tolist(), self.alternatives(current.learnt[:stored])
+        return StepDone(self.step, metrics, positions, scored(current, stored, weights, top))
 
     def places(self, step: int) -> list[int]:
         """Where this process's prompts of a step stand in the data."""
@@ -422,7 +404,7 @@ class Trainer:
         """One optimizer step over all micro-batches. Returns whether it was finite and thus taken."""
         begin = clock(self.accelerator.device)
         weights, own = self.token_weights(current.learnt)
-        total = self.global_sum(own)
+        total = global_sum(self.accelerator, own)
         with ExitStack() as held:
             held.enter_context(whole(self.policy))
             if not current.parts:
@@ -525,53 +507,21 @@ class Trainer:
     def sample_id(self, current: Round, index: int) -> int:
         return current.written[index].request.prompt.sample_id
 
-    def describe(self, current: Round, gap_N: Tensor) -> None:
-        """Adds what is known of the rollouts before the update."""
-        seen, means, rollouts = current.seen, current.means, current.written
-        means.add_tensors({name: seen[name] for name in ("reverse_kl", "entropy", "advantage", "cut") if name in seen})
-        means.add_tensors({"teacher_nll": -seen["teacher_logp"], "engine_gap": gap_N})
-        means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
-        means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
-        means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
-        add_by_position(means, seen, current.learnt, rollouts, self.config.sampling.max_new_tokens)
-
-    def engine_gap(self, current: Round) -> Tensor:
-        """|behaviour_logp − logp| of each token (N,); with top-p and top-k what they leave out is in it."""
-        behaviour_N = torch.cat([rollout.behaviour_logp for rollout in current.learnt])
-        return (behaviour_N.to(current.seen["logp"].device) - current.seen["logp"]).abs()
-
-    def scored(self, current: Round) -> list[Scored]:
-        """The first `track.rollouts_per_step` rollouts with what is known of their tokens."""
-        sequence_N = current.sequence_N()
-        seen = {name: values.cpu() for name, values in current.seen.items()}
-        weights = self.token_weights(current.learnt)[0].tolist()
-        stored = range(min(self.config.track.rollouts_per_step, len(current.written)))
-        top = self.alternatives(current.learnt[: len(stored)])
-        found = []
-        for index in stored:
-            own = {name: values[sequence_N == index] for name, values in seen.items()}
-            learnt = len(own["logp"]) if weights[index] > 0 else 0
-            known = Scored(
-                current.written[index], own["logp"], own["teacher_logp"], own["entropy"], learnt, own.get("clipped"), own.get("cut")
-            )
-            found.append(replace(known, top_ids=top[index][0], top_logp=top[index][1]) if index in top else known)
-        return found
-
     def alternatives(self, rollouts: Sequence[Rollout]) -> dict[int, tuple[Tensor, Tensor]]:
         """The teacher's `track.alternatives` most probable ids at each token, and their log-probs, by rollout: (tokens, k) each.
 
         In the main process, in the steps of `looked_into`; else none.
         """
-        k = self.config.track.alternatives
-        if not k or not self.accelerator.is_main_process or not looked_into(self.step, self.max_steps):
+        k, found = self.config.track.alternatives, {}
+        if not k or not looked_into(self.step, self.max_steps):
             return {}
-        found = {}
-        for batch in self.split(rollouts):
-            batch = batch.to(self.accelerator.device)
-            ids, logp = (values.cpu() for values in self.teacher.states(batch).top(k, self.config.sampling.temperature))
-            sequence_N = batch.sequence_N.cpu()
-            for index in set(sequence_N.tolist()):
-                found[index] = (ids[sequence_N == index], logp[sequence_N == index])
+        with self.teacher_ready():
+            for batch in self.split(rollouts) if self.accelerator.is_main_process else ():
+                batch = batch.to(self.accelerator.device)
+                ids, logp = (values.cpu() for values in self.teacher.states(batch).top(k, self.config.sampling.temperature))
+                sequence_N = batch.sequence_N.cpu()
+                for index in set(sequence_N.tolist()):
+                    found[index] = (ids[sequence_N == index], logp[sequence_N == index])
         return found
 
     def set_learning_rate(self) -> float:
@@ -579,26 +529,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
-
-    def global_sum(self, value: float) -> float:
-        """The value added up over all processes."""
-        if self.accelerator.num_processes == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, "sum"))
-
-    def added_up(self, means: Means) -> Means:
-        """The same over all processes."""
-        if self.accelerator.num_processes == 1:
-            return means
-        return means.from_tensor(self.accelerator.reduce(means.to_tensor(self.accelerator.device), "sum"))
-
-    def quantile(self, own: Tensor, q: float) -> float:
-        """The quantile of all processes' values."""
-        own = own.float()
-        if self.accelerator.num_processes > 1:
-            own = self.accelerator.gather(self.accelerator.pad_across_processes(own, pad_index=float("nan")))
-        return float(own.nanquantile(q))
 
 
 def clock(device: torch.device) -> float:
