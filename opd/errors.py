@@ -12,6 +12,7 @@ OUTPUT = 74
 PREEMPTED = 75
 ENGINE = 76
 NUMERIC = 77
+NOT_READY = 78
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 
@@ -59,3 +60,9 @@ class NumericError(OpdError):
     """Loss or gradients are not finite."""
 
     exit_code = NUMERIC
+
+
+class NotReady(OpdError):
+    """`opd doctor` found what keeps the run from working."""
+
+    exit_code = NOT_READY

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 
 from opd import signals
@@ -52,3 +53,9 @@ def on_main(accelerator: Accelerator, find: Callable[[], T]) -> T:
         raise found[0]
     result: T = found[0]
     return result
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all of them."""
+    first: bool = PartialState().is_main_process
+    return first
