@@ -266,4 +266,5 @@ def check_tracker(tool: Tracker) -> None:
     from importlib.util import find_spec
 
     if tool is not Tracker.none and find_spec(tool.value) is None:
-        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[track]'")
+        extra = "track" if tool in (Tracker.tensorboard, Tracker.wandb) else tool.value
+        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[{extra}]'")

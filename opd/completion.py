@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from opd import cli, errors
+from opd.arguments import targets
 
 BASH = r"""_opd() {
     local line=${COMP_LINE:0:COMP_POINT} IFS=$'\n' word
@@ -70,7 +71,8 @@ def query(line: str) -> list[str]:
         candidates = [*cli.VERBS] if words else []
     elif words[1] in WITH_CONFIG:
         flags = WITH_CONFIG[words[1]]
-        candidates = [*train_words([word for word in words[2:] if word not in flags], last), *(flags if last.startswith("-") else ())]
+        before = words[2:] if words[1] == "train" else targets([word for word in words[2:] if word not in flags])[1]
+        candidates = [*train_words(before, last), *(flags if last.startswith("-") else ())]
     elif words[1] == "ls":
         candidates = [*KINDS, "--json"]
     elif words[1] == "cp":

@@ -18,13 +18,17 @@ from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
-from opd.forward import autocast
+from opd.forward import add_adapters, autocast
 from opd.objective import chunk_rows
 
 FLOAT, HALF = 4, 2
 STEPS_LOOKED_AT = 20  # whose prompts say how long micro-batches get
 LONGEST_MEASURED = 1024  # tokens of the small copies' input
 FEW = 16
+# On a CPU glibc's heap keeps holes between what stays and what goes; fitted to measured peaks. With recomputed activations so many layers'
+# worth, with adapters this share of the activations.
+HOLES = 5.5
+HOLES_OF_ADAPTERS = 0.8
 DRAWING = 4  # float32 copies of a decoding batch's logits that exist while its next tokens are drawn
 
 
@@ -85,20 +89,20 @@ def adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
     return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
 
 
-def kept_by_a_layer(stored: Any, tokens: int, bf16: bool) -> tuple[float, float]:
+def kept_by_a_layer(stored: Any, tokens: int, bf16: bool, lora: LoraConfig) -> tuple[float, float]:
     """Bytes that one layer keeps for the backward pass: for each token of sequences of so many, and whatever their length.
 
     The second are copies of weights that autocast makes.
     """
     few, many = FEW, max(2 * FEW, min(tokens, LONGEST_MEASURED))
-    one, two = small_copy(stored, 1), small_copy(stored, 2)
+    one, two = small_copy(stored, 1, lora), small_copy(stored, 2, lora)
     of_few, of_many = (kept_by(two, length, bf16) - kept_by(one, length, bf16) for length in (few, many))
     a_token = (of_many - of_few) / (many - few)
     return a_token, max(0.0, of_few - few * a_token)
 
 
-def small_copy(stored: Any, layers: int) -> PreTrainedModel:
-    """The model with so many layers, a vocabulary of eight, and random weights."""
+def small_copy(stored: Any, layers: int, lora: LoraConfig) -> PreTrainedModel:
+    """The model with so many layers, a vocabulary of eight, random weights, and adapters as configured."""
     config = copy.deepcopy(stored)
     text = config.get_text_config()
     text.vocab_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 8, 0, 0, 0
@@ -108,6 +112,9 @@ def small_copy(stored: Any, layers: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.eval()
+    if lora.rank:
+        model.requires_grad_(False)
+        add_adapters(model, lora)
     return model
 
 
@@ -188,10 +195,15 @@ def update_bytes(
 ) -> dict[str, int]:
     """The largest micro-batch's backward pass."""
     rows, width, _ = micro_batch(config, prompts)
-    a_token, always = kept_by_a_layer(stored, width, bf16)
+    a_token, always = kept_by_a_layer(stored, width, bf16, config.lora)
     tokens = rows * width
     a_layer, boundary = tokens * a_token + always, tokens * student.hidden * FLOAT
-    kept = student.layers * boundary + a_layer if config.train.activation_checkpointing else student.layers * a_layer
+    kept = student.layers * a_layer
+    on_cpu = device.type == "cpu"
+    if config.lora.rank:
+        kept *= 1 + HOLES_OF_ADAPTERS * on_cpu
+    if config.train.activation_checkpointing:
+        kept = student.layers * boundary + a_layer * (1 + HOLES * on_cpu)
     copies = 1 if config.ppo.estimator is Estimator.sampled else 3
     chunk = min(head_rows(student.vocabulary, device, free), rows * config.sampling.max_new_tokens)
     frozen = config.lora.rank > 0

@@ -87,6 +87,9 @@ class Tracker(Enum):
     none = "none"
     tensorboard = "tensorboard"
     wandb = "wandb"
+    trackio = "trackio"
+    mlflow = "mlflow"
+    swanlab = "swanlab"
 
 
 def require(condition: bool, key: str, value: object, rule: str) -> None:
