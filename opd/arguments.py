@@ -6,9 +6,13 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from opd import errors
+
+# Hydra's flags that take the next word.
+WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p")
 
 
 class Parser(argparse.ArgumentParser):
@@ -48,3 +52,34 @@ def launch(arguments: Parser, task: Callable[[argparse.Namespace], int], words: 
     with contextlib.suppress(BrokenPipeError):
         print(f"opd: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def own_flags(own: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]] | int:
+    """The verb's own flags and the words that are left for Hydra; or the exit code, once the mistake in them is told."""
+    try:
+        return own.parse_known_args(list(words))
+    except errors.ConfigError as error:
+        print(f"opd: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+def count(word: str) -> int:
+    """A whole number from 0 on, as argparse takes types."""
+    if not word.isdecimal():
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 0 on")
+    return int(word)
+
+
+def targets(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that name what to look at, and those that are left for Hydra: flags with their values, and overrides.
+
+    A target has no `=`, or is a folder all the same, as those of a sweep's members are.
+    """
+    named, rest, value = [], [], False
+    for word in words:
+        if not value and not word.startswith(("-", "+", "~")) and ("=" not in word or Path(word).is_dir()):
+            named.append(word)
+        else:
+            rest.append(word)
+        value = word in WITH_VALUE
+    return named, rest

@@ -38,13 +38,14 @@ from opd.trainer import Trainer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What a Python caller brings along instead of names: modules, a tokenizer, rows."""
+    """What a caller brings along instead of names: modules, a tokenizer, rows, or prompts to train and to evaluate on."""
 
     student: PreTrainedModel | None = None
     teacher: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     train_rows: Rows | None = None
     eval_rows: Rows | None = None
+    prompts: tuple[list[Prompt], list[Prompt]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +237,8 @@ def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged."""
+    if given.prompts is not None:
+        return given.prompts
     if given.train_rows is None:
         train_rows, eval_rows = load_rows(config.data)
     else:
@@ -312,4 +315,5 @@ def check_tracker(tool: Tracker) -> None:
     from importlib.util import find_spec
 
     if tool is not Tracker.none and find_spec(tool.value) is None:
-        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[track]'")
+        extra = "track" if tool in (Tracker.tensorboard, Tracker.wandb) else tool.value
+        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[{extra}]'")

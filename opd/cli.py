@@ -20,6 +20,12 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("distil a teacher into a student", "opd train model=qwen05b teacher=qwen15b", "opd.train:main"),
+    "doctor": Verb("look whether a run is ready, without training", "opd doctor model=qwen05b teacher=qwen15b", "opd.verbs.doctor:main"),
+    "eval": Verb("judge a run or a model against its teacher", "opd eval runs/NAME eval.samples=8", "opd.verbs.eval:main"),
+    "sample": Verb("let student and teacher answer side by side", "opd sample runs/NAME --prompt TEXT", "opd.verbs.sample:main"),
+    "score": Verb("what student and teacher think of each token of a text", "opd score runs/NAME --text TEXT", "opd.verbs.score:main"),
+    "ls": Verb("list models, data, experiments and runs", "opd ls runs", "opd.verbs.ls:main"),
+    "cp": Verb("copy a shipped YAML file to change it", "opd cp experiment/tiny", "opd.verbs.cp:main"),
     "compare": Verb(
         "rank runs, with the options in which they differ", "opd compare sweeps/first --svg curves.svg", "opd.verbs.compare:main"
     ),

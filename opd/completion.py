@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from opd import cli, errors
+from opd.arguments import targets
 
 BASH = r"""_opd() {
     local line=${COMP_LINE:0:COMP_POINT} IFS=$'\n' word
@@ -44,6 +45,15 @@ end
 complete -c opd -f -a '(__opd_complete)'"""
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
+# Verbs that take options as `opd train` does, and their own flags.
+WITH_CONFIG: dict[str, tuple[str, ...]] = {
+    "train": (),
+    "doctor": ("--json", "--prompts"),
+    "eval": ("--json", "--teacher", "--baseline", "--out"),
+    "sample": ("--json", "--teacher", "--prompt", "--file", "--samples"),
+    "score": ("--json", "--teacher", "--prompt", "--file", "--text", "--html"),
+}
+KINDS = ("models", "data", "experiments", "runs")
 USAGE = """Usage: opd completion bash|zsh|fish
 
 Prints a script for the shell. Once, for this terminal:
@@ -59,13 +69,26 @@ def query(line: str) -> list[str]:
     last = words.pop() if words and not line[-1].isspace() else ""
     if len(words) < 2:
         candidates = [*cli.VERBS] if words else []
-    elif words[1] == "train":
-        candidates = train_words(words[2:], last)
+    elif words[1] in WITH_CONFIG:
+        flags = WITH_CONFIG[words[1]]
+        before = words[2:] if words[1] == "train" else targets([word for word in words[2:] if word not in flags])[1]
+        candidates = [*train_words(before, last), *(flags if last.startswith("-") else ())]
+    elif words[1] == "ls":
+        candidates = [*KINDS, "--json"]
+    elif words[1] == "cp":
+        candidates = [f"{group}/{name}" for group, names in choices().items() for name in names]
     elif words[1] == "completion":
         candidates = [*SCRIPTS]
     else:
         candidates = []
     return [candidate for candidate in candidates if candidate.startswith(last)]
+
+
+def choices() -> dict[str, list[str]]:
+    """The shipped groups and the names of their files."""
+    from opd.mistakes import choices as shipped
+
+    return shipped()
 
 
 def train_words(before: list[str], last: str) -> list[str]:

@@ -28,6 +28,7 @@ from opd.config.schema import Config
 Task = Callable[[Config, Path], float | None]
 
 WITHOUT_FILES = ("hydra/job_logging=errors", "hydra/hydra_logging=none")
+WITHOUT_FOLDER = (*WITHOUT_FILES, "hydra.run.dir=.")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError, errors.OutputError, errors.Preempted)
 STOPPED = (errors.PREEMPTED, errors.INTERRUPTED)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
@@ -82,10 +83,11 @@ def log_files() -> list[str]:
 
 
 class Job:
-    """One command: its task, the process's rank, and the exit codes of its runs so far (several in a sweep)."""
+    """One command: its task, its verb, the process's rank, and the exit codes of its runs so far (several in a sweep)."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, verb: str = "train") -> None:
         self.task = task
+        self.verb = verb
         self.rank = int(os.environ.get("RANK") or 0)
         self.full_error = os.environ.get("HYDRA_FULL_ERROR")
         self.codes: list[int] = []
@@ -207,6 +209,10 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     store.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
     flags = [word for word in words if word not in parsed.overrides]
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
+    if job.verb != "train":
+        if parsed.multirun:
+            raise errors.ConfigError(f"--multirun: opd {job.verb} looks at one config at a time")
+        overrides = [*parsed.overrides, *WITHOUT_FOLDER, f"hydra/help={job.verb}"]
     main = hydra.main(version_base="1.3", config_path=str(store.conf_dir()), config_name="config")
     with environment("HYDRA_FULL_ERROR", "1"), command_line([*flags, *overrides]):  # Hydra then raises instead of printing
         if parsed.multirun and not (parsed.cfg or parsed.info):
@@ -216,16 +222,18 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
             mistakes.explained(main(job.run))
 
 
-def launch(task: Task, words: Sequence[str]) -> int:
-    """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code."""
+def launch(task: Task, words: Sequence[str], verb: str = "train") -> int:
+    """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code.
+
+    Any other verb than `train` gets no run folder, and leaves no file of Hydra's behind.
+    """
     launched.begin()
-    code = composed(task, words)
+    code = composed(Job(task, verb), words)
     launched.end(code)
     return code
 
 
-def composed(task: Task, words: Sequence[str]) -> int:
-    job = Job(task)
+def composed(job: Job, words: Sequence[str]) -> int:
     signals.follow_launcher()
     logging.raiseExceptions = False  # a log that cannot be written, on a full disk, is no reason to fill the screen
     try:

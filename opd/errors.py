@@ -12,6 +12,7 @@ OUTPUT = 74
 PREEMPTED = 75
 ENGINE = 76
 NUMERIC = 77
+NOT_READY = 78
 INTERRUPTED = 130  # what a shell reports for a program ended by SIGINT
 
 
@@ -71,3 +72,9 @@ class Told(OpdError):
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"ended with exit code {exit_code}")
         self.exit_code = exit_code
+
+
+class NotReady(OpdError):
+    """`opd doctor` found what keeps the run from working."""
+
+    exit_code = NOT_READY

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 # as long as their number over all processes stays.
 MAY_CHANGE = (
     "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.watchdog_minutes", "eval.steps",
-    "eval.batch_size", "sampling.guard", "sampling.vllm", "launch", "sweep", "teacher.placement", "teacher.device",
+    "eval.batch_size", "eval.samples", "eval.tasks", "sampling.guard", "sampling.vllm", "launch", "sweep", "teacher.placement",
+    "teacher.device",
 )  # fmt: skip
 PIECE = 2**24  # numbers that are added up at a time
 

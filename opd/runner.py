@@ -319,7 +319,12 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
 
 def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> None:
     if config.track.tool is not Tracker.none:
-        own = {"wandb": {"dir": str(folder), "name": config.name}}
+        own = {
+            "wandb": {"dir": str(folder), "name": config.name},
+            "trackio": {"name": config.name},
+            "mlflow": {"run_name": config.name},
+            "swanlab": {"experiment_name": config.name, "logdir": str(folder / "swanlab")},
+        }
         accelerator.init_trackers(config.track.project, config=flatten(to_dict(config)), init_kwargs=own)
 
 

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
@@ -83,3 +84,9 @@ def quantile(accelerator: Accelerator, own: Tensor, q: float) -> float:
     if accelerator.num_processes > 1:
         own = accelerator.gather(accelerator.pad_across_processes(own, pad_index=float("nan")))
     return float(own.nanquantile(q))
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all of them."""
+    first: bool = PartialState().is_main_process
+    return first

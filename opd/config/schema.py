@@ -100,6 +100,9 @@ class Tracker(Enum):
     none = "none"
     tensorboard = "tensorboard"
     wandb = "wandb"
+    trackio = "trackio"
+    mlflow = "mlflow"
+    swanlab = "swanlab"
 
 
 class Direction(Enum):
@@ -430,6 +433,8 @@ class EvalConfig:
     batch_size: int = 256
     kl_prompts: int = 32
     kl_max_new_tokens: int = 128
+    samples: int = 1
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, "eval.steps", self.steps, "must be 0 (only before and after training) or a number of steps")
@@ -445,6 +450,20 @@ class EvalConfig:
         require(self.batch_size >= 1, "eval.batch_size", self.batch_size, "must be at least 1")
         require(self.kl_prompts >= 0, "eval.kl_prompts", self.kl_prompts, "must be 0 (off) or a number of prompts")
         require(self.kl_max_new_tokens >= 1, "eval.kl_max_new_tokens", self.kl_max_new_tokens, "must be at least 1")
+        require(self.samples >= 1, "eval.samples", self.samples, "must be at least 1")
+        require(
+            self.samples == 1 or self.temperature > 0,
+            "eval.samples",
+            self.samples,
+            "greedy answers are all alike: set eval.temperature (0.7 is usual), or eval.samples=1",
+        )
+        for name, options in self.tasks.items():
+            require(
+                bool(options) and all(key.split(".")[0] in ("data", "eval") for key in options),
+                f"eval.tasks.{name}",
+                options,
+                "must give options of data and eval, for example {data: arithmetic, eval: arithmetic, data.seed: 1}",
+            )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,0 +1,225 @@
+"""`opd eval`: a model, its baseline and its teacher answer the same prompts, decoded alike, and are compared prompt by prompt.
+
+One model is in memory at a time, but for the teacher where the KL is measured. With several processes each takes a share of the prompts.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from opd import bootstrap, models, pair
+from opd.build import Given, load_prompts, make_accelerator, make_run_grader
+from opd.config.schema import Config, ModelConfig
+from opd.data.prompts import Prompt
+from opd.data.rollouts import Request
+from opd.evaluate import Evaluator, interval
+from opd.forward import autocast, let_go
+from opd.pair import Loaded
+from opd.rewards import Grader
+from opd.samplers import Decoding
+from opd.target import Target
+from opd.together import stoppable
+
+STREAM = "evaluation"  # as in training, so that greedy and sampled answers are those of the run
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One judged answer. prompt: the sample id of its prompt. truncated: cut off at eval.max_new_tokens."""
+
+    prompt: int
+    reward: float
+    length: int
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A set to judge on. answered: prompts that are answered and judged; kl_prompts: those the KL is measured on."""
+
+    name: str
+    config: Config
+    answered: Sequence[Prompt]
+    kl_prompts: Sequence[Prompt]
+    grader: Grader | None
+
+
+def judge(target: Target, tasks: dict[str, Config], folder: Path) -> dict[str, Any]:
+    """The result for each task by name, the same in all processes. folder: for the accelerator, nothing is written to it."""
+    config = target.config
+    accelerator = make_accelerator(config, folder)
+    for role, named in {"teacher": config.teacher, **models_of(target)}.items():
+        models.locate(named, role)  # before the first of them takes its time to load
+    with ExitStack() as stack:
+        teacher = pair.load(config.teacher, "teacher", accelerator.device)
+        found: dict[str, dict[str, list[Answer]]] = {name: {} for name in tasks}
+        kl: dict[str, dict[str, float]] = {name: {} for name in tasks}
+        sets: list[Task] = []
+        for role, model in models_of(target).items():
+            student = pair.load(model, "model", accelerator.device)
+            vocabulary = pair.shared(student, teacher)
+            sets = sets or [make_task(name, its, student, stack) for name, its in tasks.items()]
+            for task in sets:
+                evaluator = make_evaluator(task, accelerator, student, vocabulary)
+                sampler = student.sampler(student.tokenizer.pad_token_id, vocabulary, config.seed)
+                found[task.name][role] = answers(evaluator, sampler, task)
+                distance = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
+                if distance is not None:
+                    kl[task.name][role] = distance
+            last = student
+            del student, evaluator, sampler
+            let_go(accelerator.device)
+        for task in sets:
+            evaluator = make_evaluator(task, accelerator, last, vocabulary)
+            sampler = teacher.sampler(last.tokenizer.pad_token_id, vocabulary, config.seed)
+            found[task.name]["teacher"] = answers(evaluator, sampler, task, as_teacher=True)
+        return {task.name: result(found[task.name], kl[task.name], task.config) for task in sets}
+
+
+def models_of(target: Target) -> dict[str, ModelConfig]:
+    wanted = {"model": target.config.model}
+    return wanted if target.baseline is None else {**wanted, "baseline": target.baseline}
+
+
+def make_task(name: str, config: Config, student: Loaded, stack: ExitStack) -> Task:
+    _, prompts = load_prompts(config, student.tokenizer, Given())
+    judged = [prompt for prompt in prompts if prompt.answer is not None or prompt.get_reward is not None]
+    answered = judged[: config.eval.limit] if config.eval.reward is not None else []
+    return Task(name, config, answered, prompts[: config.eval.kl_prompts], make_run_grader(config, prompts, stack))
+
+
+def make_evaluator(task: Task, accelerator: Accelerator, student: Loaded, vocabulary: int) -> Evaluator:
+    options = task.config.eval
+    return Evaluator(
+        accelerator,
+        student.tokenizer,
+        answered=task.answered,
+        kl_prompts=task.kl_prompts,
+        decoding=Decoding(options.temperature, options.max_new_tokens, batch_size=options.batch_size),
+        kl_decoding=Decoding(1.0, options.kl_max_new_tokens, batch_size=options.batch_size),
+        grader=task.grader,
+        max_tokens=task.config.train.max_tokens_per_micro_batch,
+        vocabulary=vocabulary,
+        precision=partial(autocast, accelerator.device, student.bf16),
+    )
+
+
+def answers(evaluator: Evaluator, sampler: Any, task: Task, as_teacher: bool = False) -> list[Answer]:
+    """`eval.samples` judged answers to each prompt, of all processes, in the order of the prompts."""
+    accelerator = evaluator.accelerator
+    mine = task.answered[accelerator.process_index :: accelerator.num_processes]
+    requests = [
+        Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt)
+        for prompt in mine
+        for attempt in range(task.config.eval.samples)
+    ]
+    rollouts = stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, STREAM))
+    own = [
+        Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated)
+        for reward, rollout in zip(evaluator.judge(rollouts), rollouts, strict=True)
+        if reward is not None
+    ]
+    gathered: list[Answer] = gather_object(own)
+    return sorted(gathered, key=lambda answer: answer.prompt)
+
+
+def by_prompt(answers: Sequence[Answer]) -> dict[int, list[float]]:
+    rewards: dict[int, list[float]] = {}
+    for answer in answers:
+        rewards.setdefault(answer.prompt, []).append(answer.reward)
+    return rewards
+
+
+def pass_at(right: int, samples: int, k: int) -> float:
+    """The chance that one of k answers, drawn without replacement from `samples` of which so many are right, is right."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def result(found: dict[str, list[Answer]], kl: dict[str, float], config: Config) -> dict[str, Any]:
+    """The figures of each model, and of `model` against the others on the prompts that all answered."""
+    rewards = {name: by_prompt(answers) for name, answers in found.items() if answers}
+    common = sorted(set.intersection(*(set(prompts) for prompts in rewards.values()))) if rewards else []
+    options = config.eval
+    out: dict[str, Any] = {
+        "data": config.data.path or config.data.train_path or config.data.source.value,
+        "reward": options.reward,
+        "prompts": len(common),
+        "samples": options.samples,
+        "temperature": options.temperature,
+        "max_new_tokens": options.max_new_tokens,
+        "models": {},
+    }
+    means = {name: torch.tensor([fmean(prompts[i]) for i in common], dtype=torch.float64) for name, prompts in rewards.items()}
+    for name in found:
+        own: dict[str, Any] = {"kl": kl.get(name)}
+        if common:
+            own |= figures(found[name], [rewards[name][i] for i in common], means[name])
+        out["models"][name] = own
+    if common:
+        names = list(means)
+        drawn = bootstrap.resampled_means(torch.stack([means[name] for name in names]), seed=config.seed)
+        column = {name: drawn[:, place] for place, name in enumerate(names)}
+        out["against"] = {
+            name: difference(means["model"] - means[name], column["model"] - column[name]) for name in names if name != "model"
+        }
+        out |= share_closed(means, column)
+    return out
+
+
+def figures(answers: Sequence[Answer], rewards: Sequence[Sequence[float]], means: torch.Tensor) -> dict[str, Any]:
+    """One model's mean reward with its interval, pass@k where rewards are 0 and 1, length and truncation."""
+    if all(len(own) == 1 for own in rewards):
+        low, high = interval(means.tolist())
+    else:
+        low, high = bootstrap.quantiles(bootstrap.resampled_means(means[None])[:, 0])
+    found: dict[str, Any] = {"mean": float(means.mean()), "low": low, "high": high}
+    samples = min(map(len, rewards))
+    if samples > 1 and all(reward in (0.0, 1.0) for own in rewards for reward in own):
+        powers = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
+        found["pass"] = {str(k): fmean(pass_at(int(sum(own)), len(own), k) for own in rewards) for k in sorted({*powers, samples})}
+    found["length"] = fmean(answer.length for answer in answers)
+    found["truncated"] = fmean(answer.truncated for answer in answers)
+    return found
+
+
+def difference(values: torch.Tensor, drawn: torch.Tensor) -> dict[str, float]:
+    low, high = bootstrap.quantiles(drawn)
+    return {"mean": float(values.mean()), "low": low, "high": high}
+
+
+def share_closed(means: dict[str, torch.Tensor], column: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The share of the distance between baseline and teacher that is gone; null where the teacher is not better."""
+    if not {"baseline", "teacher"} <= means.keys() or means["teacher"].mean() <= means["baseline"].mean():
+        return {"gap_closed": None, "gap_closed_interval": None}
+    now, before, teacher = (float(means[name].mean()) for name in ("model", "baseline", "teacher"))
+    bounds = bootstrap.gap_closed(torch.stack([column["model"], column["baseline"], column["teacher"]], 1))
+    return {"gap_closed": (now - before) / (teacher - before), "gap_closed_interval": None if bounds is None else list(bounds)}
+
+
+def place_of(run: Path) -> Path:
+    """A file beside the run's own that does not exist yet: eval.json, eval-2.json, …"""
+    number = 1
+    while (file := run / ("eval.json" if number == 1 else f"eval-{number}.json")).exists():
+        number += 1
+    return file
+
+
+def told(target: Target) -> dict[str, Any]:
+    """What was judged, as JSON."""
+    return {
+        "target": target.name,
+        "model": target.config.model.path,
+        "baseline": None if target.baseline is None else target.baseline.path,
+        "teacher": target.config.teacher.path,
+        "seed": target.config.seed,
+        "overrides": list(target.overrides),
+    }

@@ -1,0 +1,74 @@
+"""Judge a run or a model: `opd eval`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from opd import arguments, entry, errors, files
+from opd.config import store
+from opd.config.schema import Config
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compose the config, find the models, judge them, show and keep the result; returns the exit code."""
+    own = arguments.Parser(prog="opd eval", add_help=False, allow_abbrev=False)
+    own.add_argument("--json", action="store_true")
+    for flag in ("--teacher", "--baseline"):
+        own.add_argument(flag)
+    own.add_argument("--out", type=Path)
+    parsed = arguments.own_flags(own, argv)
+    if isinstance(parsed, int):
+        return parsed
+    flags, words = parsed
+
+    def task(config: Config, folder: Path) -> None:
+        from opd import judge, runner, together  # torch is imported here and not before
+        from opd.judge_display import show
+        from opd.target import find_target
+
+        runner.quiet_libraries()
+        if len(targets) > 1:
+            raise errors.ConfigError(f"{targets[1]}: name one target; another one to judge it against is --baseline")
+        target = find_target(targets[0] if targets else None, config, flags.teacher, flags.baseline)
+        found = {**judge.told(target), "tasks": judge.judge(target, tasks_of(target.config), folder)}
+        if not together.is_first():
+            return
+        out = flags.out or (judge.place_of(target.run) if target.run is not None else None)
+        if flags.json:
+            print(json.dumps(found, indent=2, ensure_ascii=False))
+        else:
+            show(found, out)
+        if out is not None:
+            files.write_json(out, found)
+
+    targets, rest = arguments.targets(words)
+    return entry.launch(task, rest, "eval")
+
+
+def tasks_of(config: Config) -> dict[str, Config]:
+    """The sets to judge on: the config's own, or those of `eval.tasks`: the config with their options put on it.
+
+    How many answers and at what temperature is the config's, unless a task says so itself.
+    """
+    from hydra import compose
+
+    from opd import mistakes
+    from opd.target import changed
+
+    tasks = {}
+    for name, options in config.eval.tasks.items():
+        kept = {key: f"eval.{key}={literal(getattr(config.eval, key))}" for key in ("samples", "temperature")}
+        words = [word for key, word in kept.items() if f"eval.{key}" not in options]
+        words += [f"{key}={literal(value)}" for key, value in options.items()]
+        words.sort(key=lambda word: "." in word.partition("=")[0])  # groups first: they would overwrite single options
+        composed = mistakes.explained(lambda words=words: compose("config", overrides=words))  # type: ignore[misc]
+        plain = store.to_dict(replace(config, eval=replace(config.eval, tasks={})))
+        tasks[name] = changed(plain, store.to_config(composed), words)
+    return tasks or {"evaluation": config}
+
+
+def literal(value: Any) -> str:
+    """A value as Hydra's command line takes it."""
+    return json.dumps(value, ensure_ascii=False)

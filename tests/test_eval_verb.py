@@ -1,0 +1,196 @@
+"""`opd eval` judges models on the same prompts, and its intervals are those of the bootstrap."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd import bootstrap, cli, errors, judge
+from opd.config.schema import Config, EvalConfig
+from opd.errors import ConfigError
+from opd.evaluate import interval
+
+SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a few steps, in runs/run of the folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["experiment=debug", "device=cpu", "name=run", "optim.lr=1e-3", "train.max_steps=2"]
+    subprocess.run([sys.executable, "-m", "opd", "train", *words], cwd=folder, check=True, capture_output=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def evaluate(capfd: pytest.CaptureFixture[str]) -> Any:
+    """`opd eval --json` with the words: what it printed."""
+
+    def run(*words: str) -> dict[str, Any]:
+        code = cli.main(["eval", *words, "--json"])
+        shown = capfd.readouterr()
+        assert code == errors.OK, shown.err
+        found: dict[str, Any] = json.loads(shown.out)
+        return found
+
+    return run
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_is_judged_as_it_judged_itself_and_nothing_of_it_is_touched(trained: Path, evaluate: Any) -> None:
+    run = trained / "runs" / "run"
+    before, summary = tree(run), json.loads((run / "summary.json").read_text())
+    found = evaluate(str(run))
+    task = found["tasks"]["evaluation"]
+    figures = task["models"]
+    assert task["prompts"] == 16 and found["baseline"] == "bundled:tiny-student" and found["model"].endswith("final")
+    assert figures["model"]["mean"] == pytest.approx(summary["reward_after"])
+    assert figures["baseline"]["mean"] == pytest.approx(summary["reward_before"])
+    assert figures["teacher"]["mean"] == pytest.approx(summary["reward_teacher"])
+    assert figures["model"]["kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3)
+    assert task["gap_closed"] == pytest.approx(summary["gap_closed"])
+    assert json.loads((run / "eval.json").read_text()) == found
+    evaluate(str(run), "eval.limit=4")
+    assert (run / "eval-2.json").is_file() and json.loads((run / "eval.json").read_text()) == found
+    assert before.items() <= tree(run).items()
+
+
+def test_options_change_a_runs_config_and_only_what_they_name(trained: Path, evaluate: Any) -> None:
+    run = str(trained / "runs" / "run")
+    found = evaluate(run, "eval.limit=6", "eval.samples=3", "eval.temperature=0.7", "--baseline", "none", "--out", "out.json")
+    task = found["tasks"]["evaluation"]
+    assert (task["prompts"], task["samples"], task["max_new_tokens"], task["data"]) == (6, 3, 8, "arithmetic")
+    assert set(task["models"]) == {"model", "teacher"} and task["gap_closed"] is None
+    assert set(task["models"]["model"]["pass"]) == {"1", "2", "3"}
+    assert task["models"]["model"]["pass"]["1"] == pytest.approx(task["models"]["model"]["mean"])
+    assert json.loads(Path("out.json").read_text()) == found
+
+
+def test_a_model_folder_against_others_on_several_sets(evaluate: Any, tmp_path: Path) -> None:
+    words = ["bundled:tiny-student", "data=arithmetic", "eval=arithmetic", *SMALL, "--teacher", "bundled:tiny-teacher"]
+    tasks = "eval.tasks={one: {data: arithmetic, eval: arithmetic, eval.limit: 40}, two: {data.seed: 5}}"
+    found = evaluate(*words, tasks, "--baseline", "bundled:tiny-teacher", "device=cpu")
+    one, two = found["tasks"]["one"], found["tasks"]["two"]
+    assert one["models"]["baseline"]["mean"] == one["models"]["teacher"]["mean"] == 1
+    assert one["against"]["baseline"]["high"] < 0 and one["gap_closed"] is None
+    assert one["models"]["baseline"]["kl"] == pytest.approx(0, abs=1e-6), "the teacher is itself"
+    assert one["models"]["model"]["kl"] != two["models"]["model"]["kl"], "another seed makes other questions"
+    assert list(tmp_path.iterdir()) == [], "only a run has a place for the result"
+
+
+def test_the_table(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", str(trained / "runs" / "run"), "--out", "x.json"]) == errors.OK
+    shown = capfd.readouterr().out
+    for part in ("16 prompts of arithmetic, greedy", "reward", "against the baseline:", "written to x.json", "KL to teacher"):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["nowhere/at/all", "teacher=tiny"], 64, "there is no such folder"),
+        (["a", "b"], 64, "--baseline"),
+        (["eval.samples=2"], 64, "eval.temperature"),
+        (["eval.tasks={a: {optim.lr: 1}}"], 64, "must give options of data and eval"),
+        (["--teacher"], 64, "expected one argument"),
+        (["-m", "seed=0,1"], 64, "one config at a time"),
+        (["broken"], 65, "there is no final/ in it: the run is failed"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], code: int, said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "status.json").write_text('{"status": "failed", "reason": "", "exit_code": 70}')
+    (tmp_path / "broken" / "run.json").write_text('{"config": {"seed": 0}}')
+    assert cli.main(["eval", *words]) == code
+    shown = capfd.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_a_run_and_an_experiment_do_not_go_together(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", str(trained / "runs" / "run"), "experiment=tiny"]) == errors.USAGE
+    assert "brings a config of its own" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(trained: Path) -> None:
+    words = ["-m", "opd", "eval", str(trained / "runs" / "run"), "--json", "eval.limit=15", "eval.kl_prompts=0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    found = []
+    for start in ([], launch):
+        done = subprocess.run([sys.executable, *start, *words], env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout)["tasks"])
+    assert found[0] == found[1]
+
+
+# Intervals
+
+
+def test_the_bootstrap_is_that_of_all_resamples() -> None:
+    values = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    drawn = bootstrap.resampled_means(values, draws=200_000)
+    everything = torch.tensor([[row[list(index)].double().mean() for row in values] for index in itertools.product(range(3), repeat=3)])
+    assert drawn.dtype == torch.float64
+    difference, exact = (means[:, 0] - means[:, 1] for means in (drawn, everything))
+    for value in exact.unique():
+        share, wanted = ((means - value).abs() < 1e-9 for means in (difference, exact))
+        assert float(share.double().mean()) == pytest.approx(float(wanted.double().mean()), abs=0.005)
+
+
+def test_the_bootstrap_of_many_is_the_normal_interval() -> None:
+    values = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    low, high = bootstrap.quantiles(bootstrap.resampled_means(values)[:, 0])
+    wanted = interval(values[0].tolist())
+    width = wanted[1] - wanted[0]
+    assert abs(low - wanted[0]) < 0.03 * width and abs(high - wanted[1]) < 0.03 * width
+
+
+def test_the_bootstrap_is_seeded_and_paired() -> None:
+    values = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(bootstrap.resampled_means(values, seed=3), bootstrap.resampled_means(values, seed=3))
+    assert not torch.equal(bootstrap.resampled_means(values, seed=3), bootstrap.resampled_means(values, seed=4))
+    same = bootstrap.resampled_means(torch.stack([values[0], values[0] + 1]))
+    assert torch.allclose(same[:, 1] - same[:, 0], torch.ones(len(same), dtype=torch.float64)), "a constant lead has no spread"
+
+
+def test_a_gap_that_may_be_none_has_no_interval() -> None:
+    now, before, teacher = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
+    assert bootstrap.gap_closed(torch.stack([now, before, teacher], 1)) is None
+    low, high = bootstrap.gap_closed(torch.stack([now * 0 + 0.5, before * 0, teacher * 0 + 1], 1)) or (0, 0)
+    assert low == high == 0.5
+
+
+def test_pass_at_k_counts_all_subsets() -> None:
+    for right in range(6):
+        answers = [1] * right + [0] * (5 - right)
+        for k in range(1, 6):
+            wanted = sum(any(chosen) for chosen in itertools.combinations(answers, k)) / len(list(itertools.combinations(answers, k)))
+            assert judge.pass_at(right, 5, k) == pytest.approx(wanted)
+
+
+def test_figures_are_of_prompts_and_not_of_answers() -> None:
+    answers = [judge.Answer(prompt, float(prompt == 0), 3, truncated=False) for prompt in (0, 1) for _ in range(50)]
+    found = judge.result({"model": answers, "teacher": answers}, {}, Config(eval=EvalConfig(samples=50, temperature=1.0)))
+    own = found["models"]["model"]
+    assert own["mean"] == 0.5 and (own["low"], own["high"]) == (0, 1), "two prompts, whatever the number of answers to each"
+    assert own["pass"]["50"] == 0.5 and found["against"]["teacher"] == {"mean": 0, "low": 0, "high": 0}
+
+
+def test_greedy_answers_are_not_asked_for_twice() -> None:
+    with pytest.raises(ConfigError, match="greedy answers are all alike"):
+        EvalConfig(samples=2)

@@ -1,0 +1,148 @@
+"""`opd sample` answers with both models; `opd score` gives each token's log-prob under both, and pages that nothing escapes from."""
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opd import cli, errors, models, speak
+from opd.config.schema import ModelConfig
+from opd.errors import DataError
+from opd.speak_display import coloured, side_by_side
+
+TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu"]
+HOSTILE = '<script>alert(1)</script>\u202e"onload="x" \x1b[31m & \u2066'
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_both_models_answer_each_prompt(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_text("11+11=\n\n12+12=\n")
+    words = ["sample", *TINY, "--prompt", "27+85=", "--file", "prompts.txt", "-n", "3", "sampling.max_new_tokens=8", "--json"]
+    assert cli.main(words) == errors.OK
+    first = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in first] == ["27+85=", "11+11=", "12+12="]
+    assert [line["teacher"] for line in first] == [["211"] * 3, ["22"] * 3, ["42"] * 3], "the bundled teacher is always right"
+    assert all(len(line["student"]) == 3 for line in first)
+    assert cli.main(words) == errors.OK
+    assert [json.loads(line) for line in capfd.readouterr().out.splitlines()] == first, "the same seed gives the same answers"
+    assert {file.name for file in tmp_path.iterdir()} == {"prompts.txt"}
+
+
+def test_prompts_are_asked_for_and_one_model_may_be_left_out(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("11+11=\n12+12=\n\n13+13=\n"))
+    assert cli.main(["sample", "bundled:tiny-teacher", "data=arithmetic", "--teacher", "none", "device=cpu", "--json"]) == errors.OK
+    lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    assert lines == [{"prompt": "11+11=", "student": ["22"]}, {"prompt": "12+12=", "student": ["42"]}], "an empty line ends"
+
+
+def test_a_completion_that_is_cut_off_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", *TINY, "--prompt", "27+85=", "sampling.max_new_tokens=2", "--json"]) == errors.OK
+    assert json.loads(capfd.readouterr().out)["teacher"] == ["21 […]"]
+
+
+def test_scores_are_the_log_probs_of_a_plain_forward_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("27+85=211")
+    assert cli.main(["score", *TINY, "--file", "text.txt", "--json"]) == errors.OK
+    found = json.loads(capfd.readouterr().out)
+    assert "".join(found["tokens"]) == "7+85=211"
+    for role, name in (("student", "tiny-student"), ("teacher", "tiny-teacher")):
+        config = ModelConfig(path=f"bundled:{name}")
+        ids = models.load_tokenizer(config, "model")("27+85=211", return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logp = models.load_model(config, "model", torch.device("cpu"))(ids).logits.log_softmax(-1)
+        wanted = logp[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+        assert torch.allclose(torch.tensor(found[f"{role}_logp"]), wanted, atol=1e-4)
+
+
+def test_a_text_may_answer_a_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["score", *TINY, "--prompt", "27+85=", "--text", "211", "--json"]) == errors.OK
+    right = json.loads(capfd.readouterr().out)
+    assert cli.main(["score", *TINY, "--prompt", "27+85=", "--text", "999", "--json"]) == errors.OK
+    wrong = json.loads(capfd.readouterr().out)
+    assert right["tokens"] == ["2", "1", "1"] and sum(right["teacher_logp"]) > -0.1 > -5 > sum(wrong["teacher_logp"])
+
+
+class Page(HTMLParser):
+    """Its tags, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.shown = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.shown += data
+
+
+def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path: Path) -> None:
+    assert cli.main(["score", *TINY, "--text", HOSTILE, "--html", "page.html"]) == errors.OK
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert {tag for tag, _ in page.tags} == {"html", "head", "meta", "title", "style", "body", "h1", "p", "span"}
+    assert all(set(attributes) == {"title", "style"} for tag, attributes in page.tags if tag == "span")
+    assert "script>alert(1)</script>" in page.shown
+    assert not re.search(r"https?://|[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", text)
+    assert "default-src 'none'" in text and "⟨U+202E⟩" not in text.split("<p")[0]
+
+
+def test_titles_and_tokens_are_escaped() -> None:
+    page = speak.page(speak.Scored([HOSTILE], [-1.0], [-2.0]), "<b>&")
+    assert "<script" not in page and "<b>" not in page and "⟨U+202E⟩" in page and "␛[31m" in page
+    assert "difference -1.000 nats" in page and "rgba(244,140,32" in page
+
+
+def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=80)
+    console.print(side_by_side(HOSTILE, {"student": [HOSTILE], "teacher": ["[red]x[/red]"]}))
+    for part in coloured(speak.Scored([HOSTILE, "b"], [-1.0, -0.1], [-4.0, -0.1])):
+        console.print(part)
+    shown = stream.getvalue()
+    assert "\x1b" not in shown and "\u202e" not in shown and "[red]x[/red]" in shown and "-3.000" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["score", *TINY], 64, "--text TEXT or --file FILE"),
+        (["score", *TINY, "--text", "a", "--file", "b"], 64, "one text"),
+        (["score", *TINY, "--file", "nowhere.txt"], 65, "nowhere.txt: No such file"),
+        (["score", *TINY, "--text", "7"], 65, "no token that another one stands before"),
+        (["score", *TINY, "--text", "7" * 600], 65, "600 tokens, the student takes 512"),
+        (["score", "nowhere/at/all", "--text", "77"], 64, "there is no such folder"),
+        (["sample", *TINY, "other", "--prompt", "1"], 64, "--prompt TEXT"),
+        (["sample", *TINY, "--file", "binary"], 65, "not a text"),
+        (["sample", *TINY, "--wat"], 64, "opd"),
+        (["sample", *TINY, "-n", "x"], 64, "whole number"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], code: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    assert cli.main(words) == code
+    shown = capfd.readouterr()
+    assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_reading_prompts_ends_with_the_input() -> None:
+    def ask() -> str:
+        raise EOFError
+
+    assert speak.read_prompts([], None, ask) == []
+    assert speak.read_prompts(["a"], None, ask) == ["a"]
+    with pytest.raises(DataError):
+        speak.read_text("no/such/file")
