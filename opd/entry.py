@@ -21,9 +21,10 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from opd import errors, launched, mistakes, signals, sweep
+from opd import errors, mistakes, signals, sweep
 from opd.config import secrets, store
 from opd.config.schema import Config
+from opd.launching import launched
 
 Task = Callable[[Config, Path], float | None]
 

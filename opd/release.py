@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from opd import hub, models
 from opd.checkpoint import Checkpoint, read, restore_weights, verify
 from opd.config.schema import Config
-from opd.config.store import schema, to_config
+from opd.config.store import composed_from, to_config
 from opd.errors import ConfigError, DataError, OutputError
 from opd.export import export
 from opd.forward import add_adapters
@@ -49,7 +48,7 @@ def finished(folder: Path) -> Loaded:
     if run.summary is None or not (final / "config.json").is_file():
         raise DataError(f"{folder}: the run is {run.status}, not done, or {FINAL}/ is gone; name one of its checkpoints instead")
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
-    return configured(run.config), model, AutoTokenizer.from_pretrained(final), run.summary
+    return to_config(composed_from(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
 
 
 def at_checkpoint(folder: Path) -> Loaded:
@@ -60,21 +59,12 @@ def at_checkpoint(folder: Path) -> Loaded:
             f"{folder}: neither a run folder nor a whole checkpoint ({problem}); give runs/NAME or runs/NAME/checkpoints/step_…"
         )
     checkpoint = read(folder)
-    config = configured(checkpoint.state["config"])
+    config = to_config(composed_from(checkpoint.state["config"]))
     tokenizer = models.load_tokenizer(config.model, "model")
     model = models.load_model(config.model, "model", torch.device("cpu"))
     adapters = add_adapters(model, config.lora) if config.lora.rank else None
     restore_weights(checkpoint, model)
     return config, model if adapters is None else adapters.merge_and_unload(), tokenizer, so_far(checkpoint)
-
-
-def configured(options: dict[str, Any]) -> Config:
-    """The config of a run that was, from its JSON, whose keys are all texts."""
-    lengths = options["sampling"].get("max_new_tokens_schedule") or {}
-    sampling = {**options["sampling"], "max_new_tokens_schedule": {int(step): tokens for step, tokens in lengths.items()}}
-    merged = OmegaConf.merge(schema(), OmegaConf.create(options | {"sampling": sampling}))
-    assert isinstance(merged, DictConfig)
-    return to_config(merged)
 
 
 def so_far(checkpoint: Checkpoint) -> dict[str, Any]:

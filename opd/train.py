@@ -4,8 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd import entry, launch
+from opd import entry
 from opd.config.schema import Config
+from opd.launching import launch
 
 
 def train(config: Config, folder: Path) -> float | None:

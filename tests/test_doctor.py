@@ -17,8 +17,8 @@ from opd.config.schema import Config
 from opd.config.store import PACKAGE
 from opd.doctor import first, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
+from opd.doctor.footprint import Footprint, micro_batch
 from opd.evaluate import interval
-from opd.footprint import Footprint, micro_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -271,9 +271,9 @@ def test_the_largest_micro_batch_is_that_of_the_run() -> None:
     config = Config()
     config.train.batch_size, config.sampling.n, config.sampling.max_new_tokens = 2, 3, 10
     prompts = [Prompt(index, (1,) * 5, "") for index in range(4)]
-    assert micro_batch(config, prompts) == (6, 15, False)
+    assert micro_batch(config, prompts, torch.device("cpu")) == (6, 15, False)
     config.train.max_tokens_per_micro_batch = 45
-    assert micro_batch(config, prompts) == (3, 15, True)
+    assert micro_batch(config, prompts, torch.device("cpu")) == (3, 15, True)
 
 
 @pytest.mark.slow

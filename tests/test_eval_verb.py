@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from opd import bootstrap, cli, errors, judge
+from opd import cli, errors
 from opd.config.schema import Config, EvalConfig
 from opd.errors import ConfigError
 from opd.evaluate import interval
+from opd.judging import bootstrap, judge
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
 

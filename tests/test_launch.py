@@ -11,11 +11,12 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from opd import errors, launch, launched, launcher, sharding
+from opd import errors, sharding
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.build import make_accelerator
 from opd.config.schema import Device
 from opd.identity import differences
+from opd.launching import launch, launched, launcher
 
 TWO = ["experiment=debug", "device=cpu", "name=run", "launch.processes=2", "train.batch_size=2", "eval.limit=4", "eval.kl_prompts=2"]
 

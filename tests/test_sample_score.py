@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from opd import cli, errors, models, speak
+from opd import cli, errors, models
 from opd.config.schema import ModelConfig
 from opd.errors import DataError
-from opd.speak_display import coloured, side_by_side
+from opd.judging import speak
+from opd.judging.speak_display import coloured, side_by_side
 
 TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu"]
 HOSTILE = '<script>alert(1)</script>\u202e"onload="x" \x1b[31m & \u2066'

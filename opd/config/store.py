@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -122,6 +122,16 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError("the config lacks `- schema` at the head of its defaults list; start from the shipped conf/config.yaml")
     secrets.refuse_in_config(to_dict(config))  # again, because interpolations are resolved now
     return config
+
+
+def composed_from(stored: Mapping[str, Any]) -> DictConfig:
+    """The config of a run that was, to be changed or made typed, from its JSON, whose keys are all texts."""
+    sampling = stored.get("sampling", {})
+    lengths = {int(step): tokens for step, tokens in (sampling.get("max_new_tokens_schedule") or {}).items()}
+    changed: dict[Any, Any] = {**stored, "sampling": {**sampling, "max_new_tokens_schedule": lengths}}
+    merged = OmegaConf.merge(schema(), changed)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def plain(config: DictConfig, *, enum_to_str: bool = False) -> dict[str, Any]:

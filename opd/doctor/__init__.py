@@ -16,7 +16,7 @@ from opd.data.prompts import Prompt, to_messages
 from opd.data.sources import Rows, load_rows
 from opd.doctor import first, machine, rows, tokens
 from opd.doctor.findings import Finding, Report, Status, ok
-from opd.footprint import footprint, shape_of
+from opd.doctor.footprint import footprint, shape_of
 from opd.forward import free_memory
 
 __all__ = ["Finding", "Report", "Status", "examine"]
@@ -93,7 +93,7 @@ def look_at_rewards(config: Config, material: Material, stack: ExitStack) -> lis
 
 def look_at_memory(config: Config, material: Material, report: Report) -> list[Finding]:
     device = models.find_device(config.device)
-    student, stored = shape_of(config.model, "model", config.lora)
+    student, stored = shape_of(config.model, "model")
     teacher, _ = shape_of(config.teacher, "teacher")
     free = free_memory(device)
     held = psutil.Process().memory_info().rss if device.type == "cpu" else 0

@@ -24,9 +24,10 @@ def main(argv: Sequence[str]) -> int:
     flags, words = parsed
 
     def task(config: Config, folder: Path) -> None:
-        from opd import judge, runner, together  # torch is imported here and not before
-        from opd.judge_display import show
-        from opd.target import find_target
+        from opd import runner, together  # torch is imported here and not before
+        from opd.judging import judge
+        from opd.judging.judge_display import show
+        from opd.judging.target import find_target
 
         runner.quiet_libraries()
         if len(targets) > 1:
@@ -55,7 +56,7 @@ def tasks_of(config: Config) -> dict[str, Config]:
     from hydra import compose
 
     from opd import mistakes
-    from opd.target import changed
+    from opd.judging.target import changed
 
     tasks = {}
     for name, options in config.eval.tasks.items():

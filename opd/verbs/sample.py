@@ -26,9 +26,10 @@ def main(argv: Sequence[str]) -> int:
     def task(config: Config, folder: Path) -> None:
         from rich.console import Console
 
-        from opd import runner, speak  # torch is imported here and not before
-        from opd.speak_display import side_by_side
-        from opd.target import NONE, find_target
+        from opd import runner  # torch is imported here and not before
+        from opd.judging import speak
+        from opd.judging.speak_display import side_by_side
+        from opd.judging.target import NONE, find_target
 
         runner.quiet_libraries()
         if len(named) > 1:

@@ -24,9 +24,10 @@ def main(argv: Sequence[str]) -> int:
     def task(config: Config, folder: Path) -> None:
         from rich.console import Console
 
-        from opd import runner, speak  # torch is imported here and not before
-        from opd.speak_display import coloured
-        from opd.target import find_target
+        from opd import runner  # torch is imported here and not before
+        from opd.judging import speak
+        from opd.judging.speak_display import coloured
+        from opd.judging.target import find_target
 
         runner.quiet_libraries()
         if sum(given is not None for given in (flags.text, flags.file)) != 1 or len(named) > 1:

@@ -1,4 +1,4 @@
-"""`accelerate launch` as `opd.launch` starts it: `python -m opd.launcher PROCESSES DEVICE CONFIG_FILE -m opd.train …`.
+"""`accelerate launch` as `opd.launching.launch` starts it: `python -m opd.launching.launcher PROCESSES DEVICE CONFIG_FILE -m opd.train …`.
 
 Without a config file it is DDP on this machine. The launcher itself shows nothing: its processes tell what happens.
 """

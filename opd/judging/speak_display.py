@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from opd.speak import STRONG, Scored, visible
+from opd.judging.speak import STRONG, Scored, visible
 
 MOST_DISAGREED = 5
 

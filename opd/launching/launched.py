@@ -1,4 +1,4 @@
-"""What a process that `opd.launch` started leaves for the one that started it: its process id, and in the end its exit code.
+"""What a process that `opd.launching.launch` started leaves for the one that started it: its process id, and in the end its exit code.
 
 Launchers tell of any failure by their own exit code 1; here the codes of `opd.errors` come through.
 """

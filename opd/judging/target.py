@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config import store
@@ -66,8 +66,7 @@ def of_run(run: Path, composed: Config, overrides: Sequence[str]) -> Config:
 
 def changed(stored: Mapping[str, Any], composed: Config, overrides: Sequence[str]) -> Config:
     """The stored config with what the overrides name taken from the composed one: a group whole, an option alone."""
-    merged, wanted = OmegaConf.merge(store.schema(), stored), OmegaConf.structured(composed)
-    assert isinstance(merged, DictConfig)
+    merged, wanted = store.composed_from(stored), OmegaConf.structured(composed)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         if key == "experiment":

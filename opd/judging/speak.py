@@ -11,14 +11,15 @@ from html import escape
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opd import models, pair
+from opd import models
 from opd.config.schema import Config
 from opd.data.prompts import Message, Prompt, render
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.forward import kept_hidden, output_head
+from opd.judging import pair
+from opd.judging.pair import Loaded
 from opd.objective import TeacherStates
-from opd.pair import Loaded
 from opd.samplers import Decoding
 
 STREAM = "sample"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd import models
@@ -18,7 +18,8 @@ from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
-from opd.forward import add_adapters, autocast
+from opd.forward import add_adapters, autocast, worthwhile_padding
+from opd.memory import estimate
 from opd.objective import chunk_rows
 
 FLOAT, HALF = 4, 2
@@ -34,10 +35,9 @@ DRAWING = 4  # float32 copies of a decoding batch's logits that exist while its 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A model. parameters: their number. adapters: parameters of its low-rank adapters. kv: bytes of cache a token at float32."""
+    """A model. parameters: their number. kv: bytes of cache a token at float32."""
 
     parameters: int
-    adapters: int
     hidden: int
     vocabulary: int
     layers: int
@@ -60,7 +60,7 @@ class Footprint:
         return {"resident": self.resident, "sampling": self.sampling, "update": self.update, "peak": self.peak}
 
 
-def shape_of(config: ModelConfig, role: str, lora: LoraConfig | None = None) -> tuple[Shape, Any]:
+def shape_of(config: ModelConfig, role: str) -> tuple[Shape, Any]:
     """The model's shape and its transformers config. Raises `ConfigError` where it cannot be had."""
     stored = models.load_with(AutoConfig.from_pretrained, config, role)
     with torch.device("meta"):
@@ -70,23 +70,11 @@ def shape_of(config: ModelConfig, role: str, lora: LoraConfig | None = None) -> 
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return Shape(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        adapters=0 if lora is None or not lora.rank else adapter_parameters(model, lora),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         layers=text.num_hidden_layers,
         kv=2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * head_size * FLOAT,
     ), stored
-
-
-def adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
-    """Of the linear layers that are adapted, each its rank times what goes in and out."""
-    head = model.get_output_embeddings()
-    adapted = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and (lora.targets == ["all-linear"] or name.split(".")[-1] in lora.targets)
-    ]
-    return sum(lora.rank * (module.in_features + module.out_features) for module in adapted)
 
 
 def kept_by_a_layer(stored: Any, tokens: int, bf16: bool, lora: LoraConfig) -> tuple[float, float]:
@@ -135,7 +123,7 @@ def kept_by(model: PreTrainedModel, tokens: int, bf16: bool) -> int:
     return sum(kept.values())
 
 
-def micro_batch(config: Config, prompts: Sequence[Prompt], packed: bool = False) -> tuple[int, int, bool]:
+def micro_batch(config: Config, prompts: Sequence[Prompt], device: torch.device, packed: bool = False) -> tuple[int, int, bool]:
     """Of the largest micro-batch in the first steps: rows and their width in tokens; and whether a step has several."""
     size, n = config.train.batch_size, config.sampling.n
     largest, several = (0, 0), False
@@ -144,7 +132,7 @@ def micro_batch(config: Config, prompts: Sequence[Prompt], packed: bool = False)
         asked = [len(prompts[index].seen_by_teacher) for index in drawn for _ in range(n)]
         lengths = [max(len(prompts[index].ids), other) for index, other in zip((i for i in drawn for _ in range(n)), asked, strict=True)]
         lengths = [length + config.sampling.max_new_tokens for length in lengths]
-        groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, packed)
+        groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, packed, worthwhile_padding(device))
         several = several or len(groups) > 1
         largest = max(largest, *((len(group), lengths[group[0]]) for group in groups), key=lambda shape: shape[0] * shape[1])
     return (*largest, several)
@@ -154,20 +142,10 @@ def footprint(
     config: Config, student: Shape, teacher: Shape, stored: Any, prompts: Sequence[Prompt], device: torch.device, base: int, free: int
 ) -> Footprint:
     """base: what the process holds before it loads weights (0 on a GPU). free: bytes that can be had, which decides the head's chunks."""
-    bf16 = models.computes_in_bf16(config.model.dtype, device)
-    frozen = config.lora.rank > 0
-    trained = student.adapters if frozen else student.parameters
-    teacher_bytes = HALF if models.computes_in_bf16(config.teacher.dtype, device) else FLOAT
-    student_bytes = HALF if frozen and bf16 else FLOAT
-    resident = {
-        "the process": base,
-        "student": student.parameters * student_bytes + student.adapters * FLOAT,
-        "teacher": 0 if config.shares_base else teacher.parameters * teacher_bytes,
-        "optimizer": 2 * FLOAT * trained,
-    }
-    return Footprint(
-        resident, sampling_bytes(config, student, teacher, prompts), update_bytes(config, student, stored, prompts, bf16, device, free)
-    )
+    held = estimate(config, 1, device)
+    resident = {"the process": base, "student": held.weights, "teacher": held.teacher, "optimizer": held.optimizer}
+    update = {"gradients": held.gradients, **update_bytes(config, student, stored, prompts, device, free)}
+    return Footprint(resident, sampling_bytes(config, student, teacher, prompts), update)
 
 
 def sampling_bytes(config: Config, student: Shape, teacher: Shape, prompts: Sequence[Prompt]) -> dict[str, int]:
@@ -190,11 +168,10 @@ def sampling_bytes(config: Config, student: Shape, teacher: Shape, prompts: Sequ
     }
 
 
-def update_bytes(
-    config: Config, student: Shape, stored: Any, prompts: Sequence[Prompt], bf16: bool, device: torch.device, free: int
-) -> dict[str, int]:
-    """The largest micro-batch's backward pass."""
-    rows, width, _ = micro_batch(config, prompts)
+def update_bytes(config: Config, student: Shape, stored: Any, prompts: Sequence[Prompt], device: torch.device, free: int) -> dict[str, int]:
+    """The largest micro-batch's backward pass, gradients of weights left out."""
+    bf16 = models.computes_in_bf16(config.model.dtype, device)
+    rows, width, _ = micro_batch(config, prompts, device)
     a_token, always = kept_by_a_layer(stored, width, bf16, config.lora)
     tokens = rows * width
     a_layer, boundary = tokens * a_token + always, tokens * student.hidden * FLOAT
@@ -209,7 +186,6 @@ def update_bytes(
     frozen = config.lora.rank > 0
     head_gradient = 0 if frozen else 2 * FLOAT * student.vocabulary * student.hidden  # the head's, and the embedding's when they are tied
     return {
-        "gradients": FLOAT * (student.adapters if frozen else student.parameters),
         "activations": int(kept),
         "head chunks": (copies + 1) * FLOAT * chunk * student.vocabulary + head_gradient,
     }

@@ -16,17 +16,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from opd import bootstrap, models, pair
+from opd import models
 from opd.build import Given, load_prompts, make_accelerator, make_run_grader
 from opd.config.schema import Config, ModelConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
 from opd.evaluate import Evaluator, interval
 from opd.forward import autocast, let_go
-from opd.pair import Loaded
+from opd.judging import bootstrap, pair
+from opd.judging.pair import Loaded
+from opd.judging.target import Target
 from opd.rewards import Grader
 from opd.samplers import Decoding
-from opd.target import Target
 from opd.together import stoppable
 
 STREAM = "evaluation"  # as in training, so that greedy and sampled answers are those of the run

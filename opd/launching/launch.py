@@ -16,9 +16,10 @@ from types import FrameType
 
 from hydra.core.hydra_config import HydraConfig
 
-from opd import launched, signals, sweep
+from opd import signals, sweep
 from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, OK, PREEMPTED, ConfigError, Told
+from opd.launching import launched
 
 OF_THE_SWEEP = ("hydra.mode", "hydra.run.dir", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")
 
@@ -46,7 +47,7 @@ def command(config: Config, folder: Path) -> list[str]:
     """The launcher's command line: how many processes, on what, by which file, and what each is to run."""
     launch = config.launch
     return [
-        *(sys.executable, "-m", "opd.launcher", str(launch.processes or ""), config.device.value, launch.config_file or ""),
+        *(sys.executable, "-m", "opd.launching.launcher", str(launch.processes or ""), config.device.value, launch.config_file or ""),
         *("-m", "opd.train", *words(folder)),
     ]
 

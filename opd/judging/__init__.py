@@ -1,0 +1,1 @@
+"""Models without a trainer: judged against each other, asked, and made to score."""
