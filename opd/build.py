@@ -116,7 +116,7 @@ def build(
     config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, Any] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
-    check_engine(config, accelerator.num_processes)
+    check_engine(config, accelerator.num_processes, accelerator.distributed_type is DistributedType.FSDP)
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -147,6 +147,7 @@ def build(
         vocabulary=vocabulary,
         bf16=bf16,
         longest=longest(config, [*train_prompts, *eval_prompts]),
+        leads=accelerator.is_main_process,
     )
     choices = choices or {
         **measured_choices(config, accelerator, vocabulary),
@@ -205,15 +206,18 @@ def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW) -> tuple
     return prepared[0], prepared[1]
 
 
-def check_engine(config: Config, processes: int) -> None:
-    """Raises `ConfigError` where the engine is missing, or cannot work in so many processes."""
-    if config.sampling.engine is Engine.vllm and config.sampling.vllm.url is None:
+def check_engine(config: Config, processes: int, sharded: bool) -> None:
+    """Raises `ConfigError` where the engine is missing, or cannot work in so many processes, or with weights that are sharded over them."""
+    engine = config.sampling.engine
+    if engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if config.sampling.engine in (Engine.vllm, Engine.continuous) and processes > 1:
+    if engine in (Engine.vllm, Engine.continuous) and processes > 1 and not config.sampling.by_server:
+        server = ", name a server (sampling.vllm.url)" if engine is Engine.vllm else ""
         raise ConfigError(
-            f"sampling.engine={config.sampling.engine.value} works in one process, here are {processes}: start one, or take "
-            "sampling.engine=generate"
+            f"sampling.engine={engine.value} works in one process, here are {processes}: start one{server}, or use sampling.engine=generate"
         )
+    if config.sampling.by_server and sharded:
+        raise ConfigError("sampling.vllm.url: the server takes whole weights, and these are sharded; use DDP, or sampling.engine=generate")
 
 
 def measured_choices(config: Config, accelerator: Accelerator, vocabulary: int) -> dict[str, int]:

@@ -185,6 +185,7 @@ class Trainer:
     def evaluate(self) -> Iterator[Event]:
         self.settle()
         with whole(self.policy), self.teacher_ready():
+            self.hand_over()
             evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
         self.note_memory("evaluation")
         self.evaluated = self.step
@@ -263,7 +264,10 @@ class Trainer:
         """Sample, and let the teacher score."""
         begin = clock(self.accelerator.device)
         with whole(self.policy):
+            if self.ahead is None:
+                self.hand_over()
             written = stoppable(self.accelerator, self.sample)
+        self.sample_ahead()
         self.note_memory("sampling")
         trim_heap()
         sampled_at = clock(self.accelerator.device)
@@ -275,16 +279,24 @@ class Trainer:
         return current
 
     def sample(self) -> list[Rollout]:
-        """This process's rollouts of the step. With `sampling.lag`, a server goes on with those of the next, from the weights of now."""
-        if self.config.sampling.lag == 0:
-            return self.sampler.sample(self.requests(self.step), self.decoding(self.step), "train")
-        if self.ahead is None:
-            self.ahead = self.background.submit(self.sampler.sample, self.requests(self.step), self.decoding(self.step), "train")
-        written, self.ahead = self.ahead.result(), None
-        if self.step + 1 < self.max_steps:
-            self.sampler.sample([], self.decoding(self.step), "train")  # the weights go over before the update changes them
-            self.ahead = self.background.submit(self.sampler.sample, self.requests(self.step + 1), self.decoding(self.step + 1), "train")
+        """This process's rollouts of the step; with `sampling.lag`, as far as they are begun."""
+        written = self.sampled(self.step) if self.ahead is None else self.ahead.result()
+        self.ahead = None
         return written
+
+    def sample_ahead(self) -> None:
+        """With `sampling.lag`: let a server go on with the rollouts of the next step, from the weights of now."""
+        if self.config.sampling.lag and self.step + 1 < self.max_steps:
+            self.hand_over()
+            self.ahead = self.background.submit(self.sampled, self.step + 1)
+
+    def sampled(self, step: int) -> list[Rollout]:
+        return self.sampler.sample(self.requests(step), self.decoding(step), "train")
+
+    def hand_over(self) -> None:
+        """Let a server that samples have the weights of now, before any process asks it."""
+        if self.config.sampling.by_server:
+            on_main(self.accelerator, lambda: self.sampler.sample([], self.decoding(self.step), "train"))
 
     def learnt(self, written: Sequence[Rollout]) -> list[Rollout]:
         """What is scored of each rollout: the first `ppo.loss_prefix` tokens; none where it is dropped.

@@ -610,8 +610,8 @@ def test_with_a_lag_the_next_step_is_sampled_with_the_weights_before_the_update(
     trainer.settle()
     ids = [asked[0] for asked in trainer.sampler.asked]
     expected = [[r.prompt.sample_id for r in trainer.requests(step)] for step in (0, 1)]
-    assert ids == [expected[0], [], expected[1]]  # this step's; the weights; the next step's
-    assert all(torch.equal(seen, before) for _, seen in trainer.sampler.asked[:2])
+    assert ids == [[], expected[0], [], expected[1]]  # the weights; this step's; the weights, which are the same; the next step's
+    assert all(torch.equal(seen, before) for _, seen in trainer.sampler.asked[:3])
     second = trainer.train_step()
     assert first.metrics["engine_gap"] < 1e-5 < second.metrics["engine_gap"]  # of the weights of one step before, and corrected for
     for _ in range(2):

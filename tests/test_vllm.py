@@ -256,9 +256,9 @@ def test_a_run_from_end_to_end(student_folder, tmp_path):
     assert steps == metrics(tmp_path / "sweep" / "0") != metrics(tmp_path / "sweep" / "1")
 
 
-def launch(cwd, processes, student_folder):
+def launch(cwd, processes, student_folder, *options):
     command = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m", "opd.train", "experiment=debug", "sampling.engine=vllm"]
-    command = [sys.executable, "-m", *command, f"model.path={student_folder}", "device=cpu", "name=one"]
+    command = [sys.executable, "-m", *command, f"model.path={student_folder}", "device=cpu", "name=one", *options]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -348,3 +348,13 @@ def test_a_run_with_a_server(student_folder, server, tmp_path):
     steps = metrics(tmp_path / "runs" / "one")
     assert len(steps) == 6 and max(step["engine_gap"] for step in steps) < 1e-4
     assert (tmp_path / "w" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_two_processes_share_a_server_which_has_the_weights_before_either_asks(student_folder, server, tmp_path, lag):
+    """A learning rate at which weights of a step before would show; with a lag they are to."""
+    done = launch(tmp_path, 2, student_folder, f"sampling.vllm.url={server}", f"sampling.lag={lag}", "optim.lr=1e-2", "eval.steps=2")
+    assert done.returncode == 0, done.stderr
+    steps = metrics(tmp_path / "runs" / "one")
+    assert len(steps) == 6 and steps[0]["engine_gap"] < 1e-4
+    assert all((step["engine_gap"] > 1e-3) == bool(lag) for step in steps[2:])

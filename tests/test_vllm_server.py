@@ -175,6 +175,14 @@ def test_a_completion_that_cannot_be_is_one_line(make_sampler, server, case):
     assert expected in failure(lambda: make_sampler().sample(REQUESTS, DECODING, "train"))
 
 
+def test_one_of_several_processes_sends_the_weights(make_sampler, server):
+    sampler = make_sampler(leads=False)
+    sampler.sample([], DECODING, "train")
+    sampler.refresh()
+    sampler.sample(REQUESTS, DECODING, "train")
+    assert not server.bodies("/collective_rpc") and len(server.bodies("/v1/completions")) == 1 + len(REQUESTS)
+
+
 def hang(handler, body):
     time.sleep(3)
 

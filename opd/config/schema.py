@@ -315,6 +315,11 @@ class SamplingConfig:
             "the next step is sampled during this one's update only by a server: set sampling.engine=vllm and sampling.vllm.url, or lag=0",
         )
 
+    @property
+    def by_server(self) -> bool:
+        """Whether another program samples, which needs the student's weights."""
+        return self.engine is Engine.vllm and self.vllm.url is not None
+
     def new_tokens(self, step: int) -> int:
         """The most new tokens of a completion at `step`: those of the last entry of the schedule that has begun, else max_new_tokens."""
         begun = [begin for begin in self.max_new_tokens_schedule if begin <= step]

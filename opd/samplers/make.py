@@ -36,7 +36,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """What samplers are made from. eos, vocabulary, bf16: as in `GenerateSampler`. longest: tokens of prompt and completion together."""
+    """What samplers are made from. eos, vocabulary, bf16: as in `GenerateSampler`. longest: tokens of prompt and completion together.
+
+    leads: whether this process hands weights to a server that several of them ask.
+    """
 
     config: Config
     model: PreTrainedModel
@@ -45,6 +48,7 @@ class Material:
     vocabulary: int
     bf16: bool
     longest: int
+    leads: bool = True
 
 
 def make_sampler(choice: Choice, material: Material) -> Sampler:
@@ -84,6 +88,7 @@ def vllm(material: Material, twin: bool) -> Sampler:
         connections=config.sampling.batch_size,
         timeout=options.timeout,
         weights_folder=options.weights_folder,
+        leads=material.leads,
     )
 
 

@@ -86,6 +86,7 @@ class VllmServerSampler:
 
     model, eos, vocabulary, seed, bf16: as in `VllmSampler`. longest: tokens of prompt and completion that the server has to take.
     connections: completions asked for at a time. weights_folder: where the server reads weights from; a temporary folder for None.
+    leads: whether this process sends the weights; of several that ask one server, one does, before any of them asks (`sample` of nothing).
 
     Raises `EngineError` when the server does not answer, has another version than was tested, or returns other log-probs than those of the
     distribution that it draws from.
@@ -104,6 +105,7 @@ class VllmServerSampler:
         connections: int,
         timeout: float,
         weights_folder: str | None,
+        leads: bool = True,
     ) -> None:
         self.model = model
         self.eos = list(eos)
@@ -120,6 +122,7 @@ class VllmServerSampler:
         head = model.get_output_embeddings().weight.shape[0]
         self.restriction = {"allowed_token_ids": list(range(vocabulary))} if vocabulary < head else {}
         self.model_name = self.check_server(longest)
+        self.leads = leads
         self.stale = True
 
     def check_server(self, longest: int) -> str:
@@ -150,7 +153,7 @@ class VllmServerSampler:
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or answers what is not a completion with finite log-probs."""
-        if self.stale:
+        if self.stale and self.leads:
             self.send_weights()
             self.stale = False
         options = {**sampling_options(decoding, self.eos), **self.restriction}
