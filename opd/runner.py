@@ -82,8 +82,10 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
 
 def keep_composed(config: Config, run_folder: RunFolder) -> None:
     """Write `.hydra/`, if Hydra composed this run. Hydra itself would before it is known whether this run may have the folder."""
-    if HydraConfig.initialized() and Path(HydraConfig.get().runtime.output_dir).resolve() == run_folder.path.resolve():
-        hydra = HydraConfig.get()
+    if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
+        return
+    hydra = HydraConfig.get()
+    if Path(hydra.runtime.output_dir).resolve() == run_folder.path.resolve():
         parts = {"config": to_dict(config), "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
         run_folder.write_composed({name: OmegaConf.to_yaml(part) for name, part in parts.items()})
 

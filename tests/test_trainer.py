@@ -267,6 +267,9 @@ class Poisoned:
     def logp(self, batch, temperature):
         return self.teacher.logp(batch, temperature).index_fill(0, torch.tensor([0]), math.nan)
 
+    def states(self, batch):
+        return self.teacher.states(batch)
+
 
 def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
     from opd.checkpoint import optimizer_tensors
