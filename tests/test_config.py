@@ -1,6 +1,7 @@
 """The config: every shipped file composes into a valid one, YAML and dataclasses agree, and wrong combinations are refused."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
+from opd import mistakes
 from opd.config import store
 from opd.config.schema import Config
 from opd.errors import ConfigError
@@ -219,3 +221,9 @@ def test_a_sweep_members_folder_is_one_short_level_and_tells_members_apart() -> 
     for name in names:
         assert "/" not in name
         assert len(name.encode()) <= 255
+
+
+def test_every_option_stands_in_the_commented_yaml() -> None:
+    told = "\n".join(file.read_text() for file in store.conf_dir().rglob("*.yaml"))
+    missing = [key for key in mistakes.options() if not re.search(rf"\b{key.rpartition('.')[2]}\b", told)]
+    assert not missing
