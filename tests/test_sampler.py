@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.forward import kept_hidden, output_head
-from opd.objective import behaviour_logp, chunked_stats
+from opd.objective import behaviour_logp, chunked_stats, draw
 from opd.objective.estimators import token_logp
 from opd.samplers import Decoding, GenerateSampler
 
@@ -150,3 +150,21 @@ def test_each_prompt_is_prefilled_once(make_model):
     )
     handle.remove()
     assert seen == [(3, 2), (12, 1), (12, 1)]
+
+
+@pytest.mark.parametrize("vocabulary", [3, 512, 1300])
+def test_drawing_inverts_the_running_sum_and_never_finds_a_token_without_mass(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = 3 * torch.randn(40, vocabulary, generator=generator)
+    logits[torch.rand(logits.shape, generator=generator) < 0.6] = -torch.inf
+    logits[:, -1], logits[:, 0] = -torch.inf, 0.0
+    logp = logits.log_softmax(-1)
+    ends = logp.double().exp().cumsum(-1)
+    for uniform in (torch.zeros(40).double(), torch.full((40,), 1 - 2**-53).double(), torch.rand(40, generator=generator).double()):
+        ids = draw(logp, uniform)
+        found = logp.gather(-1, ids[:, None])
+        assert bool(found.isfinite().all())
+        below = ends.gather(-1, ids[:, None]) - found.double().exp()
+        target = uniform[:, None] * ends[:, -1:]
+        assert bool((below <= target + 1e-6).all() and (target <= ends.gather(-1, ids[:, None]) + 1e-6).all())
+    assert torch.equal(draw(logp, uniform)[7:9], draw(logp[7:9], uniform[7:9]))

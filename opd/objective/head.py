@@ -27,6 +27,7 @@ class Head:
 
     Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths. rows: how many tokens' logits
     exist at a time; None for a modest number. dtype: that of the matrix product; None for what autocast asks for, else the weight's.
+    product: computes the matrix product, of all rows, in the weight's place.
     """
 
     weight_VH: Tensor
@@ -36,6 +37,7 @@ class Head:
     softcap: float | None = None
     rows: int | None = None
     dtype: torch.dtype | None = None
+    product: Callable[[Tensor], Tensor] | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -47,6 +49,8 @@ class Head:
 
     def raw(self, hidden_NH: Tensor) -> Tensor:
         """The matrix product alone, (N, V)."""
+        if self.product is not None:
+            return self.product(hidden_NH)[:, : self.size]
         weight_VH, bias_V = self.weight_VH[: self.size], None if self.bias_V is None else self.bias_V[: self.size]
         dtype = self.dtype or matmul_dtype(weight_VH)
         with torch.autocast(weight_VH.device.type, enabled=False):

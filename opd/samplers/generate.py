@@ -38,7 +38,7 @@ class GenerateSampler:
         self, model: PreTrainedModel, eos: Sequence[int], pad_id: int, vocabulary: int, seed: int, bf16: bool, twin: bool = False
     ) -> None:
         self.model = model
-        self.source = Twin(model) if twin else nullcontext(model)
+        self.twin = Twin(model) if twin else None
         self.pad_id = pad_id
         self.vocabulary = vocabulary
         self.seed = seed
@@ -51,7 +51,7 @@ class GenerateSampler:
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
-        with self.source as self.model, autocast(self.model.device, self.bf16):
+        with self.twin or nullcontext(self.model) as self.model, autocast(self.model.device, self.bf16):
             for start in range(0, len(order), decoding.batch_size):
                 batch = order[start : start + decoding.batch_size]
                 rollouts.update(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
@@ -89,7 +89,8 @@ class GenerateSampler:
         output = self.model.base_model(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
         )
-        return output_head(self.model, self.vocabulary).logits(output.last_hidden_state[:, -1])
+        head = output_head(self.model, self.vocabulary)
+        return (head if self.twin is None else self.twin.head(head)).logits(output.last_hidden_state[:, -1])
 
     def _uniforms(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> Tensor:
         """One number in [0, 1) for each sequence and position (B, T), whatever batch the sequence is in."""
