@@ -107,7 +107,7 @@ def copy(name: str, to: Path, called: str | None) -> tuple[str, Path]:
     own = called or f"my_{file.stem}"
     if not re.fullmatch(r"\w[\w.-]*", own):
         raise ConfigError(f"--name {own}: letters, digits and . _ - only")
-    if (conf_dir() / group / f"{own}.yaml").exists():
+    if to.resolve() != conf_dir().resolve() and (conf_dir() / group / f"{own}.yaml").exists():
         raise ConfigError(f"--name {own}: a shipped {group} has this name and would win over yours; take another")
     target = to / group / f"{own}.yaml"
     if not target.parent.resolve().is_relative_to(to.resolve()):

@@ -1,6 +1,8 @@
 """What a person sees of a run, on standard output: a live panel on a terminal, plain lines elsewhere, a summary at the end."""
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +17,8 @@ from rich.text import Text
 from opd.evaluate import Evaluation, Rewards
 from opd.trainer import Evaluated, Event, Rewound, Saved, StepDone
 
+log = logging.getLogger(__name__)
+
 LINE_EVERY_SECONDS = 5.0
 SHOWN = (
     ("reverse_kl", "reverse KL", "{:.4f}"),
@@ -26,11 +30,20 @@ SHOWN = (
 )
 
 
+class Screen(Console):
+    """A console that falls silent when nobody reads it any more; a run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        log.warning("nobody reads the screen any more; the run goes on without it")
+
+
 class Display:
     """Shows a run on `console`; silent unless `shown` (the main process)."""
 
     def __init__(self, max_steps: int, shown: bool, console: Console | None = None) -> None:
-        self.console = console or Console(quiet=not shown, highlight=False, soft_wrap=True)
+        self.console = console or Screen(quiet=not shown, highlight=False, soft_wrap=True)
         self.live: Live | None = None
         self.progress = Progress(
             TextColumn("step"),

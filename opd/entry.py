@@ -62,7 +62,7 @@ def command_line(words: Sequence[str]) -> Iterator[None]:
         sys.argv = before
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
     """Hydra's flags and the overrides, in any order. Raises `ConfigError` for a flag that Hydra does not know."""
     complaint = io.StringIO()
     try:
@@ -72,7 +72,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         if not stop.code:
             raise
         reason = complaint.getvalue().strip().rpartition("error: ")[2]
-        raise errors.ConfigError(f"{reason}; opd train --help shows the flags") from None
+        raise errors.ConfigError(f"{reason}; opd {verb} --help shows the flags") from None
     if parsed.experimental_rerun is not None:
         raise errors.ConfigError("--experimental-rerun reads a pickle, which can run code; give the options of that run again instead")
     return parsed
@@ -204,7 +204,7 @@ def run_sweep(job: Job, composed_by: Callable[[Callable[[DictConfig], float | No
 def compose_and_run(job: Job, words: Sequence[str]) -> None:
     """Let Hydra compose the config and call `job.run`, once or for each member of a sweep."""
     secrets.refuse_in_words(words)
-    parsed = parse(words)
+    parsed = parse(words, job.verb)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` ends without a complaint
     store.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])

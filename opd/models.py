@@ -51,8 +51,9 @@ def locate(config: ModelConfig, role: str) -> str:
                 f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}"
             )
         return str(folder)
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     path = Path(config.path).expanduser()
+    beside = len(path.parts) > 1 and path.parent.is_dir()  # runs/nam, where there is a folder runs/
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or beside
     if looks_local and not path.is_dir():
         raise ConfigError(f"{role}.path={config.path}: there is no such folder")
     return str(path) if path.is_dir() else config.path

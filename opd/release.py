@@ -53,6 +53,9 @@ def finished(folder: Path) -> Loaded:
 
 def at_checkpoint(folder: Path) -> Loaded:
     """What a run was at a checkpoint: its model loaded anew, with the weights that were trained."""
+    if not folder.is_dir():
+        beside = sorted(path.name for path in folder.parent.glob("step_*"))
+        raise DataError(f"{folder}: there is no such folder" + (f"; there are {', '.join(beside)}" if beside else ""))
     problem = verify(folder)
     if problem is not None:
         raise DataError(

@@ -221,6 +221,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it says of a file that it cannot read is in the error that follows
 
 
 def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ from opd.files import read_lines
 from opd.run_folder import COMPOSED, EVALUATIONS, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY
 
 OVERRIDES = f"{COMPOSED}/overrides.yaml"
+MEMBER = "member.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,9 @@ def open_run(path: Path) -> Run:
         raise DataError(f"{path}: not a run folder (it has neither {STATUS} nor {RUN}); give one that `opd train` made, such as runs/NAME")
     try:
         said = read_json(path / STATUS) or {}
-        overrides = yaml.safe_load((path / OVERRIDES).read_text()) if (path / OVERRIDES).is_file() else []
+        typed = path / OVERRIDES
+        # A member of a sweep that failed before it was a run left them elsewhere.
+        overrides = yaml.safe_load(typed.read_text()) if typed.is_file() else (read_json(path / MEMBER) or {}).get("overrides", [])
         return Run(
             path,
             said.get("status", "new"),

@@ -32,10 +32,10 @@ from opd.config.schema import AUTO, Direction, SweepConfig
 from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
 from opd.files import write_json
 from opd.run_folder import STATUS, Status
+from opd.runs import MEMBER
 
 log = logging.getLogger(__name__)
 
-MEMBER = "member.json"
 SCREEN = "screen.txt"
 EXTRAS = {"hydra_optuna_sweeper": "optuna", "hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
 WIDTH = 160  # columns of the table where there is no terminal

@@ -1,6 +1,7 @@
 """The command line: help and completion answer fast, every mistake is one line with a remedy and its exit code, sweeps go on."""
 
 import contextlib
+import json
 import logging
 import os
 import pty
@@ -482,3 +483,16 @@ def test_the_tab_key(shell: str, tmp_path: Path) -> None:
             terminal.press("\x15")
     finally:
         terminal.close()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_when_nobody_reads_its_screen(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opd", "train", "experiment=debug", "device=cpu", "name=run", "train.max_steps=2"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == errors.OK, said
+    assert said == "" and json.loads((tmp_path / "runs/run/status.json").read_text())["status"] == "done"
+    assert "nobody reads the screen" in (tmp_path / "runs/run/train.log").read_text()

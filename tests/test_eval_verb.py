@@ -110,6 +110,8 @@ def test_the_table(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["--teacher"], 64, "expected one argument"),
         (["-m", "seed=0,1"], 64, "one config at a time"),
         (["broken"], 65, "there is no final/ in it: the run is failed"),
+        (["broken/final"], 64, "is a part of the run broken"),
+        (["broken/final", "teacher=tiny"], 64, "broken/final: there is no such folder"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], code: int, said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_nothing_is_overwritten_or_exported_from_what_is_not_whole(debug_run, tm
         (str(debug_run), "--out", str(full)): (74, "there is something already"),
         (str(half), "--out", new): (65, "checkpoints instead"),
         (str(damaged), "--out", new): (65, "nor a whole checkpoint"),
-        (str(tmp_path / "nowhere"), "--out", new): (65, "neither a run folder"),
+        (str(tmp_path / "nowhere"), "--out", new): (65, "there is no such folder"),
         (str(debug_run),): (64, "--out"),
         (str(debug_run), "--out", new, "--dtype", "int4"): (64, "int4"),
         (str(debug_run), "--out", new, "--push", "mine"): (64, "OWNER/NAME"),

@@ -108,9 +108,14 @@ def test_differences_between_student_and_teacher_are_told():
     )
 
 
-def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path):
+def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.path=\./nowhere: there is no such folder"):
         models.load_tokenizer(ModelConfig(path="./nowhere"), "model")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    # not a hub id: there is a folder around it
+    with pytest.raises(ConfigError, match=r"runs/nam: there is no such folder"):
+        models.load_tokenizer(ModelConfig(path="runs/nam"), "model")
     with pytest.raises(ConfigError, match="experiment=tiny needs no download") as caught:
         models.load_tokenizer(ModelConfig(path="no-such-owner/no-such-model"), "teacher")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("teacher.path=")

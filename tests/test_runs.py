@@ -34,6 +34,10 @@ def test_a_run_is_what_its_files_say(tmp_path: Path) -> None:
     assert run.rollout_steps() == [3, 12] and run.rollouts(12) == [{}]
 
 
+def test_a_member_that_failed_before_it_was_a_run_tells_its_options(tmp_path: Path) -> None:
+    assert open_run(make(tmp_path / "member", "failed", member={"overrides": ["optim.lr=-1"]})).overrides == ["optim.lr=-1"]
+
+
 def test_the_summary_of_an_earlier_run_in_the_folder_is_not_that_of_one_that_is_not_done(tmp_path: Path) -> None:
     assert open_run(make(tmp_path / "again", "failed", summary={"steps": 3})).summary is None
 

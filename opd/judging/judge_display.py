@@ -52,7 +52,9 @@ def comparisons(task: Mapping[str, Any]) -> list[str]:
         f"against the {other}: {value['mean']:+.1%} [{value['low']:+.1%}, {value['high']:+.1%}]"
         for other, value in task.get("against", {}).items()
     ]
-    if task.get("gap_closed") is not None:
+    if task.get("gap_closed") is not None and task["gap_closed"] < 0:
+        lines.append("further from the teacher than the baseline is")
+    elif task.get("gap_closed") is not None:
         bounds = task["gap_closed_interval"]
         interval = "" if bounds is None else f" [{bounds[0]:.1%}, {bounds[1]:.1%}]"
         lines.append(f"{task['gap_closed']:.1%}{interval} of the gap to the teacher closed")

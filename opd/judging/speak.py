@@ -44,11 +44,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A text, token by token: its tokens as text, and the log-prob of each under both models, (T,). The first has none before it."""
+    """A text, token by token: its tokens as text, and the log-prob of each under both models, (T,).
+
+    before: the first token of a text that answers nothing: no other stands before it, so it has no log-prob.
+    """
 
     tokens: list[str]
     student: list[float]
     teacher: list[float]
+    before: str = ""
 
     def to_dict(self) -> dict[str, object]:
         return {"tokens": self.tokens, "student_logp": self.student, "teacher_logp": self.teacher}
@@ -116,7 +120,8 @@ def score(both: Pair, text: str, prompt: str | None = None) -> Scored:
     rollout = Rollout(Request(prefix), tuple(ids[kept:]), torch.zeros(len(ids) - kept), FinishReason.stop)
     logp = {role: token_logp(loaded, rollout, both.vocabulary) for role, loaded in both.both().items()}
     tokens = [models.decode(both.tokenizer, [token]) for token in rollout.completion]
-    return Scored(tokens, logp["student"], logp["teacher"])
+    before = models.decode(both.tokenizer, ids[:kept]) if prompt is None else ""
+    return Scored(tokens, logp["student"], logp["teacher"], before)
 
 
 def token_logp(loaded: Loaded, rollout: Rollout, vocabulary: int) -> list[float]:
@@ -171,7 +176,7 @@ def page(scored: Scored, title: str) -> str:
         for token, ours, theirs in zip(scored.tokens, scored.student, scored.teacher, strict=True)
     )
     legend = "Blue: the teacher finds the token likelier than the student does; orange: less likely. Hover for log-probabilities in nats."
-    return PAGE.format(title=escape(title), legend=legend, tokens=tokens)
+    return PAGE.format(title=escape(title), legend=legend, tokens=escape(visible(scored.before)) + tokens)
 
 
 def colour(difference: float) -> str:

@@ -23,7 +23,7 @@ def side_by_side(prompt: str, answers: Mapping[str, Sequence[str]]) -> Table:
 
 def coloured(scored: Scored) -> Iterator[Any]:
     """The text, blue where the teacher finds a token likelier than the student and orange where less; then where they differ most."""
-    text = Text()
+    text = Text(visible(scored.before), style="dim")
     rows = list(zip(scored.tokens, scored.student, scored.teacher, strict=True))
     for token, ours, theirs in rows:
         text.append(visible(token), style=style(theirs - ours))
@@ -36,6 +36,8 @@ def coloured(scored: Scored) -> Iterator[Any]:
     yield table
     count = len(rows)
     ours, theirs = sum(scored.student) / count, sum(scored.teacher) / count
+    if scored.before:
+        yield Text(f"the first token, {visible(scored.before)!r}, has none before it and no log-prob; --prompt gives it one")
     yield Text(f"{count} tokens: student {ours:.3f}, teacher {theirs:.3f} nats/token on average")
 
 

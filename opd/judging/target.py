@@ -48,12 +48,20 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         start = config.model
         config = replace(config, model=trained(run, start))
     elif word is not None:
+        refuse_part(Path(word), teacher is not None or any(override.lstrip("+~").startswith("teacher") for override in overrides))
         config = replace(composed, model=named(word, composed.model))
     if teacher is not None and teacher != NONE:
         config = replace(config, teacher=replace_path(config.teacher, named(teacher, config.teacher)))
     if baseline is not None:
         start = None if baseline == NONE else named(baseline, start or config.model)
     return Target(config, word or config.model.path, run, start, overrides)
+
+
+def refuse_part(path: Path, has_teacher: bool) -> None:
+    """Raises `ConfigError` for a folder inside a run's, whose teacher is not that of the composed config."""
+    run = next((parent for parent in path.parents if is_run(parent)), None)
+    if run is not None and not has_teacher:
+        raise ConfigError(f"{path}: is a part of the run {run}: name the run, which brings its teacher and data, or set teacher=…")
 
 
 def of_run(run: Path, composed: Config, overrides: Sequence[str]) -> Config:

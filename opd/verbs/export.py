@@ -15,7 +15,7 @@ def main(words: Sequence[str]) -> int:
         "export",
         "Write the model of a run, or of one of its checkpoints, as a plain Hugging Face folder: adapters merged, in the dtype asked for.",
         "opd export runs/first --out first --dtype bfloat16\n"
-        "opd export runs/first/checkpoints/step_000100 --out at-100\n"
+        "opd export runs/first/checkpoints/step_000150 --out at-150\n"
         "opd export runs/first --out first --push OWNER/NAME",
     )
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="runs/NAME, or a folder in its checkpoints/")
@@ -26,8 +26,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def write(parsed: argparse.Namespace) -> int:
-    from opd.release import release  # torch, which --help can do without
+    from opd import runner  # torch, which --help can do without
+    from opd.release import release
 
+    runner.quiet_libraries()
     address = release(parsed.source, parsed.out, parsed.dtype, parsed.push)
     print(parsed.out if address is None else f"{parsed.out}\n{address}")
     return errors.OK

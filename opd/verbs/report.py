@@ -28,6 +28,8 @@ def write(parsed: argparse.Namespace) -> int:
     out: Path = parsed.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
     if out.is_dir():
         raise errors.OutputError(f"{out}: a folder; --out takes a file")
+    if not out.parent.is_dir():
+        raise errors.OutputError(f"--out {out}: there is no folder {out.parent}")
     write_text(out, page(runs))
     print(out)
     return errors.OK
