@@ -208,6 +208,7 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` ends without a complaint
     store.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
+    mistakes.refuse_choices(parsed.overrides)
     flags = [word for word in words if word not in parsed.overrides]
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
     if job.verb != "train":

@@ -1,14 +1,16 @@
 """Mistakes that Hydra and OmegaConf find, told as `opd` tells its own: what is wrong, where, and the remedy, in one line."""
 
+import contextlib
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -171,6 +173,18 @@ def explain(error: Exception) -> OpdError | None:
                 cause = first_line(links[-1])
                 return ConfigError(first_line(link) + ("" if cause in str(link) else f": {cause}"))
     return None
+
+
+def refuse_choices(overrides: Sequence[str]) -> None:
+    """Raises `ConfigError` for a list that picks a group's files by anything but their names, on which Hydra stumbles."""
+    groups = choices()
+    for word in overrides:
+        group, equals, value = word.partition("=")
+        if equals and group in groups and value.lstrip().startswith("["):
+            with contextlib.suppress(HydraException):  # what cannot be read is told when it is composed
+                found = OverridesParser.create().parse_override(word).value()
+                if isinstance(found, list) and not all(isinstance(name, str) for name in found):
+                    raise ConfigError(f"{word}: {group} is picked by name; there are {', '.join(groups[group])}")
 
 
 def explained(compose: Callable[[], Result]) -> Result:

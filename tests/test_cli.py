@@ -144,6 +144,7 @@ MISTAKES = [
     ("optim.learning_rate=1", 64, "optim has lr, weight_decay"),
     ("temperature=1", 64, "did you mean sampling.temperature or eval.temperature?"),
     ("optim.lr=abc", 64, "optim.lr=abc: must be a number"),
+    ("lora=[1,2]", 64, "lora=[1,2]: lora is picked by name; there are default, none"),
     ("optim.lr=null", 64, "must be a number"),
     ("train.max_steps=1.5", 64, "must be a whole number or null"),
     ("model.trust_remote_code=perhaps", 64, "must be true or false"),

@@ -142,6 +142,7 @@ def compose(words: Sequence[str]) -> tuple[str | None, bool]:
 
     def work() -> None:
         secrets.refuse_in_words(words)
+        mistakes.refuse_choices(words)
         with hydra.initialize_config_dir(str(store.conf_dir()), version_base="1.3"):
             found = hydra.compose("config", list(words), return_hydra_config=True)
         HydraConfig.instance().set_config(found)
