@@ -40,6 +40,7 @@ from opd.summary import device_name, peak_memory, summarise
 from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
 from opd.trainer import Evaluated, Rewound, StepDone, Trainer
+from opd.visible import one_line
 from opd.watchdog import watched
 
 log = logging.getLogger(__name__)
@@ -400,7 +401,7 @@ def sample_text(tokenizer: PreTrainedTokenizerBase, scored: list[Scored]) -> str
         return ""
     rollout: Rollout = scored[0].rollout
     text = f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}"
-    return " ".join(text.split())
+    return one_line(text)
 
 
 def write_report(folder: Path, summary: dict[str, Any]) -> None:

@@ -15,10 +15,14 @@ COLUMNS = ("path", "status", "steps", "reward before", "after", "gap closed", "K
 
 def main(argv: Sequence[str]) -> int:
     """List what is asked for; returns the exit code."""
-    parser = arguments.parser("ls", "List shipped models, data and experiments, and the runs of a folder with their status.", EXAMPLES)
-    parser.add_argument("what", nargs="*", help=f"{', '.join(KINDS)}, or folders with runs; all of it without")
-    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
-    return arguments.launch(parser, show, argv)
+    return arguments.launch(parser(), show, argv)
+
+
+def parser() -> arguments.Parser:
+    own = arguments.parser("ls", "List shipped models, data and experiments, and the runs of a folder with their status.", EXAMPLES)
+    own.add_argument("what", nargs="*", help=f"{', '.join(KINDS)}, or folders with runs; all of it without")
+    own.add_argument("--json", action="store_true", help="JSON instead of tables")
+    return own
 
 
 def show(parsed: argparse.Namespace) -> int:
