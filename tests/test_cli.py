@@ -400,7 +400,7 @@ def test_opd_train_hands_over_to_the_runner(tmp_path: Path, monkeypatch: pytest.
         ("opd doctor experiment=tiny optim.l", {"optim.lr="}, set()),
         ("opd eval runs/x eval.samp", {"eval.samples="}, {"eval.limit="}),
         ("opd eval --ba", {"--baseline"}, {"--multirun"}),
-        ("opd score runs/x --h", {"--html"}, {"--hydra-help"}),
+        ("opd score runs/x --h", {"--html", "--help"}, {"--teacher"}),
         ("opd ls ", {"models", "runs"}, {"train", "--json"}),
         ("opd ls --", {"--json"}, {"models"}),
         ("opd compare runs --", {"--svg", "--metric"}, {"runs"}),
