@@ -75,7 +75,7 @@ def arguments(verb: str, before: list[str], last: str) -> list[str]:
     if verb == "ls":
         from opd.verbs.ls import KINDS
 
-        return [*KINDS]
+        return list(KINDS)
     if verb == "cp":
         from opd.mistakes import choices
 

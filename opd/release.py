@@ -71,7 +71,7 @@ def at_checkpoint(folder: Path) -> Loaded:
 
 
 def so_far(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was measured of this checkpoint, in the words of summary.json."""
+    """What was measured of this checkpoint, in the words of summary.json, and which it is."""
     run = Run(checkpoint.path.parent.parent)
     metrics = [line for line in run.metrics() if line["step"] <= checkpoint.step]
-    return {**achieved(metrics, run.evaluations(), checkpoint.step), "steps": checkpoint.step}
+    return {**achieved(metrics, run.evaluations(), checkpoint.step), "steps": checkpoint.step, "checkpoint": checkpoint.path.name}
