@@ -25,6 +25,7 @@ from opd.forward import let_go
 from opd.judging import bootstrap, pair
 from opd.judging.pair import Loaded
 from opd.judging.target import Target
+from opd.outcome import gap_closed
 from opd.rewards import Grader
 from opd.together import stoppable
 
@@ -178,11 +179,12 @@ def difference(values: torch.Tensor, drawn: torch.Tensor) -> dict[str, float]:
 
 def share_closed(means: dict[str, torch.Tensor], column: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The share of the distance between baseline and teacher that is gone; null where the teacher is not better."""
-    if not {"baseline", "teacher"} <= means.keys() or means["teacher"].mean() <= means["baseline"].mean():
+    before, now, teacher = (float(means[name].mean()) if name in means else None for name in ("baseline", "model", "teacher"))
+    share = gap_closed(before, now, teacher)
+    if share is None:
         return {"gap_closed": None, "gap_closed_interval": None}
-    now, before, teacher = (float(means[name].mean()) for name in ("model", "baseline", "teacher"))
     bounds = bootstrap.gap_closed(torch.stack([column["model"], column["baseline"], column["teacher"]], 1))
-    return {"gap_closed": (now - before) / (teacher - before), "gap_closed_interval": None if bounds is None else list(bounds)}
+    return {"gap_closed": share, "gap_closed_interval": None if bounds is None else list(bounds)}
 
 
 def place_of(run: Path) -> Path:
