@@ -269,11 +269,11 @@ class Trainer:
             written = stoppable(self.accelerator, self.sample)
         self.sample_ahead()
         self.note_memory("sampling")
-        trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
         with self.teacher_ready():
             self.score(current)
+        trim_heap()
         self.note_memory("scoring")
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
@@ -462,6 +462,8 @@ class Trainer:
                     return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
 
                 loss, stats = self.policy(batch.inputs, head_loss)
+                if self.accelerator.device.type == "cpu":
+                    trim_heap()  # what the forward pass has left would stay beside the gradients
                 (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
                 loss_sum += float(loss.detach())
                 seen.append(stats)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd import signals
 from opd.build import make_optimizer
@@ -496,6 +497,55 @@ def test_packed_micro_batches_keep_to_their_budget():
     lengths = [3, 50, 7, 7, 20, 1, 33]
     assert sorted(index for group in groups for index in group) == list(range(7))
     assert all(sum(lengths[i] for i in group) <= 40 or len(group) == 1 for group in groups)
+
+
+class WholeMatrices(TorchDispatchMode):
+    """How many tensors of the shape were made within; operations that view one or write into it make none."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.made = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        fresh = isinstance(result, torch.Tensor) and not any(alias.alias_info for alias in function._schema.returns)
+        self.made += fresh and result.shape == self.shape and result.layout is torch.strided
+        return result
+
+
+def test_a_tied_embeddings_gradient_is_that_of_autograd_in_one_matrix(make_model):
+    """Over two micro-batches with ids that occur many times, one of them the padding id."""
+    model = make_model(VOCABULARY, tie_word_embeddings=True)
+    generator = torch.Generator().manual_seed(3)
+    policy, plain = Policy(model, VOCABULARY - 2, 3), 0.0
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    written = [Rollout(Request(Prompt(i, (0, 5, 2 + i), "")), (3, 5, 5, 1), torch.zeros(4), FinishReason.stop) for i in range(6)]
+    batches = [collate(written, indices, 0) for indices in ([0, 1, 2, 3], [4, 5])]
+    weight = torch.randn(4 * len(written), generator=generator).split([16, 8])
+
+    def nll(logits, target):
+        return -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+    def loss_on(batch, weight_N):
+        def token_loss(logits, part):
+            return nll(logits, batch.target_N[part]), {}
+
+        return lambda hidden, head: chunked_loss(hidden, head, token_loss, weight_N=weight_N)
+
+    found = []
+    for batch, own in zip(batches, weight, strict=True):
+        total, _ = policy(batch.inputs, loss_on(batch, own))
+        with WholeMatrices((VOCABULARY, 16)) as matrices:
+            total.backward()
+        found.append(matrices.made)
+        logits = model(input_ids=batch.inputs.ids_BT).logits.flatten(0, 1)[batch.inputs.kept_N, : VOCABULARY - 2]
+        plain = plain + (nll(logits, batch.target_N) * own).sum()
+    mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert found == [0, 0]
+    model.zero_grad()
+    model.model.embed_tokens.sparse = False
+    plain.backward()
+    assert all(torch.allclose(mine[name], parameter.grad, atol=1e-5) for name, parameter in model.named_parameters())
 
 
 def test_activation_checkpointing_recomputes_and_changes_nothing(make_model, tmp_path):
