@@ -470,8 +470,6 @@ class Trainer:
                     return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
 
                 loss, stats = self.policy(batch.inputs, head_loss)
-                if self.accelerator.device.type == "cpu":
-                    trim_heap()  # what the forward pass has left would stay beside the gradients
                 (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
                 loss_sum += float(loss.detach())
                 seen.append(stats)
