@@ -28,6 +28,7 @@ from opd.evaluate import Evaluator
 from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
 from opd.identity import content, identity
 from opd.objective import chunk_rows
+from opd.overlap import can_overlap
 from opd.rewards import Grader, make_grader
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, Sampler, choose, longest, make_sampler
 from opd.samplers.vllm import check_installed
@@ -181,6 +182,7 @@ def build(
         packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         max_tokens=choices["max_tokens"],
+        overlaps=overlaps(config, sampling.engine, teacher_model.device, student.device),
         saved_state={
             **identity(config, accelerator),
             "prompts": len(train_prompts),
@@ -218,6 +220,12 @@ def check_engine(config: Config, processes: int, sharded: bool) -> None:
         )
     if config.sampling.by_server and sharded:
         raise ConfigError("sampling.vllm.url: the server takes whole weights, and these are sharded; use DDP, or sampling.engine=generate")
+
+
+def overlaps(config: Config, engine: Engine, teacher: torch.device, student: torch.device) -> bool:
+    """Whether the teacher scores while the student samples, each on the device where its weights are."""
+    apart = config.teacher.placement is Placement.device and teacher != student
+    return apart and engine is Engine.generate and can_overlap(config)
 
 
 def measured_choices(config: Config, accelerator: Accelerator, vocabulary: int) -> dict[str, int]:

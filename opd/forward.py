@@ -9,6 +9,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -152,6 +153,19 @@ def trim_heap() -> None:
             trim(0)
 
 
+def sparse_embedding(model: PreTrainedModel) -> bool:
+    """Let an embedding that is the output head as well give the gradient of the rows that it looked up and no others. Whether it is one.
+
+    With the head's gradient in place (`Head.folds`) these are added to it, and no second (V, H) is made. Not for a GPU, where their sum
+    would depend on chance, nor for torch.compile, which knows no sparse gradients.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(embedding, nn.Embedding) or embedding.weight is not head.weight:
+        return False
+    embedding.sparse = True
+    return True
+
+
 class Policy(nn.Module):
     """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it.
 
@@ -172,6 +186,7 @@ class Policy(nn.Module):
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             for layer in self.checkpointed:
                 vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+        self.folds = model.device.type == "cpu" and not compiled and sparse_embedding(model)
         # In a tuple, or the compiled layers would be registered as a second copy of the parameters.
         self.layers = (torch.compile(model.base_model, dynamic=True) if compiled else model.base_model,)
 
@@ -185,7 +200,7 @@ class Policy(nn.Module):
     def apply_loss(self, inputs: Inputs, loss: Callable[[Tensor, Head], Any]) -> Any:
         with self.recomputing():
             hidden_NH = kept_hidden(self.layers[0], inputs)
-        return loss(hidden_NH, output_head(self.model, self.size, self.rows))
+        return loss(hidden_NH, replace(output_head(self.model, self.size, self.rows), folds=self.folds))
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:

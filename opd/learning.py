@@ -24,15 +24,15 @@ class Scores:
     bonus_N: Tensor | None = None
 
 
-def score(teacher: Teacher, batch: MicroBatch, config: Config, bonus_N: Tensor | None = None) -> Scores:
-    """Ask the teacher for what the objective needs and no more."""
+def score(teacher: Teacher, batch: MicroBatch, config: Config, bonus_N: Tensor | None = None, known_N: Tensor | None = None) -> Scores:
+    """Ask the teacher for what the objective needs and no more. known_N: the log-probs of the tokens that it gave before."""
     ppo = config.ppo
     if ppo.estimator is not Estimator.sampled:
         return Scores(states=teacher.states(batch))
     if ppo.baseline:
         states = teacher.states(batch)
-        return Scores(states.token_logp(batch.target_N, config.sampling.temperature), states, bonus_N)
-    return Scores(teacher.logp(batch, config.sampling.temperature), None, bonus_N)
+        return Scores(states.token_logp(batch.target_N, config.sampling.temperature) if known_N is None else known_N, states, bonus_N)
+    return Scores(teacher.logp(batch, config.sampling.temperature) if known_N is None else known_N, None, bonus_N)
 
 
 def token_loss(config: Config, batch: MicroBatch, scores: Scores, old_logp_N: Tensor | None) -> TokenLoss:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -35,9 +36,10 @@ from opd.guard import Guard
 from opd.learning import Scores, score, token_loss
 from opd.objective import chunked_loss, group_normalised
 from opd.objective.head import Head, TokenLoss, TokenStats
+from opd.overlap import Overlap
 from opd.positions import ByPosition, by_position
 from opd.round import Round, joined, share
-from opd.samplers import Decoding, Sampler
+from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.schedule import looked_into, lr_factor
 from opd.sharding import add_up, full, start_again, units, whole
 from opd.teachers import Teacher
@@ -98,6 +100,7 @@ class Trainer:
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
     teacher_ready: within it, which all processes enter together, the teacher answers.
     max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
+    overlaps: the teacher, on a device of its own, scores while the student samples.
     grown: bytes by which this process's peak of memory rose in each kind of work so far.
     """
 
@@ -126,9 +129,14 @@ class Trainer:
     teacher_ready: Callable[[], AbstractContextManager[None]] = nullcontext
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
+    overlaps: bool = False
+    overlap: Overlap | None = field(init=False, default=None)
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.overlaps:
+            assert isinstance(self.sampler, GenerateSampler)
+            self.overlap = Overlap(self.sampler, self.teacher, self.config, self.split, self.accelerator.device)
         self.guard = Guard(self.config.sampling)
         self.max_tokens = self.max_tokens or self.config.train.max_tokens_per_micro_batch
 
@@ -269,11 +277,13 @@ class Trainer:
             written = stoppable(self.accelerator, self.sample)
         self.sample_ahead()
         self.note_memory("sampling")
-        trim_heap()
         sampled_at = clock(self.accelerator.device)
         current = Round(written, self.learnt(written), self.task_bonus(written))
+        if self.overlap is not None:
+            current.teacher_logp_N = stoppable(self.accelerator, partial(self.overlap.said, current.learnt))
         with self.teacher_ready():
             self.score(current)
+        trim_heap()
         self.note_memory("scoring")
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
         return current
@@ -291,7 +301,7 @@ class Trainer:
             self.ahead = self.background.submit(self.sampled, self.step + 1)
 
     def sampled(self, step: int) -> list[Rollout]:
-        return self.sampler.sample(self.requests(step), self.decoding(step), "train")
+        return (self.overlap or self.sampler).sample(self.requests(step), self.decoding(step), "train")
 
     def hand_over(self) -> None:
         """Let a server that samples have the weights of now, before any process asks it."""
@@ -320,10 +330,8 @@ class Trainer:
         for batch in self.split(current.learnt):
             batch = batch.to(self.accelerator.device)
             bonus_N = None if current.bonus is None else current.bonus[batch.sequence_N]
-            scores = score(self.teacher, batch, self.config, bonus_N)
-            if current.teacher_logp_N is not None:
-                scores = replace(scores, logp_N=current.teacher_logp_N[current.places(batch)])
-            parts.append((batch, scores))
+            known_N = None if current.teacher_logp_N is None else current.teacher_logp_N[current.places(batch)]
+            parts.append((batch, score(self.teacher, batch, self.config, bonus_N, known_N)))
         return parts
 
     def fitting(self, current: Round, work: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:

@@ -183,6 +183,23 @@ def test_packed_layers_give_the_products_of_plain_ones(shape, bias):
     assert layer.weight.numel() == 0 and torch.allclose(layer(given), expected, atol=2e-2, rtol=1e-2)
 
 
+@pytest.mark.skipif(not can_pack(), reason="this torch has no such kernels")
+def test_the_copys_head_is_packed_once_and_for_who_asks(make_model):
+    model = make_model(tie_word_embeddings=True)
+    twin = Twin(model)
+    with twin as copy:
+        assert twin.packed_head.packed is None and all(layer.packed is not None for layer in twin.packed)
+        head, given = output_head(copy), torch.eye(16, dtype=torch.bfloat16)
+        expected = head.logits(given)
+        first = twin.head(head).logits(given)
+        packed = twin.packed_head.packed
+        assert torch.allclose(first, expected, atol=2e-2, rtol=1e-2) and twin.head(head).product.packed is packed
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    with twin as copy:
+        assert torch.allclose(twin.head(output_head(copy)).logits(given), 2 * first)  # weights of now
+
+
 def test_an_engine_that_runs_no_candidate_is_refused_in_its_own_words(make_model, monkeypatch):
     monkeypatch.setattr("opd.samplers.trial.is_fast_in_bf16", lambda device: True)
     narrow = replace(material(make_model()), vocabulary=20, config=Config())

@@ -6,7 +6,8 @@ from conftest import random_model
 
 from opd import memory, models
 from opd.api import from_options
-from opd.config.schema import Placement
+from opd.build import overlaps
+from opd.config.schema import Engine, Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import ConfigError
@@ -122,3 +123,15 @@ def test_memory_is_told_from_the_config_alone():
     gone = memory.estimate(from_options({**TINY, "teacher.placement": "offload"}), 1, torch.device("cuda"))
     assert gone.teacher < 4 * teacher / 2
     assert "student 1.5 MiB (weights 0.4 MiB, gradients 0.4 MiB, optimizer 0.8 MiB), teacher" in str(plain)
+
+
+def test_the_teacher_scores_beside_the_sampler_only_from_a_device_of_its_own():
+    apart = from_options({**TINY, "teacher.placement": "device", "teacher.device": "cpu"})
+    cuda = torch.device("cuda", 0)
+    assert overlaps(apart, Engine.generate, CPU, cuda)
+    assert not overlaps(apart, Engine.generate, CPU, CPU)
+    assert not overlaps(apart, Engine.continuous, CPU, cuda)  # draws from one stream a call
+    assert not overlaps(from_options(TINY), Engine.generate, cuda, cuda)
+    assert not overlaps(from_options({**TINY, "teacher.placement": "offload"}), Engine.generate, CPU, cuda)
+    whole = {**TINY, "teacher.placement": "device", "teacher.device": "cpu", "ppo.estimator": "exact"}
+    assert not overlaps(from_options(whole), Engine.generate, CPU, cuda)

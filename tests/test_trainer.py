@@ -1,6 +1,9 @@
 """The step and the loop: one global token count, masks, clipping, numerics, and runs that must share a trajectory."""
 
 import math
+import signal
+import threading
+from concurrent.futures import Executor, Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd import signals
 from opd.build import make_optimizer
@@ -56,7 +60,7 @@ def config(**options) -> Config:
     return to_config(base)
 
 
-def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **options) -> Trainer:
+def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, overlaps=False, **options) -> Trainer:
     settings = config(**options)
     accelerator = Accelerator(cpu=True)
     student = student or make_model(VOCABULARY, seed=1)
@@ -81,6 +85,7 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, **optio
         packed=bool(settings.train.packing),
         max_steps=settings.train.max_steps or 1,
         saved_state={"config": {}, "choices": {}},
+        overlaps=overlaps,
     )
 
 
@@ -498,6 +503,55 @@ def test_packed_micro_batches_keep_to_their_budget():
     assert all(sum(lengths[i] for i in group) <= 40 or len(group) == 1 for group in groups)
 
 
+class WholeMatrices(TorchDispatchMode):
+    """How many tensors of the shape were made within; operations that view one or write into it make none."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape, self.made = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        fresh = isinstance(result, torch.Tensor) and not any(alias.alias_info for alias in function._schema.returns)
+        self.made += fresh and result.shape == self.shape and result.layout is torch.strided
+        return result
+
+
+def test_a_tied_embeddings_gradient_is_that_of_autograd_in_one_matrix(make_model):
+    """Over two micro-batches with ids that occur many times, one of them the padding id."""
+    model = make_model(VOCABULARY, tie_word_embeddings=True)
+    generator = torch.Generator().manual_seed(3)
+    policy, plain = Policy(model, VOCABULARY - 2, 3), 0.0
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    written = [Rollout(Request(Prompt(i, (0, 5, 2 + i), "")), (3, 5, 5, 1), torch.zeros(4), FinishReason.stop) for i in range(6)]
+    batches = [collate(written, indices, 0) for indices in ([0, 1, 2, 3], [4, 5])]
+    weight = torch.randn(4 * len(written), generator=generator).split([16, 8])
+
+    def nll(logits, target):
+        return -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
+
+    def loss_on(batch, weight_N):
+        def token_loss(logits, part):
+            return nll(logits, batch.target_N[part]), {}
+
+        return lambda hidden, head: chunked_loss(hidden, head, token_loss, weight_N=weight_N)
+
+    found = []
+    for batch, own in zip(batches, weight, strict=True):
+        total, _ = policy(batch.inputs, loss_on(batch, own))
+        with WholeMatrices((VOCABULARY, 16)) as matrices:
+            total.backward()
+        found.append(matrices.made)
+        logits = model(input_ids=batch.inputs.ids_BT).logits.flatten(0, 1)[batch.inputs.kept_N, : VOCABULARY - 2]
+        plain = plain + (nll(logits, batch.target_N) * own).sum()
+    mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert found == [0, 0]
+    model.zero_grad()
+    model.model.embed_tokens.sparse = False
+    plain.backward()
+    assert all(torch.allclose(mine[name], parameter.grad, atol=1e-5) for name, parameter in model.named_parameters())
+
+
 def test_activation_checkpointing_recomputes_and_changes_nothing(make_model, tmp_path):
     plain = after(make_model, tmp_path, student=make_model(VOCABULARY, seed=1, attention_dropout=0.5))
     student = make_model(VOCABULARY, seed=1, attention_dropout=0.5)
@@ -620,6 +674,128 @@ def test_with_a_lag_the_next_step_is_sampled_with_the_weights_before_the_update(
     for _ in range(2):
         trainer.train_step()
     assert trainer.ahead is None  # nothing is sampled behind the last step
+
+
+class Inline(Executor):
+    """Runs what it is given at once, in the thread that gives it."""
+
+    def submit(self, work, *args):
+        done = Future()
+        done.set_result(work(*args))
+        return done
+
+
+def untimed(done: StepDone) -> dict[str, float]:
+    return {name: value for name, value in done.metrics.items() if "time" not in name and "per_second" not in name}
+
+
+@pytest.mark.parametrize("options", [{}, {"ppo__loss_prefix": 5}, {"sampling__truncated": "drop"}, {"sampling__truncated": "mask"}])
+def test_a_teacher_that_scores_while_the_student_samples_says_the_same(make_model, tmp_path, options):
+    options = {"ppo__steps": 2, "sampling__max_new_tokens": 12, **options}
+    steps = {}
+    for name, rows in (("thread", 2), ("inline", 2), ("serial", 2), ("one batch", 64), ("one batch, serial", 64)):
+        trainer = make_trainer(make_model, tmp_path / name, overlaps="serial" not in name, sampling__batch_size=rows, **options)
+        if name == "inline":
+            trainer.overlap.background = Inline()
+        done = [trainer.train_step() for _ in range(2)]
+        first = [(row.rollout.completion, row.teacher_logp.tolist()) for row in done[0].scored]
+        steps[name] = ([untimed(one) for one in done], first, weights(trainer))
+    for mine, reference in (("thread", "inline"), ("one batch", "one batch, serial")):
+        assert steps[mine][:2] == steps[reference][:2] and torch.equal(steps[mine][2], steps[reference][2])
+    assert torch.allclose(steps["thread"][2], steps["serial"][2], atol=2e-5)  # other micro-batches: the rounding alone
+
+
+def overlapping(make_model, tmp_path, **options):
+    """A trainer of three decoding batches a step, its teacher's `logp`, and its sampler's way to write one batch."""
+    trainer = make_trainer(make_model, tmp_path, overlaps=True, sampling__batch_size=2, **options)
+    return trainer, trainer.teacher.logp, trainer.sampler._sample_batch
+
+
+def test_the_teacher_scores_a_batch_while_the_next_is_decoded(make_model, tmp_path, monkeypatch):
+    trainer, logp, write = overlapping(make_model, tmp_path)
+    decoding, scored = [threading.Event() for _ in range(3)], [threading.Event() for _ in range(3)]
+    turns = {"write": iter(range(3)), "logp": iter(range(3))}
+
+    def writes(*args):
+        turn = next(turns["write"])
+        decoding[turn].set()
+        assert turn == 0 or scored[turn - 1].wait(60)  # the batch before was scored in the middle of this one
+        return write(*args)
+
+    def scores(*args):
+        turn = next(turns["logp"])
+        assert turn == 2 or decoding[turn + 1].wait(60)
+        scored[turn].set()
+        assert threading.current_thread() is not threading.main_thread()
+        return logp(*args)
+
+    monkeypatch.setattr(trainer.sampler, "_sample_batch", writes)
+    monkeypatch.setattr(trainer.teacher, "logp", scores)
+    assert len(trainer.begin().teacher_logp_N) and all(event.is_set() for event in scored)
+
+
+def test_an_error_of_the_scoring_thread_is_the_runs(make_model, tmp_path, monkeypatch):
+    trainer, _, _ = overlapping(make_model, tmp_path)
+    error = ValueError("made up")
+    monkeypatch.setattr(trainer.teacher, "logp", lambda *_: (_ for _ in ()).throw(error))
+    with pytest.raises(ValueError, match="made up") as raised:
+        trainer.train_step()
+    assert raised.value is error
+
+
+def test_memory_that_runs_out_beside_the_sampler_is_made_do_with(make_model, tmp_path, monkeypatch):
+    plain = after(make_model, tmp_path, steps=1, sampling__batch_size=2)
+    trainer, logp, _ = overlapping(make_model, tmp_path)
+
+    def tight(*args):
+        if threading.current_thread() is not threading.main_thread():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return logp(*args)
+
+    monkeypatch.setattr(trainer.teacher, "logp", tight)
+    trainer.train_step()
+    assert torch.equal(weights(trainer), plain) and trainer.max_tokens == trainer.config.train.max_tokens_per_micro_batch
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_signal_stops_sampler_and_scoring_thread(make_model, tmp_path, monkeypatch, batch):
+    """While the first batch is scored, and the last, when nothing is decoded any more."""
+    trainer, logp, _ = overlapping(make_model, tmp_path, train__max_tokens_per_micro_batch=1)  # two micro-batches a batch
+    asked = []
+
+    def signalled(*args):
+        asked.append(args)
+        if len(asked) == 2 * batch + 1:
+            monkeypatch.setattr(signals, "arrived", [signal.SIGTERM])
+        return logp(*args)
+
+    monkeypatch.setattr(trainer.teacher, "logp", signalled)
+    with pytest.raises(Preempted, match="SIGTERM"):
+        trainer.train_step()
+    trainer.overlap.background.submit(int).result(60)  # behind what may still be running
+    assert len(asked) == 2 * batch + 1
+
+
+def test_a_sampler_that_breaks_off_leaves_nothing_to_be_scored(make_model, tmp_path, monkeypatch):
+    trainer, logp, write = overlapping(make_model, tmp_path)
+    cancelled, asked = threading.Event(), []
+
+    def writes(*args):
+        if len(trainer.overlap.scores) == 2:
+            trainer.overlap.scores[1].add_done_callback(lambda _: cancelled.set())
+            raise RuntimeError("made up")
+        return write(*args)
+
+    def scores(*args):
+        assert cancelled.wait(60)
+        asked.append(args)
+        return logp(*args)
+
+    monkeypatch.setattr(trainer.sampler, "_sample_batch", writes)
+    monkeypatch.setattr(trainer.teacher, "logp", scores)
+    with pytest.raises(RuntimeError, match="made up"):
+        trainer.train_step()
+    assert len(asked) == 1 and trainer.overlap.scores[0].done()
 
 
 def test_a_lag_needs_a_server_and_a_correction():

@@ -27,7 +27,8 @@ class Head:
 
     Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths. rows: how many tokens' logits
     exist at a time; None for a modest number. dtype: that of the matrix product; None for what autocast asks for, else the weight's.
-    product: computes the matrix product, of all rows, in the weight's place.
+    product: computes the matrix product, of all rows, in the weight's place. folds: the backward pass adds the weight's gradient to
+    `weight_VH.grad`, a leaf's, instead of handing it on, so that another use of the weight has one to add its own to.
     """
 
     weight_VH: Tensor
@@ -38,6 +39,7 @@ class Head:
     rows: int | None = None
     dtype: torch.dtype | None = None
     product: Callable[[Tensor], Tensor] | None = None
+    folds: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -169,11 +171,15 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_bias_V[:size] += grad_CV.sum(0)
                 del grad_CV
         ctx.gradients = (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+        ctx.leaf_VH = weight_VH if head.folds and needs_weight else None
         return total.to(torch.promote_types(hidden_NH.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = grad_outputs
-        gradients = [None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients]
+        hidden, weight, bias = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients)
         ctx.gradients = None  # scaled in place: a second backward pass must fail rather than scale again
-        return (*gradients, None, None, None, None)
+        if ctx.leaf_VH is not None:
+            ctx.leaf_VH.grad = weight if ctx.leaf_VH.grad is None else ctx.leaf_VH.grad.add_(weight)
+            weight = None
+        return hidden, weight, bias, None, None, None, None

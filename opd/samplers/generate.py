@@ -6,7 +6,7 @@ derived from (seed, epoch, sample id, attempt), and prompts of different lengths
 Shapes: `P` prompts, `B` sequences of the batch, `T` positions, `V` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 
@@ -48,13 +48,22 @@ class GenerateSampler:
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples."""
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+    def sample(
+        self,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        stream: str,
+        done: Callable[[dict[int, Rollout]], None] = lambda batch: None,
+    ) -> list[Rollout]:
+        """done: is told of each batch that was decoded, its rollouts by their place among the requests."""
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
         with self.twin or nullcontext(self.model) as self.model, autocast(self.model.device, self.bf16):
             for start in range(0, len(order), decoding.batch_size):
                 batch = order[start : start + decoding.batch_size]
-                rollouts.update(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
+                written = dict(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
+                done(written)
+                rollouts |= written
         return [rollouts[index] for index in range(len(requests))]
 
     def _sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:

@@ -60,15 +60,17 @@ class Twin:
             mine.data = theirs.detach().to(torch.bfloat16)
         for layer in self.packed:
             layer.pack()
-        if self.packed_head is not None:
-            head = self.copy.get_output_embeddings()
-            self.packed_head.weight, self.packed_head.bias = nn.Parameter(head.weight.data, requires_grad=False), head.bias
-            self.packed_head.pack()
         return self.copy
 
     def head(self, head: Head) -> Head:
-        """The copy's output layer as it is quickest here. Within `with`."""
-        return head if self.packed_head is None else replace(head, product=self.packed_head)
+        """The copy's output layer as it is quickest here. Within `with`, at whose first call it is packed: not every engine asks."""
+        if self.packed_head is None:
+            return head
+        if self.packed_head.packed is None:
+            layer = self.copy.get_output_embeddings()
+            self.packed_head.weight, self.packed_head.bias = nn.Parameter(layer.weight.data, requires_grad=False), layer.bias
+            self.packed_head.pack()
+        return replace(head, product=self.packed_head)
 
     def __exit__(self, *error: object) -> None:
         for mine in self.copy.parameters():
