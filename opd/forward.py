@@ -24,6 +24,8 @@ from opd.data.rollouts import Inputs
 from opd.errors import ConfigError
 from opd.objective import Head
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -150,6 +152,14 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
         if trim is not None:
             trim(0)
+
+
+def give_back_at_once() -> None:
+    """From here on glibc gives back what is freed, from 1 MiB on: layers that are gathered and let go of in turn leave holes otherwise."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 class Policy(nn.Module):

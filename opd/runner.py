@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import signals
 from opd.account import Scored
-from opd.build import Built, Given, build, check_tracker, make_accelerator
+from opd.build import Built, Given, build, check_tracker, layerwise, make_accelerator
 from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config, Tracker
 from opd.config.store import to_dict
@@ -139,7 +139,9 @@ def distil(
     """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
     if given.student is None and given.teacher is None:
         sharded = accelerator.distributed_type is DistributedType.FSDP
-        memory = on_main(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded))
+        memory = on_main(
+            accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded, layerwise(accelerator))
+        )
         Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
