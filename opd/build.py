@@ -109,8 +109,6 @@ def check_strategy(config: Config, accelerator: Accelerator) -> None:
         problem = sharding.check_settings(accelerator.state.fsdp_plugin)
         if problem is not None:
             raise ConfigError(problem)
-        if config.lora.rank:
-            raise ConfigError(f"lora.rank={config.lora.rank}: adapters are not trained with sharded weights; use MULTI_GPU (DDP)")
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as it does without sharding
 
 
@@ -176,7 +174,7 @@ def build(
         optimizer=optimizer,
         sampler=sampler,
         teacher=teacher,
-        teacher_ready=teacher.ready,
+        teacher_ready=partial(sharding.whole, policy) if config.shares_base else teacher.ready,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
         prompts=train_prompts,

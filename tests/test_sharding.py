@@ -36,11 +36,19 @@ def whole_layers(policy: Policy) -> int:
     return sum(map(any, found))
 
 
-def work(rank: int, folder: Path, tied: bool) -> None:
-    """One of two processes: passes of its own and idle ones, twice, then a file of all weights, and one that cannot be written."""
+def work(rank: int, folder: Path) -> None:
+    """One of two processes."""
     os.environ.update(MASTER_ADDR="127.0.0.1", RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    for tied in (False, True):
+        learn_and_write(rank, folder, tied)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def learn_and_write(rank: int, folder: Path, tied: bool) -> None:
+    """Passes of its own and idle ones, twice, then a file of all weights, and one that cannot be written."""
     policy = make_policy(tied)
     for layer in policy.model.model.layers:
         fully_shard(layer)
@@ -64,31 +72,29 @@ def work(rank: int, folder: Path, tied: bool) -> None:
         assert set(seen[::2]) == {1}, seen  # the first layer alone
     gradients = {name: parameter.grad.full_tensor() for name, parameter in policy.named_parameters()}
     if rank == 0:
-        torch.save(gradients, folder / "gradients.pt")
+        torch.save(gradients, folder / f"gradients_{tied}.pt")
     mixed = {**{name: parameter.detach() for name, parameter in policy.named_parameters()}, "step": torch.tensor(7.0)}
-    assert sharding.write_full(mixed, folder / "all.safetensors" if rank == 0 else None) is None
+    assert sharding.write_full(mixed, folder / f"all_{tied}.safetensors" if rank == 0 else None) is None
     failure = sharding.write_full(mixed, folder / "nowhere" / "file" if rank == 0 else None)
     assert isinstance(failure, OSError) == (rank == 0)
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [False, True])
-def test_layers_are_gathered_in_turn_and_a_process_without_passes_keeps_up(tied, tmp_path):
+def test_layers_are_gathered_in_turn_and_a_process_without_passes_keeps_up(tmp_path):
     """Tied weights with activation checkpointing, too: gradients add up over passes and processes to those of one process."""
-    multiprocessing.spawn(work, (tmp_path, tied), nprocs=2)
-    policy = make_policy(tied)
-    for length in LENGTHS + LENGTHS:
-        policy(inputs(length), loss).backward()
-    found = torch.load(tmp_path / "gradients.pt")
-    expected = dict(policy.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, parameter in expected.items():
-        assert torch.allclose(found[name], parameter.grad, rtol=1e-5, atol=1e-5), name
-    written = load_file(tmp_path / "all.safetensors")
-    assert written.pop("step") == 7
-    assert all(torch.equal(written[name], parameter) for name, parameter in expected.items())
+    multiprocessing.spawn(work, (tmp_path,), nprocs=2)
+    for tied in (False, True):
+        policy = make_policy(tied)
+        for length in LENGTHS + LENGTHS:
+            policy(inputs(length), loss).backward()
+        found = torch.load(tmp_path / f"gradients_{tied}.pt")
+        expected = dict(policy.named_parameters())
+        assert found.keys() == expected.keys()
+        for name, parameter in expected.items():
+            assert torch.allclose(found[name], parameter.grad, rtol=1e-5, atol=1e-5), name
+        written = load_file(tmp_path / f"all_{tied}.safetensors")
+        assert written.pop("step") == 7
+        assert all(torch.equal(written[name], parameter) for name, parameter in expected.items())
 
 
 def test_one_process_writes_what_safetensors_reads(tmp_path):
