@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from opd import errors
+from opd.visible import one_line
 
 # Hydra's flags that take the next word.
 WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p")
@@ -33,6 +34,11 @@ def parser(verb: str, does: str, example: str) -> Parser:
     )
 
 
+def own(verb: str) -> Parser:
+    """For the flags that `opd VERB` has besides the config's options and Hydra's."""
+    return Parser(prog=f"opd {verb}", add_help=False, allow_abbrev=False)
+
+
 def launch(arguments: Parser, task: Callable[[argparse.Namespace], int], words: Sequence[str]) -> int:
     """Call `task` with what `words` say, and return its exit code."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd ls | head -1` ends without a complaint
@@ -50,17 +56,8 @@ def launch(arguments: Parser, task: Callable[[argparse.Namespace], int], words: 
         traceback.print_exception(error)
         message, code = f"internal error: {type(error).__name__}: {error}", errors.INTERNAL
     with contextlib.suppress(BrokenPipeError):
-        print(f"opd: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        print(f"opd: {one_line(message)}", file=sys.stderr, flush=True)
     return code
-
-
-def own_flags(own: Parser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]] | int:
-    """The verb's own flags and the words that are left for Hydra; or the exit code, once the mistake in them is told."""
-    try:
-        return own.parse_known_args(list(words))
-    except errors.ConfigError as error:
-        print(f"opd: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return error.exit_code
 
 
 def count(word: str) -> int:

@@ -319,12 +319,3 @@ def total_steps(config: Config, prompts: int, processes: int) -> int:
         return config.train.max_steps
     assert config.train.epochs is not None
     return math.ceil(config.train.epochs * prompts / (config.train.batch_size * processes))
-
-
-def check_tracker(tool: Tracker) -> None:
-    """Raises `ConfigError` before the run when the tracker's package is missing."""
-    from importlib.util import find_spec
-
-    if tool is not Tracker.none and find_spec(tool.value) is None:
-        extra = "track" if tool in (Tracker.tensorboard, Tracker.wandb) else tool.value
-        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[{extra}]'")

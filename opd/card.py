@@ -30,7 +30,10 @@ SHOWN = (
 
 
 def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32") -> str:
-    """Markdown behind YAML that the hub reads. summary: as in summary.json, with what is known. dtype: of the weights beside it."""
+    """Markdown behind YAML that the hub reads.
+
+    summary: as in summary.json, with what is known; `checkpoint` names the one that the weights are of, if any. dtype: of the weights.
+    """
     options = to_dict(config)
     licence = base_licence(config)
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **licence}
@@ -64,7 +67,7 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
             "",
             "## Method",
             "",
-            f"{counted(summary, 'steps')} steps, {counted(summary, 'graded_tokens')} graded tokens.",
+            f"{counted(summary, 'steps')} steps, {counted(summary, 'graded_tokens')} graded tokens{state(summary)}.",
             "",
             "| | |",
             "|---|---|",
@@ -106,6 +109,10 @@ def decoding(config: Config) -> str:
 
 def counted(summary: Mapping[str, Any], name: str) -> str:
     return f"{summary[name]:,}" if summary.get(name) is not None else "an unknown number of"
+
+
+def state(summary: Mapping[str, Any]) -> str:
+    return f"; the weights are those of the checkpoint `{summary['checkpoint']}`" if "checkpoint" in summary else ""
 
 
 def figure(value: float | None) -> str:

@@ -3,9 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 import yaml
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from opd import outcome
 from opd.config.schema import METRICS, Direction
 from opd.curves import Series, draw
-from opd.runs import Run
+from opd.runs import Run, as_typed, flat
 
 RANKS: dict[str, Direction] = {name: better or Direction.maximize for name, better in METRICS.items()} | {"reward_best": Direction.maximize}
 INTERVALS = ("reward_before_interval", "reward_after_interval", "reward_teacher_interval", "reward_best_interval")
@@ -73,60 +73,23 @@ def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction
 def achieved(run: Run) -> dict[str, Any]:
     """What a run reached, and what it cost: from its logs, and where there is one from its summary."""
     evaluations, metrics = run.evaluations(), run.metrics()
-    student = [line for line in evaluations if line.get("model") == "student"]
-    teacher = [line for line in evaluations if line.get("model") == "teacher"]
-    judged = [line for line in student if line.get("rewards")]
-    measured = [line["kl"] for line in student if line.get("kl") is not None]
-    kl = [line["reverse_kl"] for line in metrics if line.get("reverse_kl") is not None]
-    tenth = max(1, len(metrics) // 10)
-    seconds = sum(line.get("time/step") or 0.0 for line in metrics)
-    tokens = sum(line.get("tokens") or 0 for line in metrics)
-    best = max(judged, key=lambda line: line["rewards"]["mean"]) if judged else None
-    found: dict[str, Any] = dict.fromkeys((*RANKS, *INTERVALS, "reward_best_step"))
-    found |= {
-        **rewards("before", judged[0] if judged and judged[0]["step"] == 0 else None),
-        **rewards("after", judged[-1] if judged else None),
-        **rewards("teacher", next((line for line in teacher if line.get("rewards")), None)),
-        **rewards("best", best),
-        "reward_best_step": None if best is None else best["step"],
-        "eval_kl_before": measured[0] if measured else None,
-        "eval_kl_after": measured[-1] if measured else None,
-        "reverse_kl_first": fmean(kl[:tenth]) if kl else None,
-        "reverse_kl_last": fmean(kl[-tenth:]) if kl else None,
-        "steps": metrics[-1]["step"] if metrics else None,
-        "graded_tokens": int(tokens) if metrics else None,
-        "seconds": seconds if metrics else None,
-        "tokens_per_second": tokens / seconds if seconds else None,
-        "seed": run.config.get("seed"),
-    }
+    judged = [line for line in evaluations if line.get("model") == "student" and line.get("rewards")]
+    best = max(judged, key=lambda line: line["rewards"]["mean"], default=None)
+    found: dict[str, Any] = dict.fromkeys((*RANKS, *INTERVALS)) | outcome.achieved(metrics, evaluations)
+    found |= {"reward_best": outcome.mean(best), "reward_best_interval": outcome.interval(best)}
+    found |= {"reward_best_step": None if best is None else best["step"], "seed": run.config.get("seed")}
     return found | {name: value for name, value in (run.summary or {}).items() if name in found and value is not None}
-
-
-def rewards(when: str, line: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The mean reward of an evaluation and its 95 % interval."""
-    found = (line or {}).get("rewards") or {}
-    bounds = [found["low"], found["high"]] if "low" in found else None
-    return {f"reward_{when}": found.get("mean"), f"reward_{when}_interval": bounds}
 
 
 def differing(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """For each run the options in which it and others differ. One that was not begun has those that were typed for it."""
-    known = [dict(flat(run.config)) for run in runs]
+    known = [flat(run.config) for run in runs]
     names = {name for options in known for name in options}
     options = [found or typed(run, names) for run, found in zip(runs, known, strict=True)]
     names |= {name for found in options for name in found}
     values = {name: {json.dumps(found[name], sort_keys=True, default=str) for found in options if name in found} for name in names}
     order = sorted(name for name in names if len(values[name]) > 1 and not name.startswith(NO_OPTIONS))
     return [{name: found[name] for name in order if name in found} for found in options]
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Options under dotted names."""
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def typed(run: Run, known: set[str]) -> dict[str, Any]:
@@ -144,21 +107,12 @@ def value_of(text: str) -> Any:
 
 
 def words(options: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={shown(value)}" for name, value in options.items())
-
-
-def shown(value: Any) -> str:
-    """An option's value as it would be typed."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return " ".join(f"{name}={as_typed(value)}" for name, value in options.items())
 
 
 def exact(value: Any) -> str:
     """As `shown`, with all digits."""
-    return repr(value) if isinstance(value, float) else shown(value)
+    return repr(value) if isinstance(value, float) else as_typed(value)
 
 
 def show(comparison: Comparison, console: Console) -> None:

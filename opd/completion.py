@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from enum import Enum
+from importlib import import_module
 from pathlib import Path
 
 from opd import cli, errors
@@ -45,15 +46,7 @@ end
 complete -c opd -f -a '(__opd_complete)'"""
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-# Verbs that take options as `opd train` does, and their own flags.
-WITH_CONFIG: dict[str, tuple[str, ...]] = {
-    "train": (),
-    "doctor": ("--json", "--prompts"),
-    "eval": ("--json", "--teacher", "--baseline", "--out"),
-    "sample": ("--json", "--teacher", "--prompt", "--file", "--samples"),
-    "score": ("--json", "--teacher", "--prompt", "--file", "--text", "--html"),
-}
-KINDS = ("models", "data", "experiments", "runs")
+WITH_CONFIG = ("train", "doctor", "eval", "sample", "score")  # verbs that take options
 USAGE = """Usage: opd completion bash|zsh|fish
 
 Prints a script for the shell. Once, for this terminal:
@@ -69,37 +62,40 @@ def query(line: str) -> list[str]:
     last = words.pop() if words and not line[-1].isspace() else ""
     if len(words) < 2:
         candidates = [*cli.VERBS] if words else []
-    elif words[1] in WITH_CONFIG:
-        flags = WITH_CONFIG[words[1]]
-        before = words[2:] if words[1] == "train" else targets([word for word in words[2:] if word not in flags])[1]
-        candidates = [*train_words(before, last), *(flags if last.startswith("-") else ())]
-    elif words[1] == "ls":
-        candidates = [*KINDS, "--json"]
-    elif words[1] == "cp":
-        candidates = [f"{group}/{name}" for group, names in choices().items() for name in names]
-    elif words[1] == "completion":
-        candidates = [*SCRIPTS]
     else:
-        candidates = []
+        own = flags(words[1])
+        candidates = [*arguments(words[1], [word for word in words[2:] if word not in own], last), *(own if last.startswith("-") else ())]
     return [candidate for candidate in candidates if candidate.startswith(last)]
 
 
-def choices() -> dict[str, list[str]]:
-    """The shipped groups and the names of their files."""
-    from opd.mistakes import choices as shipped
+def arguments(verb: str, before: list[str], last: str) -> list[str]:
+    """What can stand at `last` behind the words `before`, besides the verb's own flags."""
+    if verb in WITH_CONFIG:
+        return option_words(before if verb == "train" else targets(before)[1], last)
+    if verb == "ls":
+        from opd.verbs.ls import KINDS
 
-    return shipped()
+        return list(KINDS)
+    if verb == "cp":
+        from opd.mistakes import choices
+
+        return [f"{group}/{name}" for group, names in choices().items() for name in names]
+    return [*SCRIPTS] if verb == "completion" else []
 
 
-def train_words(before: list[str], last: str) -> list[str]:
+def flags(verb: str) -> list[str]:
+    """The verb's own flags; none of a word that is no verb."""
+    if verb not in cli.VERBS:
+        return []
+    parser = vars(import_module(cli.VERBS[verb].target.partition(":")[0])).get("parser")
+    return [] if parser is None else [option for action in parser()._actions for option in action.option_strings if option.startswith("--")]
+
+
+def option_words(before: list[str], last: str) -> list[str]:
     """What Hydra, and the types of the options, know about the argument `last` of `opd train` after the arguments `before`."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra._internal.utils import create_config_search_path, get_args_parser
-    from hydra.core.config_search_path import SearchPathQuery
-    from hydra.core.utils import setup_globals
+    from hydra._internal.utils import get_args_parser
     from hydra.errors import HydraException
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
-    from hydra.version import setbase
     from omegaconf.errors import OmegaConfBaseException
 
     from opd.config import store
@@ -114,14 +110,9 @@ def train_words(before: list[str], last: str) -> list[str]:
         parsed = parser.parse_intermixed_args(before)
     except SystemExit:
         return []
-    extra = [Path(parsed.config_dir)] if parsed.config_dir is not None else []
-    setbase("1.3")
-    setup_globals()
-    store.register(extra)
-    search_path = create_config_search_path(str(store.conf_dir()))
-    for folder in extra:
-        search_path.prepend("command-line", f"file://{folder.resolve()}", SearchPathQuery(provider="schema"))
-    plugin = DefaultCompletionPlugin(ConfigLoaderImpl(search_path))
+    extra = Path(parsed.config_dir) if parsed.config_dir is not None else None
+    plugin = DefaultCompletionPlugin(store.loader(extra))
+    store.register([] if extra is None else [extra])
     try:
         found = plugin._query("config", " ".join([*(["-m"] if parsed.multirun else []), *parsed.overrides, last]))
     except (HydraException, OmegaConfBaseException, ValueError):

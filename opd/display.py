@@ -16,6 +16,7 @@ from rich.text import Text
 
 from opd.evaluate import Evaluation, Rewards
 from opd.trainer import Evaluated, Event, Rewound, Saved, StepDone
+from opd.visible import harmless
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Display:
         self.last_line = 0.0
 
     def note(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(harmless(text)))
 
     def begin(self, step: int) -> None:
         """Open the panel, where there is a terminal."""

@@ -22,11 +22,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from opd import errors, mistakes, signals, sweep
+from opd.arguments import Parser, targets
 from opd.config import secrets, store
 from opd.config.schema import Config
 from opd.launching import launched
+from opd.visible import one_line
 
 Task = Callable[[Config, Path], float | None]
+FlaggedTask = Callable[[Config, Path, argparse.Namespace], None]
 
 WITHOUT_FILES = ("hydra/job_logging=errors", "hydra/hydra_logging=none")
 WITHOUT_FOLDER = (*WITHOUT_FILES, "hydra.run.dir=.")
@@ -108,13 +111,13 @@ class Job:
     def report(self, error: Exception) -> int:
         """Tell the user about `error` and return its exit code. What fails alike on all ranks is said by the first one alone."""
         if isinstance(error, errors.OpdError):
-            message = self.reason = mistakes.one_line(str(error))
+            message = self.reason = one_line(str(error))
             if log_files():
                 log.error(message)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
                 self.say(message if isinstance(error, errors.Preempted) else f"error: {message}")
             return error.exit_code
-        summary = self.reason = mistakes.one_line(f"internal error: {type(error).__name__}: {error}")
+        summary = self.reason = one_line(f"internal error: {type(error).__name__}: {error}")
         files = log_files()
         if files:
             log.error("internal error", exc_info=error)
@@ -233,6 +236,24 @@ def launch(task: Task, words: Sequence[str], verb: str = "train") -> int:
     code = composed(Job(task, verb), words)
     launched.end(code)
     return code
+
+
+def launch_with_flags(own: Parser, task: FlaggedTask, words: Sequence[str], second: str | None = None) -> int:
+    """As `launch`, for a verb with flags of its own, which `task` gets.
+
+    second: what to say to a second target; None for a verb that has no target. The target is `given.target`, None where none is named.
+    """
+    verb = own.prog.rpartition(" ")[2]
+    try:
+        given, rest = own.parse_known_args(list(words))
+        if second is not None:
+            named, rest = targets(rest)
+            if len(named) > 1:
+                raise errors.ConfigError(f"{named[1]}: name one target; {second}")
+            given.target = named[0] if named else None
+    except errors.ConfigError as error:
+        return Job(lambda config, folder: None, verb).report(error)
+    return launch(lambda config, folder: task(config, folder, given), rest, verb)
 
 
 def composed(job: Job, words: Sequence[str]) -> int:

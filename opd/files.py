@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from opd.errors import OutputError
+
 
 def write_json(file: Path, content: Any) -> None:
     """Replace `file` at once: a reader sees the old or the new content, never a part."""
@@ -17,6 +19,23 @@ def write_text(file: Path, text: str) -> None:
     work.write_text(text, encoding="utf-8")
     flush(work)
     work.replace(file)
+
+
+def deliver(file: Path, text: str) -> None:
+    """As `write_text`, to a place that the user named. Raises `OutputError` where it cannot be written."""
+    check_place(file)
+    try:
+        write_text(file, text)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror})") from None
+
+
+def check_place(file: Path) -> None:
+    """Raises `OutputError` where no file can be: before the work whose result is to be there."""
+    if file.is_dir():
+        raise OutputError(f"{file}: a folder; name a file")
+    if not file.parent.is_dir():
+        raise OutputError(f"{file}: there is no folder {file.parent}")
 
 
 def flush(path: Path) -> None:

@@ -24,6 +24,7 @@ from omegaconf.errors import (
 from opd.config.schema import Config
 from opd.config.store import conf_dir
 from opd.errors import ConfigError, OpdError, OutputError
+from opd.visible import one_line
 
 Result = TypeVar("Result")
 
@@ -33,10 +34,6 @@ YOUR_OWN = {
     "teacher": "a hub id or a folder goes in teacher.path=…",
     "data": "a file of your own goes in data=jsonl data.train_path=…",
 }
-
-
-def one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 def options(schema: type = Config, prefix: str = "") -> dict[str, Any]:

@@ -14,9 +14,9 @@ from opd.config.store import composed_from, to_config
 from opd.errors import ConfigError, DataError, OutputError
 from opd.export import export
 from opd.forward import add_adapters
+from opd.outcome import achieved
 from opd.run_folder import FINAL
 from opd.runs import Run, is_run, open_run
-from opd.summary import gap_closed
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,24 +71,7 @@ def at_checkpoint(folder: Path) -> Loaded:
 
 
 def so_far(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What was measured of this checkpoint, in the words of summary.json."""
-    folder = checkpoint.path.parent.parent
-    lines = Run(folder).evaluations() if is_run(folder) else []
-    student = {line["step"]: line for line in lines if line["model"] == "student"}
-    found = {
-        "before": student.get(0),
-        "after": student.get(checkpoint.step),
-        "teacher": next((line for line in lines if line["model"] == "teacher"), None),
-    }
-    rewards = {when: line["rewards"] if line is not None else None for when, line in found.items()}
-    means = {when: None if own is None else own["mean"] for when, own in rewards.items()}
-    tokens = sum(line["tokens"] for line in Run(folder).metrics() if line["step"] <= checkpoint.step) if is_run(folder) else None
-    return {
-        **{f"reward_{when}": mean for when, mean in means.items()},
-        **{f"reward_{when}_interval": None if own is None else [own["low"], own["high"]] for when, own in rewards.items()},
-        "gap_closed": gap_closed(means["before"], means["after"], means["teacher"]),
-        "eval_kl_before": None if found["before"] is None else found["before"]["kl"],
-        "eval_kl_after": None if found["after"] is None else found["after"]["kl"],
-        "steps": checkpoint.step,
-        "graded_tokens": None if tokens is None else int(tokens),
-    }
+    """What was measured of this checkpoint, in the words of summary.json, and which it is."""
+    run = Run(checkpoint.path.parent.parent)
+    metrics = [line for line in run.metrics() if line["step"] <= checkpoint.step]
+    return {**achieved(metrics, run.evaluations(), checkpoint.step), "steps": checkpoint.step, "checkpoint": checkpoint.path.name}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import torch
@@ -16,15 +16,13 @@ from accelerate.utils import DistributedType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from opd import signals
-from opd.account import Scored
-from opd.build import Built, Given, build, check_tracker, layerwise, make_accelerator
+from opd.build import Built, Given, build, layerwise, make_accelerator
 from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
-from opd.config.schema import Config, Tracker
+from opd.config.schema import Config
 from opd.config.store import to_dict
-from opd.data.rollouts import Rollout
 from opd.display import Display, NoteHandler, describe_rewards
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.evaluate import Evaluation
@@ -32,7 +30,7 @@ from opd.export import export
 from opd.files import write_text
 from opd.identity import check_content, check_same, identity
 from opd.memory import estimate
-from opd.models import decode
+from opd.record import record, sample_text
 from opd.report import page
 from opd.run_folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
 from opd.runs import open_run
@@ -40,11 +38,11 @@ from opd.sharding import at_rest, gathered, units, whole
 from opd.summary import device_name, peak_memory, summarise
 from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
+from opd.tracking import check_tracker, start_tracking, tracked
 from opd.trainer import Evaluated, Rewound, StepDone, Trainer
 from opd.watchdog import watched
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def run(config: Config, folder: Path) -> float | None:
@@ -332,89 +330,6 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         display.note(f"warning: {line}")
     if start is not None:
         display.note(f"going on after step {start.step} from {start.path}")
-
-
-def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> None:
-    if config.track.tool is not Tracker.none:
-        own = {
-            "wandb": {"dir": str(folder), "name": config.name},
-            "trackio": {"name": config.name},
-            "mlflow": {"run_name": config.name},
-            "swanlab": {"experiment_name": config.name, "logdir": str(folder / "swanlab")},
-        }
-        accelerator.init_trackers(config.track.project, config=flatten(to_dict(config)), init_kwargs=own)
-
-
-def flatten(config: Any, key: str = "") -> dict[str, Any]:
-    """Nested options under dotted names, values that every tracker takes."""
-    if isinstance(config, dict):
-        return {name: value for part in config for name, value in flatten(config[part], f"{key}.{part}" if key else str(part)).items()}
-    return {key: config if isinstance(config, int | float | str | bool) else str(config)}
-
-
-def tracked(evaluation: Evaluation) -> dict[str, float]:
-    values = {} if evaluation.rewards is None else {"eval/reward": evaluation.rewards.mean, "eval/length": evaluation.rewards.length}
-    return values if evaluation.kl is None else {**values, "eval/kl": evaluation.kl}
-
-
-def record(tokenizer: PreTrainedTokenizerBase, scored: Scored) -> dict[str, Any]:
-    """A rollout as it is stored: texts, ids, and what is known of each completion token; null for tokens that were not scored.
-
-    learnt: how many tokens, from the first on, were learnt from. alternatives: at each token the teacher's most probable ids, their texts
-    and log-probs, the best first; null in most steps.
-    """
-    rollout = scored.rollout
-    length = len(rollout.completion)
-    return {
-        "sample_id": rollout.request.prompt.sample_id,
-        "epoch": rollout.request.epoch,
-        "attempt": rollout.request.attempt,
-        "prompt": decode(tokenizer, rollout.request.prompt.ids),
-        "completion": decode(tokenizer, rollout.completion),
-        "tokens": [decode(tokenizer, [token]) for token in rollout.completion],
-        "ids": list(rollout.completion),
-        "finish_reason": rollout.finish_reason.value,
-        "learnt": scored.learnt,
-        "behaviour_logp": rounded(rollout.behaviour_logp),
-        "student_logp": filled(rounded(scored.logp), length),
-        "teacher_logp": filled(rounded(scored.teacher_logp), length),
-        "entropy": filled(rounded(scored.entropy), length),
-        "clipped": flags(scored.clipped, length),
-        "cut": flags(scored.cut, length),
-        "alternatives": alternatives(tokenizer, scored, length),
-    }
-
-
-def alternatives(tokenizer: PreTrainedTokenizerBase, scored: Scored, length: int) -> list[Any] | None:
-    if scored.top_ids is None or scored.top_logp is None:
-        return None
-    rows = zip(scored.top_ids.tolist(), map(rounded, scored.top_logp), strict=True)
-    texts = {token: decode(tokenizer, [token]) for token in set(scored.top_ids.flatten().tolist())}
-    found = [[{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(ids, logps, strict=True)] for ids, logps in rows]
-    return filled(found, length)
-
-
-def flags(values: torch.Tensor | None, length: int) -> list[bool | None] | None:
-    """None where the objective has no such thing."""
-    return None if values is None else filled(values.bool().tolist(), length)
-
-
-def filled(values: list[T], length: int) -> list[T | None]:
-    """With null for tokens that were not scored, behind `ppo.loss_prefix` or dropped."""
-    return [*values, *[None] * (length - len(values))]
-
-
-def rounded(values: torch.Tensor) -> list[float]:
-    return [round(value, 5) for value in values.tolist()]
-
-
-def sample_text(tokenizer: PreTrainedTokenizerBase, scored: list[Scored]) -> str:
-    """One completion for the display, on one line."""
-    if not scored:
-        return ""
-    rollout: Rollout = scored[0].rollout
-    text = f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}"
-    return " ".join(text.split())
 
 
 def write_report(folder: Path, summary: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Run folders as they are read: by `opd ls`, `compare`, `report` and `eval`. Nothing is written, and torch is not needed."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,23 @@ class Run:
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:
         return read_lines(self.path / ROLLOUTS / f"step_{step:06d}.jsonl")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def as_typed(value: Any) -> str:
+    """An option's value as it would be typed."""
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def is_run(path: Path) -> bool:

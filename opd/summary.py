@@ -1,9 +1,8 @@
-"""`summary.json`: what a run achieved, computed from what it logged, so that an interrupted run ends with the same summary."""
+"""`summary.json`: what a run achieved, computed from what it logged, so that an interrupted run ends with the same, and what it took."""
 
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from accelerate import Accelerator
 
 from opd import __version__, forward
 from opd.config.schema import Config
+from opd.outcome import achieved
 from opd.run_folder import RunFolder
 
 
@@ -19,26 +19,9 @@ def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int, grow
 
     steps: how many were done. peak: bytes of memory at the most. grown: as `Trainer.grown`. device: what it ran on, in words.
     """
-    metrics, evaluations = run_folder.metrics(), run_folder.evaluations()
-    student = [line for line in evaluations if line["model"] == "student"]
-    lines = {"before": student[0], "after": student[-1], "teacher": next(line for line in evaluations if line["model"] == "teacher")}
-    rewards = {when: line["rewards"] for when, line in lines.items()}
-    mean = {when: None if found is None else found["mean"] for when, found in rewards.items()}
-    tenth = max(1, len(metrics) // 10)
-    kl = [line["reverse_kl"] for line in metrics if line["reverse_kl"] is not None]
-    seconds, tokens = sum(line["time/step"] for line in metrics), sum(line["tokens"] for line in metrics)
     return {
-        **{f"reward_{when}": value for when, value in mean.items()},
-        **{f"reward_{when}_interval": None if found is None else [found["low"], found["high"]] for when, found in rewards.items()},
-        "gap_closed": gap_closed(mean["before"], mean["after"], mean["teacher"]),
-        "eval_kl_before": lines["before"]["kl"],
-        "eval_kl_after": lines["after"]["kl"],
-        "reverse_kl_first": fmean(kl[:tenth]) if kl else None,
-        "reverse_kl_last": fmean(kl[-tenth:]) if kl else None,
+        **achieved(run_folder.metrics(), run_folder.evaluations()),
         "steps": steps,
-        "graded_tokens": int(tokens),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds if seconds else None,
         "peak_memory_bytes": peak,
         "peak_memory_grown_bytes": dict(grown),
         "seed": config.seed,
@@ -55,13 +38,6 @@ def versions() -> dict[str, str]:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
-    """The share of the student's distance to the teacher that is gone; None when the teacher was not better."""
-    if before is None or after is None or teacher is None or teacher <= before:
-        return None
-    return (after - before) / (teacher - before)
 
 
 def peak_memory(accelerator: Accelerator) -> int:

@@ -14,14 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.utils import setup_globals
 from hydra.types import RunMode
-from hydra.version import setbase
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
@@ -100,12 +95,7 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
 
     processes: how many a launcher started, each of which sweeps.
     """
-    setbase("1.3")
-    setup_globals()
-    search_path = create_config_search_path(str(store.conf_dir()))
-    if parsed.config_dir is not None:
-        search_path.prepend("command-line", f"file://{Path(parsed.config_dir).resolve()}", SearchPathQuery(provider="schema"))
-    loader = ConfigLoaderImpl(search_path)
+    loader = store.loader(Path(parsed.config_dir) if parsed.config_dir is not None else None)
     composed = loader.load_configuration(parsed.config_name or "config", list(parsed.overrides), RunMode.MULTIRUN)
     for part in ("sweeper", "launcher"):
         check_plugin(part, str(composed.hydra.runtime.choices[f"hydra/{part}"]), str(composed.hydra[part]._target_), processes)

@@ -165,7 +165,7 @@ def test_the_curves_of_all_runs_are_in_one_picture(tmp_path: Path, capsys: pytes
         ([], errors.USAGE, "DIR"),
         (["runs", "--metric", "reward"], errors.USAGE, "reward_after"),
         (["runs", "--json", "--csv"], errors.USAGE, "not allowed with"),
-        (["runs", "--svg", "nowhere/x.svg"], errors.OUTPUT, "nowhere/x.svg: cannot be written"),
+        (["runs", "--svg", "nowhere/x.svg"], errors.OUTPUT, "nowhere/x.svg: there is no folder nowhere"),
     ],
 )
 def test_a_mistake_is_one_line(

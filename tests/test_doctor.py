@@ -218,9 +218,26 @@ def test_a_run_that_does_not_fit_is_told_before_its_models_are_loaded(doctor: An
 def test_a_missing_package_of_the_tracker(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.util import find_spec
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest))
+    monkeypatch.setattr("opd.tracking.find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest))
     code, found, _ = doctor("track=wandb", "--prompts", "0")
     assert code == errors.NOT_READY and "pip install" in found["tracker"]["remedy"] + found["tracker"]["what"]
+
+
+def test_the_trial_step_updates_and_changes_nothing(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[float] = []
+
+    def watched(trainer: Any) -> first.Step:
+        before = [weight.detach().clone() for weight in trainer.student.parameters()]
+        trainer.optimizer.optimizer.register_step_post_hook(lambda *_: updates.append(trainer.optimizer.param_groups[0]["lr"]))
+        step = trial(trainer)
+        assert all(torch.equal(*pair) for pair in zip(before, trainer.student.parameters(), strict=True))
+        assert not trainer.optimizer.state and all(weight.grad is None for weight in trainer.student.parameters())
+        return step
+
+    trial = first.trial_step
+    monkeypatch.setattr(first, "trial_step", watched)
+    assert doctor("--prompts", "0")[0] == errors.OK
+    assert updates == [0.0, 0.0], "a short step is taken twice"
 
 
 def test_verdicts_on_rewards() -> None:

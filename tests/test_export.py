@@ -123,7 +123,7 @@ def test_the_last_checkpoint_is_the_final_model_and_the_one_before_is_not(debug_
     summary = json.loads((debug_run / "summary.json").read_text())
     cards = {step: (tmp_path / str(step) / "README.md").read_text(encoding="utf-8") for step in (4, 6)}
     assert f"| {summary['reward_after']:.3f} [" in cards[6] and "6 steps" in cards[6]
-    assert "4 steps" in cards[4] and "| – |" in cards[4]  # there was no evaluation after step 4
+    assert "4 steps" in cards[4] and "checkpoint `step_000004`" in cards[4] and "| – |" in cards[4]  # there was no evaluation after step 4
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving

@@ -32,8 +32,9 @@ def test_every_shipped_choice_and_every_run_is_listed(tmp_path: Path, capsys: py
     make_run(tmp_path / "sweeps" / "lr" / "lr=1", "failed")
     assert cli.main(["ls", "--json"]) == errors.OK
     listed = json.loads(capsys.readouterr().out)
-    for kind, group in (("models", "model"), ("data", "data"), ("experiments", "experiment")):
-        assert [row["name"] for row in listed[kind]] == sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+    for kind, groups in (("models", ("model", "teacher")), ("data", ("data",)), ("experiments", ("experiment",))):
+        files = [file for group in groups for file in sorted((conf_dir() / group).glob("*.yaml"))]
+        assert [(row["group"], row["name"]) for row in listed[kind]] == [(file.parent.name, file.stem) for file in files]
         assert all(row["about"] for row in listed[kind])
     assert [(row["path"], row["status"], row["steps"], row["of"]) for row in listed["runs"]] == [
         ("runs/first", "done", 2, 9),

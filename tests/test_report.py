@@ -14,9 +14,9 @@ from opd import errors
 from opd.report import page
 from opd.report.document import inert
 from opd.report.tokens import spread
-from opd.report.visible import visible
 from opd.runs import open_run
 from opd.train import main
+from opd.visible import visible
 
 DEBUG = ("experiment=debug", "device=cpu")
 

@@ -14,7 +14,7 @@ from opd import cli, errors, models
 from opd.config.schema import ModelConfig
 from opd.errors import DataError
 from opd.judging import speak
-from opd.judging.speak_display import coloured, side_by_side
+from opd.judging.speak_display import coloured, page, side_by_side
 
 TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu"]
 HOSTILE = '<script>alert(1)</script>\u202e"onload="x" \x1b[31m & \u2066'
@@ -100,9 +100,9 @@ def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path: Path) 
 
 
 def test_titles_and_tokens_are_escaped() -> None:
-    page = speak.page(speak.Scored([HOSTILE], [-1.0], [-2.0]), "<b>&")
-    assert "<script" not in page and "<b>" not in page and "⟨U+202E⟩" in page and "␛[31m" in page
-    assert "difference -1.000 nats" in page and "rgba(244,140,32" in page
+    text = page(speak.Judged([HOSTILE], [-1.0], [-2.0]), "<b>&")
+    assert "<script" not in text and "<b>" not in text and "⟨U+202E⟩" in text and "␛[31m" in text
+    assert "difference -1.000 nats" in text and "rgba(244,140,32" in text
 
 
 def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +111,7 @@ def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[st
     stream = io.StringIO()
     console = Console(file=stream, width=80)
     console.print(side_by_side(HOSTILE, {"student": [HOSTILE], "teacher": ["[red]x[/red]"]}))
-    for part in coloured(speak.Scored([HOSTILE, "b"], [-1.0, -0.1], [-4.0, -0.1])):
+    for part in coloured(speak.Judged([HOSTILE, "b"], [-1.0, -0.1], [-4.0, -0.1])):
         console.print(part)
     shown = stream.getvalue()
     assert "\x1b" not in shown and "\u202e" not in shown and "[red]x[/red]" in shown and "-3.000" in shown
@@ -123,6 +123,10 @@ def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[st
         (["score", *TINY], 64, "--text TEXT or --file FILE"),
         (["score", *TINY, "--text", "a", "--file", "b"], 64, "one text"),
         (["score", *TINY, "--file", "nowhere.txt"], 65, "nowhere.txt: No such file"),
+        (["score", *TINY, "--text", "77", "--html", "nowhere/x.html"], 74, "nowhere/x.html: there is no folder nowhere"),
+        (["score", *TINY, "--text", "77", "--html", "."], 74, ".: a folder; name a file"),
+        (["eval", *TINY, "--out", "nowhere/x.json"], 74, "nowhere/x.json: there is no folder nowhere"),
+        (["sample", *TINY, "--file", "\x1b[31m\u202e"], 65, "␛[31m⟨U+202E⟩: No such file"),
         (["score", *TINY, "--text", "7"], 65, "no token that another one stands before"),
         (["score", *TINY, "--text", "7" * 600], 65, "600 tokens, the student takes 512"),
         (["score", "nowhere/at/all", "--text", "77"], 64, "there is no such folder"),

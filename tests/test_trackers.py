@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from opd import build
 from opd.config.schema import Tracker
 from opd.errors import ConfigError
+from opd.tracking import check_tracker
 
 OFFLINE = {
     "WANDB_MODE": "offline",
@@ -42,10 +42,10 @@ def tracked_run(folder: Path, tool: str) -> set[str]:
 
 @pytest.mark.parametrize("tool", [tool for tool in Tracker if tool is not Tracker.none])
 def test_a_missing_package_is_told_before_the_run(tool: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("opd.tracking.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"track\.tool={tool.value}: the package is not installed: pip install 'opd\[\w+\]'"):
-        build.check_tracker(tool)
-    build.check_tracker(Tracker.none)
+        check_tracker(tool)
+    check_tracker(Tracker.none)
 
 
 def test_every_tracker_has_its_file() -> None:

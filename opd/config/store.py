@@ -8,9 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import setup_globals
+from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
@@ -99,6 +104,16 @@ def register(extra_dirs: Sequence[Path] = ()) -> None:
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)
     OmegaConf.register_new_resolver("member_name", member_name, replace=True)
+
+
+def loader(extra: Path | None = None) -> ConfigLoaderImpl:
+    """What composes a config as `hydra.main` does, before it does. extra: `--config-dir`."""
+    setbase("1.3")
+    setup_globals()
+    search_path = create_config_search_path(str(conf_dir()))
+    if extra is not None:
+        search_path.prepend("command-line", f"file://{extra.resolve()}", SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(search_path)
 
 
 def undeclared(composed: dict[str, Any], schema: type, prefix: str = "") -> Iterator[str]:

@@ -25,7 +25,7 @@ CUT = 0.5  # share of completions cut off from which stopping is not learnt
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step without its update. seconds: what sampling, scoring and the gradients took. values: its metrics."""
+    """seconds: what sampling, scoring and the update took. values: the step's metrics."""
 
     seconds: dict[str, float]
     values: dict[str, float]
@@ -33,25 +33,23 @@ class Step:
 
 
 def trial_step(trainer: Trainer) -> Step:
-    """The run's first step up to its gradients, which are thrown away: weights and optimizer stay as they are.
+    """The run's first step with one inner step, at a learning rate of 0: weights stay as they are, and the optimizer forgets.
 
     A short one is taken again: what only the first does would be much of it.
     """
     begin = time.perf_counter()
-    step = gradients_of_a_step(trainer)
-    return gradients_of_a_step(trainer) if time.perf_counter() - begin < SHORT else step
+    step = step_that_learns_nothing(trainer)
+    return step_that_learns_nothing(trainer) if time.perf_counter() - begin < SHORT else step
 
 
-def gradients_of_a_step(trainer: Trainer) -> Step:
+def step_that_learns_nothing(trainer: Trainer) -> Step:
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
     current = trainer.round = trainer.begin()
-    begin = time.perf_counter()
-    weights, own = trainer.token_weights(current.learnt)
-    _, seen = trainer.gradients(current, weights, own or 1.0)
-    trainer.optimizer.zero_grad()
-    current.seconds["update"] = time.perf_counter() - begin
-    current.seen = {name: current.in_order([stats[name] for stats in seen]) for name in seen[0]}
-    describe(current, engine_gap(current), trainer.config.sampling.max_new_tokens)
+    trainer.inner_step(current)
+    trainer.optimizer.state.clear()
     trainer.round = None
+    describe(current, engine_gap(current), trainer.config.sampling.max_new_tokens)
     return Step(dict(current.seconds), current.means.means(), current.written)
 
 

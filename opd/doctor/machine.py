@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from opd.build import check_tracker
 from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.doctor.footprint import Footprint
+from opd.tracking import check_tracker
 
 TIGHT = 0.85  # share of the free memory: estimates were seen to be up to 15 % too low
 GIB = 2**30
@@ -45,7 +45,7 @@ def largest_phase(footprint: Footprint) -> dict[str, int]:
 
 
 def check_time(seconds: Mapping[str, float], config: Config, steps: int) -> list[Finding]:
-    """Extrapolated from a single step; evaluations, checkpoints and the optimizer's own update come on top."""
+    """Extrapolated from a single step; evaluations and checkpoints come on top."""
     a_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
     shares = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
     return [ok("time", f"about {a_step:.2g} s a step ({shares}), {spoken(a_step * steps)} for {steps:,} steps, evaluations not counted")]

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,17 +16,17 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from opd import models
-from opd.build import Given, load_prompts, make_accelerator, make_run_grader
+from opd.build import Given, load_prompts, make_accelerator, make_evaluator, make_run_grader
 from opd.config.schema import Config, ModelConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
 from opd.evaluate import Evaluator, interval
-from opd.forward import autocast, let_go
+from opd.forward import let_go
 from opd.judging import bootstrap, pair
 from opd.judging.pair import Loaded
 from opd.judging.target import Target
+from opd.outcome import gap_closed
 from opd.rewards import Grader
-from opd.samplers import Decoding
 from opd.together import stoppable
 
 STREAM = "evaluation"  # as in training, so that greedy and sampled answers are those of the run
@@ -45,13 +44,16 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A set to judge on. answered: prompts that are answered and judged; kl_prompts: those the KL is measured on."""
+    """A set to judge on."""
 
     name: str
     config: Config
-    answered: Sequence[Prompt]
-    kl_prompts: Sequence[Prompt]
+    prompts: list[Prompt]
     grader: Grader | None
+
+    def evaluator(self, accelerator: Accelerator, student: Loaded, vocabulary: int) -> Evaluator:
+        """As the run's own."""
+        return make_evaluator(self.config, accelerator, student.tokenizer, self.prompts, self.grader, vocabulary, student.bf16)
 
 
 def judge(target: Target, tasks: dict[str, Config], folder: Path) -> dict[str, Any]:
@@ -70,9 +72,9 @@ def judge(target: Target, tasks: dict[str, Config], folder: Path) -> dict[str, A
             vocabulary = pair.shared(student, teacher)
             sets = sets or [make_task(name, its, student, stack) for name, its in tasks.items()]
             for task in sets:
-                evaluator = make_evaluator(task, accelerator, student, vocabulary)
+                evaluator = task.evaluator(accelerator, student, vocabulary)
                 sampler = student.sampler(student.tokenizer.pad_token_id, vocabulary, config.seed)
-                found[task.name][role] = answers(evaluator, sampler, task)
+                found[task.name][role] = answers(evaluator, sampler, task.config.eval.samples)
                 distance = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
                 if distance is not None:
                     kl[task.name][role] = distance
@@ -80,9 +82,9 @@ def judge(target: Target, tasks: dict[str, Config], folder: Path) -> dict[str, A
             del student, evaluator, sampler
             let_go(accelerator.device)
         for task in sets:
-            evaluator = make_evaluator(task, accelerator, last, vocabulary)
+            evaluator = task.evaluator(accelerator, last, vocabulary)
             sampler = teacher.sampler(last.tokenizer.pad_token_id, vocabulary, config.seed)
-            found[task.name]["teacher"] = answers(evaluator, sampler, task, as_teacher=True)
+            found[task.name]["teacher"] = answers(evaluator, sampler, task.config.eval.samples, as_teacher=True)
         return {task.name: result(found[task.name], kl[task.name], task.config) for task in sets}
 
 
@@ -93,36 +95,14 @@ def models_of(target: Target) -> dict[str, ModelConfig]:
 
 def make_task(name: str, config: Config, student: Loaded, stack: ExitStack) -> Task:
     _, prompts = load_prompts(config, student.tokenizer, Given())
-    judged = [prompt for prompt in prompts if prompt.answer is not None or prompt.get_reward is not None]
-    answered = judged[: config.eval.limit] if config.eval.reward is not None else []
-    return Task(name, config, answered, prompts[: config.eval.kl_prompts], make_run_grader(config, prompts, stack))
+    return Task(name, config, prompts, make_run_grader(config, prompts, stack))
 
 
-def make_evaluator(task: Task, accelerator: Accelerator, student: Loaded, vocabulary: int) -> Evaluator:
-    options = task.config.eval
-    return Evaluator(
-        accelerator,
-        student.tokenizer,
-        answered=task.answered,
-        kl_prompts=task.kl_prompts,
-        decoding=Decoding(options.temperature, options.max_new_tokens, batch_size=options.batch_size),
-        kl_decoding=Decoding(1.0, options.kl_max_new_tokens, batch_size=options.batch_size),
-        grader=task.grader,
-        max_tokens=task.config.train.max_tokens_per_micro_batch,
-        vocabulary=vocabulary,
-        precision=partial(autocast, accelerator.device, student.bf16),
-    )
-
-
-def answers(evaluator: Evaluator, sampler: Any, task: Task, as_teacher: bool = False) -> list[Answer]:
-    """`eval.samples` judged answers to each prompt, of all processes, in the order of the prompts."""
+def answers(evaluator: Evaluator, sampler: Any, samples: int, as_teacher: bool = False) -> list[Answer]:
+    """`samples` judged answers to each prompt, of all processes, in the order of the prompts."""
     accelerator = evaluator.accelerator
-    mine = task.answered[accelerator.process_index :: accelerator.num_processes]
-    requests = [
-        Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt)
-        for prompt in mine
-        for attempt in range(task.config.eval.samples)
-    ]
+    mine = evaluator.answered[accelerator.process_index :: accelerator.num_processes]
+    requests = [Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt) for prompt in mine for attempt in range(samples)]
     rollouts = stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, STREAM))
     own = [
         Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated)
@@ -199,11 +179,12 @@ def difference(values: torch.Tensor, drawn: torch.Tensor) -> dict[str, float]:
 
 def share_closed(means: dict[str, torch.Tensor], column: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The share of the distance between baseline and teacher that is gone; null where the teacher is not better."""
-    if not {"baseline", "teacher"} <= means.keys() or means["teacher"].mean() <= means["baseline"].mean():
+    before, now, teacher = (float(means[name].mean()) if name in means else None for name in ("baseline", "model", "teacher"))
+    share = gap_closed(before, now, teacher)
+    if share is None:
         return {"gap_closed": None, "gap_closed_interval": None}
-    now, before, teacher = (float(means[name].mean()) for name in ("model", "baseline", "teacher"))
     bounds = bootstrap.gap_closed(torch.stack([column["model"], column["baseline"], column["teacher"]], 1))
-    return {"gap_closed": (now - before) / (teacher - before), "gap_closed_interval": None if bounds is None else list(bounds)}
+    return {"gap_closed": share, "gap_closed_interval": None if bounds is None else list(bounds)}
 
 
 def place_of(run: Path) -> Path:

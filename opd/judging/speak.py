@@ -6,7 +6,6 @@ Shapes: `T` tokens of the text.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from html import escape
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -43,7 +42,7 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
+class Judged:
     """A text, token by token: its tokens as text, and the log-prob of each under both models, (T,).
 
     before: the first token of a text that answers nothing: no other stands before it, so it has no log-prob.
@@ -100,7 +99,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
 
 
 @torch.no_grad()
-def score(both: Pair, text: str, prompt: str | None = None) -> Scored:
+def score(both: Pair, text: str, prompt: str | None = None) -> Judged:
     """Both models' log-probs of a text's tokens at temperature 1. prompt: a user's message that the text answers; else the text alone.
 
     Raises `DataError` for a text of less than two tokens without a prompt.
@@ -121,7 +120,7 @@ def score(both: Pair, text: str, prompt: str | None = None) -> Scored:
     logp = {role: token_logp(loaded, rollout, both.vocabulary) for role, loaded in both.both().items()}
     tokens = [models.decode(both.tokenizer, [token]) for token in rollout.completion]
     before = models.decode(both.tokenizer, ids[:kept]) if prompt is None else ""
-    return Scored(tokens, logp["student"], logp["teacher"], before)
+    return Judged(tokens, logp["student"], logp["teacher"], before)
 
 
 def token_logp(loaded: Loaded, rollout: Rollout, vocabulary: int) -> list[float]:
@@ -155,43 +154,3 @@ def read_text(file: str) -> str:
         raise DataError(f"{file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file}: not a text in UTF-8") from None
-
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>:root{{color-scheme:light dark}}body{{font:16px/1.7 ui-monospace,monospace;max-width:60em;margin:2em auto;padding:0 1em}}
-p.text{{white-space:pre-wrap;overflow-wrap:anywhere}}span[title]{{border-radius:3px;unicode-bidi:isolate}}</style></head>
-<body><h1>{title}</h1><p>{legend}</p><p class="text">{tokens}</p></body></html>
-"""
-STRONG = 3.0  # nats of disagreement from which the colour is full
-
-
-def page(scored: Scored, title: str) -> str:
-    """A self-contained HTML page: tokens blue where the teacher finds them likelier, orange where less; both probabilities on hover."""
-    tokens = "".join(
-        f'<span title="{escape(f"student {ours:.3f} teacher {theirs:.3f} difference {theirs - ours:+.3f} nats")}" '
-        f'style="background:{colour(theirs - ours)}">{escape(visible(token))}</span>'
-        for token, ours, theirs in zip(scored.tokens, scored.student, scored.teacher, strict=True)
-    )
-    legend = "Blue: the teacher finds the token likelier than the student does; orange: less likely. Hover for log-probabilities in nats."
-    return PAGE.format(title=escape(title), legend=legend, tokens=escape(visible(scored.before)) + tokens)
-
-
-def colour(difference: float) -> str:
-    red, green, blue = (64, 132, 244) if difference > 0 else (244, 140, 32)
-    return f"rgba({red},{green},{blue},{min(abs(difference) / STRONG, 1) * 0.7:.2f})"
-
-
-def visible(text: str) -> str:
-    """Without characters that do something to what stands around them: controls are shown as their pictures, marks of direction by name."""
-    return "".join(
-        chr(0x2400 + ord(char)) if ord(char) < 32 and char not in "\n\t" else f"⟨U+{ord(char):04X}⟩" if is_hidden(char) else char
-        for char in text
-    )
-
-
-def is_hidden(char: str) -> bool:
-    code = ord(char)
-    return 0x7F <= code <= 0x9F or 0x200B <= code <= 0x200F or 0x2028 <= code <= 0x202E or 0x2060 <= code <= 0x206F or code == 0xFEFF

@@ -6,9 +6,10 @@ from html import escape
 from typing import Any
 
 from opd.curves import LIGHT, Series
+from opd.outcome import gap_closed, mean
 from opd.report.charts import Axes, Band, Line, chart, smoothed, thinned
-from opd.report.visible import visible
-from opd.runs import Run
+from opd.runs import Run, as_typed, flat
+from opd.visible import visible
 
 MOST_TEXT = 300  # letters of a name or a value
 PHASES = (("time/sample", "sampling"), ("time/score", "teacher’s scores"), ("time/update", "update"))
@@ -134,12 +135,9 @@ def outcome(run: Told) -> dict[str, Any]:
     own = students(run)
     first, last = (own[0], own[-1]) if own else (None, None)
     rewards = {"before": reward(first), "now": reward(last), "teacher": reward(teacher(run))}
-    means = {when: None if found is None else found["mean"] for when, found in rewards.items()}
-    before, now, best = means["before"], means["now"], means["teacher"]
-    gap = None if before is None or now is None or best is None or best <= before else (now - before) / (best - before)
     return {
         "rewards": rewards,
-        "gap": gap,
+        "gap": gap_closed(mean(first), mean(last), mean(teacher(run))),
         "kl_before": None if first is None else first.get("kl"),
         "kl_now": None if last is None else last.get("kl"),
         "step": 0 if last is None else last["step"],
@@ -371,31 +369,29 @@ def shares(index: int, runs: Sequence[Told], named: Sequence[tuple[str, float]],
 
 def settings(runs: Sequence[Told]) -> str:
     """What differs between runs first, then all options of each, its command line and versions."""
-    flat = [flatten(run.config) for run in runs]
+    options = [flat(run.config) for run in runs]
     parts = []
     if len(runs) > 1:
-        names = sorted({name for own in flat for name in own if len({repr(other.get(name)) for other in flat}) > 1})
+        names = sorted({name for own in options for name in own if len({repr(other.get(name)) for other in options}) > 1})
         head = "".join(f'<th scope="col" class="c{colour(i)}"><i></i><bdi>{text(run.name)}</bdi></th>' for i, run in enumerate(runs))
         rows = "".join(
-            f'<tr><th scope="row">{text(name)}</th>' + "".join(f"<td><bdi>{text(own.get(name, '–'))}</bdi></td>" for own in flat) + "</tr>"
+            f'<tr><th scope="row">{text(name)}</th>{"".join(f"<td><bdi>{value_of(own, name)}</bdi></td>" for own in options)}</tr>'
             for name in names
         )
         parts.append(f"<h3>What differs</h3>{scrolled(f'<thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody>')}")
-    for run, own in zip(runs, flat, strict=True):
+    for run, own in zip(runs, options, strict=True):
         words = " ".join(text(word) for word in run.overrides)
         summary = run.summary or {}
         versions = [f"{name} {value}" for name, value in (summary.get("versions") or {}).items()]
         shown = [f"<p><code><bdi>opd train {words}</bdi></code></p>"] if run.overrides else []
         facts = [*versions, *([summary["device"]] if summary.get("device") else [])]
         shown += [f'<p class="versions">{text(" · ".join(facts))}</p>'] if facts else []
-        rows = "".join(f'<tr><th scope="row">{text(name)}</th><td><bdi>{text(value)}</bdi></td></tr>' for name, value in own.items())
+        rows = "".join(f'<tr><th scope="row">{text(name)}</th><td><bdi>{value_of(own, name)}</bdi></td></tr>' for name in own)
         named = "All options" if len(runs) == 1 else f"All options of <bdi>{text(run.name)}</bdi>"
         shown.append(f"<details><summary>{named}</summary>{scrolled(f'<tbody>{rows}</tbody>')}</details>")
         parts.append("".join(shown))
     return section("Configuration", "".join(parts), "settings")
 
 
-def flatten(config: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(config, dict) and (config or not name):
-        return {key: value for part in config for key, value in flatten(config[part], f"{name}.{part}" if name else str(part)).items()}
-    return {name: "null" if config is None else config}
+def value_of(options: Mapping[str, Any], name: str) -> str:
+    return text(as_typed(options[name])) if name in options else "–"

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from opd.report.visible import visible
 from opd.runs import Run
 from opd.schedule import looked_into
+from opd.visible import visible
 
 MOST_BYTES = 6_000_000  # of completions in a page, over all runs
 MOST_TOKENS = 1_500  # of a completion

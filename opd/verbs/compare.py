@@ -9,7 +9,7 @@ from rich.console import Console
 
 from opd import arguments, compare, errors
 from opd.config.schema import Direction
-from opd.files import write_text
+from opd.files import deliver
 from opd.runs import find_runs
 
 EXAMPLES = """opd compare sweeps/first
@@ -20,10 +20,7 @@ opd compare runs --csv > runs.csv"""
 def task(given: argparse.Namespace) -> int:
     comparison = compare.compare(find_runs(given.folders), given.metric, given.direction and Direction[given.direction])
     if given.svg is not None:
-        try:
-            write_text(given.svg, compare.as_svg(comparison, given.curve))
-        except OSError as error:
-            raise errors.OutputError(f"{given.svg}: cannot be written ({error.strerror})") from None
+        deliver(given.svg, compare.as_svg(comparison, given.curve))
     if given.json:
         print(compare.as_json(comparison))
     elif given.csv:
@@ -36,13 +33,17 @@ def task(given: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """Rank the runs in the folders that `argv` names; returns the exit code."""
-    parser = arguments.parser("compare", "Rank runs by what they reached, with the options in which they differ.", EXAMPLES)
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's folder, or one that holds several (runs/, a sweep)")
-    parser.add_argument("--metric", choices=sorted(compare.RANKS), help="default: reward_after, or eval_kl_after where nothing is judged")
-    parser.add_argument("--direction", choices=[each.value for each in Direction], help="default: as it is better")
-    form = parser.add_mutually_exclusive_group()
+    return arguments.launch(parser(), task, argv)
+
+
+def parser() -> arguments.Parser:
+    own = arguments.parser("compare", "Rank runs by what they reached, with the options in which they differ.", EXAMPLES)
+    own.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run's folder, or one that holds several (runs/, a sweep)")
+    own.add_argument("--metric", choices=sorted(compare.RANKS), help="default: reward_after, or eval_kl_after where nothing is judged")
+    own.add_argument("--direction", choices=[each.value for each in Direction], help="default: as it is better")
+    form = own.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print all of it as JSON")
     form.add_argument("--csv", action="store_true", help="print a line a run as CSV")
-    parser.add_argument("--svg", metavar="FILE", type=Path, help="write the curves of all runs as a picture")
-    parser.add_argument("--curve", choices=sorted(compare.CURVES), help="what the picture shows; default: reward where there is one")
-    return arguments.launch(parser, task, argv)
+    own.add_argument("--svg", metavar="FILE", type=Path, help="write the curves of all runs as a picture")
+    own.add_argument("--curve", choices=sorted(compare.CURVES), help="what the picture shows; default: reward where there is one")
+    return own

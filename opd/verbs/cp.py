@@ -12,11 +12,15 @@ EXAMPLES = "opd cp experiment/tiny\nopd cp optim/adamw --name slow --to ./conf"
 
 def main(argv: Sequence[str]) -> int:
     """Copy the file and say how to use it; returns the exit code."""
-    parser = arguments.parser("cp", "Copy a shipped YAML file into a folder of yours, to change it and use it by --config-dir.", EXAMPLES)
-    parser.add_argument("file", help="group/name, or a name that one group alone has (opd ls)")
-    parser.add_argument("--to", type=Path, default=Path("conf"), help="the folder (./conf)")
-    parser.add_argument("--name", help="what the copy is called (my_NAME): a shipped file wins over one of the same name")
-    return arguments.launch(parser, copy, argv)
+    return arguments.launch(parser(), copy, argv)
+
+
+def parser() -> arguments.Parser:
+    own = arguments.parser("cp", "Copy a shipped YAML file into a folder of yours, to change it and use it by --config-dir.", EXAMPLES)
+    own.add_argument("file", help="group/name, or a name that one group alone has (opd ls)")
+    own.add_argument("--to", type=Path, default=Path("conf"), help="the folder (./conf)")
+    own.add_argument("--name", help="what the copy is called (my_NAME): a shipped file wins over one of the same name")
+    return own
 
 
 def copy(parsed: argparse.Namespace) -> int:

@@ -1,5 +1,6 @@
 """Look whether a run is ready: `opd doctor`."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,28 +9,28 @@ from opd import arguments, entry, errors
 from opd.config.schema import Config
 
 
-def main(argv: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Compose the config from overrides, examine it, show what was found; returns the exit code."""
-    own = arguments.Parser(prog="opd doctor", add_help=False, allow_abbrev=False)
+    return entry.launch_with_flags(parser(), examine, words)
+
+
+def parser() -> arguments.Parser:
+    own = arguments.own("doctor")
     own.add_argument("--json", action="store_true")
     own.add_argument("--prompts", type=arguments.count, default=32)
-    parsed = arguments.own_flags(own, argv)
-    if isinstance(parsed, int):
-        return parsed
-    flags, words = parsed
+    return own
 
-    def task(config: Config, folder: Path) -> None:
-        from opd import doctor, runner  # torch is imported here and not before
-        from opd.doctor.show import show
 
-        runner.quiet_libraries()
-        report = doctor.examine(config, flags.prompts)
-        if flags.json:
-            print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
-        else:
-            show(report)
-        failed = report.of(doctor.Status.fail)
-        if failed:
-            raise errors.NotReady(f"not ready: {', '.join(finding.check for finding in failed)}")
+def examine(config: Config, folder: Path, given: argparse.Namespace) -> None:
+    from opd import doctor, runner  # torch is imported here and not before
+    from opd.doctor.show import show
 
-    return entry.launch(task, words, "doctor")
+    runner.quiet_libraries()
+    report = doctor.examine(config, given.prompts)
+    if given.json:
+        print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        show(report)
+    failed = report.of(doctor.Status.fail)
+    if failed:
+        raise errors.NotReady(f"not ready: {', '.join(finding.check for finding in failed)}")

@@ -1,51 +1,52 @@
 """Judge a run or a model: `opd eval`."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd import arguments, entry, errors, files
+from opd import arguments, entry, files
 from opd.config import store
 from opd.config.schema import Config
 
 
-def main(argv: Sequence[str]) -> int:
+def main(words: Sequence[str]) -> int:
     """Compose the config, find the models, judge them, show and keep the result; returns the exit code."""
-    own = arguments.Parser(prog="opd eval", add_help=False, allow_abbrev=False)
+    return entry.launch_with_flags(parser(), judge, words, "another one to judge it against is --baseline")
+
+
+def parser() -> arguments.Parser:
+    own = arguments.own("eval")
     own.add_argument("--json", action="store_true")
-    for flag in ("--teacher", "--baseline"):
-        own.add_argument(flag)
+    own.add_argument("--teacher")
+    own.add_argument("--baseline")
     own.add_argument("--out", type=Path)
-    parsed = arguments.own_flags(own, argv)
-    if isinstance(parsed, int):
-        return parsed
-    flags, words = parsed
+    return own
 
-    def task(config: Config, folder: Path) -> None:
-        from opd import runner, together  # torch is imported here and not before
-        from opd.judging import judge
-        from opd.judging.judge_display import show
-        from opd.judging.target import find_target
 
-        runner.quiet_libraries()
-        if len(targets) > 1:
-            raise errors.ConfigError(f"{targets[1]}: name one target; another one to judge it against is --baseline")
-        target = find_target(targets[0] if targets else None, config, flags.teacher, flags.baseline)
-        found = {**judge.told(target), "tasks": judge.judge(target, tasks_of(target.config), folder)}
-        if not together.is_first():
-            return
-        out = flags.out or (judge.place_of(target.run) if target.run is not None else None)
-        if flags.json:
-            print(json.dumps(found, indent=2, ensure_ascii=False))
-        else:
-            show(found, out)
-        if out is not None:
-            files.write_json(out, found)
+def judge(config: Config, folder: Path, given: argparse.Namespace) -> None:
+    from opd import runner, together  # torch is imported here and not before
+    from opd.judging import judge
+    from opd.judging.judge_display import show
+    from opd.judging.target import find_target
 
-    targets, rest = arguments.targets(words)
-    return entry.launch(task, rest, "eval")
+    runner.quiet_libraries()
+    if given.out is not None:
+        files.check_place(given.out)
+    target = find_target(given.target, config, given.teacher, given.baseline)
+    found = {**judge.told(target), "tasks": judge.judge(target, tasks_of(target.config), folder)}
+    if not together.is_first():
+        return
+    out = given.out or (judge.place_of(target.run) if target.run is not None else None)
+    content = json.dumps(found, indent=2, ensure_ascii=False)
+    if given.json:
+        print(content)
+    else:
+        show(found, out)
+    if out is not None:
+        files.deliver(out, f"{content}\n")
 
 
 def tasks_of(config: Config) -> dict[str, Config]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd import arguments, errors
-from opd.files import write_text
+from opd.files import check_place, deliver
 from opd.report import page
 from opd.run_folder import REPORT
 from opd.runs import find_runs
@@ -13,23 +13,24 @@ from opd.runs import find_runs
 
 def main(words: Sequence[str]) -> int:
     """Write the report and say where it is; returns the exit code."""
-    parser = arguments.parser(
+    return arguments.launch(parser(), write, words)
+
+
+def parser() -> arguments.Parser:
+    own = arguments.parser(
         "report",
         "Write runs as one HTML file that needs nothing else: the result, curves, and where student and teacher differ, token by token.",
         "opd report runs/first\nopd report runs/first runs/second --out both.html\nopd report sweeps/lr --out sweep.html",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of them; several stand side by side")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"RUN/{REPORT} for one run, ./{REPORT} for several, if left out")
-    return arguments.launch(parser, write, words)
+    own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of them; several stand side by side")
+    own.add_argument("--out", type=Path, metavar="FILE", help=f"RUN/{REPORT} for one run, ./{REPORT} for several, if left out")
+    return own
 
 
 def write(parsed: argparse.Namespace) -> int:
     runs = find_runs(parsed.runs)
     out: Path = parsed.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
-    if out.is_dir():
-        raise errors.OutputError(f"{out}: a folder; --out takes a file")
-    if not out.parent.is_dir():
-        raise errors.OutputError(f"--out {out}: there is no folder {out.parent}")
-    write_text(out, page(runs))
+    check_place(out)
+    deliver(out, page(runs))
     print(out)
     return errors.OK

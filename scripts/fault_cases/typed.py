@@ -24,6 +24,7 @@ from omegaconf import DictConfig, open_dict
 from opd import entry, mistakes
 from opd.config import secrets, store
 from opd.errors import USAGE, OpdError
+from opd.visible import one_line
 
 # What must not happen while a config is composed: https://docs.python.org/3/library/audit_events.html
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect", "os.fork", "os.remove")
@@ -155,7 +156,7 @@ def compose(words: Sequence[str]) -> tuple[str | None, bool]:
     try:
         mistakes.explained(work)
     except OpdError as error:
-        text = mistakes.one_line(str(error))
+        text = one_line(str(error))
         right = error.exit_code == USAGE and len(text) > 10 and "Traceback" not in text
         return (None if right else f"exit code {error.exit_code}: {text}"), False
     except BaseException as error:  # noqa: BLE001 - that is what must not happen
