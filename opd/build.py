@@ -25,7 +25,7 @@ from opd.data.rollouts import Request
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
-from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
+from opd.forward import Policy, add_adapters, autocast, free_memory, give_back_at_once, packs, prepare_student, prepare_teacher
 from opd.identity import content, identity
 from opd.objective import chunk_rows
 from opd.overlap import can_overlap
@@ -91,6 +91,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     check_strategy(config, accelerator)
+    if accelerator.distributed_type is DistributedType.FSDP:
+        give_back_at_once()
     return accelerator
 
 
@@ -108,8 +110,6 @@ def check_strategy(config: Config, accelerator: Accelerator) -> None:
         problem = sharding.check_settings(accelerator.state.fsdp_plugin)
         if problem is not None:
             raise ConfigError(problem)
-        if config.lora.rank:
-            raise ConfigError(f"lora.rank={config.lora.rank}: adapters are not trained with sharded weights; use MULTI_GPU (DDP)")
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as it does without sharding
 
 
@@ -154,6 +154,7 @@ def build(
         **measured_choices(config, accelerator, vocabulary),
         "sampling": choose_sampling(accelerator, material, train_prompts),
     }
+    choices["max_tokens"] = min(choices["max_tokens"], config.train.max_tokens_per_micro_batch)
     rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
     sampler = make_sampler(sampling, material)  # copies what it samples with, which cannot be done once weights are sharded
     digests = on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
@@ -163,7 +164,14 @@ def build(
     )
     policy, optimizer = prepare(
         accelerator,
-        Policy(student, vocabulary, rows, config.train.activation_checkpointing, config.train.compile),
+        Policy(
+            student,
+            vocabulary,
+            rows,
+            config.train.activation_checkpointing,
+            config.train.compile,
+            accelerator.distributed_type is DistributedType.FSDP,
+        ),
         make_optimizer(config, student),
     )
     trainer = Trainer(
@@ -174,11 +182,12 @@ def build(
         optimizer=optimizer,
         sampler=sampler,
         teacher=teacher,
-        teacher_ready=teacher.ready,
+        teacher_ready=partial(sharding.whole, policy) if config.shares_base else teacher.ready,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
         prompts=train_prompts,
         pad_id=tokenizer.pad_token_id,
+        layerwise=layerwise(accelerator),
         packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         max_tokens=choices["max_tokens"],
@@ -204,8 +213,13 @@ def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW) -> tuple
         policy.bf16 = accelerator.mixed_precision == "bf16"
     prepared = accelerator.prepare(policy, optimizer)
     if sharded:
-        sharding.settle(prepared[0])
+        sharding.settle(prepared[0], layerwise(accelerator))
     return prepared[0], prepared[1]
+
+
+def layerwise(accelerator: Accelerator) -> bool:
+    """Whether gradients are computed with one layer's weights at a time: Accelerate's `fsdp_reshard_after_forward`."""
+    return accelerator.distributed_type is DistributedType.FSDP and bool(accelerator.state.fsdp_plugin.reshard_after_forward)
 
 
 def check_engine(config: Config, processes: int, sharded: bool) -> None:

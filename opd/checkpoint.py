@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from opd import files
 from opd.errors import OutputError
-from opd.sharding import gathered, like
+from opd.sharding import gathered, like, write_full
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a checkpoint is written from. files: tensors by file name. state: JSON, with the moment in it."""
+    """What a checkpoint is written from. files: tensors by file name. state: JSON, with the moment in it.
+
+    written: files that are there already, in a folder of their own. failure: what kept them from being there.
+    """
 
     files: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    written: tuple[Path, ...] = ()
+    failure: OSError | None = None
 
     @property
     def moment(self) -> Moment:
@@ -91,6 +96,11 @@ class Checkpoints:
     failures: int = 0
     writer: ThreadPoolExecutor | None = None
     in_flight: "Future[Path] | None" = field(default=None)
+
+    @property
+    def gathered(self) -> Path:
+        """Where files may be written before the checkpoint that they are part of."""
+        return self.folder / "gathered"
 
     def path(self, step: int, inner: int = 0) -> Path:
         return self.folder / (f"step_{step:06d}_{inner}" if inner else f"step_{step:06d}")
@@ -175,6 +185,8 @@ class Checkpoints:
             raise OutputError(
                 f"{target}: the checkpoint could not be written ({error}); make room and run the same command again"
             ) from error
+        finally:
+            shutil.rmtree(self.gathered, ignore_errors=True)
         return target
 
     def _work(self, target: Path) -> Path:
@@ -182,6 +194,8 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, target: Path) -> None:
         """Nothing is renamed into place before all of it would survive a power cut."""
+        if snapshot.failure is not None:
+            raise snapshot.failure
         free, needed = shutil.disk_usage(self.folder).free, snapshot.size()
         if free < needed:
             raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")
@@ -190,8 +204,11 @@ class Checkpoints:
         for name, tensors in snapshot.files.items():
             save_file(tensors, work / name)
             files.flush(work / name)
+        for file in snapshot.written:
+            files.flush(file)
+            file.rename(work / file.name)
         files.write_json(work / STATE, snapshot.state)
-        names = (*snapshot.files, STATE)
+        names = (*snapshot.files, *(file.name for file in snapshot.written), STATE)
         files.write_text(work / MANIFEST, manifest({"step": snapshot.moment[0], "files": {name: digest(work / name) for name in names}}))
         files.flush(work)
         work.rename(target)
@@ -276,13 +293,30 @@ def snapshot(
     state: dict[str, Any],
     round_tensors: dict[str, Tensor] | None = None,
     keep: bool = True,
+    place: Path | None = None,
 ) -> Snapshot:
     """What there is to save now; the tensors are those in use, not copies. state: with `step` and `inner`.
 
-    Sharded ones are gathered, for which all processes have to ask; those that do not `keep` them get none.
+    Sharded ones are gathered, for which all processes have to ask; those that do not `keep` them get none. place: a folder for them, one
+    after the other, instead of memory.
     """
-    files = {MODEL: gathered(model_tensors(model), keep), OPTIMIZER: gathered(optimizer_tensors(optimizer), keep)}
-    return Snapshot(files if round_tensors is None else {**files, ROUND: round_tensors}, state)
+    found = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}
+    rest = {} if round_tensors is None else {ROUND: round_tensors}
+    if place is None:
+        return Snapshot({name: gathered(tensors, keep) for name, tensors in found.items()} | rest, state)
+    failures = [emptied(place) if keep else None]
+    failures += [write_full(tensors, place / name if keep else None) for name, tensors in found.items()]
+    return Snapshot(rest, state, tuple(place / name for name in found), next(filter(None, failures), None))
+
+
+def emptied(folder: Path) -> OSError | None:
+    """Make a folder, anew if it is there. Returns what kept it from being made."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        return error
+    return None
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

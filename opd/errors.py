@@ -28,6 +28,10 @@ class ConfigError(OpdError):
     exit_code = USAGE
 
 
+class MemoryShort(ConfigError):
+    """The memory of one process's device does not suffice: perhaps in that process alone."""
+
+
 class DataError(OpdError):
     """A data file or column that is missing, an empty set, no answers where rewards are asked for."""
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
@@ -24,6 +25,8 @@ from opd.teachers import Teacher
 from opd.together import stoppable
 
 log = logging.getLogger(__name__)
+
+Ready = Callable[[], AbstractContextManager[None]]
 
 Z95 = 1.959964
 
@@ -109,9 +112,10 @@ class Evaluator:
     vocabulary: int
     precision: Callable[[], Any]
 
-    def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher) -> Evaluation:
+    def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
+        """ready: within it, which all processes enter together, the teacher answers."""
         rewards, example = self.rewards(sampler)
-        return Evaluation(step, rewards, self.kl(sampler, model, teacher), example)
+        return Evaluation(step, rewards, self.kl(sampler, model, teacher, ready), example)
 
     def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
         """The rewards of the model behind `sampler`, and the first prompt with its answer. as_teacher: prompts as the teacher sees them."""
@@ -132,12 +136,12 @@ class Evaluator:
         low, high = interval(values)
         return Rewards(fmean(values), low, high, len(rows), fmean(row[1] for row in rows), fmean(row[2] for row in rows)), rows[0][3]
 
-    def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher) -> float | None:
+    def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> float | None:
         if not self.kl_prompts:
             return None
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
         rollouts = stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
-        with self.precision():
+        with ready(), self.precision():
             own = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
         parts = gather_object([own])
         total, tokens = (sum(column) for column in zip(*parts, strict=True))

@@ -25,6 +25,8 @@ from opd.data.rollouts import Inputs
 from opd.errors import ConfigError
 from opd.objective import Head
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
 
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16)
@@ -153,27 +155,37 @@ def trim_heap() -> None:
             trim(0)
 
 
-def sparse_embedding(model: PreTrainedModel) -> bool:
-    """Let an embedding that is the output head as well give the gradient of the rows that it looked up and no others. Whether it is one.
-
-    With the head's gradient in place (`Head.folds`) these are added to it, and no second (V, H) is made. Not for a GPU, where their sum
-    would depend on chance, nor for torch.compile, which knows no sparse gradients.
-    """
+def tied_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """The embedding, if it is the output head as well."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if not isinstance(embedding, nn.Embedding) or embedding.weight is not head.weight:
-        return False
-    embedding.sparse = True
-    return True
+    return embedding if isinstance(embedding, nn.Embedding) and embedding.weight is head.weight else None
+
+
+def give_back_at_once() -> None:
+    """From here on glibc gives back what is freed, from 1 MiB on: layers that are gathered and let go of in turn leave holes otherwise."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 class Policy(nn.Module):
     """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it.
 
-    size, rows: as in `Head`. checkpointing: recompute activations in the backward pass. compiled: layers through torch.compile.
+    size, rows: as in `Head`. checkpointing: recompute activations in the backward pass. compiled: layers through torch.compile. sharded:
+    weights are to be. On a CPU a tied embedding gives the gradient of the rows that it looked up alone: with the head's in place
+    (`Head.folds`) these are added to it, and no second (V, H) is made. On a GPU their sum would depend on chance; neither torch.compile nor
+    FSDP knows such gradients.
     """
 
     def __init__(
-        self, model: PreTrainedModel, size: int, rows: int | None = None, checkpointing: bool = False, compiled: bool = False
+        self,
+        model: PreTrainedModel,
+        size: int,
+        rows: int | None = None,
+        checkpointing: bool = False,
+        compiled: bool = False,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -186,8 +198,9 @@ class Policy(nn.Module):
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             for layer in self.checkpointed:
                 vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
-        self.folds = model.device.type == "cpu" and not compiled and sparse_embedding(model)
-        # In a tuple, or the compiled layers would be registered as a second copy of the parameters.
+        by_rows = model.device.type == "cpu" and not compiled and not sharded
+        self.by_rows = (tied_embedding(model) if by_rows else None,)
+        # In a tuple, or they would be registered as a second copy of the parameters.
         self.layers = (torch.compile(model.base_model, dynamic=True) if compiled else model.base_model,)
 
     def forward(self, inputs: Inputs, loss: Callable[[Tensor, Head], Any]) -> Any:
@@ -198,9 +211,21 @@ class Policy(nn.Module):
             return self.apply_loss(inputs, loss)
 
     def apply_loss(self, inputs: Inputs, loss: Callable[[Tensor, Head], Any]) -> Any:
-        with self.recomputing():
+        with self.recomputing(), self.sparse():
             hidden_NH = kept_hidden(self.layers[0], inputs)
-        return loss(hidden_NH, replace(output_head(self.model, self.size, self.rows), folds=self.folds))
+        return loss(hidden_NH, replace(output_head(self.model, self.size, self.rows), folds=self.by_rows[0] is not None))
+
+    @contextmanager
+    def sparse(self) -> Iterator[None]:
+        """The module itself is as it was afterwards: it may be the caller's own."""
+        (embedding,) = self.by_rows
+        if embedding is not None:
+            embedding.sparse = True
+        try:
+            yield
+        finally:
+            if embedding is not None:
+                embedding.sparse = False
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 # What may differ between a run and its continuation, because it changes nothing that is learnt or compared. Prompts per process may,
 # as long as their number over all processes stays.
 MAY_CHANGE = (
-    "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.watchdog_minutes", "eval.steps",
-    "eval.batch_size", "eval.samples", "eval.tasks", "sampling.guard", "sampling.vllm", "launch", "sweep", "teacher.placement",
-    "teacher.device",
+    "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.max_tokens_per_micro_batch",
+    "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "eval.tasks", "sampling.guard", "sampling.vllm", "launch",
+    "sweep", "teacher.placement", "teacher.device",
 )  # fmt: skip
 PIECE = 2**24  # numbers that are added up at a time
 

@@ -1,6 +1,6 @@
 """The memory that weights take, told before any is loaded: from `config.json` alone."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,29 +19,33 @@ NF4_BYTES = 0.5 + 4 / 64  # and a float32 scale for every 64 numbers
 class Memory:
     """Bytes that one process holds on its device at most, besides activations, samples and the CUDA context.
 
-    weights, gradients, optimizer: the student's. Sharded weights count twice where they are whole for a while: as the share at rest and
-    as what is gathered. teacher: its weights on the student's device.
+    weights, gradients, optimizer: the student's, at the moment when they take the most together. Sharded weights count twice where they are
+    whole for a while: as the share at rest and as what is gathered. teacher: its weights on the student's device. when: that moment.
     """
 
     weights: int
     gradients: int
     optimizer: int
     teacher: int
+    when: str = ""
 
     @property
     def total(self) -> int:
-        return sum(astuple(self))
+        return self.weights + self.gradients + self.optimizer + self.teacher
 
     def __str__(self) -> str:
         student = self.total - self.teacher
+        moment = f", at most {self.when}" if self.when else ""
         return (
-            f"memory of each process: student {size(student)} (weights {size(self.weights)}, gradients {size(self.gradients)}, optimizer "
-            f"{size(self.optimizer)}), teacher {size(self.teacher)}; activations and samples come on top"
+            f"memory of each process{moment}: student {size(student)} (weights {size(self.weights)}, gradients {size(self.gradients)}, "
+            f"optimizer {size(self.optimizer)}), teacher {size(self.teacher)}; activations and samples come on top"
         )
 
 
-def estimate(config: Config, processes: int, device: torch.device, sharded: bool = False) -> Memory:
+def estimate(config: Config, processes: int, device: torch.device, sharded: bool = False, layerwise: bool = False) -> Memory:
     """What `config` takes in each of so many processes. device: that of the student. sharded: its weights are, over all of them.
+
+    layerwise: and its gradients are computed with one layer's weights at a time.
 
     Raises `ConfigError` where a model's config cannot be read.
     """
@@ -50,17 +54,33 @@ def estimate(config: Config, processes: int, device: torch.device, sharded: bool
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, config.lora)
-    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in student.parameters() if not parameter.requires_grad)
-    weights = 4 * trained + (2 if bf16 else 4) * frozen
+    trained, weights = trained_bytes(student), weight_bytes(student, bf16)
     share = 1 / processes if sharded else 0.0
+    optimizer = round(MOMENTS * trained * (share or 1.0))
     teacher = 0 if config.shares_base else teacher_bytes(config.teacher, processes, device)
-    return Memory(
-        weights=weights + round(share * weights),
-        gradients=4 * trained + round(share * 4 * trained),
-        optimizer=round(4 * MOMENTS * trained * (share or 1.0)),
+    if not layerwise:
+        return Memory(weights + round(share * weights), trained + round(share * trained), optimizer, teacher)
+    sampling = Memory(weights + round(share * weights), 0, optimizer, teacher, "while sampling")
+    # The next layer is gathered during a layer's backward pass; a gradient is copied once to be sent.
+    outside = [weights - sum(weight_bytes(layer, bf16) for layer in layers(student)), trained - sum(map(trained_bytes, layers(student)))]
+    largest = [max(weight_bytes(layer, bf16) for layer in layers(student)), max(map(trained_bytes, layers(student)))]
+    update = Memory(
+        weights=round(share * weights) + outside[0] + 2 * largest[0],
+        gradients=round(share * trained) + 2 * max(outside[1], largest[1]),
+        optimizer=optimizer,
         teacher=teacher,
+        when="during the update",
     )
+    return max(sampling, update, key=lambda memory: memory.total)
+
+
+def trained_bytes(module: nn.Module) -> int:
+    return 4 * sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def weight_bytes(module: nn.Module, bf16: bool) -> int:
+    frozen = sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
+    return trained_bytes(module) + (2 if bf16 else 4) * frozen
 
 
 def teacher_bytes(config: TeacherConfig, processes: int, device: torch.device) -> int:

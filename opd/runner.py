@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from opd import signals
-from opd.build import Built, Given, build, make_accelerator
+from opd.build import Built, Given, build, layerwise, make_accelerator
 from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config
 from opd.config.store import to_dict
@@ -32,7 +34,7 @@ from opd.record import record, sample_text
 from opd.report import page
 from opd.run_folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
 from opd.runs import open_run
-from opd.sharding import at_rest, gathered, units
+from opd.sharding import at_rest, gathered, units, whole
 from opd.summary import device_name, peak_memory, summarise
 from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
@@ -136,7 +138,9 @@ def distil(
     """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
     if given.student is None and given.teacher is None:
         sharded = accelerator.distributed_type is DistributedType.FSDP
-        memory = on_main(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded))
+        memory = on_main(
+            accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded, layerwise(accelerator))
+        )
         Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
@@ -182,9 +186,8 @@ def distil(
         peak = peak_memory(accelerator)
         device = device_name(accelerator.device)
         summary = on_main(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown, device))
-        weights = gathered(model_tensors(trainer.student), keep=accelerator.is_main_process) if units(trainer.policy) else None
+        student, weights = finished(built)
         if accelerator.is_main_process:
-            student = trainer.student if built.adapters is None else built.adapters.merge_and_unload()
             export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
         run_folder.write_summary(summary)
         if accelerator.is_main_process:
@@ -194,6 +197,18 @@ def distil(
             tracker.finish()
         display.summarise(summary, places(run_folder.path))
         return summary
+
+
+def finished(built: Built) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
+    """The student without adapters, and all of its weights where this process holds a part of them only; the main process's alone count."""
+    trainer, leads = built.trainer, built.trainer.accelerator.is_main_process
+    if built.adapters is None:
+        return trainer.student, gathered(model_tensors(trainer.student), keep=leads) if units(trainer.policy) else None
+    with whole(trainer.policy):
+        student = built.adapters.merge_and_unload() if leads else trainer.student
+        if not units(trainer.policy):
+            return student, None
+        return student, {name: value.detach().to("cpu", copy=True) for name, value in student.named_parameters()} if leads else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +301,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> E
     """The teacher under the student's decoding, once a run."""
     if any(line["model"] == "teacher" for line in history.evaluations):
         return None
-    with built.teacher.ready(), built.teacher.active():
+    with built.trainer.teacher_ready(), built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
     evaluation = Evaluation(0, rewards, None, example)
     run_folder.add_evaluation({"model": "teacher", **evaluation.to_dict()})

@@ -1,12 +1,18 @@
 """Weights that are sharded over processes (FSDP2): gathered while something computes with them, sharded again behind it.
 
-Processes write completions of different lengths and cut them into different numbers of micro-batches, and any of them may run out of
-memory in the middle. So nothing here communicates inside a forward or backward pass: `whole` gathers once, each process computes by itself,
-and `add_up` reduces the gradients into the shards once all have theirs. At rest a process holds its shards of weights and optimizer state.
+At rest a process holds its shards of weights and optimizer state. Sampling, evaluation and the teacher's scores wait for no other process:
+`whole` gathers all weights for them. Gradients are computed in one of two ways, by Accelerate's own setting `fsdp_reshard_after_forward`:
+
+- true, a layer at a time: each is gathered for its forward and its backward pass, behind which its gradient goes into the shards. All
+  processes have to make equally many passes: `idle` is one that counts nothing. One of them that runs out of memory cannot be waited for.
+- false, within `whole`: each process computes by itself, and `add_up` reduces the gradients into the shards once all have theirs. Where one
+  runs out of memory all can start again.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +22,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opd.data.rollouts import Inputs
 
+DTYPES = {  # the names that safetensors has for them
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+}  # fmt: skip
 NO_DEEPSPEED = (
     "DeepSpeed is not supported: to shard weights take distributed_type: FSDP with fsdp_version: 2 (scripts/accelerate/fsdp2_gpu8.yaml), "
     "else MULTI_GPU (DDP)"
@@ -44,29 +54,33 @@ def whole(model: nn.Module) -> Iterator[None]:
 
     Does nothing where nothing is sharded.
     """
+    found = units(model)
+    for unit in found:
+        unit.set_reshard_after_forward(False, recurse=False)
     gather(model)
     try:
         yield
     finally:
-        for unit in units(model):
+        for unit in found:
             unit.reshard()
+        for layer in found[1:]:  # the first is the model itself, with the output head: the loss reads it behind the layers
+            layer.set_reshard_after_forward(True, recurse=False)
 
 
 def shard(layers: Sequence[nn.Module]) -> None:
     """Shard each of the layers, which are never trained, over all processes."""
     for layer in layers:
-        unit = fully_shard(layer)
-        unit.set_reshard_after_forward(False)
+        fully_shard(layer)
 
 
-def settle(policy: nn.Module) -> None:
-    """Make a model that was just sharded compute with gathered weights as it is; all processes together.
+def settle(policy: nn.Module, layerwise: bool) -> None:
+    """Make a model that was just sharded compute as it is; all processes together. layerwise: its gradients, a layer at a time.
 
     The first forward pass decides which module is FSDP's root: it has to be that of the whole.
     """
     root = units(policy)[0]
-    root.set_reshard_after_forward(False)
-    root.set_reshard_after_backward(False)
+    root.set_reshard_after_backward(layerwise)
+    root.set_reduce_scatter_unused_params(True)  # a weight that one process's tokens need not may be another's, in a mixture of experts
     for unit in units(policy):
         unit.set_force_sum_reduction_for_comms(True)  # losses are divided by one global count; gloo has no mean either
         unit.set_gradient_divide_factor(1.0)
@@ -92,11 +106,16 @@ def start_again(policy: nn.Module) -> None:
 def add_up(policy: nn.Module) -> None:
     """Let each process's shards have the gradients that the processes have computed within `whole`, added up.
 
-    FSDP reduces in a backward pass: this one is of a token that counts nothing.
+    FSDP reduces in a backward pass.
     """
     if units(policy):
-        nothing = policy(one_token(policy), lambda hidden_NH, head: hidden_NH.sum() * 0.0 + head.weight_VH[0, 0] * 0.0)
-        nothing.backward()
+        idle(policy)
+
+
+def idle(policy: nn.Module) -> None:
+    """A forward and a backward pass of a token that counts nothing."""
+    nothing = policy(one_token(policy), lambda hidden_NH, head: hidden_NH.sum() * 0.0 + head.weight_VH[0, 0] * 0.0)
+    nothing.backward()
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -112,6 +131,35 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         if keep:
             found[name] = value.cpu() if isinstance(tensor, DTensor) else value
     return found
+
+
+def write_full(tensors: Mapping[str, Tensor], file: Path | None) -> OSError | None:
+    """Write all of `tensors` in full as safetensors, without ever holding more than one; all processes together, those without a file
+    for the others' sake. Returns what kept it from being written.
+    """
+    header = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    stream, failure = None, None
+    with ExitStack() as stack:
+        try:
+            if file is not None:
+                stream = stack.enter_context(file.open("wb"))
+                stream.write(len(text).to_bytes(8, "little") + text)
+        except OSError as error:
+            failure = error
+        for tensor in tensors.values():
+            value = full(tensor)
+            try:
+                if stream is not None and failure is None:
+                    stream.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            except OSError as error:
+                failure = error
+    return failure
 
 
 def like(value: Tensor, model: Tensor) -> Tensor:

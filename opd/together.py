@@ -71,6 +71,13 @@ def global_sum(accelerator: Accelerator, value: float) -> float:
     return float(accelerator.reduce(tensor, "sum"))
 
 
+def most(accelerator: Accelerator, own: int) -> int:
+    """The largest of all processes' numbers."""
+    if accelerator.num_processes == 1:
+        return own
+    return int(accelerator.gather(torch.tensor([own], device=accelerator.device)).max())
+
+
 def added_up(accelerator: Accelerator, means: Means) -> Means:
     """Sums and counts over all processes, which have the same names."""
     if accelerator.num_processes == 1:

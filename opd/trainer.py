@@ -29,7 +29,7 @@ from opd.config.schema import Config, Reduction, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
-from opd.errors import NumericError, Preempted
+from opd.errors import MemoryShort, NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
 from opd.forward import let_go, peak_memory, trim_heap, worthwhile_padding
 from opd.guard import Guard
@@ -41,9 +41,9 @@ from opd.positions import ByPosition, by_position
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.schedule import looked_into, lr_factor
-from opd.sharding import add_up, full, start_again, units, whole
+from opd.sharding import add_up, full, idle, start_again, units, whole
 from opd.teachers import Teacher
-from opd.together import added_up, anywhere, global_sum, on_main, quantile, stop_together, stoppable
+from opd.together import added_up, anywhere, global_sum, most, on_main, quantile, stop_together, stoppable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -97,6 +97,7 @@ class Trouble:
 class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
 
+    layerwise: gradients are computed with one layer's weights gathered at a time, by all processes together (see `opd.sharding`).
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
     teacher_ready: within it, which all processes enter together, the teacher answers.
     max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
@@ -118,6 +119,7 @@ class Trainer:
     packed: bool
     max_steps: int
     saved_state: dict[str, Any]
+    layerwise: bool = False
     step: int = 0
     evaluated: int | None = None
     best: float | None = None
@@ -192,9 +194,9 @@ class Trainer:
 
     def evaluate(self) -> Iterator[Event]:
         self.settle()
-        with whole(self.policy), self.teacher_ready():
+        with whole(self.policy):
             self.hand_over()
-            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher)
+            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher, self.teacher_ready)
         self.note_memory("evaluation")
         self.evaluated = self.step
         score = evaluation.score
@@ -215,7 +217,10 @@ class Trainer:
             "round": numbers,
             "trouble": asdict(self.trouble),
         }
-        taken = snapshot(self.student, self.optimizer, state, tensors, keep=self.accelerator.is_main_process)
+        place = None
+        if units(self.policy) and not self.config.checkpoint.background:
+            place = self.checkpoints.gathered
+        taken = snapshot(self.student, self.optimizer, state, tensors, self.accelerator.is_main_process, place)
         on_main(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
         return Saved(self.step)
 
@@ -425,17 +430,8 @@ class Trainer:
         begin = clock(self.accelerator.device)
         weights, own = self.token_weights(current.learnt)
         total = global_sum(self.accelerator, own)
-        with ExitStack() as held:
-            held.enter_context(whole(self.policy))
-            if not current.parts:
-                held.enter_context(self.teacher_ready())
-
-            def again() -> None:
-                start_again(self.policy)
-                held.enter_context(self.teacher_ready())
-
-            loss_sum, seen = self.fitting(current, lambda: self.gradients(current, weights, total or 1.0), again)
-            add_up(self.policy)
+        compute = self.layer_by_layer if self.layerwise else self.by_itself
+        loss_sum, seen = compute(current, weights, total or 1.0)
         current.means.add("loss", loss_sum, own)
         for stats in seen:
             current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
@@ -450,8 +446,48 @@ class Trainer:
         current.seconds["update"] += clock(self.accelerator.device) - begin
         return finite
 
+    def by_itself(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
+        """As `gradients`, with all weights in each process: where one lacks memory, all make do with less."""
+        with ExitStack() as held:
+            held.enter_context(whole(self.policy))
+            if not current.parts:
+                held.enter_context(self.teacher_ready())
+
+            def again() -> None:
+                start_again(self.policy)
+                held.enter_context(self.teacher_ready())
+
+            def work() -> tuple[float, list[TokenStats]]:
+                with self.accelerator.no_sync(self.policy):  # gradients are added up once every process has its own
+                    return self.gradients(current, weights, total)
+
+            found = self.fitting(current, work, again)
+            add_up(self.policy)
+        return found
+
+    def layer_by_layer(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
+        """As `gradients`, which all processes compute together, in equally many passes.
+
+        Raises `MemoryShort` in a process that lacks memory: the others wait for it in the middle of a pass, until it has ended.
+        """
+        if not current.parts:
+            with self.teacher_ready():
+                self.score(current)
+        passes = most(self.accelerator, len(current.parts))
+        try:
+            found = self.gradients(current, weights, total)
+            for _ in range(passes - len(current.parts)):
+                idle(self.policy)
+        except torch.OutOfMemoryError as error:
+            raise MemoryShort(
+                f"{self.accelerator.device} has too little memory for the update ({str(error).splitlines()[0]}), amid layers that all "
+                f"processes compute together: lower train.max_tokens_per_micro_batch (now {self.max_tokens}), or set "
+                "fsdp_reshard_after_forward: false in the Accelerate config; the same command then goes on from the last checkpoint"
+            ) from error
+        return found
+
     def gradients(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
-        """This process's gradients, its loss, and its tokens' statistics by micro-batch. Waits for no other process.
+        """This process's gradients, its loss, and its tokens' statistics by micro-batch.
 
         weights: those of `token_weights`; total: what their sums add up to over processes.
         """
@@ -459,20 +495,19 @@ class Trainer:
             current.parts = self.parts(current)
         seen: list[TokenStats] = []
         loss_sum = 0.0
-        with self.accelerator.no_sync(self.policy):  # gradients are added up in `apply`, once every process has its own
-            for batch, scores in current.parts:
-                # At the first inner step it is what is being computed.
-                old_N = current.seen["logp"][current.places(batch)] if current.inner else None
-                objective = token_loss(self.config, batch, scores, old_N)
-                weight_N = weights[batch.sequence_N]
+        for batch, scores in current.parts:
+            # At the first inner step it is what is being computed.
+            old_N = current.seen["logp"][current.places(batch)] if current.inner else None
+            objective = token_loss(self.config, batch, scores, old_N)
+            weight_N = weights[batch.sequence_N]
 
-                def head_loss(hidden_NH: Tensor, head: Head, objective: TokenLoss = objective, weight_N: Tensor = weight_N) -> Any:
-                    return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
+            def head_loss(hidden_NH: Tensor, head: Head, objective: TokenLoss = objective, weight_N: Tensor = weight_N) -> Any:
+                return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
 
-                loss, stats = self.policy(batch.inputs, head_loss)
-                (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
-                loss_sum += float(loss.detach())
-                seen.append(stats)
+            loss, stats = self.policy(batch.inputs, head_loss)
+            (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
+            loss_sum += float(loss.detach())
+            seen.append(stats)
         return loss_sum, seen
 
     def token_weights(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, float]:

@@ -17,13 +17,12 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=256,
         eos_token_id=1,
         pad_token_id=0,
-        **kwargs,
+        **{"num_hidden_layers": 2, **kwargs},
     )
     model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():

@@ -116,6 +116,9 @@ def test_memory_is_told_from_the_config_alone():
     assert plain.total == 16 * student + 4 * teacher
     sharded = memory.estimate(from_options(TINY), 4, CPU, sharded=True)
     assert (sharded.weights, sharded.optimizer) == (5 * student, 2 * student)  # a quarter beside what is gathered
+    shallow = memory.estimate(from_options(TINY), 4, CPU, sharded=True, layerwise=True)
+    assert (shallow.when, shallow.weights) == ("during the update", 5 * student)  # two layers are all of them
+    assert shallow.gradients < sharded.gradients
     halves = memory.estimate(from_options({**TINY, "teacher.dtype": "bfloat16"}), 1, CPU)
     assert halves.teacher == 2 * teacher
     adapters = memory.estimate(from_options({**TINY, "lora.rank": 2}), 1, CPU)
@@ -135,3 +138,12 @@ def test_the_teacher_scores_beside_the_sampler_only_from_a_device_of_its_own():
     assert not overlaps(from_options({**TINY, "teacher.placement": "offload"}), Engine.generate, CPU, cuda)
     whole = {**TINY, "teacher.placement": "device", "teacher.device": "cpu", "ppo.estimator": "exact"}
     assert not overlaps(from_options(whole), Engine.generate, CPU, cuda)
+
+
+def test_a_layer_at_a_time_a_deep_model_takes_the_most_while_sampling(monkeypatch):
+    deep = random_model(num_hidden_layers=20)
+    monkeypatch.setattr(memory, "load_with", lambda *_: deep.config)
+    size = sum(parameter.numel() for parameter in deep.parameters())
+    told = memory.estimate(from_options(TINY), 4, CPU, sharded=True, layerwise=True)
+    assert (told.weights, told.gradients, told.optimizer) == (5 * size, 0, 2 * size)
+    assert "memory of each process, at most while sampling: student" in str(told)

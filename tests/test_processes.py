@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd.train import main
+
 ROOT = Path(__file__).resolve().parent.parent
 # Uneven completions, so that a mean of local means would differ; a large eps, so that AdamW does not blow up rounding errors.
 OPTIONS = [
@@ -23,11 +25,18 @@ OPTIONS = [
 
 
 def launch(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def alone(folder: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]) -> int:
+    """A run in this very process, which costs less than one of its own."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    return main(options)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -177,13 +186,54 @@ def test_sharded_runs_go_on_bitwise_and_one_process_goes_on_from_them_wherever_t
 
 
 @pytest.mark.slow
-def test_one_of_two_sharded_processes_lacks_memory_or_has_scores_that_are_not_finite(sharded, tmp_path):
+def test_one_of_two_processes_with_whole_weights_lacks_memory_or_has_scores_that_are_not_finite(sharded, tmp_path):
     (tmp_path / "faults.py").write_text(FAULTS)
+    config = (
+        (ROOT / "scripts/accelerate/fsdp2_cpu2.yaml").read_text().replace("reshard_after_forward: true", "reshard_after_forward: false")
+    )
+    assert "reshard_after_forward: false" in config
+    (tmp_path / "whole.yaml").write_text(config)
     options = [*OPTIONS, "train.batch_size=2", "train.max_steps=3", "optim.schedule=constant", "eval.steps=0"]
-    launch(tmp_path / "faulty", [*FSDP2, str(tmp_path / "faults.py"), *options])
+    launch(tmp_path / "faulty", [*FSDP2[:-1], str(tmp_path / "whole.yaml"), str(tmp_path / "faults.py"), *options])
     run = tmp_path / "faulty" / "runs" / "run"
     assert (run / "train.log").read_text().count("out of memory") == 2
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["optim/skipped"] for line in metrics] == [0.0, 0.0, 1.0]
     reference = load_file(sharded / "runs/run/checkpoints/step_000002/model.safetensors")
     assert distance(reference, load_file(run / "checkpoints/step_000003/model.safetensors")) < 1e-6
+
+
+@pytest.mark.slow
+def test_one_that_lacks_memory_amid_layers_ends_all_and_smaller_micro_batches_go_on(sharded, tmp_path, monkeypatch):
+    (tmp_path / "faults.py").write_text(FAULTS.replace('calls["forward"] == 4', 'calls["step"] == 1'))
+    options = [*OPTIONS, "train.batch_size=2", "train.max_steps=2", "optim.schedule=constant", "eval.steps=0", "checkpoint.every=1"]
+    with pytest.raises(AssertionError) as ended:
+        launch(tmp_path / "faulty", [*FSDP2, str(tmp_path / "faults.py"), *options])
+    said = str(ended.value)
+    assert said.count("has too little memory for the update (made up, forward)") == 1 and "[rank 1] error" in said
+    assert "lower train.max_tokens_per_micro_batch (now 40)" in said
+    run = tmp_path / "faulty" / "runs" / "run"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+    assert alone(tmp_path / "faulty", monkeypatch, [*options, "train.batch_size=4", "train.max_tokens_per_micro_batch=30"]) == 0
+    reference = load_file(sharded / "runs/run/checkpoints/step_000002/model.safetensors")
+    assert distance(reference, load_file(run / "checkpoints/step_000002/model.safetensors")) < 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
+def test_adapters_on_sharded_weights_learn_what_they_do_in_one_process_which_goes_on_from_them(tmp_path, monkeypatch):
+    """The base, whose layers are shared out, is the teacher too; the export is merged with it."""
+    pytest.importorskip("peft")
+    base = ["model.path=bundled:tiny-teacher", "teacher.path=bundled:tiny-teacher", "teacher.system='27'", "lora=default", "lora.rank=4"]
+    options = [*OPTIONS, *base, "optim.lr=1e-3", "optim.schedule=constant", "train.max_steps=3", "checkpoint.keep_last=9", "eval.steps=0"]
+    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *options, "train.batch_size=2"])
+    assert alone(tmp_path / "one", monkeypatch, [*options, "train.batch_size=4"]) == 0
+    assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
+    half = tmp_path / "two/runs/run/checkpoints/step_000002"
+    assert all("lora_" in name for name in load_file(half / "model.safetensors"))
+    assert distance(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
+    base_weights = load_file(ROOT / "opd/assets/tiny-teacher/model.safetensors")
+    changed = {name for name, tensor in weights(tmp_path / "two").items() if not torch.equal(tensor, base_weights[name].float())}
+    assert changed and all("proj" in name for name in changed)
+    assert alone(tmp_path / "on", monkeypatch, [*options, "train.batch_size=4", f"resume={half}"]) == 0
+    assert distance(weights(tmp_path / "on"), weights(tmp_path / "two")) < 1e-6

@@ -547,7 +547,7 @@ def test_a_tied_embeddings_gradient_is_that_of_autograd_in_one_matrix(make_model
     mine = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     assert found == [0, 0]
     model.zero_grad()
-    model.model.embed_tokens.sparse = False
+    assert not model.model.embed_tokens.sparse, "the module is as it was"
     plain.backward()
     assert all(torch.allclose(mine[name], parameter.grad, atol=1e-5) for name, parameter in model.named_parameters())
 

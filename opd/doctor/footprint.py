@@ -184,7 +184,7 @@ def update_bytes(config: Config, student: Shape, stored: Any, prompts: Sequence[
     copies = 1 if config.ppo.estimator is Estimator.sampled else 3
     chunk = min(head_rows(student.vocabulary, device, free), rows * config.sampling.max_new_tokens)
     frozen = config.lora.rank > 0
-    matrices = 1 if on_cpu and not config.train.compile else 2  # the head's, and the embedding's when they are tied: see `sparse_embedding`
+    matrices = 1 if on_cpu and not config.train.compile else 2  # the head's, and the embedding's when they are tied: see `Policy`
     head_gradient = 0 if frozen else matrices * FLOAT * student.vocabulary * student.hidden
     return {
         "activations": int(kept),
