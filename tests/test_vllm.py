@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,12 +20,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import models
+from opd import models, signals
 from opd.config.schema import LoraConfig, ModelConfig
 from opd.config.store import PACKAGE
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
-from opd.errors import ConfigError, EngineError
+from opd.errors import ConfigError, EngineError, Preempted
 from opd.forward import add_adapters, kept_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Decoding, GenerateSampler
@@ -213,6 +214,26 @@ def test_the_process_keeps_its_random_numbers_threads_and_switches(model):
     assert not torch.distributed.is_initialized()
 
 
+def test_a_signal_ends_a_call_after_the_step_it_is_at(model, monkeypatch):
+    sampler, steps = engine_of(model, eos=()), []
+    undisturbed = completions(sampler.sample(long_requests(), DECODING, "train"))
+    engine = sampler.engine.llm_engine
+    original = engine.step
+
+    def step():
+        steps.append(None)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    with monkeypatch.context() as patch, signals.noted():
+        patch.setattr(engine, "step", step)
+        with pytest.raises(Preempted, match="SIGTERM"):
+            sampler.sample(long_requests(), DECODING, "train")
+    assert len(steps) == 3 and not engine.has_unfinished_requests()
+    assert completions(sampler.sample(long_requests(), DECODING, "train")) == undisturbed
+
+
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory):
     """The bundled teacher with noise on its weights: a student of a shape that vLLM runs on a CPU."""
@@ -254,6 +275,49 @@ def test_a_run_from_end_to_end(student_folder, tmp_path):
     done = opd(tmp_path, f"model.path={student_folder}", "seed=0,1", "--multirun", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${seed}")
     assert done.returncode == 0, done.stderr
     assert steps == metrics(tmp_path / "sweep" / "0") != metrics(tmp_path / "sweep" / "1")
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from opd.samplers import vllm
+from opd.train import main
+
+start_engine, steps = vllm.start_engine, 0
+
+def start(*args):
+    engine = start_engine(*args)
+    original = engine.llm_engine.step
+
+    def step():
+        global steps
+        steps += 1
+        Path("steps.txt").write_text(str(steps))
+        if steps == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    engine.llm_engine.step = step
+    return engine
+
+vllm.start_engine = start
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_is_stopped_amid_sampling_goes_on_as_if_it_had_not_been(student_folder, tmp_path):
+    options = [f"model.path={student_folder}", "train.max_steps=3", "eval.limit=4", "eval.kl_prompts=4"]
+    assert opd(tmp_path, *options, "name=straight").returncode == 0
+    command = [sys.executable, "-c", STOPPED, "experiment=debug", "sampling.engine=vllm", *options, "name=stopped"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 75 and "stopped by SIGTERM" in done.stderr, done.stderr
+    assert (tmp_path / "steps.txt").read_text() == "15"  # and none after
+    straight, stopped = tmp_path / "runs" / "straight", tmp_path / "runs" / "stopped"
+    saved = [path.name for path in (stopped / "checkpoints").glob("step_*")]
+    done = opd(tmp_path, *options, "name=stopped")
+    assert done.returncode == 0 and "going on after step" in done.stdout
+    assert saved and metrics(stopped) == metrics(straight)
+    assert (stopped / "final" / "model.safetensors").read_bytes() == (straight / "final" / "model.safetensors").read_bytes()
 
 
 def launch(cwd, processes, student_folder, *options):

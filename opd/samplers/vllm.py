@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd import signals
 from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.errors import ConfigError, EngineError
+from opd.errors import ConfigError, EngineError, Preempted
 from opd.forward import free_memory
 from opd.samplers.base import Decoding
 from opd.samplers.weights import checkpoint_weights
@@ -98,9 +99,22 @@ class VllmSampler:
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt.ids)) for request in requests]
         with apart(self.model.device):
             self.wake()
-            outputs = self.engine.generate(prompts, options, use_tqdm=False)
+            outputs = self.write(prompts, options)
             self.sleep()
         return [self.to_rollout(request, output.outputs[0], decoding) for request, output in zip(requests, outputs, strict=True)]
+
+    def write(self, prompts: Sequence[Any], options: Sequence[Any]) -> list[Any]:
+        """As the engine's `generate`, but looks between its steps for signals; on `Preempted` nothing is left in the engine."""
+        engine, written = self.engine.llm_engine, []
+        names = self.engine.enqueue(prompts, options, use_tqdm=False)
+        try:
+            while engine.has_unfinished_requests():
+                signals.check()
+                written += [output for output in engine.step() if output.finished]
+        except Preempted:
+            engine.abort_request(names, internal=True)
+            raise
+        return sorted(written, key=lambda output: int(output.request_id))
 
     def to_rollout(self, request: Request, output: Any, decoding: Decoding) -> Rollout:
         ids = list(output.token_ids)
