@@ -332,9 +332,43 @@ def test_one_process_of_a_launcher_works(student_folder, tmp_path):
     assert len(metrics(tmp_path / "runs" / "one")) == 6
 
 
-def test_several_processes_are_refused(student_folder, tmp_path):
-    done = launch(tmp_path, 2, student_folder)
-    assert done.returncode != 0 and "sampling.engine=vllm works in one process, here are 2" in done.stderr
+TWO = """
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+from opd.data.prompts import Prompt
+from opd.data.rollouts import Request
+from opd.samplers import Decoding
+from opd.samplers.vllm import VllmSampler
+
+accelerator = Accelerator(cpu=True)
+model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32).eval()
+requests = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(2 + accelerator.process_index)]
+written = []
+for _ in range(2):
+    sampler = VllmSampler(model, (256,), 261, 0, False, longest=60, batch_size=4, memory_share=0.05)
+    written.append([rollout.completion for rollout in sampler.sample(requests, Decoding(1.0, 12), "train")])
+    del sampler
+    assert float(accelerator.reduce(torch.ones(1))) == 2  # what the processes share is still there
+assert written[0] == written[1] and len(written[0]) == len(requests)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_engines_of_several_processes_come_and_go_and_sample_what_each_is_asked(student_folder, tmp_path):
+    (tmp_path / "student").symlink_to(student_folder)
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "two.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_of_several_processes_has_an_engine_of_its_own(student_folder, tmp_path):
+    """A learning rate at which weights of a step before would show."""
+    done = launch(tmp_path, 2, student_folder, "optim.lr=1e-2", "train.max_steps=4", "eval.limit=4", "eval.kl_prompts=4")
+    assert done.returncode == 0, done.stderr
+    steps = metrics(tmp_path / "runs" / "one")
+    assert len(steps) == 4 and max(step["engine_gap"] for step in steps) < 1e-4
 
 
 @pytest.fixture(scope="module")

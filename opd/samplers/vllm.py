@@ -194,6 +194,8 @@ def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: i
                 enable_sleep_mode=not on_cpu,
                 seed=0,
                 disable_log_stats=True,
+                # In the process group of the run, as one of several engines that know nothing of each other.
+                distributed_executor_backend="external_launcher" if one_of_several() else None,
                 **room,
             )
         engine.generate(TokensPrompt(prompt_token_ids=[0]), SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
@@ -225,11 +227,22 @@ def stop_engine() -> None:
 
 
 def shut_down(engine: Any) -> None:
-    """Frees the engine's memory and the process group that it made, which the next engine of this process would stumble over."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    """Frees the engine's memory and the process groups that it made, which the next engine of this process would stumble over."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
 
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
+    core = engine.llm_engine.engine_core
+    if one_of_several():  # its own way, also when it is collected, would end the group of them all, which is the run's
+        core._finalizer.detach()
+        core.engine_core.model_executor.shutdown()
+        destroy_model_parallel()
+    else:
+        core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def one_of_several() -> bool:
+    """Whether this process is one of several of a run: each has an engine of its own."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 @contextmanager
