@@ -227,13 +227,13 @@ def check_engine(config: Config, processes: int, sharded: bool) -> None:
     engine = config.sampling.engine
     if engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if engine in (Engine.vllm, Engine.continuous) and processes > 1 and not config.sampling.by_server:
-        server = ", name a server (sampling.vllm.url)" if engine is Engine.vllm else ""
+    if engine is Engine.continuous and processes > 1:
         raise ConfigError(
-            f"sampling.engine={engine.value} works in one process, here are {processes}: start one{server}, or use sampling.engine=generate"
+            f"sampling.engine=continuous works in one process, here are {processes}: start one, or use sampling.engine=generate"
         )
-    if config.sampling.by_server and sharded:
-        raise ConfigError("sampling.vllm.url: the server takes whole weights, and these are sharded; use DDP, or sampling.engine=generate")
+    if sharded and (config.sampling.by_server or (engine is Engine.vllm and processes > 1)):
+        what = "vllm.url" if config.sampling.by_server else "engine=vllm"
+        raise ConfigError(f"sampling.{what}: vLLM takes whole weights, and these are sharded; use DDP, or sampling.engine=generate")
 
 
 def overlaps(config: Config, engine: Engine, teacher: torch.device, student: torch.device) -> bool:

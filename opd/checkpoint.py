@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step_000200/` with `model.safetensors` (float32 weights), `optimizer.safetensors`, `state.json` and, written
 last, `manifest.json` with the sha256 of each. One that was taken between inner steps is called `step_000200_1/` (one inner step of step
-201 is done) and holds `round.safetensors` too: the rollouts it works on. No pickle. Which data come next and which random numbers are
-drawn follows from the step.
+201 is done) and holds `round.safetensors` too: the rollouts it works on. With `sampling.lag`, `ahead.safetensors` holds the rollouts of the
+step behind. No pickle. Which data come next and which random numbers are drawn follows from the step.
 """
 
 import json
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MODEL, OPTIMIZER, STATE, MANIFEST, BEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "best.json"
 ROUND = "round.safetensors"
+AHEAD = "ahead.safetensors"
 NAME = re.compile(r"step_(\d+)(?:_(\d+))?")
 FAILURES_LIMIT = 3
 SPARE_BYTES = 2**20  # what a checkpoint takes besides its tensors
@@ -56,6 +57,10 @@ class Checkpoint:
     def round(self) -> dict[str, Tensor] | None:
         """The rollouts of the step it is in the middle of; None between steps."""
         return None if self.state["round"] is None else load_file(self.path / ROUND)
+
+    def ahead(self) -> dict[str, Tensor] | None:
+        """The rollouts that were sampled ahead, if any were."""
+        return load_file(self.path / AHEAD) if (self.path / AHEAD).is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,17 +296,16 @@ def snapshot(
     model: nn.Module,
     optimizer: Optimizer,
     state: dict[str, Any],
-    round_tensors: dict[str, Tensor] | None = None,
+    rollouts: Mapping[str, dict[str, Tensor]] | None = None,
     keep: bool = True,
     place: Path | None = None,
 ) -> Snapshot:
-    """What there is to save now; the tensors are those in use, not copies. state: with `step` and `inner`.
+    """What there is to save now; the tensors are those in use, not copies. state: with `step` and `inner`. rollouts: by file name.
 
     Sharded ones are gathered, for which all processes have to ask; those that do not `keep` them get none. place: a folder for them, one
     after the other, instead of memory.
     """
-    found = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}
-    rest = {} if round_tensors is None else {ROUND: round_tensors}
+    found, rest = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}, dict(rollouts or {})
     if place is None:
         return Snapshot({name: gathered(tensors, keep) for name, tensors in found.items()} | rest, state)
     failures = [emptied(place) if keep else None]

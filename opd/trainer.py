@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd.account import Scored, describe, engine_gap, scored
-from opd.checkpoint import Checkpoint, Checkpoints, restore, snapshot
+from opd.checkpoint import AHEAD, ROUND, Checkpoint, Checkpoints, restore, snapshot
 from opd.config.schema import Config, Reduction, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
@@ -207,8 +207,12 @@ class Trainer:
         yield Evaluated(evaluation)
 
     def save(self, best: float | None = None, needed: bool = False) -> Saved:
-        """Commit a checkpoint of this moment, between inner steps with their rollouts. best, needed: as `Checkpoints.save`."""
-        tensors = None if self.round is None else joined(gather_object([self.round.tensors()]))
+        """Commit a checkpoint of this moment, between inner steps with their rollouts, and with those that are sampled ahead.
+
+        best, needed: as `Checkpoints.save`.
+        """
+        written = {ROUND: None if self.round is None else joined(gather_object([self.round.tensors()])), AHEAD: self.sampled_ahead()}
+        rollouts = {name: tensors for name, tensors in written.items() if tensors is not None}
         numbers = None if self.round is None else self.numbers(self.round)
         state = {
             **self.saved_state,
@@ -217,12 +221,20 @@ class Trainer:
             "round": numbers,
             "trouble": asdict(self.trouble),
         }
-        place = None
-        if units(self.policy) and not self.config.checkpoint.background:
-            place = self.checkpoints.gathered
-        taken = snapshot(self.student, self.optimizer, state, tensors, self.accelerator.is_main_process, place)
+        in_turn = units(self.policy) and not self.config.checkpoint.background
+        place = self.checkpoints.gathered if in_turn else None
+        taken = snapshot(self.student, self.optimizer, state, rollouts, self.accelerator.is_main_process, place)
         on_main(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
         return Saved(self.step)
+
+    def sampled_ahead(self) -> dict[str, Tensor] | None:
+        """The next step's rollouts of all processes, awaited; None where there are none, or a process has failed to get its own."""
+        if self.ahead is None:
+            return None
+        self.settle()
+        own = None if self.ahead.exception() else Round(self.ahead.result(), self.ahead.result()).tensors()
+        parts = gather_object([own])
+        return None if None in parts else joined(parts)
 
     def numbers(self, current: Round) -> dict[str, Any]:
         """What a round is but for its tensors, metrics added up over all processes."""
@@ -236,12 +248,18 @@ class Trainer:
         self.sampler.refresh()
         self.step = checkpoint.step
         self.trouble = Trouble(**checkpoint.state["trouble"])
-        tensors = None if anew else checkpoint.round()
-        self.round = None
-        if tensors is not None:
-            prompts = {prompt.sample_id: prompt for prompt in self.prompts}
-            rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-            self.round = share(tensors, checkpoint.state["round"], prompts, rank, processes, self.accelerator.device)
+        self.round = None if anew else self.own_share(checkpoint.round(), checkpoint.state["round"])
+        ahead = None if anew else self.own_share(checkpoint.ahead(), Round([], []).numbers())
+        if ahead is not None:
+            self.ahead = Future()
+            self.ahead.set_result(ahead.written)
+
+    def own_share(self, tensors: dict[str, Tensor] | None, numbers: dict[str, Any]) -> Round | None:
+        """This process's part of a round that was saved, if one was."""
+        if tensors is None:
+            return None
+        prompts = {prompt.sample_id: prompt for prompt in self.prompts}
+        return share(tensors, numbers, prompts, self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
 
     def rewind(self) -> Rewound:
         """Go back to the last checkpoint from before the steps that were not finite, and on without their samples."""
@@ -254,6 +272,7 @@ class Trainer:
             )
         places = self.trouble.places
         self.go_on(back_to)
+        self.ahead = None  # may have samples that are left out from here on
         self.trouble.left_out = sorted({*self.trouble.left_out, *places})
         self.trouble.rewound_to = self.step
         self.evaluated = self.step
@@ -280,6 +299,7 @@ class Trainer:
             if self.ahead is None:
                 self.hand_over()
             written = stoppable(self.accelerator, self.sample)
+        self.ahead = None
         self.sample_ahead()
         self.note_memory("sampling")
         sampled_at = clock(self.accelerator.device)
@@ -295,9 +315,7 @@ class Trainer:
 
     def sample(self) -> list[Rollout]:
         """This process's rollouts of the step; with `sampling.lag`, as far as they are begun."""
-        written = self.sampled(self.step) if self.ahead is None else self.ahead.result()
-        self.ahead = None
-        return written
+        return self.sampled(self.step) if self.ahead is None else self.ahead.result()
 
     def sample_ahead(self) -> None:
         """With `sampling.lag`: let a server go on with the rollouts of the next step, from the weights of now."""

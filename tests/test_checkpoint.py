@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opd import checkpoint
-from opd.checkpoint import BEST, MANIFEST, Checkpoints, Snapshot, read, snapshot, verify
+from opd.checkpoint import BEST, MANIFEST, ROUND, Checkpoints, Snapshot, read, snapshot, verify
 from opd.errors import OutputError
 
 
@@ -19,7 +19,7 @@ def taken(step: int, inner: int = 0) -> Snapshot:
         model.weight.grad = torch.zeros(4, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     optimizer.step()
-    rounds = {"ids": torch.arange(3)} if inner else None
+    rounds = {ROUND: {"ids": torch.arange(3)}} if inner else None
     return snapshot(model, optimizer, {"step": step, "inner": inner, "round": {"inner": inner} if inner else None}, rounds)
 
 

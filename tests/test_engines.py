@@ -1,17 +1,23 @@
 """The other engines of this process and the choice among them: the same rollouts in kind, with honest log-probs."""
 
+import logging
 import math
+import os
+import signal
+import threading
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus, ContinuousBatchingManager
 
+from opd import signals
 from opd.config.schema import Config, Engine, LoraConfig, SamplingConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
-from opd.errors import ConfigError, EngineError
+from opd.errors import ConfigError, EngineError, Preempted
 from opd.forward import add_adapters, kept_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, choose, make_sampler
@@ -123,6 +129,17 @@ def test_continuous_batching_is_greedy_at_temperature_zero(make_model):
     assert all(not rollout.behaviour_logp.any() for rollout in found)
 
 
+def test_the_engine_says_nothing_of_itself(make_model, caplog):
+    logger = logging.getLogger("ContinuousBatchingLogger")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        continuous(make_model()).sample(requests(1), DECODING, "train")
+        assert not caplog.records
+        logger.info("heard")
+    logger.removeHandler(caplog.handler)
+    assert [record.message for record in caplog.records] == ["heard"]
+
+
 def test_continuous_batching_keeps_the_end_and_says_how_it_ended(make_model):
     rollouts = continuous(make_model(), eos=(1, 6, 17)).sample(requests(6), Decoding(1.2, 30), "train")
     assert {r.completion[-1] for r in rollouts if r.finish_reason is FinishReason.stop} == {1, 6, 17}
@@ -212,10 +229,49 @@ def test_auto_of_several_processes_takes_no_engine_for_one():
 
 
 def test_an_engine_that_breaks_off_is_an_engine_error(make_model, monkeypatch):
+    monkeypatch.setattr(ContinuousBatchingManager, "_run_generation_loop", lambda self: None)
+    with pytest.raises(EngineError, match=r"gave 0 of 8 completions \(the engine stopped\).*engine=generate"):
+        continuous(make_model()).sample(requests(), DECODING, "train")
+
+
+def test_what_the_engine_stumbles_over_is_named(make_model, monkeypatch):
+    def stumble(self):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(ContinuousBatchingManager, "_generation_step", stumble)
+    with pytest.raises(EngineError, match=r"gave 0 of 8 completions \(no room\)"):
+        continuous(make_model()).sample(requests(), DECODING, "train")
+
+
+def test_a_signal_ends_the_engine_after_the_step_it_is_at_and_leaves_nothing_behind(make_model, monkeypatch):
+    """The third step waits until the engine is told to end: machines on which a step takes long need no other test."""
     model = make_model()
-    monkeypatch.setattr(type(model), "generate_batch", lambda self, **_: {})
-    with pytest.raises(EngineError, match=r"gave 0 of 8 completions.*engine=generate"):
-        continuous(model).sample(requests(), DECODING, "train")
+    undisturbed = continuous(model, eos=()).sample(requests(), DECODING, "train")
+    steps, told = [], threading.Event()
+    generation_step, request_stop = ContinuousBatchingManager._generation_step, BackgroundThreadStatus.request_stop
+
+    def step(self):
+        generation_step(self)
+        steps.append(threading.current_thread())
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            told.wait(10)
+
+    def stop(self, *args, **kwargs):
+        request_stop(self, *args, **kwargs)
+        told.set()
+
+    state = torch.get_rng_state()
+    sampler = continuous(model, eos=())
+    with monkeypatch.context() as patch, signals.noted():
+        patch.setattr(ContinuousBatchingManager, "_generation_step", step)
+        patch.setattr(BackgroundThreadStatus, "request_stop", stop)
+        with pytest.raises(Preempted, match="SIGTERM"):
+            sampler.sample(requests(), DECODING, "train")
+    assert len(steps) == 3 and not steps[0].is_alive()
+    assert torch.equal(torch.get_rng_state(), state) and model.config._attn_implementation == "sdpa"
+    again = sampler.sample(requests(), DECODING, "train")
+    assert [rollout.completion for rollout in again] == [rollout.completion for rollout in undisturbed]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks in transformers' old words

@@ -20,8 +20,10 @@ OPTIONS = [
     "name=run",
     "optim.eps=1e-3",
     "sampling.temperature=1.0",
-    "train.max_tokens_per_micro_batch=26",  # so that processes have different numbers of micro-batches
+    "train.max_tokens_per_micro_batch=40",
 ]
+
+UNEVEN = [*OPTIONS, "train.max_tokens_per_micro_batch=26"]  # the processes cut different numbers of micro-batches
 
 
 def launch(folder: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -163,7 +165,7 @@ sys.exit(train.main())
 def sharded(tmp_path_factory):
     """Two processes of two prompts, each with half of the weights."""
     folder = tmp_path_factory.mktemp("processes") / "sharded"
-    done = launch(folder, [*FSDP2, "-m", "opd.train", *OPTIONS, "train.batch_size=2", "checkpoint.keep_last=9"])
+    done = launch(folder, [*FSDP2, "-m", "opd.train", *UNEVEN, "train.batch_size=2", "checkpoint.keep_last=9"])
     assert "(0.1 M parameters)" in done.stdout
     assert "sharded (FSDP2): each process holds 0.05 M of the parameters" in done.stdout
     return folder
@@ -179,7 +181,7 @@ def test_sharded_weights_learn_what_whole_ones_do(one, sharded):
 @pytest.mark.slow
 def test_sharded_runs_go_on_bitwise_and_one_process_goes_on_from_them_wherever_the_teacher_is(one, sharded, tmp_path):
     half = f"resume={sharded / 'runs/run/checkpoints/step_000002'}"
-    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *OPTIONS, "train.batch_size=2", half, "teacher.placement=sharded"])
+    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *UNEVEN, "train.batch_size=2", half, "teacher.placement=sharded"])
     assert distance(weights(tmp_path / "two"), weights(sharded)) == 0.0
     launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *OPTIONS, "train.batch_size=4", half, "teacher.placement=offload"])
     assert distance(weights(tmp_path / "one"), weights(one)) < 1e-6
@@ -211,10 +213,10 @@ def test_one_that_lacks_memory_amid_layers_ends_all_and_smaller_micro_batches_go
         launch(tmp_path / "faulty", [*FSDP2, str(tmp_path / "faults.py"), *options])
     said = str(ended.value)
     assert said.count("has too little memory for the update (made up, forward)") == 1 and "[rank 1] error" in said
-    assert "lower train.max_tokens_per_micro_batch (now 26)" in said
+    assert "lower train.max_tokens_per_micro_batch (now 40)" in said
     run = tmp_path / "faulty" / "runs" / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
-    assert alone(tmp_path / "faulty", monkeypatch, [*options, "train.batch_size=4", "train.max_tokens_per_micro_batch=20"]) == 0
+    assert alone(tmp_path / "faulty", monkeypatch, [*options, "train.batch_size=4", "train.max_tokens_per_micro_batch=30"]) == 0
     reference = load_file(sharded / "runs/run/checkpoints/step_000002/model.safetensors")
     assert distance(reference, load_file(run / "checkpoints/step_000002/model.safetensors")) < 1e-6
 

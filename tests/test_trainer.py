@@ -1,5 +1,6 @@
 """The step and the loop: one global token count, masks, clipping, numerics, and runs that must share a trajectory."""
 
+import copy
 import math
 import signal
 import threading
@@ -796,6 +797,52 @@ def test_a_sampler_that_breaks_off_leaves_nothing_to_be_scored(make_model, tmp_p
     with pytest.raises(RuntimeError, match="made up"):
         trainer.train_step()
     assert len(asked) == 1 and trainer.overlap.scores[0].done()
+
+
+class Handed:
+    """A server in small: samples with the weights that it was last handed, whatever becomes of the trainer's in the meantime."""
+
+    def __init__(self, trainer):
+        self.trainer, self.model = trainer, copy.deepcopy(trainer.student)
+        self.inner = GenerateSampler(self.model, (1,), 0, VOCABULARY, 0, bf16=False)
+
+    def sample(self, requests, decoding, stream):
+        if not requests:
+            self.model.load_state_dict(self.trainer.student.state_dict())
+        return self.inner.sample(requests, decoding, stream)
+
+    def refresh(self):
+        pass
+
+
+@pytest.mark.parametrize("place", [2, 3, 4, None])
+def test_with_a_lag_a_run_goes_on_with_what_was_sampled_ahead(make_model, tmp_path, monkeypatch, place):
+    """Stopped at its look for signals `place`: between inner steps of the first, before and after it takes up what was sampled ahead for
+    the second; and from each checkpoint between steps."""
+    options = {"sampling__lag": 1, "sampling__engine": "vllm", "sampling__vllm__url": "http://localhost:1", "ppo__steps": 2}
+    options |= {"checkpoint__every": 9 if place else 1, "checkpoint__keep_last": 9, "train__max_steps": 4}
+
+    def make(folder):
+        trainer = make_trainer(make_model, tmp_path / folder, **options)
+        trainer.sampler = Handed(trainer)
+        return trainer
+
+    straight = make("straight")
+    list(straight.run())
+    found = [straight.checkpoints.path(step) for step in (1, 2, 3)]
+    if place:
+        stopped, looks = make("stopped"), iter(range(100))
+        monkeypatch.setattr(signals, "requested", lambda: next(looks) == place)
+        with pytest.raises(Preempted):
+            list(stopped.run())
+        monkeypatch.setattr(signals, "requested", lambda: False)
+        found = [stopped.checkpoints.newest().path]
+    for path in found:
+        resumed = make("resumed")
+        resumed.go_on(read(path))
+        assert resumed.ahead.done() and (resumed.round is None) == (place in (3, None))
+        list(resumed.run())
+        assert torch.equal(weights(resumed), weights(straight))
 
 
 def test_a_lag_needs_a_server_and_a_correction():

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,12 +20,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import models
+from opd import models, signals
 from opd.config.schema import LoraConfig, ModelConfig
 from opd.config.store import PACKAGE
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
-from opd.errors import ConfigError, EngineError
+from opd.errors import ConfigError, EngineError, Preempted
 from opd.forward import add_adapters, kept_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Decoding, GenerateSampler
@@ -213,6 +214,26 @@ def test_the_process_keeps_its_random_numbers_threads_and_switches(model):
     assert not torch.distributed.is_initialized()
 
 
+def test_a_signal_ends_a_call_after_the_step_it_is_at(model, monkeypatch):
+    sampler, steps = engine_of(model, eos=()), []
+    undisturbed = completions(sampler.sample(long_requests(), DECODING, "train"))
+    engine = sampler.engine.llm_engine
+    original = engine.step
+
+    def step():
+        steps.append(None)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    with monkeypatch.context() as patch, signals.noted():
+        patch.setattr(engine, "step", step)
+        with pytest.raises(Preempted, match="SIGTERM"):
+            sampler.sample(long_requests(), DECODING, "train")
+    assert len(steps) == 3 and not engine.has_unfinished_requests()
+    assert completions(sampler.sample(long_requests(), DECODING, "train")) == undisturbed
+
+
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory):
     """The bundled teacher with noise on its weights: a student of a shape that vLLM runs on a CPU."""
@@ -256,6 +277,49 @@ def test_a_run_from_end_to_end(student_folder, tmp_path):
     assert steps == metrics(tmp_path / "sweep" / "0") != metrics(tmp_path / "sweep" / "1")
 
 
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from opd.samplers import vllm
+from opd.train import main
+
+start_engine, steps = vllm.start_engine, 0
+
+def start(*args):
+    engine = start_engine(*args)
+    original = engine.llm_engine.step
+
+    def step():
+        global steps
+        steps += 1
+        Path("steps.txt").write_text(str(steps))
+        if steps == 15:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original()
+
+    engine.llm_engine.step = step
+    return engine
+
+vllm.start_engine = start
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_run_that_is_stopped_amid_sampling_goes_on_as_if_it_had_not_been(student_folder, tmp_path):
+    options = [f"model.path={student_folder}", "train.max_steps=3", "eval.limit=4", "eval.kl_prompts=4"]
+    assert opd(tmp_path, *options, "name=straight").returncode == 0
+    command = [sys.executable, "-c", STOPPED, "experiment=debug", "sampling.engine=vllm", *options, "name=stopped"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 75 and "stopped by SIGTERM" in done.stderr, done.stderr
+    assert (tmp_path / "steps.txt").read_text() == "15"  # and none after
+    straight, stopped = tmp_path / "runs" / "straight", tmp_path / "runs" / "stopped"
+    saved = [path.name for path in (stopped / "checkpoints").glob("step_*")]
+    done = opd(tmp_path, *options, "name=stopped")
+    assert done.returncode == 0 and "going on after step" in done.stdout
+    assert saved and metrics(stopped) == metrics(straight)
+    assert (stopped / "final" / "model.safetensors").read_bytes() == (straight / "final" / "model.safetensors").read_bytes()
+
+
 def launch(cwd, processes, student_folder, *options):
     command = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m", "opd.train", "experiment=debug", "sampling.engine=vllm"]
     command = [sys.executable, "-m", *command, f"model.path={student_folder}", "device=cpu", "name=one", *options]
@@ -268,9 +332,43 @@ def test_one_process_of_a_launcher_works(student_folder, tmp_path):
     assert len(metrics(tmp_path / "runs" / "one")) == 6
 
 
-def test_several_processes_are_refused(student_folder, tmp_path):
-    done = launch(tmp_path, 2, student_folder)
-    assert done.returncode != 0 and "sampling.engine=vllm works in one process, here are 2" in done.stderr
+TWO = """
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+from opd.data.prompts import Prompt
+from opd.data.rollouts import Request
+from opd.samplers import Decoding
+from opd.samplers.vllm import VllmSampler
+
+accelerator = Accelerator(cpu=True)
+model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32).eval()
+requests = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(2 + accelerator.process_index)]
+written = []
+for _ in range(2):
+    sampler = VllmSampler(model, (256,), 261, 0, False, longest=60, batch_size=4, memory_share=0.05)
+    written.append([rollout.completion for rollout in sampler.sample(requests, Decoding(1.0, 12), "train")])
+    del sampler
+    assert float(accelerator.reduce(torch.ones(1))) == 2  # what the processes share is still there
+assert written[0] == written[1] and len(written[0]) == len(requests)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_engines_of_several_processes_come_and_go_and_sample_what_each_is_asked(student_folder, tmp_path):
+    (tmp_path / "student").symlink_to(student_folder)
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "two.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_of_several_processes_has_an_engine_of_its_own(student_folder, tmp_path):
+    """A learning rate at which weights of a step before would show."""
+    done = launch(tmp_path, 2, student_folder, "optim.lr=1e-2", "train.max_steps=4", "eval.limit=4", "eval.kl_prompts=4")
+    assert done.returncode == 0, done.stderr
+    steps = metrics(tmp_path / "runs" / "one")
+    assert len(steps) == 4 and max(step["engine_gap"] for step in steps) < 1e-4
 
 
 @pytest.fixture(scope="module")

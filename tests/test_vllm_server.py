@@ -2,18 +2,21 @@
 
 import json
 import math
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from opd import signals
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
-from opd.errors import ENGINE, ConfigError, EngineError, OutputError
+from opd.errors import ENGINE, ConfigError, EngineError, OutputError, Preempted
 from opd.samplers import Decoding
 from opd.samplers import vllm as vllm_module
 from opd.samplers.vllm_server import VllmServerSampler
@@ -181,6 +184,16 @@ def test_one_of_several_processes_sends_the_weights(make_sampler, server):
     sampler.refresh()
     sampler.sample(REQUESTS, DECODING, "train")
     assert not server.bodies("/collective_rpc") and len(server.bodies("/v1/completions")) == 1 + len(REQUESTS)
+
+
+def test_a_stop_breaks_off_what_is_waited_for_and_not_what_is_sampled_ahead(make_sampler, monkeypatch):
+    """Only the weights before the update could sample it again."""
+    sampler = make_sampler()
+    monkeypatch.setattr(signals, "arrived", [signal.SIGTERM])
+    with pytest.raises(Preempted):
+        sampler.sample(REQUESTS, DECODING, "train")
+    with ThreadPoolExecutor(1) as background:
+        assert len(background.submit(sampler.sample, REQUESTS, DECODING, "train").result()) == len(REQUESTS)
 
 
 def hang(handler, body):

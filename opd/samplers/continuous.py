@@ -13,13 +13,17 @@ from typing import Any, cast
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.requests import GenerationOutput
+from transformers.generation.continuous_batching.utils import WorkloadHints
 
+from opd import signals
 from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError
 from opd.forward import output_head
 from opd.samplers.base import Decoding
 from opd.samplers.twin import Twin
+
+LOOK = 0.05  # seconds after which a call that waits for completions looks again whether it is to stop
 
 
 class ContinuousSampler:
@@ -62,20 +66,17 @@ class ContinuousSampler:
         seed = derive_seed(
             stream, self.seed, *((request.epoch, request.prompt.sample_id, request.attempt) for request in (requests[i] for i in order))
         )
+        batching = ContinuousBatchingConfig(
+            return_logprobs=True,
+            seed=seed % 2**32,
+            max_memory_percent=self.memory_share,
+            max_requests_per_batch=decoding.batch_size,
+        )
         with self.source as model, generator_of(model.device, seed), quiet():
-            answers = cast(Any, model).generate_batch(
-                inputs=prompts,
-                generation_config=self.generation_config(decoding, copies),
-                continuous_batching_config=ContinuousBatchingConfig(
-                    return_logprobs=True,
-                    seed=seed % 2**32,
-                    max_memory_percent=self.memory_share,
-                    max_requests_per_batch=decoding.batch_size,
-                ),
-            )
-        drawn = list(answers.values())
-        failed = next((answer.error for answer in drawn if answer.error), None)
-        if failed or len(drawn) != len(requests):
+            answers = answered(model, prompts, self.generation_config(decoding, copies), batching)
+        failed = next((answer.error for answer in answers if answer.error), None)
+        drawn = [answer for answer in answers if not answer.error]
+        if len(drawn) != len(requests):
             raise EngineError(
                 f"sampling.engine=continuous gave {len(drawn)} of {len(requests)} completions ({failed or 'the engine stopped'}): raise "
                 "sampling.memory_share, lower sampling.batch_size, or use sampling.engine=generate"
@@ -103,6 +104,40 @@ class ContinuousSampler:
         return Rollout(request, completion, logp_T, FinishReason.stop if completion[-1] in self.eos else FinishReason.length)
 
 
+def answered(
+    model: PreTrainedModel, prompts: list[list[int]], decoding: GenerationConfig, batching: ContinuousBatchingConfig
+) -> list[GenerationOutput]:
+    """What the engine, which works in a thread of its own, answers: in the order of the prompts, all completions of one side by side.
+
+    As transformers' `generate_batch`, with two differences: the engine ends after the step it is at, with `Preempted`, when this process is
+    asked to stop; and it begins with all prompts there, not with those that it happens to find, on which its random numbers depend.
+    Fewer answers where it breaks off.
+    """
+    copies = decoding.num_return_sequences
+    hints = WorkloadHints(
+        max_prompt_length=max(map(len, prompts)), max_generated_length=decoding.max_new_tokens, num_requests=len(prompts) * copies
+    )
+    manager = cast(Any, model).init_continuous_batching(decoding, batching, workload_hints=hints)
+    manager.warmup()
+    names = manager.add_requests(prompts, max_new_tokens=decoding.max_new_tokens)
+    answers: dict[str, GenerationOutput] = {}
+    manager.start()
+    try:
+        while len(answers) < len(prompts) * copies:
+            signals.check()
+            running = manager.is_running()
+            answer = manager.get_result(timeout=LOOK)
+            if answer is not None:
+                answers[answer.request_id] = answer
+            elif not running:
+                break
+    finally:
+        manager.stop(hard_stop=True)
+        manager.destroy()
+    wanted = [copy for name in names for copy in (*(f"{name}__child#{index}" for index in range(copies - 1)), name)]
+    return [answers[name] for name in wanted if name in answers]
+
+
 @contextmanager
 def generator_of(device: torch.device, seed: int) -> Iterator[None]:
     """torch's global generators, which the engine draws from, as they were before."""
@@ -113,11 +148,13 @@ def generator_of(device: torch.device, seed: int) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The engine's lines are about its own choices."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """The engine's lines are about its own choices. It has a logger of its own, which writes to stderr."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "ContinuousBatchingLogger")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd import signals
 from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.errors import ConfigError, EngineError
+from opd.errors import ConfigError, EngineError, Preempted
 from opd.forward import free_memory
 from opd.samplers.base import Decoding
 from opd.samplers.weights import checkpoint_weights
@@ -98,9 +99,22 @@ class VllmSampler:
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt.ids)) for request in requests]
         with apart(self.model.device):
             self.wake()
-            outputs = self.engine.generate(prompts, options, use_tqdm=False)
+            outputs = self.write(prompts, options)
             self.sleep()
         return [self.to_rollout(request, output.outputs[0], decoding) for request, output in zip(requests, outputs, strict=True)]
+
+    def write(self, prompts: Sequence[Any], options: Sequence[Any]) -> list[Any]:
+        """As the engine's `generate`, but looks between its steps for signals; on `Preempted` nothing is left in the engine."""
+        engine, written = self.engine.llm_engine, []
+        names = self.engine.enqueue(prompts, options, use_tqdm=False)
+        try:
+            while engine.has_unfinished_requests():
+                signals.check()
+                written += [output for output in engine.step() if output.finished]
+        except Preempted:
+            engine.abort_request(names, internal=True)
+            raise
+        return sorted(written, key=lambda output: int(output.request_id))
 
     def to_rollout(self, request: Request, output: Any, decoding: Decoding) -> Rollout:
         ids = list(output.token_ids)
@@ -180,6 +194,8 @@ def start_engine(model: PreTrainedModel, vocabulary: int, bf16: bool, longest: i
                 enable_sleep_mode=not on_cpu,
                 seed=0,
                 disable_log_stats=True,
+                # In the process group of the run, as one of several engines that know nothing of each other.
+                distributed_executor_backend="external_launcher" if one_of_several() else None,
                 **room,
             )
         engine.generate(TokensPrompt(prompt_token_ids=[0]), SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
@@ -211,11 +227,22 @@ def stop_engine() -> None:
 
 
 def shut_down(engine: Any) -> None:
-    """Frees the engine's memory and the process group that it made, which the next engine of this process would stumble over."""
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    """Frees the engine's memory and the process groups that it made, which the next engine of this process would stumble over."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory, destroy_model_parallel
 
-    engine.llm_engine.engine_core.shutdown()
-    cleanup_dist_env_and_memory()
+    core = engine.llm_engine.engine_core
+    if one_of_several():  # its own way, also when it is collected, would end the group of them all, which is the run's
+        core._finalizer.detach()
+        core.engine_core.model_executor.shutdown()
+        destroy_model_parallel()
+    else:
+        core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def one_of_several() -> bool:
+    """Whether this process is one of several of a run: each has an engine of its own."""
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 @contextmanager

@@ -159,13 +159,15 @@ class VllmServerSampler:
         options = {**sampling_options(decoding, self.eos), **self.restriction}
 
         def write(request: Request) -> Rollout:
-            signals.check()
             ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.seed))
             return make_rollout(request, ids, logp, decoding, self.eos, self.vocabulary)
 
-        pool = ThreadPoolExecutor(self.connections)
+        pool, rollouts = ThreadPoolExecutor(self.connections), []
         try:
-            return list(pool.map(write, requests))
+            for rollout in pool.map(write, requests):
+                signals.check()
+                rollouts.append(rollout)
+            return rollouts
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
