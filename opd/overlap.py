@@ -56,7 +56,7 @@ class Overlap:
         kept = [place for place in sorted(written) if not (drops and written[place].truncated)]
         found: dict[int, Tensor] = {}
         for batch in self.cut([written[place].first(self.config.ppo.loss_prefix) for place in kept]):
-            signals.check()
+            signals.check(in_any_thread=True)
             logp_N = self.teacher.logp(batch.to(self.device), self.config.sampling.temperature)
             sequence_N = batch.sequence_N.to(logp_N.device)
             found |= {kept[index]: logp_N[sequence_N == index] for index in set(batch.sequence_N.tolist())}

@@ -27,9 +27,9 @@ def requested() -> bool:
     return bool(arrived)
 
 
-def check() -> None:
-    """Raises `Preempted` when this process was asked to stop. In the main thread alone: what others are at comes to its end."""
-    if arrived and threading.current_thread() is threading.main_thread():
+def check(in_any_thread: bool = False) -> None:
+    """Raises `Preempted` when this process was asked to stop; in other threads than the main one only if `in_any_thread`."""
+    if arrived and (in_any_thread or threading.current_thread() is threading.main_thread()):
         raise Preempted(f"stopped by {arrived[0].name}")
 
 

@@ -1,6 +1,7 @@
 """The command line: help and completion answer fast, every mistake is one line with a remedy and its exit code, sweeps go on."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -501,3 +502,12 @@ def test_a_run_goes_on_when_nobody_reads_its_screen(tmp_path: Path) -> None:
         assert process.wait(timeout=120) == errors.OK, said
     assert said == "" and json.loads((tmp_path / "runs/run/status.json").read_text())["status"] == "done"
     assert "nobody reads the screen" in (tmp_path / "runs/run/train.log").read_text()
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def task(config: Config, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/x/metrics.jsonl")
+
+    monkeypatch.chdir(tmp_path)
+    assert entry.launch(task, ["experiment=debug"], "doctor") == errors.OUTPUT
+    assert capsys.readouterr().err == "opd: error: runs/x/metrics.jsonl: No space left on device\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opd import arguments, errors
+from opd import arguments, errors, outcome
 from opd.files import read_lines, write_json
 from opd.runs import find_runs, open_run
 
@@ -89,3 +89,20 @@ def test_a_verb_with_plain_arguments_ends_every_mistake_in_one_line(capsys: pyte
     assert "--no-such" in capsys.readouterr().err
     assert arguments.launch(parser, task, ["--help"]) == 0
     assert "  opd try 1" in capsys.readouterr().out
+
+
+def test_the_gap_that_is_closed_and_what_was_not_measured() -> None:
+    assert outcome.gap_closed(0.5, 0.75, 1.0) == 0.5 and outcome.gap_closed(0.5, 0.25, 1.0) == -0.5
+    assert outcome.gap_closed(0.5, 0.75, 0.5) is None and outcome.gap_closed(None, 0.75, 1.0) is None
+    assert set(outcome.achieved([], []).values()) == {None}
+
+
+def test_after_is_the_last_evaluation_or_that_of_a_step() -> None:
+    lines = [{"model": "student", "step": step, "kl": 1.0 / (step + 1), "rewards": None} for step in (0, 2, 4)]
+    metrics = [{"step": step, "reverse_kl": float(step), "time/step": 2.0, "tokens": 10.0} for step in range(1, 5)]
+    found = outcome.achieved(metrics, lines)
+    assert (found["eval_kl_before"], found["eval_kl_after"]) == (1.0, 0.2)
+    assert (found["reverse_kl_first"], found["reverse_kl_last"]) == (1.0, 4.0)
+    assert (found["steps"], found["graded_tokens"], found["seconds"], found["tokens_per_second"]) == (4, 40, 8.0, 5.0)
+    assert outcome.achieved(metrics, lines, 2)["eval_kl_after"] == 1 / 3
+    assert outcome.achieved(metrics, lines, 3)["eval_kl_after"] is None

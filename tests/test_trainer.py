@@ -518,6 +518,12 @@ class WholeMatrices(TorchDispatchMode):
         return result
 
 
+def test_a_short_completion_is_not_padded_beside_a_long_one(make_model, tmp_path):
+    trainer = make_trainer(make_model, tmp_path, train__packing=False, train__max_tokens_per_micro_batch=4096)
+    long, short = rollout_of((2,) * 200, (3,)), rollout_of((2,) * 10, (3,))
+    assert len(trainer.split([long, short])) == 2 and len(trainer.split([long, long])) == 1
+
+
 def test_a_tied_embeddings_gradient_is_that_of_autograd_in_one_matrix(make_model):
     """Over two micro-batches with ids that occur many times, one of them the padding id."""
     model = make_model(VOCABULARY, tie_word_embeddings=True)
