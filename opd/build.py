@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin, broadcast
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,9 +78,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) else "no",
-        # Ranks may run different numbers of micro-batches, so a forward pass must not communicate; there are no trained buffers.
         # bf16 copies of weights that autocast would keep for a second use are used once.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False), AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
         project_dir=folder,
     )
@@ -208,12 +207,16 @@ def build(
 
 def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Student and optimizer under the launcher's strategy; where that shards weights, a layer at a time."""
-    sharded = accelerator.distributed_type is DistributedType.FSDP
-    if sharded:
-        policy.bf16 = accelerator.mixed_precision == "bf16"
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        # Not wrapped in DDP: it would hold a second copy of all gradients to send them in. The trainer adds them up once a step.
+        module = accelerator.prepare_model(policy, evaluation_mode=True)
+        if accelerator.num_processes > 1:
+            for parameter in module.parameters():
+                broadcast(parameter.data)  # a caller's own modules may differ
+        return module, accelerator.prepare_optimizer(optimizer)
+    policy.bf16 = accelerator.mixed_precision == "bf16"
     prepared = accelerator.prepare(policy, optimizer)
-    if sharded:
-        sharding.settle(prepared[0], layerwise(accelerator))
+    sharding.settle(prepared[0], layerwise(accelerator))
     return prepared[0], prepared[1]
 
 

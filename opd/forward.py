@@ -170,7 +170,7 @@ def give_back_at_once() -> None:
 
 
 class Policy(nn.Module):
-    """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where DDP and FSDP see it.
+    """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where FSDP sees it.
 
     size, rows: as in `Head`. checkpointing: recompute activations in the backward pass. compiled: layers through torch.compile. sharded:
     weights are to be. On a CPU a tied embedding gives the gradient of the rows that it looked up alone: with the head's in place
@@ -191,7 +191,7 @@ class Policy(nn.Module):
         self.model = model
         self.size = size
         self.rows = rows
-        self.bf16 = False  # Accelerate's wrapper for DDP sees to it, for FSDP it has none
+        self.bf16 = False  # Accelerate sees to it, but not for FSDP
         self._no_split_modules = model._no_split_modules  # the layers that FSDP takes one by one
         self.checkpointed: list[nn.Module] = []
         if checkpointing:

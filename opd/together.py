@@ -1,6 +1,6 @@
 """What the processes of a run decide together, so that none waits for another that has gone elsewhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +69,19 @@ def global_sum(accelerator: Accelerator, value: float) -> float:
         return value
     tensor = torch.tensor([value], dtype=torch.float64, device=accelerator.device)
     return float(accelerator.reduce(tensor, "sum"))
+
+
+def add_up_gradients(parameters: Sequence[Tensor]) -> None:
+    """Let all processes have the sum of their gradients. One that none of them has stays None: experts that no token was sent to."""
+    if not parameters:
+        return
+    has_one = torch.tensor([parameter.grad is not None for parameter in parameters], dtype=torch.uint8, device=parameters[0].device)
+    torch.distributed.all_reduce(has_one, torch.distributed.ReduceOp.MAX)
+    for parameter, somewhere in zip(parameters, has_one.tolist(), strict=True):
+        if somewhere:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
 
 
 def most(accelerator: Accelerator, own: int) -> int:

@@ -43,7 +43,7 @@ from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.schedule import looked_into, lr_factor
 from opd.sharding import add_up, full, idle, start_again, units, whole
 from opd.teachers import Teacher
-from opd.together import added_up, anywhere, global_sum, most, on_main, quantile, stop_together, stoppable
+from opd.together import add_up_gradients, added_up, anywhere, global_sum, most, on_main, quantile, stop_together, stoppable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -476,7 +476,7 @@ class Trainer:
                 held.enter_context(self.teacher_ready())
 
             def work() -> tuple[float, list[TokenStats]]:
-                with self.accelerator.no_sync(self.policy):  # gradients are added up once every process has its own
+                with self.accelerator.no_sync(self.policy):  # sharded gradients are added up once every process has its own
                     return self.gradients(current, weights, total)
 
             found = self.fitting(current, work, again)
@@ -543,9 +543,7 @@ class Trainer:
         empty: there was nothing to learn from, in any process, and nothing is done either.
         """
         if self.accelerator.num_processes > 1 and not units(self.policy):
-            for parameter in self.policy.parameters():
-                if parameter.grad is not None:
-                    torch.distributed.all_reduce(parameter.grad)
+            add_up_gradients([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
         norm = float(full(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)))
         suspects = self.not_finite(current)
         finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))

@@ -15,6 +15,7 @@ from opd import sharding
 from opd.data.rollouts import Inputs
 from opd.forward import Policy
 from opd.objective import Head
+from opd.together import add_up_gradients
 
 LENGTHS = (5, 9, 4)  # of the sequences that the first process learns from; the second has none
 
@@ -43,8 +44,18 @@ def work(rank: int, folder: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     for tied in (False, True):
         learn_and_write(rank, folder, tied)
+    learn_apart(rank)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def learn_apart(rank: int) -> None:
+    """Of three weights both processes used the first, one the second, and none the third."""
+    weights = [torch.ones(2, requires_grad=True) for _ in range(3)]
+    for weight in weights[: 2 - rank]:
+        (weight * (rank + 1)).sum().backward()
+    add_up_gradients(weights)
+    assert [None if weight.grad is None else weight.grad.tolist() for weight in weights] == [[3.0, 3.0], [1.0, 1.0], None]
 
 
 def learn_and_write(rank: int, folder: Path, tied: bool) -> None:
