@@ -29,7 +29,7 @@ FEW = 16
 # On a CPU glibc's heap keeps holes between what stays and what goes; fitted to measured peaks. With recomputed activations so many layers'
 # worth, with adapters this share of the activations.
 HOLES = 5.5
-HOLES_OF_ADAPTERS = 0.8
+HOLES_OF_ADAPTERS = 0.35
 DRAWING = 4  # float32 copies of a decoding batch's logits that exist while its next tokens are drawn
 
 
