@@ -119,7 +119,25 @@ def test_train_help_names_groups_and_examples_and_no_option_is_left_unfilled(cap
     assert "Hydra" not in shown
 
 
-@pytest.mark.parametrize("words", [["train", "--cfg", "job"], ["train", "--help"], ["completion", "--query", "opd train model=q"]])
+@pytest.mark.parametrize("words", [["--help"], ["ls"], ["train", "--cfg", "job"]])
+def test_what_nobody_reads_ends_without_a_complaint(words: list[str], tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-m", "opd", *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--cfg", "job"],
+        ["train", "--help"],
+        ["score", "--help"],
+        ["report", "--help"],
+        ["completion", "--query", "opd train model=q"],
+        *(["completion", "--query", f"opd {verb} --"] for verb in ("doctor", "eval", "sample", "score", "export")),
+    ],
+)
 def test_what_does_not_train_does_not_import_torch(words: list[str], tmp_path: Path) -> None:
     assert not modules_after(words, tmp_path) & HEAVY
 
