@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd import models, sharding
+from opd.batches import Batches
 from opd.checkpoint import Checkpoints
 from opd.config.schema import Config, Engine, Placement, Quantization, Tracker
 from opd.data.prompts import Prompt, encode_rows
@@ -35,6 +36,7 @@ from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher, home, place
 from opd.together import on_main
 from opd.trainer import Trainer
+from opd.update import Update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,15 @@ def build(
         ),
         make_optimizer(config, student),
     )
+    batches = Batches(
+        config=config,
+        accelerator=accelerator,
+        teacher=teacher,
+        pad_id=tokenizer.pad_token_id,
+        packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
+        choices=choices,
+        teacher_ready=partial(sharding.whole, policy) if config.shares_base else teacher.ready,
+    )
     trainer = Trainer(
         config=config,
         accelerator=accelerator,
@@ -180,16 +191,19 @@ def build(
         student=student,
         optimizer=optimizer,
         sampler=sampler,
-        teacher=teacher,
-        teacher_ready=partial(sharding.whole, policy) if config.shares_base else teacher.ready,
         evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
         checkpoints=checkpoints,
         prompts=train_prompts,
-        pad_id=tokenizer.pad_token_id,
-        layerwise=layerwise(accelerator),
-        packed=packs(student, config.train.packing) and packs(teacher_model, config.train.packing),
+        batches=batches,
+        update=Update(
+            config=config,
+            accelerator=accelerator,
+            policy=policy,
+            optimizer=optimizer,
+            batches=batches,
+            layerwise=layerwise(accelerator),
+        ),
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
-        max_tokens=choices["max_tokens"],
         overlaps=overlaps(config, sampling.engine, teacher_model.device, student.device),
         saved_state={
             **identity(config, accelerator),

@@ -301,7 +301,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> E
     """The teacher under the student's decoding, once a run."""
     if any(line["model"] == "teacher" for line in history.evaluations):
         return None
-    with built.trainer.teacher_ready(), built.teacher.active():
+    with built.trainer.batches.teacher_ready(), built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
     evaluation = Evaluation(0, rewards, None, example)
     run_folder.add_evaluation({"model": "teacher", **evaluation.to_dict()})

@@ -1,21 +1,16 @@
 """The step and the loop of on-policy distillation. Builds nothing, prints nothing: `run` yields what happened.
 
-A step: the student samples, the teacher scores every token, and for each inner step all micro-batches give gradients scaled by one global
-token count, which are clipped and applied. Around it: evaluate the weights, step, save. All processes stop, make do with less memory, and
-leave out an update together.
-
-Shapes: `N` kept completion tokens of a micro-batch.
+A step: the student samples, the teacher scores every token (`opd.batches`), and for each inner step the student is updated (`opd.update`).
+Around it: evaluate the weights, step, save. All processes stop together.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,29 +19,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd.account import Scored, describe, engine_gap, scored
+from opd.batches import Batches
 from opd.checkpoint import AHEAD, ROUND, Checkpoint, Checkpoints, restore, snapshot
-from opd.config.schema import Config, Reduction, Truncated
+from opd.config.schema import Config, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
-from opd.errors import MemoryShort, NumericError, Preempted
+from opd.data.rollouts import FinishReason, Request, Rollout
+from opd.errors import NumericError, Preempted
 from opd.evaluate import Evaluation, Evaluator
-from opd.forward import let_go, peak_memory, trim_heap, worthwhile_padding
+from opd.forward import peak_memory, trim_heap
 from opd.guard import Guard
-from opd.learning import Scores, score, token_loss
-from opd.objective import chunked_loss, group_normalised
-from opd.objective.head import Head, TokenLoss, TokenStats
+from opd.objective import group_normalised
 from opd.overlap import Overlap
 from opd.positions import ByPosition, by_position
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.schedule import looked_into, lr_factor
-from opd.sharding import add_up, full, idle, start_again, units, whole
-from opd.teachers import Teacher
-from opd.together import add_up_gradients, added_up, anywhere, global_sum, most, on_main, quantile, stop_together, stoppable
+from opd.sharding import units, whole
+from opd.together import added_up, global_sum, on_main, quantile, stop_together, stoppable
+from opd.update import NotFinite, Update
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 NON_FINITE_LIMIT = 3
 
@@ -97,10 +90,8 @@ class Trouble:
 class Trainer:
     """Everything a run needs, built elsewhere (`opd.runner`). policy: the student as `Policy`, prepared by Accelerate.
 
-    layerwise: gradients are computed with one layer's weights gathered at a time, by all processes together (see `opd.sharding`).
     step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
-    teacher_ready: within it, which all processes enter together, the teacher answers.
-    max_tokens: of a micro-batch; halved where memory does not suffice. ahead: the next step's rollouts, sampled in the background.
+    ahead: the next step's rollouts, sampled in the background.
     overlaps: the teacher, on a device of its own, scores while the student samples.
     grown: bytes by which this process's peak of memory rose in each kind of work so far.
     """
@@ -111,24 +102,20 @@ class Trainer:
     student: Any
     optimizer: Optimizer
     sampler: Sampler
-    teacher: Teacher
     evaluator: Evaluator
     checkpoints: Checkpoints
     prompts: Sequence[Prompt]
-    pad_id: int
-    packed: bool
+    batches: Batches
+    update: Update
     max_steps: int
     saved_state: dict[str, Any]
-    layerwise: bool = False
     step: int = 0
     evaluated: int | None = None
     best: float | None = None
     graded_tokens: int = 0
     round: Round | None = None
     trouble: Trouble = field(default_factory=Trouble)
-    max_tokens: int = 0
     ahead: Future[list[Rollout]] | None = None
-    teacher_ready: Callable[[], AbstractContextManager[None]] = nullcontext
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
     overlaps: bool = False
@@ -138,9 +125,8 @@ class Trainer:
     def __post_init__(self) -> None:
         if self.overlaps:
             assert isinstance(self.sampler, GenerateSampler)
-            self.overlap = Overlap(self.sampler, self.teacher, self.config, self.split, self.accelerator.device)
+            self.overlap = Overlap(self.sampler, self.batches.teacher, self.config, self.batches.split, self.accelerator.device)
         self.guard = Guard(self.config.sampling)
-        self.max_tokens = self.max_tokens or self.config.train.max_tokens_per_micro_batch
 
     @property
     def prompts_per_step(self) -> int:
@@ -196,7 +182,7 @@ class Trainer:
         self.settle()
         with whole(self.policy):
             self.hand_over()
-            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.teacher, self.teacher_ready)
+            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.batches.teacher, self.batches.teacher_ready)
         self.note_memory("evaluation")
         self.evaluated = self.step
         score = evaluation.score
@@ -306,8 +292,7 @@ class Trainer:
         current = Round(written, self.learnt(written), self.task_bonus(written))
         if self.overlap is not None:
             current.teacher_logp_N = stoppable(self.accelerator, partial(self.overlap.said, current.learnt))
-        with self.teacher_ready():
-            self.score(current)
+        self.batches.score(current)
         trim_heap()
         self.note_memory("scoring")
         current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
@@ -341,52 +326,6 @@ class Trainer:
             dropped.remove(min(dropped, key=lambda index: len(written[index].completion)))
         return [rollout.first(0 if index in dropped else self.config.ppo.loss_prefix) for index, rollout in enumerate(written)]
 
-    def score(self, current: Round) -> None:
-        """Cut micro-batches and let the teacher score them; what it said of tokens before stands."""
-        current.parts = self.fitting(current, lambda: self.parts(current))
-        said = [scores.logp_N for _, scores in current.parts if scores.logp_N is not None]
-        if current.teacher_logp_N is None and said:
-            current.teacher_logp_N = current.in_order(said)
-
-    def parts(self, current: Round) -> list[tuple[MicroBatch, Scores]]:
-        parts = []
-        for batch in self.split(current.learnt):
-            batch = batch.to(self.accelerator.device)
-            bonus_N = None if current.bonus is None else current.bonus[batch.sequence_N]
-            known_N = None if current.teacher_logp_N is None else current.teacher_logp_N[current.places(batch)]
-            parts.append((batch, score(self.teacher, batch, self.config, bonus_N, known_N)))
-        return parts
-
-    def fitting(self, current: Round, work: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:
-        """What `work` on the round's micro-batches returns; while any process lacks the memory for it, all halve them and try again.
-
-        Nothing that is learnt depends on how rollouts are cut into micro-batches. `work` waits for no other process; `again`, which comes
-        before it is tried once more, may.
-        """
-        while True:
-            done: list[T] = []
-            complaint = ""
-            try:
-                done.append(work())
-            except torch.OutOfMemoryError as error:
-                complaint = str(error).splitlines()[0]
-            if not anywhere(self.accelerator, not done):
-                return done[0]
-            current.parts = []
-            self.optimizer.zero_grad()
-            again()
-            let_go(self.accelerator.device)
-            self.halve(current, complaint)
-
-    def halve(self, current: Round, complaint: str) -> None:
-        """Raises OutOfMemoryError in all processes where every micro-batch is a single rollout already."""
-        longest = max(rollout.length for rollout in current.learnt)
-        if not anywhere(self.accelerator, self.max_tokens > longest):
-            raise torch.OutOfMemoryError(complaint or "another process of the run ran out of memory")
-        self.max_tokens //= 2
-        self.saved_state["choices"]["max_tokens"] = self.max_tokens
-        log.warning("out of memory%s: from here on micro-batches of %d tokens", complaint and f" ({complaint})", self.max_tokens)
-
     def done(self, current: Round, rate: float) -> StepDone:
         """The finished step: what there is to report of it."""
         means, seconds = current.means, current.seconds
@@ -413,7 +352,7 @@ class Trainer:
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
         stored = self.config.track.rollouts_per_step
-        weights, top = self.token_weights(current.learnt)[0].tolist(), self.alternatives(current.learnt[:stored])
+        weights, top = self.update.token_weights(current.learnt)[0].tolist(), self.alternatives(current.learnt[:stored])
         return StepDone(self.step, metrics, positions, scored(current, stored, weights, top))
 
     def places(self, step: int) -> list[int]:
@@ -431,9 +370,6 @@ class Trainer:
         sampling = self.config.sampling
         return Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
 
-    def split(self, rollouts: Sequence[Rollout]) -> list[MicroBatch]:
-        return micro_batches(rollouts, self.max_tokens, self.pad_id, self.packed, worthwhile_padding(self.accelerator.device))
-
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""
         coefficient = self.config.ppo.reward_coef
@@ -446,134 +382,26 @@ class Trainer:
     def inner_step(self, current: Round) -> bool:
         """One optimizer step over all micro-batches. Returns whether it was finite and thus taken."""
         begin = clock(self.accelerator.device)
-        weights, own = self.token_weights(current.learnt)
-        total = global_sum(self.accelerator, own)
-        compute = self.layer_by_layer if self.layerwise else self.by_itself
-        loss_sum, seen = compute(current, weights, total or 1.0)
-        current.means.add("loss", loss_sum, own)
-        for stats in seen:
-            current.means.add_tensors({name: stats[name] for name in ("ratio", "clipped") if name in stats})
-        if not current.seen:
-            current.seen = {name: current.in_order([stats[name] for stats in seen]) for name in seen[0]}
-        elif "clipped" in current.seen:
-            now_N = current.in_order([stats["clipped"] for stats in seen])
-            current.seen["clipped"] = torch.maximum(current.seen["clipped"], now_N)
-        finite = self.apply(loss_sum, current, empty=total == 0)
+        problem = self.update.take(current)
+        if problem is None:
+            self.sampler.refresh()
+        else:
+            self.note_trouble(current, problem)
         self.note_memory("update")
         current.inner += 1
         current.seconds["update"] += clock(self.accelerator.device) - begin
-        return finite
+        return problem is None
 
-    def by_itself(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
-        """As `gradients`, with all weights in each process: where one lacks memory, all make do with less."""
-        with ExitStack() as held:
-            held.enter_context(whole(self.policy))
-            if not current.parts:
-                held.enter_context(self.teacher_ready())
-
-            def again() -> None:
-                start_again(self.policy)
-                held.enter_context(self.teacher_ready())
-
-            def work() -> tuple[float, list[TokenStats]]:
-                with self.accelerator.no_sync(self.policy):  # sharded gradients are added up once every process has its own
-                    return self.gradients(current, weights, total)
-
-            found = self.fitting(current, work, again)
-            add_up(self.policy)
-        return found
-
-    def layer_by_layer(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
-        """As `gradients`, which all processes compute together, in equally many passes.
-
-        Raises `MemoryShort` in a process that lacks memory: the others wait for it in the middle of a pass, until it has ended.
-        """
-        if not current.parts:
-            with self.teacher_ready():
-                self.score(current)
-        passes = most(self.accelerator, len(current.parts))
-        try:
-            found = self.gradients(current, weights, total)
-            for _ in range(passes - len(current.parts)):
-                idle(self.policy)
-        except torch.OutOfMemoryError as error:
-            raise MemoryShort(
-                f"{self.accelerator.device} has too little memory for the update ({str(error).splitlines()[0]}), amid layers that all "
-                f"processes compute together: lower train.max_tokens_per_micro_batch (now {self.max_tokens}), or set "
-                "fsdp_reshard_after_forward: false in the Accelerate config; the same command then goes on from the last checkpoint"
-            ) from error
-        return found
-
-    def gradients(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
-        """This process's gradients, its loss, and its tokens' statistics by micro-batch.
-
-        weights: those of `token_weights`; total: what their sums add up to over processes.
-        """
-        if not current.parts:
-            current.parts = self.parts(current)
-        seen: list[TokenStats] = []
-        loss_sum = 0.0
-        for batch, scores in current.parts:
-            # At the first inner step it is what is being computed.
-            old_N = current.seen["logp"][current.places(batch)] if current.inner else None
-            objective = token_loss(self.config, batch, scores, old_N)
-            weight_N = weights[batch.sequence_N]
-
-            def head_loss(hidden_NH: Tensor, head: Head, objective: TokenLoss = objective, weight_N: Tensor = weight_N) -> Any:
-                return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
-
-            loss, stats = self.policy(batch.inputs, head_loss)
-            (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
-            loss_sum += float(loss.detach())
-            seen.append(stats)
-        return loss_sum, seen
-
-    def token_weights(self, rollouts: Sequence[Rollout]) -> tuple[Tensor, float]:
-        """Each rollout's weight for each of its tokens (rollouts,), 0 for what is not learnt from; and the sum over all its tokens."""
-        left_out = [self.config.sampling.truncated is not Truncated.keep and rollout.truncated for rollout in rollouts]
-        lengths = torch.tensor([len(rollout.completion) for rollout in rollouts], dtype=torch.float32, device=self.accelerator.device)
-        by_sequence = self.config.ppo.reduction is Reduction.sequence
-        weights = 1.0 / lengths.clamp_min(1.0) if by_sequence else torch.ones_like(lengths)
-        weights[torch.tensor(left_out, device=weights.device)] = 0.0
-        return weights, float(weights.count_nonzero()) if by_sequence else float((weights * lengths).sum())
-
-    def apply(self, loss_sum: float, current: Round, empty: bool) -> bool:
-        """Add up gradients, clip and step; or, if anything is not finite in any process, leave weights and optimizer as they are.
-
-        empty: there was nothing to learn from, in any process, and nothing is done either.
-        """
-        if self.accelerator.num_processes > 1 and not units(self.policy):
-            add_up_gradients([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
-        norm = float(full(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)))
-        suspects = self.not_finite(current)
-        finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))
-        if finite and not empty:
-            self.optimizer.step()
-            self.sampler.refresh()
-            current.means.add("optim/grad_norm", norm, 1.0)
-        self.optimizer.zero_grad()
-        current.means.add("optim/skipped", 0.0 if finite and not empty else 1.0, 1.0)
-        if not finite:
-            self.note_trouble(current, suspects, f"loss {loss_sum}, gradient norm {norm}")
-        return finite
-
-    def not_finite(self, current: Round) -> list[int]:
-        """This process's rollouts with a score, of the teacher or the student, that is no finite number."""
-        values = [current.seen[name] for name in ("logp", "teacher_logp")]
-        values += [] if current.teacher_logp_N is None else [current.teacher_logp_N]
-        bad_N = torch.stack([~value.isfinite() for value in values]).any(0).cpu()
-        return sorted(set(current.sequence_N()[bad_N].tolist()))
-
-    def note_trouble(self, current: Round, suspects: Sequence[int], what: str) -> None:
+    def note_trouble(self, current: Round, problem: NotFinite) -> None:
         """Say which samples an update is left out for, and remember them: those with scores that are not finite, else all of the step."""
         own = self.places(self.step)
-        named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in suspects])
+        named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in problem.suspects])
         if not named:
             starts = range(0, len(current.written), self.config.sampling.n)
             named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in starts])
         self.trouble.places = sorted({*self.trouble.places, *(position for position, _ in named)})
         shown = ", ".join(str(sample_id) for sample_id in sorted({sample_id for _, sample_id in named}))
-        log.error("step %d: %s: the update is left out (sample ids %s)", self.step + 1, what, shown)
+        log.error("step %d: %s: the update is left out (sample ids %s)", self.step + 1, problem.what, shown)
 
     def sample_id(self, current: Round, index: int) -> int:
         return current.written[index].request.prompt.sample_id
@@ -586,10 +414,10 @@ class Trainer:
         k, found = self.config.track.alternatives, {}
         if not k or not looked_into(self.step, self.max_steps):
             return {}
-        with self.teacher_ready():
-            for batch in self.split(rollouts) if self.accelerator.is_main_process else ():
+        with self.batches.teacher_ready():
+            for batch in self.batches.split(rollouts) if self.accelerator.is_main_process else ():
                 batch = batch.to(self.accelerator.device)
-                ids, logp = (values.cpu() for values in self.teacher.states(batch).top(k, self.config.sampling.temperature))
+                ids, logp = (values.cpu() for values in self.batches.teacher.states(batch).top(k, self.config.sampling.temperature))
                 sequence_N = batch.sequence_N.cpu()
                 for index in set(sequence_N.tolist()):
                     found[index] = (ids[sequence_N == index], logp[sequence_N == index])

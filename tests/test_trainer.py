@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd import signals
+from opd.batches import Batches
 from opd.build import make_optimizer
 from opd.checkpoint import Checkpoints, read
 from opd.config.schema import Config, OptimConfig, Schedule
@@ -33,6 +34,7 @@ from opd.samplers import GenerateSampler
 from opd.schedule import lr_factor
 from opd.teachers import LocalTeacher
 from opd.trainer import Evaluated, Saved, StepDone, Trainer
+from opd.update import Update
 
 VOCABULARY = 23
 
@@ -71,6 +73,15 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, overlap
     )
     generator = torch.Generator().manual_seed(0)
     prompts = [Prompt(i, tuple(torch.randint(2, VOCABULARY, (2 + i % 4,), generator=generator).tolist()), "") for i in range(10)]
+    choices = {"max_tokens": settings.train.max_tokens_per_micro_batch}
+    batches = Batches(
+        config=settings,
+        accelerator=accelerator,
+        teacher=LocalTeacher(teacher, VOCABULARY),
+        pad_id=0,
+        packed=bool(settings.train.packing),
+        choices=choices,
+    )
     return Trainer(
         config=settings,
         accelerator=accelerator,
@@ -78,14 +89,13 @@ def make_trainer(make_model, tmp_path: Path, student=None, teacher=None, overlap
         student=student,
         optimizer=optimizer,
         sampler=GenerateSampler(student, (1,), 0, VOCABULARY, settings.seed, bf16=False),
-        teacher=LocalTeacher(teacher, VOCABULARY),
         evaluator=NoEvaluator(),
         checkpoints=Checkpoints(tmp_path / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best),
         prompts=prompts,
-        pad_id=0,
-        packed=bool(settings.train.packing),
+        batches=batches,
+        update=Update(config=settings, accelerator=accelerator, policy=policy, optimizer=optimizer, batches=batches),
         max_steps=settings.train.max_steps or 1,
-        saved_state={"config": {}, "choices": {}},
+        saved_state={"config": {}, "choices": choices},
         overlaps=overlaps,
     )
 
@@ -124,14 +134,14 @@ def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_mod
     """Unequal lengths in two micro-batches, against the objective written out over all tokens at once."""
     trainer = make_trainer(make_model, tmp_path, ppo__advantage_clip=None, optim__max_grad_norm=1e9, train__max_tokens_per_micro_batch=9)
     rollouts = [rollout_of((3, 4), (5,), index=0), rollout_of((6,), (7, 8, 9, 10, 11, 12, 1), index=1)]
-    batches = trainer.split(rollouts)
+    batches = trainer.batches.split(rollouts)
     assert len(batches) == 2
     grabbed = {}
-    gradients = lambda self, *_, **__: grabbed.update({n: p.grad.clone() for n, p in self.student.named_parameters()})  # noqa: E731
-    monkeypatch.setattr(Trainer, "apply", gradients)
+    gradients = lambda *_, **__: grabbed.update({n: p.grad.clone() for n, p in trainer.student.named_parameters()})  # noqa: E731
+    monkeypatch.setattr(Update, "apply", gradients)
     trainer.config.ppo.importance_cap = None
     current = Round(rollouts, rollouts)
-    trainer.score(current)
+    trainer.batches.score(current)
     trainer.inner_step(current)
     trainer.student.zero_grad()
     temperature, losses = trainer.config.sampling.temperature, []
@@ -140,7 +150,7 @@ def test_gradient_is_the_mean_over_all_tokens_and_not_the_mean_of_means(make_mod
         start = len(rollout.request.prompt.ids)
         target = ids[:, start:, None]
         logp = (trainer.student(ids).logits[:, start - 1 : -1] / temperature).log_softmax(-1).gather(-1, target)
-        teacher = (trainer.teacher.model(ids).logits[:, start - 1 : -1] / temperature).log_softmax(-1).gather(-1, target)
+        teacher = (trainer.batches.teacher.model(ids).logits[:, start - 1 : -1] / temperature).log_softmax(-1).gather(-1, target)
         losses.append((-(teacher - logp).detach() * logp).flatten())
     torch.cat(losses).mean().backward()
     for name, parameter in trainer.student.named_parameters():
@@ -182,7 +192,7 @@ def test_the_ids_that_were_sampled_are_the_ids_that_are_scored(make_model, tmp_p
     """Never decoded and tokenised again: the student's ids, in any order that no tokenizer would write, reach both models as they are."""
     trainer = make_trainer(make_model, tmp_path)
     rollouts = trainer.sample()
-    scored = [(int(i), int(t)) for batch in trainer.split(rollouts) for i, t in zip(batch.sequence_N, batch.target_N, strict=True)]
+    scored = [(int(i), int(t)) for batch in trainer.batches.split(rollouts) for i, t in zip(batch.sequence_N, batch.target_N, strict=True)]
     assert sorted(scored, key=lambda pair: pair[0]) == [(i, t) for i, rollout in enumerate(rollouts) for t in rollout.completion]
 
 
@@ -220,10 +230,10 @@ def test_exact_distillation_brings_the_student_to_the_teacher(make_model, tmp_pa
 
 def test_teacher_is_frozen_and_in_no_checkpoint(make_model, tmp_path):
     trainer = make_trainer(make_model, tmp_path)
-    before = [p.clone() for p in trainer.teacher.model.parameters()]
+    before = [p.clone() for p in trainer.batches.teacher.model.parameters()]
     for event in trainer.run():
         assert isinstance(event, StepDone | Evaluated | Saved)
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.teacher.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.batches.teacher.model.parameters(), strict=True))
     saved = sorted(path.name for path in (tmp_path / "checkpoints" / "step_000004").iterdir())
     assert saved == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
     student = sum(p.numel() for p in trainer.student.parameters())
@@ -249,8 +259,8 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(mak
     trainer = make_trainer(make_model, tmp_path, train__max_steps=9)
     trainer.train_step()
     before, state = weights(trainer), {k: v.clone() for k, v in optimizer_state(trainer).items()}
-    honest = trainer.teacher
-    trainer.teacher = Poisoned(honest)
+    honest = trainer.batches.teacher
+    trainer.batches.teacher = Poisoned(honest)
     metrics = trainer.train_step().metrics
     assert metrics["optim/skipped"] == 1 and not math.isfinite(metrics["loss"])
     assert torch.equal(before, weights(trainer))
@@ -259,7 +269,7 @@ def test_a_step_that_is_not_finite_leaves_weights_and_optimizer_as_they_were(mak
     trainer.train_step()
     with pytest.raises(NumericError, match=r"3 steps in a row were not finite \(step 4\), there is no checkpoint to go back to"):
         trainer.rewind()
-    trainer.teacher = honest
+    trainer.batches.teacher = honest
     assert trainer.train_step().metrics["optim/skipped"] == 0
     assert not torch.equal(before, weights(trainer))
 
@@ -307,8 +317,8 @@ def test_the_reported_loss_is_the_one_that_is_minimised(make_model, tmp_path, re
     rollouts = trainer.sample()
     done = trainer.train_step()
     by_rollout = {}
-    for batch in trainer.split(rollouts):
-        teacher = trainer.teacher.logp(batch, trainer.config.sampling.temperature)
+    for batch in trainer.batches.split(rollouts):
+        teacher = trainer.batches.teacher.logp(batch, trainer.config.sampling.temperature)
         for index, value in zip(batch.sequence_N.tolist(), (batch.behaviour_logp_N - teacher).tolist(), strict=True):
             by_rollout.setdefault(index, []).append(value)
     means = [sum(values) / len(values) for values in by_rollout.values()]
@@ -403,7 +413,7 @@ def test_out_of_memory_makes_smaller_micro_batches_and_the_same_step(make_model,
     monkeypatch.setattr(Policy, "forward", tight)
     for _ in range(2):
         trainer.train_step()
-    assert refused and trainer.max_tokens <= 60 and trainer.saved_state["choices"]["max_tokens"] == trainer.max_tokens
+    assert refused and trainer.batches.max_tokens <= 60 and trainer.saved_state["choices"]["max_tokens"] == trainer.batches.max_tokens
     assert torch.allclose(weights(trainer), plenty, atol=2e-5)
     monkeypatch.setattr(Policy, "forward", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no room for one")))
     with pytest.raises(torch.OutOfMemoryError, match="no room for one"):
@@ -521,7 +531,7 @@ class WholeMatrices(TorchDispatchMode):
 def test_a_short_completion_is_not_padded_beside_a_long_one(make_model, tmp_path):
     trainer = make_trainer(make_model, tmp_path, train__packing=False, train__max_tokens_per_micro_batch=4096)
     long, short = rollout_of((2,) * 200, (3,)), rollout_of((2,) * 10, (3,))
-    assert len(trainer.split([long, short])) == 2 and len(trainer.split([long, long])) == 1
+    assert len(trainer.batches.split([long, short])) == 2 and len(trainer.batches.split([long, long])) == 1
 
 
 def test_a_tied_embeddings_gradient_is_that_of_autograd_in_one_matrix(make_model):
@@ -715,7 +725,7 @@ def test_a_teacher_that_scores_while_the_student_samples_says_the_same(make_mode
 def overlapping(make_model, tmp_path, **options):
     """A trainer of three decoding batches a step, its teacher's `logp`, and its sampler's way to write one batch."""
     trainer = make_trainer(make_model, tmp_path, overlaps=True, sampling__batch_size=2, **options)
-    return trainer, trainer.teacher.logp, trainer.sampler._sample_batch
+    return trainer, trainer.batches.teacher.logp, trainer.sampler._sample_batch
 
 
 def test_the_teacher_scores_a_batch_while_the_next_is_decoded(make_model, tmp_path, monkeypatch):
@@ -737,14 +747,14 @@ def test_the_teacher_scores_a_batch_while_the_next_is_decoded(make_model, tmp_pa
         return logp(*args)
 
     monkeypatch.setattr(trainer.sampler, "_sample_batch", writes)
-    monkeypatch.setattr(trainer.teacher, "logp", scores)
+    monkeypatch.setattr(trainer.batches.teacher, "logp", scores)
     assert len(trainer.begin().teacher_logp_N) and all(event.is_set() for event in scored)
 
 
 def test_an_error_of_the_scoring_thread_is_the_runs(make_model, tmp_path, monkeypatch):
     trainer, _, _ = overlapping(make_model, tmp_path)
     error = ValueError("made up")
-    monkeypatch.setattr(trainer.teacher, "logp", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(trainer.batches.teacher, "logp", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError, match="made up") as raised:
         trainer.train_step()
     assert raised.value is error
@@ -759,9 +769,9 @@ def test_memory_that_runs_out_beside_the_sampler_is_made_do_with(make_model, tmp
             raise torch.OutOfMemoryError("CUDA out of memory")
         return logp(*args)
 
-    monkeypatch.setattr(trainer.teacher, "logp", tight)
+    monkeypatch.setattr(trainer.batches.teacher, "logp", tight)
     trainer.train_step()
-    assert torch.equal(weights(trainer), plain) and trainer.max_tokens == trainer.config.train.max_tokens_per_micro_batch
+    assert torch.equal(weights(trainer), plain) and trainer.batches.max_tokens == trainer.config.train.max_tokens_per_micro_batch
 
 
 @pytest.mark.parametrize("batch", [0, 2])
@@ -776,7 +786,7 @@ def test_a_signal_stops_sampler_and_scoring_thread(make_model, tmp_path, monkeyp
             monkeypatch.setattr(signals, "arrived", [signal.SIGTERM])
         return logp(*args)
 
-    monkeypatch.setattr(trainer.teacher, "logp", signalled)
+    monkeypatch.setattr(trainer.batches.teacher, "logp", signalled)
     with pytest.raises(Preempted, match="SIGTERM"):
         trainer.train_step()
     trainer.overlap.background.submit(int).result(60)  # behind what may still be running
@@ -799,7 +809,7 @@ def test_a_sampler_that_breaks_off_leaves_nothing_to_be_scored(make_model, tmp_p
         return logp(*args)
 
     monkeypatch.setattr(trainer.sampler, "_sample_batch", writes)
-    monkeypatch.setattr(trainer.teacher, "logp", scores)
+    monkeypatch.setattr(trainer.batches.teacher, "logp", scores)
     with pytest.raises(RuntimeError, match="made up"):
         trainer.train_step()
     assert len(asked) == 1 and trainer.overlap.scores[0].done()

@@ -60,7 +60,7 @@ def check_self(built: Built, rollouts: Sequence[Rollout], bf16: bool) -> list[Fi
     evaluator = trainer.evaluator
     with evaluator.precision():
         itself = LocalTeacher(trainer.student, evaluator.vocabulary, bf16=bf16)
-        total, tokens = exact_kl(trainer.student, itself, prompts, evaluator.vocabulary, trainer.max_tokens, trainer.pad_id)
+        total, tokens = exact_kl(trainer.student, itself, prompts, evaluator.vocabulary, trainer.batches.max_tokens, trainer.batches.pad_id)
     kl = total / tokens
     what = f"KL {kl:.1e} nats/token on {len(prompts)} prompts"
     if abs(kl) > SELF_LIMIT[bf16]:

@@ -21,26 +21,26 @@ def bent(kind: str, hit: Callable[[int], bool]) -> Sabotage:
     """Lets the numbers of the `hit` updates (from 1) be no numbers, and has it written down whether an update that is left out changed
     anything.
     """
-    from opd import trainer
+    from opd import update
     from opd.teachers import LocalTeacher
-    from opd.trainer import Trainer
+    from opd.update import NotFinite, Update
 
     def sabotage() -> None:
         count = 0
-        apply, logp, loss = Trainer.apply, LocalTeacher.logp, trainer.chunked_loss
+        apply, logp, loss = Update.apply, LocalTeacher.logp, update.chunked_loss
 
-        def applied(self: Trainer, *args: Any, **kwargs: Any) -> bool:
+        def applied(self: Update, *args: Any, **kwargs: Any) -> NotFinite | None:
             nonlocal count
             count += 1
             if hit(count) and kind == "gradient":
-                next(iter(self.student.parameters())).grad.view(-1)[0] = math.inf
+                next(iter(self.policy.parameters())).grad.view(-1)[0] = math.inf
             before = everything(self)
-            taken = apply(self, *args, **kwargs)
+            problem = apply(self, *args, **kwargs)
             after = everything(self)
             same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
             with Path("updates.txt").open("a") as file:
-                file.write(f"{'taken' if taken else 'left out'} {'unchanged' if same else 'changed'}\n")
-            return taken
+                file.write(f"{'left out' if problem else 'taken'} {'unchanged' if same else 'changed'}\n")
+            return problem
 
         def scored(self: LocalTeacher, *args: Any) -> torch.Tensor:
             found = logp(self, *args)
@@ -52,17 +52,17 @@ def bent(kind: str, hit: Callable[[int], bool]) -> Sabotage:
             value, stats = loss(*args, **kwargs)
             return (value * math.nan if hit(count + 1) and kind == "loss" else value), stats
 
-        Trainer.apply = applied  # type: ignore[method-assign]
+        Update.apply = applied  # type: ignore[method-assign]
         LocalTeacher.logp = scored  # type: ignore[method-assign]
-        trainer.chunked_loss = lost
+        update.chunked_loss = lost
 
     return sabotage
 
 
-def everything(trainer: Any) -> dict[str, torch.Tensor]:
+def everything(update: Any) -> dict[str, torch.Tensor]:
     from opd.checkpoint import model_tensors, optimizer_tensors
 
-    found = {**model_tensors(trainer.student), **optimizer_tensors(trainer.optimizer)}
+    found = {**model_tensors(update.policy), **optimizer_tensors(update.optimizer)}
     return {name: tensor.clone() for name, tensor in found.items()}
 
 
@@ -90,12 +90,12 @@ def not_finite(times: int, root: Path) -> Outcome:
 
 def stubborn() -> None:
     """A teacher that has no number for half of the samples of the second epoch."""
-    from opd.trainer import Trainer
+    from opd.batches import Batches
 
-    parts = Trainer.parts
+    score = Batches.scored
 
-    def scored(self: Trainer, current: Any) -> Any:
-        found = parts(self, current)
+    def scored(self: Batches, current: Any) -> Any:
+        found = score(self, current)
         for batch, scores in found:
             for index, rollout in enumerate(current.learnt):
                 if rollout.request.epoch == 1 and rollout.request.prompt.sample_id % 2 == 0:
@@ -103,7 +103,7 @@ def stubborn() -> None:
                     scores.logp_N[batch.sequence_N == index] = math.nan
         return found
 
-    Trainer.parts = scored  # type: ignore[method-assign]
+    Batches.scored = scored  # type: ignore[method-assign]
 
 
 def rewinds(times: int, root: Path) -> Outcome:
