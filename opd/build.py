@@ -150,6 +150,7 @@ def build(
         bf16=bf16,
         longest=longest(config, [*train_prompts, *eval_prompts]),
         leads=accelerator.is_main_process,
+        sharded=accelerator.distributed_type is DistributedType.FSDP,
     )
     choices = choices or {
         **measured_choices(config, accelerator, vocabulary),
@@ -248,6 +249,8 @@ def check_engine(config: Config, processes: int, sharded: bool) -> None:
         raise ConfigError(
             f"sampling.engine=continuous works in one process, here are {processes}: start one, or use sampling.engine=generate"
         )
+    if sharded and config.sampling.static_cache:
+        raise ConfigError("sampling.static_cache=true: gathering sharded weights is no part of a graph; set it to false, or use DDP")
     if sharded and (config.sampling.by_server or (engine is Engine.vllm and processes > 1)):
         what = "vllm.url" if config.sampling.by_server else "engine=vllm"
         raise ConfigError(f"sampling.{what}: vLLM takes whole weights, and these are sharded; use DDP, or sampling.engine=generate")

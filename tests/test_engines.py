@@ -169,7 +169,7 @@ def test_auto_takes_what_is_faster_unless_its_log_probs_are_off(make_model, monk
         monkeypatch.setattr("opd.samplers.trial.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
         return choose(SamplingConfig(**options), material(model), requests())
 
-    assert chosen((2.0, 1.0)) == Choice(Engine.generate, True, chosen((2.0, 1.0)).why)
+    assert chosen((2.0, 1.0)) == Choice(Engine.generate, True, why=chosen((2.0, 1.0)).why)
     assert "gap" in chosen((2.0, 1.0)).why and "tokens/s" in chosen((2.0, 1.0)).why
     assert not chosen((1.0, 2.0)).twin
     assert not chosen((1.1, 1.0)).twin  # too little to tell from noise
@@ -183,9 +183,13 @@ def test_what_the_config_fixes_is_not_tried(make_model, monkeypatch):
     assert candidates(SamplingConfig(engine=Engine.generate, dtype=SamplingDtype.bfloat16), cpu) == [Choice(Engine.generate, True)]
     assert candidates(SamplingConfig(engine=Engine.vllm), cuda) == [Choice(Engine.vllm, False)]
     assert candidates(SamplingConfig(), cpu) == [Choice(Engine.generate, False), Choice(Engine.generate, True)]
-    assert len(candidates(SamplingConfig(), cuda)) == 4
+    tried = candidates(SamplingConfig(), cuda)
+    assert len(tried) == 6 and {choice.engine for choice in tried if choice.static} == {Engine.generate}
+    assert not any(choice.static for choice in candidates(SamplingConfig(), cuda, sharded=True))  # no graph holds the hooks that gather
+    assert not any(choice.static for choice in candidates(SamplingConfig(static_cache=False), cuda))
+    assert candidates(SamplingConfig(static_cache=True, dtype=SamplingDtype.trainer), cpu) == [Choice(Engine.generate, False, True)]
     assert isinstance(make_sampler(Choice(Engine.generate, True), material(make_model())), GenerateSampler)
-    assert Choice.from_dict(Choice(Engine.continuous, True, "x").to_dict()) == Choice(Engine.continuous, True, "x")
+    assert Choice.from_dict(Choice(Engine.continuous, True, why="x").to_dict()) == Choice(Engine.continuous, True, why="x")
 
 
 @pytest.mark.skipif(not can_pack(), reason="this torch has no such kernels")

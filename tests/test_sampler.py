@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
+from opd.errors import ConfigError
 from opd.forward import kept_hidden, output_head
 from opd.objective import behaviour_logp, chunked_stats, draw
 from opd.objective.estimators import token_logp
@@ -17,8 +18,8 @@ PROMPTS = [(5, 7, 9), (4,), (11, 12, 13, 14, 15, 3), (5, 7, 9), (8, 2), (20, 21,
 DECODING = Decoding(temperature=0.8, max_new_tokens=12)
 
 
-def sampler_of(model, eos=(1,), vocabulary=23, seed=0):
-    return GenerateSampler(model, eos, pad_id=0, vocabulary=vocabulary, seed=seed, bf16=False)
+def sampler_of(model, eos=(1,), vocabulary=23, seed=0, static=False):
+    return GenerateSampler(model, eos, pad_id=0, vocabulary=vocabulary, seed=seed, bf16=False, static=static)
 
 
 def requests(n=2):
@@ -52,10 +53,45 @@ def test_random_numbers_come_from_seed_epoch_sample_and_attempt(make_model):
     assert completions(sampler_of(model, eos=(999,)).sample([base], DECODING, "train")) == drawn[:1]
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.7)])
-def test_log_probs_are_those_of_the_distribution_drawn_from(make_model, top_k, top_p):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_static_cache_changes_no_sample(make_model, attention):
     model = make_model()
-    rollouts = sampler_of(model).sample(requests(), Decoding(0.8, 12, top_p, top_k), "train")
+    model.set_attn_implementation(attention)
+    growing, fixed = (
+        sampler_of(model, static=static).sample(requests(4), Decoding(0.8, 40, batch_size=9), "train") for static in (False, True)
+    )
+    assert completions(growing) == completions(fixed)
+    assert len({len(completion) for completion in completions(fixed)}) > 5  # batches were rebuilt on the way
+    for one, other in zip(growing, fixed, strict=True):
+        assert torch.allclose(one.behaviour_logp, other.behaviour_logp, atol=1e-5)
+
+
+def test_a_step_with_a_static_cache_computes_where_the_step_before_did(make_model):
+    """What a CUDA graph replays are addresses."""
+    model, places = make_model(), []
+
+    def look(module, args, kwargs):
+        if kwargs["input_ids"].shape[1] == 1:
+            inputs = [kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")]
+            held = [tensor for layer in kwargs["past_key_values"].layers for tensor in (layer.keys, layer.values)]
+            places.append([tensor.data_ptr() for tensor in (*inputs, *held)])
+
+    model.base_model.register_forward_pre_hook(look, with_kwargs=True)
+    sampler_of(model, eos=(999,), static=True).sample(requests(), DECODING, "train")
+    assert len(places) == 11 and all(place == places[0] for place in places)
+
+
+def test_a_static_cache_is_refused_where_layers_see_a_part_of_the_past(make_model):
+    model = make_model(use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    with pytest.raises(ConfigError, match=r"static_cache=true: some layers .* set it to false"):
+        sampler_of(model, static=True).sample(requests(), DECODING, "train")
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (4, 1.0), (0, 0.7)])
+@pytest.mark.parametrize("static", [False, True])
+def test_log_probs_are_those_of_the_distribution_drawn_from(make_model, top_k, top_p, static):
+    model = make_model()
+    rollouts = sampler_of(model, static=static).sample(requests(), Decoding(0.8, 12, top_p, top_k), "train")
     for rollout in rollouts:
         batch = collate([rollout], [0], pad_id=0)
         with torch.no_grad():

@@ -281,6 +281,7 @@ class SamplingConfig:
     max_new_tokens_schedule: dict[int, int] = field(default_factory=dict)
     truncated: Truncated = Truncated.keep
     batch_size: int = 64
+    static_cache: bool | None = None
     memory_share: float = 0.3
     max_gap: float = 0.1
     lag: int = 0
@@ -305,6 +306,12 @@ class SamplingConfig:
             f"must give steps and from 1 to sampling.max_new_tokens={self.max_new_tokens} tokens, for example {{0:64,100:256}}",
         )
         require(self.batch_size >= 1, "sampling.batch_size", self.batch_size, "must be at least 1")
+        require(
+            not self.static_cache or self.engine in (Engine.auto, Engine.generate),
+            "sampling.static_cache",
+            self.static_cache,
+            f"is generate's; sampling.engine={self.engine.value} has a cache of its own",
+        )
         require(0 < self.memory_share < 1, "sampling.memory_share", self.memory_share, "must be between 0 and 1 (0.3 is usual)")
         require(is_positive(self.max_gap), "sampling.max_gap", self.max_gap, "must be above 0 nats")
         require(self.lag in (0, 1), "sampling.lag", self.lag, "must be 0 or 1 steps")

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from opd import signals
 from opd.data.order import derive_seed
@@ -21,21 +22,27 @@ from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.forward import autocast, output_head
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding
+from opd.samplers.caches import Fixed, Growing, held
 from opd.samplers.twin import Twin
-
-# A batch is rebuilt without its finished rows once they are this share of it: each rebuild copies the cache.
-COMPACT_AT = 0.25
 
 
 class GenerateSampler:
     """Implements `Sampler` on a transformers model.
 
     eos: ids that end a completion. vocabulary: only ids below it are drawn. seed: the run's. bf16: compute in bf16, as the trainer does.
-    twin: sample with a bf16 copy of the weights.
+    twin: sample with a bf16 copy of the weights. static: keep keys and values in tensors of one size (see `Fixed`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, eos: Sequence[int], pad_id: int, vocabulary: int, seed: int, bf16: bool, twin: bool = False
+        self,
+        model: PreTrainedModel,
+        eos: Sequence[int],
+        pad_id: int,
+        vocabulary: int,
+        seed: int,
+        bf16: bool,
+        twin: bool = False,
+        static: bool = False,
     ) -> None:
         self.model = model
         self.twin = Twin(model) if twin else None
@@ -43,6 +50,7 @@ class GenerateSampler:
         self.vocabulary = vocabulary
         self.seed = seed
         self.bf16 = bf16 and not twin
+        self.static = static
         self.eos = torch.tensor(list(eos), device=model.device)
 
     def refresh(self) -> None:
@@ -81,7 +89,12 @@ class GenerateSampler:
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
         cache.batch_select_indices(copies)
         uniforms_BT = self._uniforms(requests, decoding, stream)
-        return self._decode(cache, logits_PV[copies], mask_PT[copies], uniforms_BT, decoding)
+        return self._decode(self._kept(cache, mask_PT[copies], decoding), logits_PV[copies], uniforms_BT, decoding)
+
+    def _kept(self, cache: DynamicCache, mask_BT: Tensor, decoding: Decoding) -> Growing | Fixed:
+        if self.static and decoding.max_new_tokens > 1:
+            return Fixed(self._next_logits, self.model.config, held(cache), mask_BT, decoding.max_new_tokens - 1)
+        return Growing(self._next_logits, cache, mask_BT)
 
     def _prefill(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache, Tensor, Tensor]:
         """The cache after the prompts, the logits (P, V) of the next token, and the mask (P, T) of what is not padding on the left."""
@@ -93,7 +106,7 @@ class GenerateSampler:
         cache = DynamicCache(config=self.model.config)
         return cache, self._next_logits(ids_PT, mask_PT, (mask_PT.cumsum(-1) - 1).clamp_min(0), cache), mask_PT
 
-    def _next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: DynamicCache) -> Tensor:
+    def _next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
         """Logits (B, V) of the token after `ids_BT`, whose keys and values are added to the cache."""
         output = self.model.base_model(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
@@ -112,9 +125,7 @@ class GenerateSampler:
             rows.append(torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(rows).to(self.model.device)
 
-    def _decode(
-        self, cache: DynamicCache, logits_BV: Tensor, mask_BT: Tensor, uniforms_BT: Tensor, decoding: Decoding
-    ) -> tuple[Tensor, Tensor]:
+    def _decode(self, kept: Growing | Fixed, logits_BV: Tensor, uniforms_BT: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
         """Sampled ids (B, max_new_tokens), the first end-of-sequence token and −1 behind it, and their log-probs, both on the CPU."""
         total, limit = uniforms_BT.shape
         device = logits_BV.device
@@ -131,13 +142,11 @@ class GenerateSampler:
             alive = int(live_B.sum())
             if alive == 0 or step + 1 == limit:
                 break
-            if alive <= (1 - COMPACT_AT) * len(rows_B):
+            if alive <= (1 - kept.worthwhile) * len(rows_B):
                 stay = live_B.nonzero()[:, 0]
-                cache.batch_select_indices(stay)
-                rows_B, live_B, mask_BT, next_B = rows_B[stay], live_B[stay], mask_BT[stay], next_B[stay]
-            positions_B = mask_BT.sum(-1, keepdim=True)
-            mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(rows_B), 1)), -1)
-            logits_BV = self._next_logits(next_B[:, None], mask_BT, positions_B, cache)
+                kept = kept.keep(stay)
+                rows_B, live_B, next_B = rows_B[stay], live_B[stay], next_B[stay]
+            logits_BV = kept.next_logits(next_B)
         return ids_BT.cpu(), logp_BT.cpu()
 
     def _to_rollout(self, request: Request, ids: list[int], logp_T: Tensor) -> Rollout:

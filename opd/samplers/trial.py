@@ -38,8 +38,11 @@ class Trial:
         return f"{self.choice} {self.tokens_per_second:,.0f} tokens/s, gap {self.gap:.4f} nats"
 
 
-def candidates(config: SamplingConfig, device: torch.device, processes: int = 1) -> list[Choice]:
-    """What `auto` leaves open, the exact and simple first. Of several processes only `generate` can be one."""
+def candidates(config: SamplingConfig, device: torch.device, processes: int = 1, sharded: bool = False) -> list[Choice]:
+    """What `auto` leaves open, the exact and simple first. Of several processes only `generate` can be one.
+
+    sharded: weights will be, whose hooks no graph can hold.
+    """
     if config.engine is Engine.vllm:  # has a copy of its own, which nothing is to be compared with
         return [Choice(Engine.vllm, config.dtype is SamplingDtype.bfloat16)]
     engines = [config.engine]
@@ -48,7 +51,11 @@ def candidates(config: SamplingConfig, device: torch.device, processes: int = 1)
     twins = [config.dtype is SamplingDtype.bfloat16]
     if config.dtype is SamplingDtype.auto:
         twins = [False, True] if is_fast_in_bf16(device) else [False]
-    return [Choice(engine, twin) for engine, twin in product(engines, twins)]
+    statics = [bool(config.static_cache)]
+    if config.static_cache is None and device.type == "cuda" and not sharded:
+        statics = [False, True]
+    found = [Choice(engine, twin, static) for engine, twin, static in product(engines, twins, statics)]
+    return [choice for choice in found if choice.engine is Engine.generate or not choice.static]
 
 
 def is_fast_in_bf16(device: torch.device) -> bool:
@@ -64,7 +71,7 @@ def choose(config: SamplingConfig, material: Material, requests: Sequence[Reques
 
     Raises what the last candidate raised where none can run the model.
     """
-    open_ones = candidates(config, material.model.device, processes)
+    open_ones = candidates(config, material.model.device, processes, material.sharded)
     if len(open_ones) == 1:
         return open_ones[0]
     trials = []
