@@ -41,6 +41,14 @@ class Growing:
         return self.forward(ids_B[:, None], self.mask_BT, positions_B1, self.cache)
 
 
+class OneDtype(StaticCache):
+    """Values in the dtype of keys, as `DynamicCache` has them too: under autocast rotated keys are float32 and values bf16."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states.to(key_states.dtype), layer_idx, *args, **kwargs)
+        return found
+
+
 class Fixed:
     """A cache with room for all that will come: each step computes with the same tensors, so that a GPU can replay it as one graph.
 
@@ -55,7 +63,7 @@ class Fixed:
         self.forward = forward
         self.config = config
         self.used = mask_BT.shape[1]
-        self.cache = StaticCache(config, max_cache_len=self.used + room)
+        self.cache = OneDtype(config, max_cache_len=self.used + room)
         if not all(type(layer) is StaticLayer for layer in self.cache.layers):
             raise ConfigError("sampling.static_cache=true: some layers of the student see a part of the past only; set it to false")
         for number, (keys, values) in enumerate(layers):
