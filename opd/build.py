@@ -245,10 +245,6 @@ def check_engine(config: Config, processes: int, sharded: bool) -> None:
     engine = config.sampling.engine
     if engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if engine is Engine.continuous and processes > 1:
-        raise ConfigError(
-            f"sampling.engine=continuous works in one process, here are {processes}: start one, or use sampling.engine=generate"
-        )
     if sharded and config.sampling.static_cache:
         raise ConfigError("sampling.static_cache=true: gathering sharded weights is no part of a graph; set it to false, or use DDP")
     if sharded and (config.sampling.by_server or (engine is Engine.vllm and processes > 1)):
@@ -278,7 +274,7 @@ def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[
     """The main process's `Choice`, tried on a step's first prompts."""
     config = material.config
     requests = [Request(prompt, 0, attempt) for prompt in prompts[: config.train.batch_size] for attempt in range(config.sampling.n)]
-    return on_main(accelerator, lambda: choose(config.sampling, material, requests, accelerator.num_processes).to_dict())
+    return on_main(accelerator, lambda: choose(config.sampling, material, requests).to_dict())
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:

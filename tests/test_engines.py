@@ -11,14 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_model
+from torch.distributed.fsdp import fully_shard
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus, ContinuousBatchingManager
 
-from opd import signals
+from opd import sharding, signals
 from opd.config.schema import Config, Engine, LoraConfig, SamplingConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import ConfigError, EngineError, Preempted
-from opd.forward import add_adapters, kept_hidden, output_head
+from opd.forward import Policy, add_adapters, kept_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, choose, make_sampler
 from opd.samplers.continuous import ContinuousSampler
@@ -228,8 +230,12 @@ def test_an_engine_that_runs_no_candidate_is_refused_in_its_own_words(make_model
         choose(SamplingConfig(engine=Engine.continuous), narrow, requests())
 
 
-def test_auto_of_several_processes_takes_no_engine_for_one():
-    assert {choice.engine for choice in candidates(SamplingConfig(), torch.device("cuda"), processes=2)} == {Engine.generate}
+def test_a_cache_without_room_is_an_engine_error_that_leaves_the_model_as_it_was(make_model):
+    model = make_model()
+    model.set_attn_implementation("eager")  # which the engine replaces
+    with pytest.raises(EngineError, match=r"no room for its cache \(.+\): raise sampling.memory_share \(now 1e-06\)"):
+        ContinuousSampler(model, (1,), 0, V, seed=0, twin=False, memory_share=1e-6).sample(requests(), DECODING, "train")
+    assert model.config._attn_implementation == "eager"
 
 
 def test_an_engine_that_breaks_off_is_an_engine_error(make_model, monkeypatch):
@@ -276,6 +282,42 @@ def test_a_signal_ends_the_engine_after_the_step_it_is_at_and_leaves_nothing_beh
     assert torch.equal(torch.get_rng_state(), state) and model.config._attn_implementation == "sdpa"
     again = sampler.sample(requests(), DECODING, "train")
     assert [rollout.completion for rollout in again] == [rollout.completion for rollout in undisturbed]
+
+
+def asked(rank):
+    """What one of two processes asks for: as many requests and tokens as the other never, and in the last call one of them nothing."""
+    return [
+        (requests(3 - 2 * rank), Decoding(0.8, 12 + 20 * rank)),
+        (requests(1)[: 3 - rank], Decoding(0.0, 9)),
+        (requests()[: 8 * rank], DECODING),
+    ]
+
+
+def work(rank, folder):
+    """One of two processes: what it asks for with weights of its own, then with weights that the two share and have gathered."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    model = random_model()
+    sampler = continuous(model, eos=())
+    written = [[sampler.sample(*call, "train") for call in asked(rank)]]
+    policy = Policy(model, V)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(policy)
+    sharding.settle(policy, layerwise=True)
+    with sharding.whole(policy):
+        written.append([sampler.sample(*call, "train") for call in asked(rank)])
+    torch.save([[rollout.completion for call in calls for rollout in call] for calls in written], folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_samples_by_itself_what_it_would_alone_also_with_sharded_weights(tmp_path):
+    torch.multiprocessing.spawn(work, (tmp_path,), nprocs=2)
+    for rank in range(2):
+        alone = [rollout.completion for call in asked(rank) for rollout in continuous(random_model(), eos=()).sample(*call, "train")]
+        assert torch.load(tmp_path / f"{rank}.pt") == [alone, alone]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks in transformers' old words

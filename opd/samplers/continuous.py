@@ -1,12 +1,13 @@
 """Sampling with transformers' continuous batching: a paged cache, requests that come and go, CUDA graphs where there are any.
 
 It samples with the model's own weights, so there is nothing to hand over after a step (or, with `twin`, a bf16 copy). Random numbers come
-from one stream a call, so a sample depends on what else is in the call; the same call draws the same samples.
+from one stream a call, so a sample depends on what else is in the call; the same call draws the same samples, in whichever process, while
+the cache has room for all that are decoded side by side: where it has not, who waits for whom depends on the free memory.
 """
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any, cast
 
@@ -30,12 +31,20 @@ class ContinuousSampler:
     """Implements `Sampler` on a transformers model.
 
     eos: ids that end a completion. vocabulary: only ids below it may be drawn. seed: the run's. twin: sample with a bf16 copy of the
-    weights. memory_share: the part of the free memory that the cache may take. Raises `ConfigError` where the model has ids that must not
-    be drawn: there is no way to leave them out here.
+    weights. memory_share: the part of the free memory that the cache may take. graphs: a GPU may replay steps as graphs; these hold no
+    hooks that gather sharded weights. Raises `ConfigError` where the model has ids that must not be drawn: no way to leave them out here.
     """
 
     def __init__(
-        self, model: PreTrainedModel, eos: Sequence[int], pad_id: int, vocabulary: int, seed: int, twin: bool, memory_share: float
+        self,
+        model: PreTrainedModel,
+        eos: Sequence[int],
+        pad_id: int,
+        vocabulary: int,
+        seed: int,
+        twin: bool,
+        memory_share: float,
+        graphs: bool = True,
     ) -> None:
         width = output_head(model).vocabulary
         if vocabulary < width:
@@ -48,6 +57,7 @@ class ContinuousSampler:
         self.pad_id = pad_id
         self.seed = seed
         self.memory_share = memory_share
+        self.graphs = graphs
 
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples, and each call has a cache of its own."""
@@ -68,12 +78,12 @@ class ContinuousSampler:
         )
         batching = ContinuousBatchingConfig(
             return_logprobs=True,
-            seed=seed % 2**32,
             max_memory_percent=self.memory_share,
             max_requests_per_batch=decoding.batch_size,
+            use_cuda_graph=None if self.graphs else False,
         )
-        with self.source as model, generator_of(model.device, seed), quiet():
-            answers = answered(model, prompts, self.generation_config(decoding, copies), batching)
+        with self.source as model, generators_kept(model.device), quiet():
+            answers = answered(model, prompts, self.generation_config(decoding, copies), batching, seed)
         failed = next((answer.error for answer in answers if answer.error), None)
         drawn = [answer for answer in answers if not answer.error]
         if len(drawn) != len(requests):
@@ -105,20 +115,20 @@ class ContinuousSampler:
 
 
 def answered(
-    model: PreTrainedModel, prompts: list[list[int]], decoding: GenerationConfig, batching: ContinuousBatchingConfig
+    model: PreTrainedModel, prompts: list[list[int]], decoding: GenerationConfig, batching: ContinuousBatchingConfig, seed: int
 ) -> list[GenerationOutput]:
     """What the engine, which works in a thread of its own, answers: in the order of the prompts, all completions of one side by side.
 
-    As transformers' `generate_batch`, with two differences: the engine ends after the step it is at, with `Preempted`, when this process is
-    asked to stop; and it begins with all prompts there, not with those that it happens to find, on which its random numbers depend.
-    Fewer answers where it breaks off.
+    As transformers' `generate_batch`, with three differences: the engine ends after the step it is at, with `Preempted`, when this process
+    is asked to stop; it begins with all prompts there, not with those that it happens to find, on which its random numbers depend; and it
+    begins with `seed`, to which it would add the process's rank. Fewer answers where it breaks off.
     """
     copies = decoding.num_return_sequences
     hints = WorkloadHints(
         max_prompt_length=max(map(len, prompts)), max_generated_length=decoding.max_new_tokens, num_requests=len(prompts) * copies
     )
-    manager = cast(Any, model).init_continuous_batching(decoding, batching, workload_hints=hints)
-    manager.warmup()
+    manager = warm(model, decoding, batching, hints)
+    torch.manual_seed(seed)
     names = manager.add_requests(prompts, max_new_tokens=decoding.max_new_tokens)
     answers: dict[str, GenerationOutput] = {}
     manager.start()
@@ -138,12 +148,25 @@ def answered(
     return [answers[name] for name in wanted if name in answers]
 
 
-@contextmanager
-def generator_of(device: torch.device, seed: int) -> Iterator[None]:
-    """torch's global generators, which the engine draws from, as they were before."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+def warm(model: PreTrainedModel, decoding: GenerationConfig, batching: ContinuousBatchingConfig, hints: WorkloadHints) -> Any:
+    """An engine with its cache, which has seeded torch's generators for itself. Raises `EngineError` where there is no room for a cache."""
+    attention = model.config._attn_implementation
+    manager = cast(Any, model).init_continuous_batching(decoding, batching, workload_hints=hints)
+    try:
+        manager.warmup()
+    except (MemoryError, torch.OutOfMemoryError, ValueError) as error:
+        model.set_attn_implementation(attention)  # an engine that was not started leaves its own behind
+        raise EngineError(
+            f"sampling.engine=continuous has no room for its cache ({str(error).splitlines()[0]}): raise sampling.memory_share (now "
+            f"{batching.max_memory_percent:g}), or use sampling.engine=generate"
+        ) from error
+    return manager
+
+
+def generators_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Afterwards torch's global generators, which the engine draws from, are as they were before."""
+    kept: AbstractContextManager[None] = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    return kept
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def continuous(material: Material, choice: Choice) -> Sampler:
         material.config.seed,
         twin=choice.twin,
         memory_share=material.config.sampling.memory_share,
+        graphs=choice.twin or not material.sharded,
     )
 
 

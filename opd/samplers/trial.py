@@ -38,8 +38,8 @@ class Trial:
         return f"{self.choice} {self.tokens_per_second:,.0f} tokens/s, gap {self.gap:.4f} nats"
 
 
-def candidates(config: SamplingConfig, device: torch.device, processes: int = 1, sharded: bool = False) -> list[Choice]:
-    """What `auto` leaves open, the exact and simple first. Of several processes only `generate` can be one.
+def candidates(config: SamplingConfig, device: torch.device, sharded: bool = False) -> list[Choice]:
+    """What `auto` leaves open, the exact and simple first.
 
     sharded: weights will be, whose hooks no graph can hold.
     """
@@ -47,7 +47,7 @@ def candidates(config: SamplingConfig, device: torch.device, processes: int = 1,
         return [Choice(Engine.vllm, config.dtype is SamplingDtype.bfloat16)]
     engines = [config.engine]
     if config.engine is Engine.auto:
-        engines = [Engine.generate, Engine.continuous] if device.type == "cuda" and processes == 1 else [Engine.generate]
+        engines = [Engine.generate, Engine.continuous] if device.type == "cuda" else [Engine.generate]
     twins = [config.dtype is SamplingDtype.bfloat16]
     if config.dtype is SamplingDtype.auto:
         twins = [False, True] if is_fast_in_bf16(device) else [False]
@@ -66,12 +66,12 @@ def is_fast_in_bf16(device: torch.device) -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
-def choose(config: SamplingConfig, material: Material, requests: Sequence[Request], processes: int = 1) -> Choice:
+def choose(config: SamplingConfig, material: Material, requests: Sequence[Request]) -> Choice:
     """The fastest candidate whose log-probs are within `sampling.max_gap` of the trainer's, tried on `requests`.
 
-    Raises what the last candidate raised where none can run the model.
+    Waits for no other process: of several, one tries for all. Raises what the last candidate raised where none can run the model.
     """
-    open_ones = candidates(config, material.model.device, processes, material.sharded)
+    open_ones = candidates(config, material.model.device, material.sharded)
     if len(open_ones) == 1:
         return open_ones[0]
     trials = []

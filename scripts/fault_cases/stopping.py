@@ -199,22 +199,27 @@ def at_engine_step(place: int) -> Sabotage:
     return sabotage
 
 
-def stops_of_engine(times: int, root: Path) -> Outcome:
+def stops_of_engine(times: int, root: Path, processes: int = 1) -> Outcome:
     """Each try stops a new run at another step of the engine, amid a call that samples, and lets it go on to the end."""
-    outcome, words = Outcome(), (*RUN, "sampling.engine=continuous", "sampling.memory_share=0.02", "train.max_steps=3", "eval.kl_prompts=0")
+    outcome, words = Outcome(), (*RUN, "sampling.engine=continuous", "sampling.memory_share=0.03", "train.max_steps=3", "eval.kl_prompts=0")
     counted = fresh(root, "counted")
-    assert [child.wait().code for child in start(counted, words, 1, at_engine_step(0))] == [0]
+    assert {child.wait().code for child in start(counted, words, processes, at_engine_step(0))} == {0}
     total = int((counted / "steps.txt").read_text())
     for place in (1 + (2 * number + 1) * total // (2 * times) for number in range(times)):
         folder = fresh(root, "engine")
-        [ended] = [child.wait() for child in start(folder, words, 1, at_engine_step(place))]
-        steps = int((folder / "steps.txt").read_text())
+        ended = [child.wait() for child in start(folder, words, processes, at_engine_step(place))]
+        codes, steps = {child.code for child in ended}, int((folder / "steps.txt").read_text())
         problem = None
-        if (ended.code, steps) != (75, place):
-            problem = f"exit code {ended.code} after {steps} steps: {ended.text.strip()[-300:]}"
-        outcome.add(f"step {place} of {total}", steps >= place, problem or end_alike(root, folder, words))
+        if (codes, steps) != ({75}, place):
+            problem = f"exit codes {codes} after {steps} steps: {ended[-1].text.strip()[-300:]}"
+        outcome.add(f"step {place} of {total}", steps >= place, problem or end_alike(root, folder, words, processes))
     outcome.note = f"{total} steps in a run, none after the signal; final weights bitwise equal"
     return outcome
+
+
+def stops_of_two_engines(times: int, root: Path) -> Outcome:
+    """The signal reaches one of two processes, which have an engine each."""
+    return stops_of_engine(times, root, 2)
 
 
 def lost_launchers(times: int, root: Path) -> Outcome:
