@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin, broadcast
+from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, broadcast
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import unset_hf_deepspeed_config
 
 from opd import models, sharding
 from opd.batches import Batches
@@ -33,10 +34,13 @@ from opd.overlap import can_overlap
 from opd.rewards import Grader, make_grader
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, Sampler, choose, longest, make_sampler
 from opd.samplers.vllm import check_installed
+from opd.sharding import fsdp2, zero
 from opd.teachers import LocalTeacher, home, place
 from opd.together import on_main
 from opd.trainer import Trainer
 from opd.update import Update
+
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,15 +75,18 @@ class Built:
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
-    if asks_for("DEEPSPEED"):
-        raise ConfigError(sharding.NO_DEEPSPEED)
     device = models.find_device(config.device)
+    if asks_for("DEEPSPEED"):
+        if not zero.is_installed():
+            raise ConfigError(zero.MISSING)
+        zero.begin(device)
     # Each process loads its weights before they are sharded: the main process alone reads them otherwise, and the teacher's are no one's.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) else "no",
+        # DeepSpeed would hold the weights in it as well.
+        mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) and not asks_for("DEEPSPEED") else "no",
         # bf16 copies of weights that autocast would keep for a second use are used once.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
@@ -87,14 +94,21 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     )
     if accelerator.num_processes > 1:
         atexit.register(PartialState().destroy_process_group)
+    # Accelerate takes up FSDP and DeepSpeed on GPUs alone and would go on with DDP; both work on a CPU as well.
     if accelerator.distributed_type is DistributedType.MULTI_CPU and asks_for("FSDP"):
-        # Accelerate takes up FSDP on GPUs alone and would go on with DDP; its FSDP2 itself works on a CPU as well.
-        accelerator.state._shared_state.update(distributed_type=DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        take_up(accelerator, DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and asks_for("DEEPSPEED"):
+        take_up(accelerator, DistributedType.DEEPSPEED, deepspeed_plugins=DeepSpeedPlugin())
+    unset_hf_deepspeed_config()  # transformers would shard whatever it loads
     check_strategy(config, accelerator)
-    if accelerator.distributed_type is DistributedType.FSDP:
+    if accelerator.distributed_type in SHARDING:
         give_back_at_once()
     return accelerator
+
+
+def take_up(accelerator: Accelerator, strategy: DistributedType, **plugin: Any) -> None:
+    accelerator.state._shared_state.update(distributed_type=strategy, **plugin)
+    PartialState._shared_state["distributed_type"] = strategy
 
 
 def asks_for(strategy: str) -> bool:
@@ -105,20 +119,26 @@ def asks_for(strategy: str) -> bool:
 def check_strategy(config: Config, accelerator: Accelerator) -> None:
     """Raises `ConfigError` for what a launcher asks for and does not work here."""
     strategy = accelerator.distributed_type
-    if strategy not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP):
+    if strategy not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, *SHARDING):
         raise ConfigError(f"{strategy.value} is not supported; use MULTI_GPU (DDP)")
     if strategy is DistributedType.FSDP:
-        problem = sharding.check_settings(accelerator.state.fsdp_plugin)
+        problem = fsdp2.check_settings(accelerator.state.fsdp_plugin)
         if problem is not None:
             raise ConfigError(problem)
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as it does without sharding
+    if strategy is DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        problem = zero.check_settings(settings)
+        if problem is not None:
+            raise ConfigError(problem)
+        zero.configure(settings, config.optim.max_grad_norm)
 
 
 def build(
     config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, Any] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
-    check_engine(config, accelerator.num_processes, accelerator.distributed_type is DistributedType.FSDP)
+    check_engine(config, accelerator.num_processes, shards_weights(accelerator))
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -172,9 +192,10 @@ def build(
             rows,
             config.train.activation_checkpointing,
             config.train.compile,
-            accelerator.distributed_type is DistributedType.FSDP,
+            accelerator.distributed_type in SHARDING,
         ),
         make_optimizer(config, student),
+        bf16,
     )
     batches = Batches(
         config=config,
@@ -220,24 +241,35 @@ def build(
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
 
 
-def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW, bf16: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """Student and optimizer under the launcher's strategy; where that shards weights, a layer at a time."""
-    if accelerator.distributed_type is not DistributedType.FSDP:
+    if accelerator.distributed_type not in SHARDING:
         # Not wrapped in DDP: it would hold a second copy of all gradients to send them in. The trainer adds them up once a step.
         module = accelerator.prepare_model(policy, evaluation_mode=True)
         if accelerator.num_processes > 1:
             for parameter in module.parameters():
                 broadcast(parameter.data)  # a caller's own modules may differ
         return module, accelerator.prepare_optimizer(optimizer)
-    policy.bf16 = accelerator.mixed_precision == "bf16"
+    policy.bf16 = bf16
+    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
     prepared = accelerator.prepare(policy, optimizer)
-    sharding.settle(prepared[0], layerwise(accelerator))
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return sharding.ZeroPolicy(prepared[0]), sharding.ZeroOptimizer(groups, prepared[0])
+    fsdp2.settle(prepared[0], layerwise(accelerator))
     return prepared[0], prepared[1]
 
 
 def layerwise(accelerator: Accelerator) -> bool:
-    """Whether gradients are computed with one layer's weights at a time: Accelerate's `fsdp_reshard_after_forward`."""
-    return accelerator.distributed_type is DistributedType.FSDP and bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+    """Whether processes compute gradients together: with DeepSpeed, and with Accelerate's `fsdp_reshard_after_forward`."""
+    if accelerator.distributed_type is DistributedType.FSDP:
+        return bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+    return accelerator.distributed_type is DistributedType.DEEPSPEED
+
+
+def shards_weights(accelerator: Accelerator) -> bool:
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
+    return accelerator.distributed_type is DistributedType.FSDP
 
 
 def check_engine(config: Config, processes: int, sharded: bool) -> None:

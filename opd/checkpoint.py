@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from opd import files
 from opd.errors import OutputError
-from opd.sharding import gathered, like, write_full
+from opd.sharding import Held, gathered, like, put, weight, write_full
 
 log = logging.getLogger(__name__)
 
@@ -287,9 +287,8 @@ def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     own = model_tensors(model)
     if tensors.keys() != own.keys():
         raise OutputError(f"{checkpoint.path}: holds the weights of another model")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(like(tensors[name], tensor))
+    for name, tensor in own.items():
+        put(tensor, tensors[name])
 
 
 def snapshot(
@@ -323,14 +322,14 @@ def emptied(folder: Path) -> OSError | None:
     return None
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+def model_tensors(model: nn.Module) -> dict[str, Held]:
     """Trained parameters and saved buffers; a tied one appears once."""
     persistent = model.state_dict().keys()
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: weight(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {**trained, **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
 
 
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Held]:
     """The optimizer's state by `<parameter number>.<name>`."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{name}": tensor for number, entries in state.items() for name, tensor in entries.items()}

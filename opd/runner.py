@@ -34,7 +34,7 @@ from opd.record import record, sample_text
 from opd.report import page
 from opd.run_folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
 from opd.runs import open_run
-from opd.sharding import at_rest, gathered, units, whole
+from opd.sharding import at_rest, gathered, is_sharded, strategy, weight, whole
 from opd.summary import device_name, peak_memory, summarise
 from opd.sweep import objective
 from opd.together import lost_another, on_main, stop_together
@@ -203,10 +203,10 @@ def finished(built: Built) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
     """The student without adapters, and all of its weights where this process holds a part of them only; the main process's alone count."""
     trainer, leads = built.trainer, built.trainer.accelerator.is_main_process
     if built.adapters is None:
-        return trainer.student, gathered(model_tensors(trainer.student), keep=leads) if units(trainer.policy) else None
+        return trainer.student, gathered(model_tensors(trainer.student), keep=leads) if is_sharded(trainer.policy) else None
     with whole(trainer.policy):
         student = built.adapters.merge_and_unload() if leads else trainer.student
-        if not units(trainer.policy):
+        if not is_sharded(trainer.policy):
             return student, None
         return student, {name: value.detach().to("cpu", copy=True) for name, value in student.named_parameters()} if leads else None
 
@@ -312,7 +312,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     """Say what is about to happen."""
     trainer, processes = built.trainer, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
-    parameters = sum(parameter.numel() for parameter in trainer.student.parameters())
+    parameters = sum(weight(parameter).numel() for parameter in trainer.student.parameters())
     display.note(
         f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher.path} on {trainer.accelerator.device}"
     )
@@ -321,9 +321,9 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
-    if units(trainer.policy):
+    if is_sharded(trainer.policy):
         display.note(
-            f"sharded (FSDP2): each process holds {at_rest(trainer.policy) / 1e6:,.2f} M of the parameters between its computations"
+            f"sharded ({strategy(trainer.policy)}): each process holds {at_rest(trainer.policy) / 1e6:,.2f} M of the parameters between its computations"
         )
     display.note(f"sampling: {built.sampling}" + (f" ({built.sampling.why})" if built.sampling.why else ""))
     for line in built.differences:

@@ -35,7 +35,7 @@ from opd.positions import ByPosition, by_position
 from opd.round import Round, joined, share
 from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.schedule import looked_into, lr_factor
-from opd.sharding import units, whole
+from opd.sharding import is_sharded, whole
 from opd.together import added_up, global_sum, on_main, quantile, stop_together, stoppable
 from opd.update import NotFinite, Update
 
@@ -207,7 +207,7 @@ class Trainer:
             "round": numbers,
             "trouble": asdict(self.trouble),
         }
-        in_turn = units(self.policy) and not self.config.checkpoint.background
+        in_turn = is_sharded(self.policy) and not self.config.checkpoint.background
         place = self.checkpoints.gathered if in_turn else None
         taken = snapshot(self.student, self.optimizer, state, rollouts, self.accelerator.is_main_process, place)
         on_main(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))

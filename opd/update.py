@@ -24,7 +24,8 @@ from opd.learning import token_loss
 from opd.objective import chunked_loss
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.round import Round
-from opd.sharding import add_up, full, idle, start_again, units, whole
+from opd.sharding import ZeroOptimizer, backward, full, idle, is_sharded, strategy, whole
+from opd.sharding.fsdp2 import add_up, start_again
 from opd.together import add_up_gradients, anywhere, global_sum, most
 
 
@@ -95,27 +96,30 @@ class Update:
             self.batches.score(current)
         passes = most(self.accelerator, len(current.parts))
         try:
-            found = self.gradients(current, weights, total)
-            for _ in range(passes - len(current.parts)):
-                idle(self.policy)
+            found = self.gradients(current, weights, total, passes)
+            for number in range(len(current.parts), passes):
+                idle(self.policy, last=number == passes - 1)
         except torch.OutOfMemoryError as error:
             raise MemoryShort(
                 f"{self.accelerator.device} has too little memory for the update ({str(error).splitlines()[0]}), amid layers that all "
-                f"processes compute together: lower train.max_tokens_per_micro_batch (now {self.batches.max_tokens}), or set "
-                "fsdp_reshard_after_forward: false in the Accelerate config; the same command then goes on from the last checkpoint"
+                f"processes compute together: lower train.max_tokens_per_micro_batch (now {self.batches.max_tokens}){self.way_out()}; the "
+                "same command then goes on from the last checkpoint"
             ) from error
         return found
 
-    def gradients(self, current: Round, weights: Tensor, total: float) -> tuple[float, list[TokenStats]]:
+    def way_out(self) -> str:
+        return ", or set fsdp_reshard_after_forward: false in the Accelerate config" if strategy(self.policy) == "FSDP2" else ""
+
+    def gradients(self, current: Round, weights: Tensor, total: float, passes: int = 0) -> tuple[float, list[TokenStats]]:
         """This process's gradients, its loss, and its tokens' statistics by micro-batch.
 
-        weights: those of `token_weights`; total: what their sums add up to over processes.
+        weights: those of `token_weights`; total: what their sums add up to over processes. passes: those that all processes make together.
         """
         if not current.parts:
             current.parts = self.batches.scored(current)
         seen: list[TokenStats] = []
         loss_sum = 0.0
-        for batch, scores in current.parts:
+        for number, (batch, scores) in enumerate(current.parts, start=1):
             # At the first inner step it is what is being computed.
             old_N = current.seen["logp"][current.places(batch)] if current.inner else None
             objective = token_loss(self.config, batch, scores, old_N)
@@ -125,7 +129,7 @@ class Update:
                 return chunked_loss(hidden_NH, head, objective, weight_N=weight_N)
 
             loss, stats = self.policy(batch.inputs, head_loss)
-            (loss / total).backward()  # not accelerator.backward, which divides by what a launcher says of accumulation
+            backward(self.policy, loss / total, last=number == passes)
             loss_sum += float(loss.detach())
             seen.append(stats)
         return loss_sum, seen
@@ -144,17 +148,34 @@ class Update:
 
         empty: there was nothing to learn from, in any process, and nothing is done either.
         """
-        if self.accelerator.num_processes > 1 and not units(self.policy):
-            add_up_gradients([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
-        norm = float(full(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)))
         suspects = self.not_finite(current)
-        finite = not anywhere(self.accelerator, not math.isfinite(loss_sum) or not math.isfinite(norm) or bool(suspects))
+        sound = not anywhere(self.accelerator, not math.isfinite(loss_sum) or bool(suspects))
+        norm = self.step(sound and not empty)
+        finite = sound and (empty or math.isfinite(norm))
         if finite and not empty:
-            self.optimizer.step()
             current.means.add("optim/grad_norm", norm, 1.0)
-        self.optimizer.zero_grad()
         current.means.add("optim/skipped", 0.0 if finite and not empty else 1.0, 1.0)
         return None if finite else NotFinite(f"loss {loss_sum}, gradient norm {norm}", suspects)
+
+    def step(self, wanted: bool) -> float:
+        """Add up gradients, clip them, and step if that is wanted and they are finite in all processes. They are gone in either case.
+
+        Returns their norm before they were clipped: no finite number, in all processes, where one of them has others.
+        """
+        if isinstance(self.optimizer, ZeroOptimizer):
+            if not wanted:
+                self.optimizer.spoil()
+            self.optimizer.step()
+            return self.optimizer.norm
+        if self.accelerator.num_processes > 1 and not is_sharded(self.policy):
+            add_up_gradients([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
+        norm = float(full(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.optim.max_grad_norm)))
+        if anywhere(self.accelerator, not math.isfinite(norm)):
+            norm = math.nan
+        elif wanted:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
 
     def not_finite(self, current: Round) -> list[int]:
         """This process's rollouts with a score, of the teacher or the student, that is no finite number."""

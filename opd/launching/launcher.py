@@ -4,6 +4,7 @@ Without a config file it is DDP on this machine. The launcher itself shows nothi
 """
 
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -18,9 +19,10 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from opd import sharding, signals
+from opd import signals
 from opd.config.schema import Device
 from opd.errors import INTERNAL, OK, USAGE, ConfigError
+from opd.sharding import zero
 
 FAILED = 1
 
@@ -63,11 +65,13 @@ def own_file(processes: int, device: Device, folder: Path) -> Path:
 def free_port(file: Path) -> list[str]:
     """Arguments that let two runs on one machine talk on ports of their own, unless the file names one or has several machines.
 
-    Raises `ConfigError` for DeepSpeed.
+    Raises `ConfigError` where the file asks for DeepSpeed, which is not installed.
     """
     content: dict[str, Any] = yaml.safe_load(file.read_text())
-    if content.get("distributed_type") == "DEEPSPEED":
-        raise ConfigError(f"launch.config_file={file}: {sharding.NO_DEEPSPEED}")
+    if content.get("distributed_type") == "DEEPSPEED" and not zero.is_installed():
+        raise ConfigError(f"launch.config_file={file}: {zero.MISSING}")
+    if content.get("use_cpu"):
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or it says that it looked for another
     return [] if content.get("main_process_port") or content.get("num_machines", 1) > 1 else ["--main_process_port", "0"]
 
 

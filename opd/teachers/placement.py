@@ -7,10 +7,10 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import PreTrainedModel
 
-from opd import sharding
 from opd.config.schema import Placement, TeacherConfig
 from opd.errors import ConfigError
 from opd.objective import Head
+from opd.sharding import fsdp2
 
 
 def home(config: TeacherConfig, device: torch.device, processes: int, sharded: bool) -> torch.device:
@@ -56,7 +56,7 @@ def place(model: PreTrainedModel, placement: Placement, device: torch.device) ->
         if inside.isdisjoint(map(id, module.modules())):
             nn.Module.to(module, device)
     if placement is Placement.sharded:
-        sharding.shard(found)
+        fsdp2.shard(found)
     else:
         for layer in found:
             cpu_offload(layer, execution_device=device)
