@@ -16,7 +16,7 @@ from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedType, F
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations import unset_hf_deepspeed_config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from opd import models, sharding
 from opd.batches import Batches
@@ -76,17 +76,15 @@ class Built:
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
     device = models.find_device(config.device)
-    if asks_for("DEEPSPEED"):
-        if not zero.is_installed():
-            raise ConfigError(zero.MISSING)
-        zero.begin(device)
+    deepspeed = begin_deepspeed(device) if asks_for("DEEPSPEED") else None
     # Each process loads its weights before they are sharded: the main process alone reads them otherwise, and the teacher's are no one's.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         # DeepSpeed would hold the weights in it as well.
-        mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) and not asks_for("DEEPSPEED") else "no",
+        mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) and deepspeed is None else "no",
+        deepspeed_plugins=deepspeed,
         # bf16 copies of weights that autocast would keep for a second use are used once.
         kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
@@ -95,15 +93,27 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     if accelerator.num_processes > 1:
         atexit.register(PartialState().destroy_process_group)
     # Accelerate takes up FSDP and DeepSpeed on GPUs alone and would go on with DDP; both work on a CPU as well.
-    if accelerator.distributed_type is DistributedType.MULTI_CPU and asks_for("FSDP"):
+    on_cpus = device.type == "cpu" and accelerator.num_processes > 1
+    if on_cpus and asks_for("FSDP"):
         take_up(accelerator, DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
-    if accelerator.distributed_type is DistributedType.MULTI_CPU and asks_for("DEEPSPEED"):
-        take_up(accelerator, DistributedType.DEEPSPEED, deepspeed_plugins=DeepSpeedPlugin())
+    if on_cpus and deepspeed is not None:
+        take_up(accelerator, DistributedType.DEEPSPEED, deepspeed_plugins=deepspeed)
     unset_hf_deepspeed_config()  # transformers would shard whatever it loads
     check_strategy(config, accelerator)
     if accelerator.distributed_type in SHARDING:
         give_back_at_once()
     return accelerator
+
+
+def begin_deepspeed(device: torch.device) -> DeepSpeedPlugin:
+    """Accelerate's settings of it. Raises `ConfigError` where it is not installed, or Accelerate does not take its config."""
+    if not zero.is_installed():
+        raise ConfigError(zero.MISSING)
+    zero.begin(device)
+    try:
+        return DeepSpeedPlugin()
+    except ValueError as error:
+        raise ConfigError(f"deepspeed_config: {' '.join(str(error).split())}") from None
 
 
 def take_up(accelerator: Accelerator, strategy: DistributedType, **plugin: Any) -> None:
@@ -154,7 +164,7 @@ def build(
     if config.shares_base:
         teacher_model = student
     else:
-        teacher_home = home(config.teacher, device, accelerator.num_processes, accelerator.distributed_type is DistributedType.FSDP)
+        teacher_home = home(config.teacher, device, accelerator.num_processes, shards_weights(accelerator))
         if given.teacher is not None and config.teacher.quantization is not Quantization.none:
             raise ConfigError(f"teacher.quantization={config.teacher.quantization.value}: is done on loading; give the teacher's path")
         computes_on = teacher_home if config.teacher.placement is Placement.device else device

@@ -322,9 +322,8 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
     if is_sharded(trainer.policy):
-        display.note(
-            f"sharded ({strategy(trainer.policy)}): each process holds {at_rest(trainer.policy) / 1e6:,.2f} M of the parameters between its computations"
-        )
+        held = f"{at_rest(trainer.policy) / 1e6:,.2f} M of the parameters"
+        display.note(f"sharded ({strategy(trainer.policy)}): each process holds {held} between its computations")
     display.note(f"sampling: {built.sampling}" + (f" ({built.sampling.why})" if built.sampling.why else ""))
     for line in built.differences:
         display.note(f"warning: {line}")

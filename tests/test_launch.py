@@ -11,12 +11,13 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from opd import errors, sharding
+from opd import errors
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.build import make_accelerator
 from opd.config.schema import Device
 from opd.identity import differences
 from opd.launching import launch, launched, launcher
+from opd.sharding import fsdp2, zero
 
 TWO = ["experiment=debug", "device=cpu", "name=run", "launch.processes=2", "train.batch_size=2", "eval.limit=4", "eval.kl_prompts=2"]
 
@@ -91,6 +92,10 @@ FILES = Path(__file__).resolve().parent.parent / "scripts" / "accelerate"
         ("gpu2", "multi_gpu", 1, 2),
         ("gpu8", "multi_gpu", 1, 8),
         ("fsdp2_gpu8", "use_fsdp", 1, 8),
+        ("zero2_cpu2", "use_deepspeed", 1, 2),
+        ("zero3_cpu2", "use_deepspeed", 1, 2),
+        ("zero2_gpu8", "use_deepspeed", 1, 8),
+        ("zero3_gpu8", "use_deepspeed", 1, 8),
         ("nodes2_gpu8", "multi_gpu", 2, 16),
     ],
 )
@@ -102,35 +107,39 @@ def test_accelerate_reads_the_shipped_files_as_they_are_meant(name, strategy, ma
     assert (found.num_machines, found.num_processes, found.use_cpu) == (machines, processes, "cpu" in name)
     if strategy == "use_fsdp":
         assert (found.fsdp_version, found.fsdp_cpu_ram_efficient_loading) == (2, False)
+    if strategy == "use_deepspeed":
+        monkeypatch.setattr(zero, "is_installed", lambda: True)
+        assert found.zero_stage == int(name[4]) and found.offload_optimizer_device == "none"
     assert launcher.free_port(FILES / f"{name}.yaml") == ([] if machines > 1 else ["--main_process_port", "0"])
 
 
 def test_every_shipped_file_is_read_here():
     assert sorted(path.stem for path in FILES.iterdir()) == sorted(
-        ["cpu2", "fsdp2_cpu2", "gpu1", "gpu2", "gpu8", "fsdp2_gpu8", "nodes2_gpu8"]
+        ["cpu2", "fsdp2_cpu2", "gpu1", "gpu2", "gpu8", "fsdp2_gpu8", "nodes2_gpu8", "zero2_cpu2", "zero2_gpu8", "zero3_cpu2", "zero3_gpu8"]
     )
 
 
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not supported: to shard weights take distributed_type: FSDP"),
         ({"FSDP_VERSION": "1"}, "fsdp_version: 1 is not supported"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params: true is not supported"),
     ],
 )
-def test_what_a_launcher_asks_for_and_does_not_work_is_refused(environment, said, tmp_path, monkeypatch, capsys):
+def test_what_fsdp_is_asked_for_and_does_not_work_is_refused(environment, said, monkeypatch):
     for name, value in {**environment, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}.items():
         monkeypatch.setenv(name, value)
-    if "FSDP_VERSION" in environment:
-        assert said in (sharding.check_settings(FullyShardedDataParallelPlugin()) or "")
-    else:
-        with pytest.raises(errors.ConfigError, match=said):
-            make_accelerator(from_options({"device": "cpu"}), tmp_path)
-        (tmp_path / "zero3.yaml").write_text("distributed_type: DEEPSPEED\nnum_processes: 2\n")
-        monkeypatch.setattr("opd.signals.die_with_parent", lambda number: None)
-        assert launcher.main(["", "cpu", str(tmp_path / "zero3.yaml"), "-m", "opd.train"]) == errors.USAGE
-        assert said in capsys.readouterr().err
+    assert said in (fsdp2.check_settings(FullyShardedDataParallelPlugin()) or "")
+
+
+def test_deepspeed_that_is_not_installed_is_named_with_its_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(zero, "is_installed", lambda: False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(errors.ConfigError, match=r"pip install 'opd\[deepspeed\]'"):
+        make_accelerator(from_options({"device": "cpu"}), tmp_path)
+    monkeypatch.setattr("opd.signals.die_with_parent", lambda number: None)
+    assert launcher.main(["", "cpu", str(FILES / "zero3_cpu2.yaml"), "-m", "opd.train"]) == errors.USAGE
+    assert "zero3_cpu2.yaml: distributed_type: DEEPSPEED needs the package deepspeed" in capsys.readouterr().err
 
 
 def ended(*codes: int | None) -> list[launched.Process]:

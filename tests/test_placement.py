@@ -53,7 +53,7 @@ def test_where_the_teacher_is_loaded():
     assert home(config, torch.device("cuda"), 1, sharded=False) == CPU
     offloaded = from_options({**TINY, "teacher.placement": "offload"}).teacher
     assert home(offloaded, torch.device("cuda"), 8, sharded=False) == CPU
-    with pytest.raises(ConfigError, match=r"teacher\.placement=sharded: .* FSDP2 config"):
+    with pytest.raises(ConfigError, match=r"teacher\.placement=sharded: .* FSDP2 or ZeRO-3 config"):
         home(from_options({**TINY, "teacher.placement": "sharded"}).teacher, CPU, 2, sharded=False)
     on_gpu = from_options({**TINY, "teacher.placement": "device", "teacher.device": "cuda:77"}).teacher
     with pytest.raises(ConfigError, match=r"teacher\.device=cuda:77: torch sees \d+ GPUs here"):

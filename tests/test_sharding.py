@@ -15,6 +15,7 @@ from opd import sharding
 from opd.data.rollouts import Inputs
 from opd.forward import Policy
 from opd.objective import Head
+from opd.sharding import fsdp2, zero
 from opd.together import add_up_gradients
 
 LENGTHS = (5, 9, 4)  # of the sequences that the first process learns from; the second has none
@@ -64,7 +65,7 @@ def learn_and_write(rank: int, folder: Path, tied: bool) -> None:
     for layer in policy.model.model.layers:
         fully_shard(layer)
     fully_shard(policy)
-    sharding.settle(policy, layerwise=True)
+    fsdp2.settle(policy, layerwise=True)
     seen = []
     for layer in policy.model.model.layers:
         layer.self_attn.register_forward_hook(lambda *_: seen.append(whole_layers(policy)))
@@ -79,7 +80,7 @@ def learn_and_write(rank: int, folder: Path, tied: bool) -> None:
             if rank == 0:
                 policy(inputs(length), loss).backward()
             else:
-                sharding.idle(policy)
+                sharding.idle(policy, last=False)
         assert set(seen) == {1}, seen  # never two of them
     gradients = {name: parameter.grad.full_tensor() for name, parameter in policy.named_parameters()}
     if rank == 0:
@@ -119,3 +120,28 @@ def test_one_process_writes_what_safetensors_reads(tmp_path):
 def test_without_shards_there_is_nothing_to_gather():
     with sharding.whole(nn.Linear(2, 2)) as nothing:
         assert nothing is None
+
+
+def test_each_process_takes_its_share_of_a_tensor_that_does_not_divide_evenly(monkeypatch):
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr("torch.distributed.get_world_size", lambda: 3)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        shares.append(zero.own_share(torch.arange(1.0, 5.0).view(2, 2), 2).tolist())
+    assert shares == [[1, 2], [3, 4], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"zero_optimization": {"stage": 1}}, "zero_stage: 1 is not supported"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param_device: cpu is not supported"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer_device: nvme is not supported"),
+        ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, "bf16 of DeepSpeed is not supported"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}, "DeepSpeed's optimizer is not supported"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "none"}}, "fp16": {"enabled": "auto"}}, None),
+    ],
+)
+def test_what_deepspeed_is_asked_for_and_does_not_work_is_refused(settings, said):
+    found = zero.check_settings(settings)
+    assert found is None if said is None else said in (found or "")

@@ -87,7 +87,7 @@ def add_up(policy: nn.Module) -> None:
     FSDP reduces in a backward pass.
     """
     if units(policy):
-        nothing(policy).backward()  # type: ignore[no-untyped-call]
+        nothing(policy).backward()
 
 
 def check_settings(settings: Any) -> str | None:

@@ -47,8 +47,8 @@ def begin(device: torch.device) -> None:
 def check_settings(settings: Mapping[str, Any]) -> str | None:
     """What of DeepSpeed's config does not work here, with the remedy; None where all does."""
     zero = settings["zero_optimization"]
-    if zero["stage"] not in (2, 3):
-        return f"zero_stage: {zero['stage']} is not supported; take 2 or 3, or distributed_type: MULTI_GPU (DDP)"
+    if zero.get("stage") not in (2, 3):
+        return f"zero_stage: {zero.get('stage')} is not supported; take 2 or 3, or distributed_type: MULTI_GPU (DDP)"
     for what in ("optimizer", "param"):
         if (zero.get(f"offload_{what}") or {}).get("device", "none") != "none":
             return f"offload_{what}_device: {zero[f'offload_{what}']['device']} is not supported; set it to none"
@@ -62,11 +62,18 @@ def check_settings(settings: Mapping[str, Any]) -> str | None:
 
 
 def configure(settings: dict[str, Any], max_grad_norm: float) -> None:
-    """Let DeepSpeed clip as opd does, and leave it to opd when an update is complete."""
-    settings.update(train_batch_size="auto", train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=max_grad_norm)
-    for dtype in ("fp16", "bf16"):
-        settings[dtype] = {"enabled": False}
-    settings["zero_optimization"].setdefault("reduce_bucket_size", BUCKET)
+    """Let DeepSpeed clip as opd does, hold weights in float32, and leave it to opd when an update is complete."""
+    settings.update(
+        train_batch_size="auto",
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        gradient_clipping=max_grad_norm,
+        fp16={"enabled": False},
+        bf16={"enabled": False},
+    )
+    settings["zero_optimization"] = zero = {name: value for name, value in settings["zero_optimization"].items() if value != "auto"}
+    zero.setdefault("reduce_bucket_size", BUCKET)
+    zero["memory_efficient_linear"] = False  # would take the place of torch's own in all of the process, and rounds otherwise in bf16
 
 
 class ZeroPolicy(nn.Module):
@@ -87,7 +94,8 @@ class ZeroPolicy(nn.Module):
         self.engine.backward(loss * torch.distributed.get_world_size())
 
     def at_rest(self) -> int:
-        return sum(parameter.numel() if self.stage < 3 else parameter.ds_tensor.numel() for parameter in self.parameters())
+        parameters: list[Any] = list(self.parameters())
+        return sum(int(parameter.numel() if self.stage < 3 else parameter.ds_tensor.numel()) for parameter in parameters)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -219,7 +227,8 @@ def weight(parameter: Any) -> Tensor | Part:
 
     def assemble() -> Tensor:
         with GatheredParameters([parameter]):
-            return parameter.detach().clone()
+            copy: Tensor = parameter.detach().clone()
+        return copy
 
     def put(value: Tensor) -> None:
         with GatheredParameters([parameter], modifier_rank=0):

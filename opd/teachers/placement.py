@@ -23,7 +23,7 @@ def home(config: TeacherConfig, device: torch.device, processes: int, sharded: b
     if config.placement is Placement.sharded:
         if not sharded:
             raise ConfigError(
-                "teacher.placement=sharded: shards the teacher as the student is; start with an FSDP2 config "
+                "teacher.placement=sharded: shards the teacher as the student is; start with an FSDP2 or ZeRO-3 config "
                 "(launch.config_file=scripts/accelerate/fsdp2_gpu8.yaml), or take teacher.placement=same"
             )
         return torch.device("cpu")
@@ -58,6 +58,7 @@ def place(model: PreTrainedModel, placement: Placement, device: torch.device) ->
     if placement is Placement.sharded:
         fsdp2.shard(found)
     else:
+        device = torch.device("cpu") if device.type == "cpu" else device  # Accelerate's own cpu:0 is none that its hooks know
         for layer in found:
             cpu_offload(layer, execution_device=device)
 
