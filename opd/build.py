@@ -106,9 +106,13 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
 
 
 def begin_deepspeed(device: torch.device) -> DeepSpeedPlugin:
-    """Accelerate's settings of it. Raises `ConfigError` where it is not installed, or Accelerate does not take its config."""
+    """Accelerate's settings of it. Raises `ConfigError` where it is not installed, or cannot be had as it is asked for."""
     if not zero.is_installed():
         raise ConfigError(zero.MISSING)
+    if PartialState._shared_state.get("distributed_type") is DistributedType.DEEPSPEED:
+        raise ConfigError(
+            "DeepSpeed serves one run of a process: start a sweep as opd train -m … launch.config_file=FILE, which launches each member"
+        )
     zero.begin(device)
     try:
         return DeepSpeedPlugin()

@@ -7,8 +7,9 @@ import pytest
 from safetensors.torch import load_file
 from test_processes import OPTIONS, ROOT, UNEVEN, alone, distance, gradient_norms, launch, weights
 
-pytest.importorskip("deepspeed")
-pytestmark = pytest.mark.slow
+from opd.sharding.zero import is_installed
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="DeepSpeed is not installed")]
 
 FILES = ROOT / "scripts" / "accelerate"
 # As it comes, DeepSpeed keeps weights as few as these whole: through a pass, and small ones always.
