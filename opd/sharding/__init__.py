@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from opd.sharding import fsdp2
 from opd.sharding.passes import nothing
 from opd.sharding.tensors import Held, Part, full, gathered, like, put, write_full
-from opd.sharding.zero import ZeroOptimizer, ZeroPolicy, weight
+from opd.sharding.zero import ZeroOptimizer, ZeroPolicy, together, weight
 
 __all__ = [
     "Held",
@@ -29,6 +29,7 @@ __all__ = [
     "like",
     "put",
     "strategy",
+    "together",
     "weight",
     "whole",
     "write_full",

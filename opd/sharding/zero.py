@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -235,3 +235,16 @@ def weight(parameter: Any) -> Tensor | Part:
             parameter.copy_(value)
 
     return Part(full_shape(parameter), parameter.dtype, assemble, put)
+
+
+@contextmanager
+def together(parameters: Sequence[Any]) -> Iterator[None]:
+    """Within it, which all processes enter together, those of the parameters that ZeRO-3 shards are whole."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(sharded):
+        yield
