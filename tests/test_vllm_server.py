@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from opd import sharding, signals
+from opd import signals
 from opd.config.schema import LoraConfig
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
@@ -30,6 +30,7 @@ from opd.forward import Policy, add_adapters
 from opd.samplers import Decoding
 from opd.samplers import vllm as vllm_module
 from opd.samplers.vllm_server import VllmServerSampler
+from opd.sharding import fsdp2
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(3)]
@@ -211,7 +212,7 @@ def work(rank, folder, url):
         for layer in layers(model):
             fully_shard(layer)
         fully_shard(policy)
-        sharding.settle(policy, layerwise=True)
+        fsdp2.settle(policy, layerwise=True)
         sampler.hand_over(lambda send: send() if rank == 0 else None)
         with pytest.raises(OutputError) if rank == 0 else nullcontext():
             nowhere.hand_over(lambda send: send() if rank == 0 else None)
