@@ -184,7 +184,7 @@ def build(
         bf16=bf16,
         longest=longest(config, [*train_prompts, *eval_prompts]),
         leads=accelerator.is_main_process,
-        sharded=accelerator.distributed_type is DistributedType.FSDP,
+        sharded=shards_weights(accelerator),
     )
     choices = choices or {
         **measured_choices(config, accelerator, vocabulary),
