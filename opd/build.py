@@ -98,7 +98,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         take_up(accelerator, DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
     if on_cpus and deepspeed is not None:
         take_up(accelerator, DistributedType.DEEPSPEED, deepspeed_plugins=deepspeed)
-    unset_hf_deepspeed_config()  # transformers would shard whatever it loads
+    if deepspeed is not None:
+        unset_hf_deepspeed_config()  # transformers would shard whatever it loads
     check_strategy(config, accelerator)
     if accelerator.distributed_type in SHARDING:
         give_back_at_once()
@@ -184,7 +185,7 @@ def build(
         bf16=bf16,
         longest=longest(config, [*train_prompts, *eval_prompts]),
         leads=accelerator.is_main_process,
-        sharded=accelerator.distributed_type is DistributedType.FSDP,
+        sharded=shards_weights(accelerator),
     )
     choices = choices or {
         **measured_choices(config, accelerator, vocabulary),

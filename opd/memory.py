@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from opd.config.schema import Config, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.forward import add_adapters
 from opd.models import computes_in_bf16, load_with
+from opd.sharding.zero import BUCKET, LIVE
 from opd.teachers.placement import layers
 
 MOMENTS = 2  # AdamW's, of each parameter that is trained
@@ -42,10 +43,12 @@ class Memory:
         )
 
 
-def estimate(config: Config, processes: int, device: torch.device, sharded: bool = False, layerwise: bool = False) -> Memory:
+def estimate(
+    config: Config, processes: int, device: torch.device, sharded: bool = False, layerwise: bool = False, zero: bool = False
+) -> Memory:
     """What `config` takes in each of so many processes. device: that of the student. sharded: its weights are, over all of them.
 
-    layerwise: and its gradients are computed with one layer's weights at a time.
+    layerwise: and its gradients are computed with one layer's weights at a time. zero: by DeepSpeed, at its own settings.
 
     Raises `ConfigError` where a model's config cannot be read.
     """
@@ -58,6 +61,13 @@ def estimate(config: Config, processes: int, device: torch.device, sharded: bool
     share = 1 / processes if sharded else 0.0
     optimizer = round(MOMENTS * trained * (share or 1.0))
     teacher = 0 if config.shares_base else teacher_bytes(config.teacher, processes, device)
+    if zero:
+        held, optimizer = round(share * weights), round((1 + MOMENTS) * trained / processes)  # it updates a copy of its own
+        sampling = Memory(held + weights, 0, optimizer, teacher, "while sampling")
+        # Gradients are there until a bucket of them is full, which is copied to be reduced.
+        gradients = round(trained / processes) + 2 * min(trained, 4 * BUCKET)
+        update = Memory(held + min(weights, 4 * LIVE if sharded else weights), gradients, optimizer, teacher, "during the update")
+        return max(sampling, update, key=lambda memory: memory.total)
     if not layerwise:
         return Memory(weights + round(share * weights), trained + round(share * trained), optimizer, teacher)
     sampling = Memory(weights + round(share * weights), 0, optimizer, teacher, "while sampling")

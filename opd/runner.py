@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd import signals
-from opd.build import Built, Given, build, layerwise, make_accelerator
+from opd.build import Built, Given, build, layerwise, make_accelerator, shards_weights
 from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config
 from opd.config.store import to_dict
@@ -137,10 +137,9 @@ def distil(
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
     if given.student is None and given.teacher is None:
-        sharded = accelerator.distributed_type is DistributedType.FSDP
-        memory = on_main(
-            accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded, layerwise(accelerator))
-        )
+        zero = accelerator.distributed_type is DistributedType.DEEPSPEED
+        kind = (shards_weights(accelerator), layerwise(accelerator), zero)
+        memory = on_main(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, *kind))
         Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])

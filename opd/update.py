@@ -41,7 +41,7 @@ class NotFinite:
 class Update:
     """policy: the student as `Policy`, and its optimizer, both prepared by Accelerate.
 
-    layerwise: gradients are computed with one layer's weights gathered at a time, by all processes together (see `opd.sharding`).
+    layerwise: all processes compute gradients together, gathering and sharing out amid their passes (see `opd.sharding`).
     """
 
     config: Config

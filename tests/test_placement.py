@@ -119,6 +119,9 @@ def test_memory_is_told_from_the_config_alone():
     shallow = memory.estimate(from_options(TINY), 4, CPU, sharded=True, layerwise=True)
     assert (shallow.when, shallow.weights) == ("during the update", 5 * student)  # two layers are all of them
     assert shallow.gradients < sharded.gradients
+    zero2, zero3 = (memory.estimate(from_options(TINY), 4, CPU, sharded=sharded, layerwise=True, zero=True) for sharded in (False, True))
+    assert (zero2.weights, zero3.weights) == (4 * student, 5 * student)
+    assert zero2.optimizer == zero3.optimizer == 3 * student  # with a copy of the weights
     halves = memory.estimate(from_options({**TINY, "teacher.dtype": "bfloat16"}), 1, CPU)
     assert halves.teacher == 2 * teacher
     adapters = memory.estimate(from_options({**TINY, "lora.rank": 2}), 1, CPU)

@@ -24,6 +24,7 @@ from opd.sharding.tensors import Part
 
 MISSING = "distributed_type: DEEPSPEED needs the package deepspeed: pip install 'opd[deepspeed]'"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LIVE = 10**9  # weights that ZeRO-3 keeps gathered through a pass at most, unless `stage3_max_live_parameters` says otherwise
 BUCKET = 5 * 10**7  # gradients that are reduced at a time; DeepSpeed's own 5e8 are a buffer of 2 GB
 
 
