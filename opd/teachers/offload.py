@@ -33,6 +33,7 @@ class Offload:
         self.host = [[parameter.data for parameter in own] for own in self.parameters]
         self.copier = ThreadPoolExecutor(1, thread_name_prefix="offload")
         self.coming: tuple[int, Future[Copies]] | None = None
+        self.used: list[Tensor] = []  # the place of the layer that computes, or was the last to
         for index, layer in enumerate(layers):
             for buffer in layer.buffers():
                 buffer.data = buffer.data.to(device)
@@ -52,25 +53,35 @@ class Offload:
             if self.coming is None or self.coming[0] != index:
                 self.arrived()
                 self.send(index)
-            for parameter, tensor in zip(self.parameters[index], self.arrived(), strict=True):
-                parameter.data = tensor
+            here = self.arrived()
+            self.point(index, here)
             if index + 1 < len(self.parameters):
                 self.send(index + 1)
+            self.used = here
+            del here  # or the traceback of what is raised would keep it
             yield
         except BaseException:
             self.arrived()
             raise
         finally:
-            for parameter, tensor in zip(self.parameters[index], self.host[index], strict=True):
-                parameter.data = tensor
+            self.point(index, self.host[index])
+            if self.coming is None:
+                self.used = []
+
+    def point(self, index: int, tensors: list[Tensor]) -> None:
+        for parameter, tensor in zip(self.parameters[index], tensors, strict=True):
+            parameter.data = tensor
 
     def send(self, index: int) -> None:
-        """Have a layer's weights copied.
+        """Have a layer's weights copied to where those of the layer before were, if they fit there.
 
-        Their place is taken here, in the stream that computes: what it frees is then used again in its own order, and the copy begins once
-        that stream has come this far.
+        A new place is taken by the thread and in the stream that compute, and the copy begins once that stream has come this far: nothing
+        is written to that something still reads.
         """
-        place = [torch.empty_like(tensor, device=self.device) for tensor in self.host[index]]
+        host, place = self.host[index], self.used
+        self.used = []
+        if [(tensor.shape, tensor.dtype) for tensor in place] != [(tensor.shape, tensor.dtype) for tensor in host]:
+            place = [torch.empty_like(tensor, device=self.device) for tensor in host]
         free = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
         self.coming = index, self.copier.submit(self.copy, index, place, free)
 
