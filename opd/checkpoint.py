@@ -17,14 +17,14 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd import files
 from opd.errors import OutputError
-from opd.sharding import Held, gathered, like, put, weight, write_full
+from opd.sharding import Held, ZeroOptimizer, gathered, like, put, weight, write_full
 
 log = logging.getLogger(__name__)
 
@@ -275,19 +275,33 @@ def manifest(content: dict[str, Any]) -> str:
 
 
 def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Put the weights and the optimizer back, bit for bit."""
+    """Put the weights and the optimizer back, bit for bit, without ever holding more than one tensor of the file."""
     restore_weights(checkpoint, model)
-    restore_optimizer(load_file(checkpoint.path / OPTIMIZER), optimizer)
+    restore_optimizer(checkpoint.path / OPTIMIZER, optimizer)
 
 
 def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Raises `OutputError` where they are another model's."""
-    tensors = load_file(checkpoint.path / MODEL)
     own = model_tensors(model)
-    if tensors.keys() != own.keys():
+    if names(checkpoint.path / MODEL) != own.keys():
         raise OutputError(f"{checkpoint.path}: holds the weights of another model")
     for name, tensor in own.items():
-        put(tensor, tensors[name])
+        put(tensor, stored(checkpoint.path / MODEL, name))
+
+
+def names(file: Path) -> set[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return set(tensors.keys())
+
+
+def stored(file: Path, name: str) -> Tensor:
+    """A tensor that is the file itself, mapped into memory: what is kept has to be copied.
+
+    The file is opened for this one alone: what was read of it counts as memory of the process until it is closed.
+    """
+    with safe_open(file, framework="pt") as tensors:
+        found: Tensor = tensors.get_tensor(name)
+    return found
 
 
 def snapshot(
@@ -329,18 +343,20 @@ def model_tensors(model: nn.Module) -> dict[str, Held]:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Held]:
-    """The optimizer's state by `<parameter number>.<name>`."""
+    """The optimizer's state by `<parameter number>.<name>`, in the order of these, so that a run that went on writes the same files."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": tensor for number, entries in state.items() for name, tensor in entries.items()}
+    return {f"{number}.{name}": tensor for number, entries in sorted(state.items()) for name, tensor in sorted(entries.items())}
 
 
-def restore_optimizer(tensors: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+def restore_optimizer(file: Path, optimizer: Optimizer) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key in names(file):
         number, _, name = key.partition(".")
-        parameter = parameters[int(number)]
-        state.setdefault(int(number), {})[name] = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        parameter, tensor = parameters[int(number)], stored(file, key)
+        own = like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        # DeepSpeed copies what it takes over, its own share of it.
+        state.setdefault(int(number), {})[name] = tensor if isinstance(optimizer, ZeroOptimizer) else own.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,6 +1,7 @@
 """The memory that weights take, told before any is loaded: from `config.json` alone."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -114,8 +115,9 @@ def teacher_bytes(config: TeacherConfig, processes: int, device: torch.device) -
         case Placement.sharded:
             return whole + round(width * inside / processes)
         case Placement.offload:
-            largest = max(module.weight.numel() for layer in layers(model) for module in layer.modules() if isinstance(module, nn.Linear))
-            return width * (outside + largest) if device.type != "cpu" else whole
+            sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers(model)]
+            coming = width * max(map(sum, pairwise([0, *sizes])))  # a layer beside the one that computes
+            return coming + (width * outside if device.type != "cpu" else whole)
 
 
 def empty(config: ModelConfig, role: str) -> PreTrainedModel:

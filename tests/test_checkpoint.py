@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opd import checkpoint
-from opd.checkpoint import BEST, MANIFEST, ROUND, Checkpoints, Snapshot, read, snapshot, verify
+from opd.checkpoint import BEST, MANIFEST, MODEL, OPTIMIZER, ROUND, Checkpoints, Snapshot, read, restore, snapshot, verify
 from opd.errors import OutputError
 
 
@@ -105,3 +105,20 @@ def test_bad_ones_of_the_same_step_do_not_replace_each_other(tmp_path):
         (checkpoints.path(2) / MANIFEST).unlink()
         assert checkpoints.newest().step == 1
     assert sorted(path.name for path in tmp_path.glob("bad_*")) == ["bad_step_000002", "bad_step_000002.2"]
+
+
+def test_what_was_read_is_no_longer_the_files(tmp_path):
+    """Weights and optimizer state stay what they were when the checkpoint is written over, as they would not if they were its pages."""
+    checkpoints = Checkpoints(tmp_path, 2, True)
+    saved = taken(3)
+    checkpoints.save(saved)
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    restore(checkpoints.newest(), model, optimizer)
+    for name in (MODEL, OPTIMIZER):
+        file = checkpoints.path(3) / name
+        with file.open("r+b") as stream:
+            stream.write(bytes(file.stat().st_size))
+    found = snapshot(model, optimizer, {"step": 3, "inner": 0}).files
+    assert len(found[OPTIMIZER]) == 3  # of the weight; nothing moved the bias
+    assert all(torch.equal(saved.files[name][key], tensor) for name in found for key, tensor in found[name].items())

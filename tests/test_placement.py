@@ -1,8 +1,12 @@
 """Where the teacher's weights are, in how many bits, and how much memory that is said to take before anything is loaded."""
 
+import threading
+from functools import partial
+
 import pytest
 import torch
 from conftest import random_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from opd import memory, models
 from opd.api import from_options
@@ -14,6 +18,7 @@ from opd.errors import ConfigError
 from opd.forward import prepare_teacher
 from opd.identity import differences
 from opd.teachers import LocalTeacher, home, place
+from opd.teachers.offload import Offload
 
 CPU = torch.device("cpu")
 TINY = {"model.path": "bundled:tiny-student", "teacher.path": "bundled:tiny-teacher"}
@@ -28,16 +33,95 @@ def batch():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_offloaded_teacher_says_bitwise_the_same_and_leaves_its_layers_off_the_device(tied):
+def test_an_offloaded_teacher_says_bitwise_the_same_and_its_weights_stay_where_they_were(tied):
     here, away = (prepare_teacher(random_model(tie_word_embeddings=tied), CPU) for _ in range(2))
+    before = [parameter.data_ptr() for parameter in away.parameters()]
     place(away, Placement.offload, CPU)
     expected, found = LocalTeacher(here, 23), LocalTeacher(away, 23, device=CPU)
     for _ in range(2):
         with found.ready():
             assert torch.equal(found.logp(batch(), 0.7), expected.logp(batch(), 0.7))
-        assert {parameter.device.type for parameter in away.model.layers.parameters()} == {"meta"}
+        assert [parameter.data_ptr() for parameter in away.parameters()] == before
     assert torch.equal(found.states(batch()).head.weight_VH, expected.states(batch()).head.weight_VH)
     assert not any(parameter.requires_grad for parameter in away.parameters())
+
+
+class Watched(Offload):
+    """Knows the memory of every copy. before, during: called with a layer's number ahead of copying it and ahead of its computing."""
+
+    def __init__(self, layers, before=lambda index: None, during=lambda index: None):
+        self.before, self.copies = before, {}
+        for index, layer in enumerate(layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, index=index: during(index))
+        super().__init__(layers, CPU)
+
+    def copy(self, index, place, free):
+        self.before(index)
+        self.copies |= {StorageWeakRef(tensor.untyped_storage()): tensor.nbytes for tensor in place}
+        return super().copy(index, place, free)
+
+    def held(self):
+        """Copies that exist, in layers, which are all of one size."""
+        self.copier.submit(int).result()  # the thread has let go of its last one
+        return sum(size for copy, size in self.copies.items() if not copy.expired()) / sum(tensor.nbytes for tensor in self.host[0])
+
+
+def test_the_next_layer_is_copied_while_one_computes_and_nothing_stays():
+    model = prepare_teacher(random_model(num_hidden_layers=5), CPU)
+    expected, computed, held = model(torch.arange(9)[None]).logits, [threading.Event() for _ in range(5)], []
+
+    def before(index):
+        """A layer is not copied before the one ahead of it computes: were it waited for, that one never would."""
+        assert index == 0 or computed[index - 1].wait(10)
+
+    def during(index):
+        computed[index].set()
+        held.append(offload.held())
+
+    offload = Watched(model.model.layers, before, during)
+    for _ in range(2):
+        assert torch.equal(model(torch.arange(9)[None]).logits, expected)
+        assert offload.held() == 0
+    assert held == [2, 2, 2, 2, 1] * 2 and len(offload.copies) == 2 * 2 * 12
+
+
+def test_what_copying_raises_is_raised_by_the_layer_and_the_next_pass_is_right():
+    model = prepare_teacher(random_model(num_hidden_layers=4), CPU)
+    expected, faults = model(torch.arange(9)[None]).logits, {"copy": 1, "compute": 2}
+
+    def fail(kind, index):
+        if index == faults.get(kind):
+            del faults[kind]
+            raise torch.OutOfMemoryError(kind)
+
+    offload = Watched(model.model.layers, partial(fail, "copy"), partial(fail, "compute"))
+    for kind in ("copy", "compute"):
+        with pytest.raises(torch.OutOfMemoryError, match=kind):
+            model(torch.arange(9)[None])
+        assert offload.held() == 0 and offload.coming is None
+        assert [[p.data_ptr() for p in own] for own in offload.parameters] == [[t.data_ptr() for t in own] for own in offload.host]
+    assert faults == {} and torch.equal(model(torch.arange(9)[None]).logits, expected)
+
+
+def test_layers_out_of_turn_and_layers_that_share_weights_compute_the_same():
+    here, away = (prepare_teacher(random_model(num_hidden_layers=4), CPU) for _ in range(2))
+    for model in (here, away):
+        model.model.layers[1].mlp.gate_proj.weight = model.model.layers[0].mlp.gate_proj.weight
+    place(away, Placement.offload, CPU)
+    for model in (here, away):
+        model.model.layers = torch.nn.ModuleList([model.model.layers[index] for index in (1, 0, 3, 3)])
+    assert torch.equal(away(torch.arange(9)[None], use_cache=False).logits, here(torch.arange(9)[None], use_cache=False).logits)
+
+
+def test_layers_that_are_not_plain_weights_of_their_own_are_not_offloaded():
+    shared = prepare_teacher(random_model(), CPU)
+    shared.model.norm.weight = shared.model.layers[0].input_layernorm.weight
+    with pytest.raises(ConfigError, match="share weights with its other parts; take same"):
+        place(shared, Placement.offload, CPU)
+    small = prepare_teacher(random_model(), CPU)
+    small.model.layers[0].mlp.up_proj.weight = type("Params4bit", (torch.nn.Parameter,), {})(torch.zeros(32, 16), requires_grad=False)
+    with pytest.raises(ConfigError, match="a quantised teacher stay where they are; take same"):
+        place(small, Placement.offload, CPU)
 
 
 def test_a_teacher_on_another_device_answers_on_the_students():
@@ -126,8 +210,10 @@ def test_memory_is_told_from_the_config_alone():
     assert halves.teacher == 2 * teacher
     adapters = memory.estimate(from_options({**TINY, "lora.rank": 2}), 1, CPU)
     assert adapters.weights > 4 * student and adapters.optimizer < 8 * student / 2
-    gone = memory.estimate(from_options({**TINY, "teacher.placement": "offload"}), 1, torch.device("cuda"))
-    assert gone.teacher < 4 * teacher / 2
+    layers = models.load_model(from_options(TINY).teacher, "teacher", CPU).model.layers
+    layer, inside = (sum(parameter.numel() for parameter in part.parameters()) for part in (layers[0], layers))
+    gone = memory.estimate(from_options({**TINY, "teacher.placement": "offload", "teacher.dtype": "float32"}), 1, torch.device("cuda"))
+    assert gone.teacher == 4 * (teacher - inside + 2 * layer)
     assert "student 1.5 MiB (weights 0.4 MiB, gradients 0.4 MiB, optimizer 0.8 MiB), teacher" in str(plain)
 
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import torch
-from accelerate import cpu_offload
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,6 +10,7 @@ from opd.config.schema import Placement, TeacherConfig
 from opd.errors import ConfigError
 from opd.objective import Head
 from opd.sharding import fsdp2
+from opd.teachers.offload import Offload
 
 
 def home(config: TeacherConfig, device: torch.device, processes: int, sharded: bool) -> torch.device:
@@ -45,7 +45,10 @@ def layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def place(model: PreTrainedModel, placement: Placement, device: torch.device) -> None:
-    """Shard or offload the layers of a model on the CPU; the rest of it goes to `device`, where all of it computes."""
+    """Shard or offload the layers of a model on the CPU; the rest of it goes to `device`, where all of it computes.
+
+    Raises `ConfigError` for a model that this cannot be done with.
+    """
     if placement not in (Placement.sharded, Placement.offload):
         return
     found = layers(model)
@@ -58,9 +61,19 @@ def place(model: PreTrainedModel, placement: Placement, device: torch.device) ->
     if placement is Placement.sharded:
         fsdp2.shard(found)
     else:
-        device = torch.device("cpu") if device.type == "cpu" else device  # Accelerate's own cpu:0 is none that its hooks know
-        for layer in found:
-            cpu_offload(layer, execution_device=device)
+        check_offload(model, found)
+        Offload(found, device)
+
+
+def check_offload(model: PreTrainedModel, found: list[nn.Module]) -> None:
+    """Refuse layers that are not plain weights of their own: a caller may bring any model."""
+    own = {id(parameter): parameter for layer in found for parameter in layer.parameters()}
+    inside = {id(part) for layer in found for part in layer.modules()}
+    outside = (parameter for part in model.modules() if id(part) not in inside for parameter in part.parameters(recurse=False))
+    if not own.keys().isdisjoint(map(id, outside)):
+        raise ConfigError(f"teacher.placement=offload: layers of {type(model).__name__} share weights with its other parts; take same")
+    if any(type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor for parameter in own.values()):
+        raise ConfigError("teacher.placement=offload: the weights of a quantised teacher stay where they are; take same")
 
 
 def head_on(head: Head, device: torch.device) -> Head:
