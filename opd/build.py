@@ -152,7 +152,7 @@ def build(
     config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, Any] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
-    check_engine(config, accelerator.num_processes, shards_weights(accelerator))
+    check_engine(config, accelerator)
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -286,16 +286,15 @@ def shards_weights(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type is DistributedType.FSDP
 
 
-def check_engine(config: Config, processes: int, sharded: bool) -> None:
-    """Raises `ConfigError` where the engine is missing, or cannot work in so many processes, or with weights that are sharded over them."""
-    engine = config.sampling.engine
-    if engine is Engine.vllm and not config.sampling.by_server:
+def check_engine(config: Config, accelerator: Accelerator) -> None:
+    """Raises `ConfigError` where the engine is missing, or cannot work with weights that are sharded over processes."""
+    vllm = config.sampling.engine is Engine.vllm
+    if vllm and not config.sampling.by_server:
         check_installed()
-    if sharded and config.sampling.static_cache:
+    if vllm and config.lora.rank > 0 and accelerator.distributed_type is DistributedType.DEEPSPEED and shards_weights(accelerator):
+        raise ConfigError("sampling.engine=vllm: opd does not merge adapters that ZeRO-3 has sharded; take FSDP2, or zero_stage: 2")
+    if config.sampling.static_cache and shards_weights(accelerator):
         raise ConfigError("sampling.static_cache=true: gathering sharded weights is no part of a graph; set it to false, or use DDP")
-    if sharded and (config.sampling.by_server or (engine is Engine.vllm and processes > 1)):
-        what = "vllm.url" if config.sampling.by_server else "engine=vllm"
-        raise ConfigError(f"sampling.{what}: vLLM takes whole weights, and these are sharded; use DDP, or sampling.engine=generate")
 
 
 def overlaps(config: Config, engine: Engine, teacher: torch.device, student: torch.device) -> bool:

@@ -113,7 +113,7 @@ class Evaluator:
     precision: Callable[[], Any]
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
-        """ready: within it, which all processes enter together, the teacher answers."""
+        """ready: within it, which all processes enter together, model and teacher answer."""
         rewards, example = self.rewards(sampler)
         return Evaluation(step, rewards, self.kl(sampler, model, teacher, ready), example)
 

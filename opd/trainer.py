@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from opd.account import Scored, describe, engine_gap, scored
 from opd.batches import Batches
 from opd.checkpoint import AHEAD, ROUND, Checkpoint, Checkpoints, restore, snapshot
-from opd.config.schema import Config, Truncated
+from opd.config.schema import Config, Engine, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
@@ -180,9 +181,9 @@ class Trainer:
 
     def evaluate(self) -> Iterator[Event]:
         self.settle()
-        with whole(self.policy):
-            self.hand_over()
-            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.batches.teacher, self.batches.teacher_ready)
+        self.hand_over()
+        with self.sampler_ready():
+            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.batches.teacher, self.both_ready)
         self.note_memory("evaluation")
         self.evaluated = self.step
         score = evaluation.score
@@ -281,9 +282,9 @@ class Trainer:
     def begin(self) -> Round:
         """Sample, and let the teacher score."""
         begin = clock(self.accelerator.device)
-        with whole(self.policy):
-            if self.ahead is None:
-                self.hand_over()
+        if self.ahead is None:
+            self.hand_over()
+        with self.sampler_ready():
             written = stoppable(self.accelerator, self.sample)
         self.ahead = None
         self.sample_ahead()
@@ -312,9 +313,18 @@ class Trainer:
         return (self.overlap or self.sampler).sample(self.requests(step), self.decoding(step), "train")
 
     def hand_over(self) -> None:
-        """Let a server that samples have the weights of now, before any process asks it."""
-        if self.config.sampling.by_server:
-            on_main(self.accelerator, lambda: self.sampler.sample([], self.decoding(self.step), "train"))
+        """Let an engine with weights of its own have those of now, before any process asks it."""
+        self.sampler.hand_over(partial(on_main, self.accelerator))
+
+    def sampler_ready(self) -> AbstractContextManager[None]:
+        """Within it, which all processes enter together, the sampler waits for no other process: vLLM has weights of its own."""
+        return nullcontext() if self.config.sampling.engine is Engine.vllm else whole(self.policy)
+
+    @contextmanager
+    def both_ready(self) -> Iterator[None]:
+        """Within it, which all processes enter together, and within `sampler_ready` student and teacher answer."""
+        with whole(self.policy) if self.config.sampling.engine is Engine.vllm else nullcontext(), self.batches.teacher_ready():
+            yield
 
     def learnt(self, written: Sequence[Rollout]) -> list[Rollout]:
         """What is scored of each rollout: the first `ppo.loss_prefix` tokens; none where it is dropped.

@@ -26,6 +26,7 @@ from opd.samplers import Choice, Decoding, GenerateSampler, Material, choose, ma
 from opd.samplers.continuous import ContinuousSampler
 from opd.samplers.trial import candidates
 from opd.samplers.twin import PackedLinear, Twin, can_pack
+from opd.sharding import fsdp2
 
 PROMPTS = [(5, 7, 9), (4,), (11, 12, 13, 14, 15, 3), (8, 2)]
 DECODING = Decoding(temperature=0.8, max_new_tokens=12)
@@ -304,7 +305,7 @@ def work(rank, folder):
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(policy)
-    sharding.settle(policy, layerwise=True)
+    fsdp2.settle(policy, layerwise=True)
     with sharding.whole(policy):
         written.append([sampler.sample(*call, "train") for call in asked(rank)])
     torch.save([[rollout.completion for call in calls for rollout in call] for calls in written], folder / f"{rank}.pt")

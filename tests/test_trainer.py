@@ -663,7 +663,7 @@ def test_the_sampler_is_told_of_every_update(make_model, tmp_path, monkeypatch):
 
 
 class Recording:
-    """A sampler that notes what it was asked, with the weights of then: as a server, it gets them with a call of its own."""
+    """A sampler that notes what it was asked, and that weights were handed to it, with the weights of then."""
 
     def __init__(self, trainer, inner):
         self.trainer, self.inner, self.asked = trainer, inner, []
@@ -674,6 +674,9 @@ class Recording:
 
     def refresh(self):
         pass
+
+    def hand_over(self, lead):
+        self.asked.append(([], weights(self.trainer)))
 
 
 def test_with_a_lag_the_next_step_is_sampled_with_the_weights_before_the_update(make_model, tmp_path):
@@ -823,12 +826,13 @@ class Handed:
         self.inner = GenerateSampler(self.model, (1,), 0, VOCABULARY, 0, bf16=False)
 
     def sample(self, requests, decoding, stream):
-        if not requests:
-            self.model.load_state_dict(self.trainer.student.state_dict())
         return self.inner.sample(requests, decoding, stream)
 
     def refresh(self):
         pass
+
+    def hand_over(self, lead):
+        self.model.load_state_dict(self.trainer.student.state_dict())
 
 
 @pytest.mark.parametrize("place", [2, 3, 4, None])

@@ -38,6 +38,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: scripts/environment_vllm"),
 ]
 
+ROOT = Path(__file__).resolve().parent.parent
 LONG = 160  # tokens of a prompt: more than a block of the prefix cache
 DECODING = Decoding(temperature=0.8, max_new_tokens=12)
 
@@ -320,9 +321,13 @@ def test_a_run_that_is_stopped_amid_sampling_goes_on_as_if_it_had_not_been(stude
     assert (stopped / "final" / "model.safetensors").read_bytes() == (straight / "final" / "model.safetensors").read_bytes()
 
 
-def launch(cwd, processes, student_folder, *options):
-    command = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m", "opd.train", "experiment=debug", "sampling.engine=vllm"]
-    command = [sys.executable, "-m", *command, f"model.path={student_folder}", "device=cpu", "name=one", *options]
+SHARDED = ["accelerate.commands.launch", "--main_process_port", "0", "--config_file", ROOT / "scripts/accelerate/fsdp2_cpu2.yaml"]
+
+
+def launch(cwd, processes, student_folder, *options, sharded=False):
+    launcher = SHARDED if sharded else ["torch.distributed.run", "--nproc_per_node", str(processes)]
+    command = [sys.executable, "-m", *launcher, "-m", "opd.train", "experiment=debug", "sampling.engine=vllm"]
+    command += [f"model.path={student_folder}", "device=cpu", "name=one", *options]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
@@ -363,9 +368,11 @@ def test_engines_of_several_processes_come_and_go_and_sample_what_each_is_asked(
     assert done.returncode == 0, done.stderr
 
 
-def test_each_of_several_processes_has_an_engine_of_its_own(student_folder, tmp_path):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_each_of_several_processes_has_an_engine_of_its_own(student_folder, tmp_path, sharded):
     """A learning rate at which weights of a step before would show."""
-    done = launch(tmp_path, 2, student_folder, "optim.lr=1e-2", "train.max_steps=4", "eval.limit=4", "eval.kl_prompts=4")
+    options = ["optim.lr=1e-2", "train.max_steps=4", "eval.limit=4", "eval.kl_prompts=4"]
+    done = launch(tmp_path, 2, student_folder, *options, sharded=sharded)
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "runs" / "one")
     assert len(steps) == 4 and max(step["engine_gap"] for step in steps) < 1e-4
@@ -448,10 +455,11 @@ def test_a_run_with_a_server(student_folder, server, tmp_path):
     assert (tmp_path / "w" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_two_processes_share_a_server_which_has_the_weights_before_either_asks(student_folder, server, tmp_path, lag):
+@pytest.mark.parametrize(("lag", "sharded"), [(0, False), (1, False), (0, True), (1, True)])
+def test_two_processes_share_a_server_which_has_the_weights_before_either_asks(student_folder, server, tmp_path, lag, sharded):
     """A learning rate at which weights of a step before would show; with a lag they are to."""
-    done = launch(tmp_path, 2, student_folder, f"sampling.vllm.url={server}", f"sampling.lag={lag}", "optim.lr=1e-2", "eval.steps=2")
+    options = [f"sampling.vllm.url={server}", f"sampling.lag={lag}", "optim.lr=1e-2", "eval.steps=2"]
+    done = launch(tmp_path, 2, student_folder, *options, sharded=sharded)
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "runs" / "one")
     assert len(steps) == 6 and steps[0]["engine_gap"] < 1e-4

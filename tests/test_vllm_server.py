@@ -2,25 +2,37 @@
 
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 from safetensors.torch import load_file
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from opd import signals
+from opd.config.schema import LoraConfig
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ENGINE, ConfigError, EngineError, OutputError, Preempted
+from opd.forward import Policy, add_adapters
 from opd.samplers import Decoding
 from opd.samplers import vllm as vllm_module
 from opd.samplers.vllm_server import VllmServerSampler
+from opd.sharding import fsdp2
 
+ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(3)]
 DECODING = Decoding(0.8, 4, top_p=0.9, top_k=7)
 
@@ -33,6 +45,7 @@ class FakeServer(ThreadingHTTPServer):
     """Answers as told: a path's answer is a value for JSON, or a function that gets the handler and the body."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -180,10 +193,107 @@ def test_a_completion_that_cannot_be_is_one_line(make_sampler, server, case):
 
 def test_one_of_several_processes_sends_the_weights(make_sampler, server):
     sampler = make_sampler(leads=False)
-    sampler.sample([], DECODING, "train")
+    sampler.hand_over(lambda send: None)
     sampler.refresh()
     sampler.sample(REQUESTS, DECODING, "train")
     assert not server.bodies("/collective_rpc") and len(server.bodies("/v1/completions")) == 1 + len(REQUESTS)
+
+
+def work(rank, folder, url):
+    """One of two processes: layers shared out, handed over tied and not, with adapters and without, to what can be written and what not."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    for name, tied, bf16, adapted in (("tied", True, True, False), ("apart", False, False, False), ("adapted", False, False, True)):
+        model = student(tied, adapted)
+        settings = {"url": url, "longest": 32, "connections": 2, "timeout": 5.0, "leads": rank == 0, "sharded": True}
+        sampler = VllmServerSampler(model, (1, 2), 23, 7, bf16, **settings, weights_folder=str(folder / name))
+        nowhere = VllmServerSampler(model, (1, 2), 23, 7, bf16, **settings, weights_folder="/proc/opd")
+        policy = Policy(model, 23)
+        for layer in layers(model):
+            fully_shard(layer)
+        fully_shard(policy)
+        fsdp2.settle(policy, layerwise=True)
+        sampler.hand_over(lambda send: send() if rank == 0 else None)
+        with pytest.raises(OutputError) if rank == 0 else nullcontext():
+            nowhere.hand_over(lambda send: send() if rank == 0 else None)
+        assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def student(tied, adapted):
+    model = random_model(tie_word_embeddings=tied)
+    if adapted:
+        add_adapters(model, LoraConfig(rank=4))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.5, generator=torch.Generator().manual_seed(3))
+    return model
+
+
+def layers(model):
+    return [module for module in model.modules() if type(module).__name__ == "Qwen2DecoderLayer"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks in transformers' old words
+def test_weights_that_two_processes_share_go_to_the_server_whole_and_stay_shared(server, tmp_path):
+    pytest.importorskip("peft")
+    torch.multiprocessing.spawn(work, (tmp_path, server.url), nprocs=2)
+    assert len(server.bodies("/collective_rpc")) == 3
+    for name, tied, dtype in (("tied", True, torch.bfloat16), ("apart", False, torch.float32)):
+        sent, model = load_file(tmp_path / name / "model.safetensors"), student(tied, adapted=False)
+        assert sent.keys() == model.state_dict().keys() and "lm_head.weight" in sent
+        assert all(torch.equal(sent[key], tensor.to(dtype)) for key, tensor in model.state_dict().items())
+    sent, base = load_file(tmp_path / "adapted" / "model.safetensors"), student(tied=False, adapted=False)
+    assert sent.keys() == base.state_dict().keys()
+    differs = {key for key, tensor in base.state_dict().items() if not torch.equal(sent[key], tensor)}
+    assert differs and all("proj" in key for key in differs)
+    base.load_state_dict(sent)
+    ids = torch.arange(9)[None]
+    assert torch.allclose(base(ids).logits, student(tied=False, adapted=True)(ids).logits, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "lag"), [("fsdp2", 0), ("fsdp2", 1), ("zero3", 0)])
+def test_a_run_with_sharded_weights_lets_a_server_sample_without_gathering_them(server, tmp_path, strategy, lag):
+    """The last thing that is handed over is what the run ends with."""
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    server.completion = completion([17, 18, 256], [-0.5, -0.25, -1.0])
+    server.answers["/v1/models"] = {"data": [{"id": "student", "max_model_len": 4096}]}
+    (tmp_path / "run.py").write_text(GATHERED)
+    config = ROOT / f"scripts/accelerate/{strategy}_cpu2.yaml"
+    command = ["accelerate", "launch", "--main_process_port", "0", "--config_file", str(config), "run.py", "experiment=debug", "device=cpu"]
+    command += ["name=run", "sampling.engine=vllm", f"sampling.vllm.url={server.url}", "sampling.vllm.weights_folder=w"]
+    command += [f"sampling.lag={lag}", "train.max_steps=3", "eval.steps=0", "eval.kl_prompts=4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(server.bodies("/collective_rpc")) == 4 - lag  # before each of three steps, one of them ahead, and to be evaluated at the end
+    assert (tmp_path / "gathered.txt").read_text().split() == ["kl", "kl"]
+    sent, ended = load_file(tmp_path / "w/model.safetensors"), load_file(tmp_path / "runs/run/final/model.safetensors")
+    assert all(torch.equal(sent[name], tensor) for name, tensor in ended.items()) and sent.keys() >= ended.keys()
+
+
+# Notes what weights are gathered for, but for building and for layers in turn.
+GATHERED = """
+import os, sys
+from pathlib import Path
+from opd import train, trainer
+
+whole = trainer.whole
+
+def noted(module):
+    if os.environ["RANK"] == "0":
+        with Path("gathered.txt").open("a") as file:
+            file.write(f"{'kl' if sys._getframe(3).f_code.co_name == 'kl' else sys._getframe(1).f_code.co_name}\\n")
+    return whole(module)
+
+trainer.whole = noted
+sys.exit(train.main(sys.argv[1:]))
+"""
 
 
 def test_a_stop_breaks_off_what_is_waited_for_and_not_what_is_sampled_ahead(make_sampler, monkeypatch):

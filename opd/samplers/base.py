@@ -1,6 +1,6 @@
 """What every sampler takes and gives."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,15 @@ class Decoding:
     batch_size: int = 64
 
 
+Lead = Callable[[Callable[[], None]], object]
+"""Lets one process of a run do something, and the others wait for it and raise what it raises."""
+
+
+def by_itself(work: Callable[[], None]) -> None:
+    """The `Lead` of a process that is the only one."""
+    work()
+
+
 class Sampler(Protocol):
     """Writes completions. `stream` keeps random numbers of different uses (training, evaluation) apart."""
 
@@ -27,4 +36,8 @@ class Sampler(Protocol):
 
     def refresh(self) -> None:
         """The model's weights changed."""
+        ...
+
+    def hand_over(self, lead: Lead = by_itself) -> None:
+        """Have the weights of now before `sample`, if it samples with others than the model's own. All processes of a run together."""
         ...

@@ -21,7 +21,7 @@ from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError
 from opd.forward import output_head
-from opd.samplers.base import Decoding
+from opd.samplers.base import Decoding, Lead, by_itself
 from opd.samplers.twin import Twin
 
 LOOK = 0.05  # seconds after which a call that waits for completions looks again whether it is to stop
@@ -61,6 +61,9 @@ class ContinuousSampler:
 
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples, and each call has a cache of its own."""
+
+    def hand_over(self, lead: Lead = by_itself) -> None:
+        """Nothing to do either."""
 
     @torch.no_grad()
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:

@@ -21,7 +21,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.forward import autocast, output_head
 from opd.objective import behaviour_logp, draw
-from opd.samplers.base import Decoding
+from opd.samplers.base import Decoding, Lead, by_itself
 from opd.samplers.caches import Fixed, Growing, held
 from opd.samplers.twin import Twin
 
@@ -55,6 +55,9 @@ class GenerateSampler:
 
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples."""
+
+    def hand_over(self, lead: Lead = by_itself) -> None:
+        """Nothing to do either."""
 
     def sample(
         self,

@@ -103,6 +103,7 @@ def vllm(material: Material, choice: Choice) -> Sampler:
         timeout=options.timeout,
         weights_folder=options.weights_folder,
         leads=material.leads,
+        sharded=material.sharded,
     )
 
 

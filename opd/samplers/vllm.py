@@ -30,7 +30,7 @@ from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.forward import free_memory
-from opd.samplers.base import Decoding
+from opd.samplers.base import Decoding, Lead, by_itself
 from opd.samplers.weights import checkpoint_weights
 
 TESTED = "0.32"
@@ -88,6 +88,13 @@ class VllmSampler:
     def refresh(self) -> None:
         """The student's weights changed: the next `sample` copies them."""
         self.stale = True
+
+    def hand_over(self, lead: Lead = by_itself) -> None:
+        """Each process's engine takes them by itself; what is sharded is gathered for all of them, a tensor at a time."""
+        if self.stale:
+            with apart(self.model.device):
+                self.wake()
+                self.sleep()
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Raises `EngineError` when what comes back is not a completion of each request with finite log-probs."""

@@ -21,15 +21,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from opd import signals
 from opd.data.rollouts import Request, Rollout
 from opd.errors import EngineError, OutputError
-from opd.samplers.base import Decoding
+from opd.samplers.base import Decoding, Lead, by_itself
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
-from opd.samplers.weights import checkpoint_weights
+from opd.samplers.weights import write_weights
 
 START = "start it as README.md says under Sampling engines"
 CERTAIN = 1e-4  # what a log-prob of 0 may be off by
@@ -81,12 +80,22 @@ def short(answer: bytes) -> str:
     return " ".join(answer.decode(errors="replace").split())[:200] or "nothing"
 
 
+def made(folder: Path) -> OSError | None:
+    """Make a folder, unless it is there. Returns what kept it from being made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error
+    return None
+
+
 class VllmServerSampler:
     """Implements `Sampler` with a vLLM server.
 
     model, eos, vocabulary, seed, bf16: as in `VllmSampler`. longest: tokens of prompt and completion that the server has to take.
     connections: completions asked for at a time. weights_folder: where the server reads weights from; a temporary folder for None.
-    leads: whether this process sends the weights; of several that ask one server, one does, before any of them asks (`sample` of nothing).
+    leads: whether this process sends the weights; of several that ask one server, one does, in `hand_over`, before any of them asks.
+    sharded: the weights will be, and all processes put them together for the one.
 
     Raises `EngineError` when the server does not answer, has another version than was tested, or returns other log-probs than those of the
     distribution that it draws from.
@@ -106,6 +115,7 @@ class VllmServerSampler:
         timeout: float,
         weights_folder: str | None,
         leads: bool = True,
+        sharded: bool = False,
     ) -> None:
         self.model = model
         self.eos = list(eos)
@@ -123,6 +133,7 @@ class VllmServerSampler:
         self.restriction = {"allowed_token_ids": list(range(vocabulary))} if vocabulary < head else {}
         self.model_name = self.check_server(longest)
         self.leads = leads
+        self.sharded = sharded
         self.stale = True
 
     def check_server(self, longest: int) -> str:
@@ -148,14 +159,28 @@ class VllmServerSampler:
         return name
 
     def refresh(self) -> None:
-        """The student's weights changed: the next `sample` sends them."""
+        """The student's weights changed: the next `hand_over` sends them, or the next `sample` where there was none."""
         self.stale = True
+
+    def hand_over(self, lead: Lead = by_itself) -> None:
+        """Write the weights where the server finds them, a tensor at a time, and let it take them up.
+
+        Raises `OutputError` where they cannot be written, `EngineError` where the server does not take them.
+        """
+        if not self.stale:
+            return
+        file = self.folder / "tmp_model.safetensors"
+        failure = made(self.folder) if self.leads else None
+        if self.leads or self.sharded:
+            unwritten = write_weights(self.model, file if self.leads and failure is None else None, self.dtype)
+            failure = failure or unwritten
+        lead(lambda: self.send(file, failure))
+        self.stale = False
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or answers what is not a completion with finite log-probs."""
         if self.stale and self.leads:
-            self.send_weights()
-            self.stale = False
+            self.hand_over()
         options = {**sampling_options(decoding, self.eos), **self.restriction}
 
         def write(request: Request) -> Rollout:
@@ -184,13 +209,12 @@ class VllmServerSampler:
             raise self.server.error(f"its completion lacks token ids or log-probs: {short(json.dumps(answer).encode())}") from None
         return ids, logp
 
-    def send_weights(self) -> None:
-        """Write them where the server finds them, and let it read them and forget the keys and values of the old ones."""
-        target, work = self.folder / "model.safetensors", self.folder / "tmp_model.safetensors"
+    def send(self, file: Path, failure: OSError | None) -> None:
+        """Let the server read the weights in `file` and forget the keys and values of the old ones. failure: why they are not there."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: weight.to("cpu", self.dtype, copy=True).contiguous() for name, weight in checkpoint_weights(self.model)}, work)
-            work.replace(target)
+            if failure is not None:
+                raise failure
+            file.replace(self.folder / "model.safetensors")
         except OSError as error:
             raise OutputError(
                 f"sampling.vllm.weights_folder: {self.folder}: the weights could not be written ({error}); name another folder"
