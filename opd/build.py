@@ -291,8 +291,8 @@ def check_engine(config: Config, accelerator: Accelerator) -> None:
     vllm = config.sampling.engine is Engine.vllm
     if vllm and not config.sampling.by_server:
         check_installed()
-    if vllm and config.lora.rank > 0 and accelerator.distributed_type is DistributedType.DEEPSPEED and shards_weights(accelerator):
-        raise ConfigError("sampling.engine=vllm: opd does not merge adapters that ZeRO-3 has sharded; take FSDP2, or zero_stage: 2")
+    if vllm and accelerator.distributed_type is DistributedType.DEEPSPEED and shards_weights(accelerator):
+        raise ConfigError("sampling.engine=vllm does not take weights that ZeRO-3 shards: use FSDP2, zero_stage: 2, or engine=generate")
     if config.sampling.static_cache and shards_weights(accelerator):
         raise ConfigError("sampling.static_cache=true: gathering sharded weights is no part of a graph; set it to false, or use DDP")
 

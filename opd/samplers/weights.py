@@ -19,7 +19,7 @@ from opd.sharding import Held, Part, full, weight, write_full
 
 @torch.no_grad()
 def checkpoint_weights(model: PreTrainedModel, vocabulary: int) -> Iterator[tuple[str, Tensor]]:
-    """Each name with its weight, detached, on the model's device; of the embedding and the output head the first `vocabulary` rows (V, H)."""
+    """Each name with its weight, detached, on the model's device; of embedding and output head the first `vocabulary` rows (V, H)."""
     for name, held in held_weights(model).items():
         value, module = full(held), model.get_submodule(name.rpartition(".")[0])
         yield name, value[:vocabulary] if module in vocabulary_layers(model) else value
