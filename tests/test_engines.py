@@ -234,7 +234,7 @@ def test_an_engine_that_runs_no_candidate_is_refused_in_its_own_words(make_model
 def test_a_cache_without_room_is_an_engine_error_that_leaves_the_model_as_it_was(make_model):
     model = make_model()
     model.set_attn_implementation("eager")  # which the engine replaces
-    with pytest.raises(EngineError, match="raise sampling.memory_share"):
+    with pytest.raises(EngineError, match=r"raise sampling\.memory_share"):
         ContinuousSampler(model, (1,), 0, V, seed=0, twin=False, memory_share=1e-6).sample(requests(), DECODING, "train")
     assert model.config._attn_implementation == "eager"
 

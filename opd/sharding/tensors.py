@@ -1,7 +1,7 @@
 """Tensors that are sharded over processes, in full: put together, written to a file one after the other, and shared out again."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,9 @@ class Part:
     def numel(self) -> int:
         return self.shape.numel()
 
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
 
 Held = Tensor | Part
 
@@ -52,20 +55,15 @@ def gathered(tensors: Mapping[str, Held], keep: bool) -> dict[str, Tensor]:
     return found
 
 
-def write_full(
-    tensors: Mapping[str, Held], file: Path | None, values: Iterable[Tensor] | None = None, dtype: torch.dtype | None = None
-) -> OSError | None:
+def write_full(tensors: Mapping[str, Held], file: Path | None) -> OSError | None:
     """Write all of `tensors` in full as safetensors, without ever holding more than one; all processes together, those without a file
     for the others' sake. Returns what kept it from being written.
-
-    values: what is written in place of each, made as it is asked for, whole and of the same shape. dtype: of all that is written.
     """
     header = {}
     end = 0
     for name, tensor in tensors.items():
-        kind = dtype or tensor.dtype
-        begin, end = end, end + tensor.numel() * kind.itemsize
-        header[name] = {"dtype": DTYPES[kind], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     stream, failure = None, None
@@ -76,10 +74,11 @@ def write_full(
                 stream.write(len(text).to_bytes(8, "little") + text)
         except OSError as error:
             failure = error
-        for value in map(full, tensors.values()) if values is None else values:
+        for tensor in tensors.values():
+            value = full(tensor)
             try:
                 if stream is not None and failure is None:
-                    stream.write(value.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+                    stream.write(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             except OSError as error:
                 failure = error
     return failure
