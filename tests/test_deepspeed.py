@@ -25,7 +25,8 @@ BY_LAYER = {
     "gradient_accumulation_steps": 4,  # opd's own take their place
     "gradient_clipping": 0.01,
 }
-# In the second of three steps a gradient of one process is not finite, in the third a score of the other. It also writes down the most
+# In the second of three steps a gradient of one process is not finite, in the third a score of the other, whose
+# gradient is, as advantages are bounded. It also writes down the most
 # up-projections that were whole behind their use in the passes of an update.
 FAULTS = """
 import os, sys, torch
@@ -50,7 +51,7 @@ def computed(self, hidden):
 
 def scored(self, batch, temperature):
     bad = os.environ["RANK"] == "0" and now["step"] == 2
-    return logp(self, batch, temperature) * (float("nan") if bad else 1.0)
+    return logp(self, batch, temperature) * (float("inf") if bad else 1.0)
 
 def counted(self):
     now["step"] = self.step
