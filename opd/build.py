@@ -3,6 +3,7 @@
 import atexit
 import math
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -153,7 +154,6 @@ def build(
         **measured_choices(config, accelerator, vocabulary),
         "sampling": choose_sampling(accelerator, material, train_prompts),
     }
-    choices["max_tokens"] = min(choices["max_tokens"], config.train.max_tokens_per_micro_batch)
     rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
     sampler = make_sampler(sampling, material)  # copies what it samples with, which cannot be done once weights are sharded
     digests = on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
@@ -255,6 +255,13 @@ def measured_choices(config: Config, accelerator: Accelerator, vocabulary: int) 
     most = chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, 2**31 if on_gpu else 304 * 2**20))
     rows = torch.tensor([most if on_gpu else min(most, max(256, 2**24 // (4 * vocabulary)))], device=accelerator.device)
     return {"head_rows": int(accelerator.gather(rows).min()), "max_tokens": config.train.max_tokens_per_micro_batch}
+
+
+def kept_choices(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The choices of the run that goes on from `state`. Micro-batches that memory had halved stay so until another size is asked for."""
+    asked = config.train.max_tokens_per_micro_batch
+    changed = asked != state["config"]["train"]["max_tokens_per_micro_batch"]
+    return {**state["choices"], **({"max_tokens": asked} if changed else {})}
 
 
 def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[Prompt]) -> dict[str, Any]:
