@@ -1,46 +1,38 @@
-"""From a typed config to everything a run needs: accelerator, models, data, sampler, teacher, evaluator, trainer."""
+"""From a typed config to everything a run needs: models, data, sampler, teacher, evaluator, trainer."""
 
-import atexit
 import math
-import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, broadcast
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from opd import models, sharding
+from opd.accelerator import SHARDING, layerwise, prepare, shards_weights
 from opd.batches import Batches
 from opd.checkpoint import Checkpoints
-from opd.config.schema import Config, Engine, Placement, Quantization, Tracker
+from opd.config.schema import Config, Engine, Placement, Quantization
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import Request
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluate import Evaluator
-from opd.forward import Policy, add_adapters, autocast, free_memory, give_back_at_once, packs, prepare_student, prepare_teacher
+from opd.forward import Policy, add_adapters, autocast, free_memory, packs, prepare_student, prepare_teacher
 from opd.identity import content, identity
 from opd.objective import chunk_rows
 from opd.overlap import can_overlap
 from opd.rewards import Grader, make_grader
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, Sampler, choose, longest, make_sampler
 from opd.samplers.vllm import check_installed
-from opd.sharding import fsdp2, zero
 from opd.teachers import LocalTeacher, home, place
 from opd.together import on_main
 from opd.trainer import Trainer
 from opd.update import Update
-
-SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,82 +63,6 @@ class Built:
     eos: tuple[int, ...]
     differences: list[str]
     sampling: Choice
-
-
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """Accelerate, whether one process runs or many. Raises `ConfigError` for a device that is not there."""
-    device = models.find_device(config.device)
-    deepspeed = begin_deepspeed(device) if asks_for("DEEPSPEED") else None
-    # Each process loads its weights before they are sharded: the main process alone reads them otherwise, and the teacher's are no one's.
-    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    AcceleratorState._reset_state()  # the next member of a sweep may compute in another dtype
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        # DeepSpeed would hold the weights in it as well.
-        mixed_precision="bf16" if models.computes_in_bf16(config.model.dtype, device) and deepspeed is None else "no",
-        deepspeed_plugins=deepspeed,
-        # bf16 copies of weights that autocast would keep for a second use are used once.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
-        log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
-        project_dir=folder,
-    )
-    if accelerator.num_processes > 1:
-        atexit.register(PartialState().destroy_process_group)
-    # Accelerate takes up FSDP and DeepSpeed on GPUs alone and would go on with DDP; both work on a CPU as well.
-    on_cpus = device.type == "cpu" and accelerator.num_processes > 1
-    if on_cpus and asks_for("FSDP"):
-        take_up(accelerator, DistributedType.FSDP, fsdp_plugin=FullyShardedDataParallelPlugin())
-    if on_cpus and deepspeed is not None:
-        take_up(accelerator, DistributedType.DEEPSPEED, deepspeed_plugins=deepspeed)
-    if deepspeed is not None:
-        unset_hf_deepspeed_config()  # transformers would shard whatever it loads
-    check_strategy(config, accelerator)
-    if accelerator.distributed_type in SHARDING:
-        give_back_at_once()
-    return accelerator
-
-
-def begin_deepspeed(device: torch.device) -> DeepSpeedPlugin:
-    """Accelerate's settings of it. Raises `ConfigError` where it is not installed, or cannot be had as it is asked for."""
-    if not zero.is_installed():
-        raise ConfigError(zero.MISSING)
-    if PartialState._shared_state.get("distributed_type") is DistributedType.DEEPSPEED:
-        raise ConfigError(
-            "DeepSpeed serves one run of a process: start a sweep as opd train -m … launch.config_file=FILE, which launches each member"
-        )
-    zero.begin(device)
-    try:
-        return DeepSpeedPlugin()
-    except ValueError as error:
-        raise ConfigError(f"deepspeed_config: {' '.join(str(error).split())}") from None
-
-
-def take_up(accelerator: Accelerator, strategy: DistributedType, **plugin: Any) -> None:
-    accelerator.state._shared_state.update(distributed_type=strategy, **plugin)
-    PartialState._shared_state["distributed_type"] = strategy
-
-
-def asks_for(strategy: str) -> bool:
-    """Whether `accelerate launch` was told to use it."""
-    return os.environ.get(f"ACCELERATE_USE_{strategy}", "false").lower() == "true"
-
-
-def check_strategy(config: Config, accelerator: Accelerator) -> None:
-    """Raises `ConfigError` for what a launcher asks for and does not work here."""
-    strategy = accelerator.distributed_type
-    if strategy not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, *SHARDING):
-        raise ConfigError(f"{strategy.value} is not supported; use MULTI_GPU (DDP)")
-    if strategy is DistributedType.FSDP:
-        problem = fsdp2.check_settings(accelerator.state.fsdp_plugin)
-        if problem is not None:
-            raise ConfigError(problem)
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()  # autocast decides, as it does without sharding
-    if strategy is DistributedType.DEEPSPEED:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        problem = zero.check_settings(settings)
-        if problem is not None:
-            raise ConfigError(problem)
-        zero.configure(settings, config.optim.max_grad_norm)
 
 
 def build(
@@ -191,7 +107,6 @@ def build(
         **measured_choices(config, accelerator, vocabulary),
         "sampling": choose_sampling(accelerator, material, train_prompts),
     }
-    choices["max_tokens"] = min(choices["max_tokens"], config.train.max_tokens_per_micro_batch)
     rows, sampling = choices["head_rows"], Choice.from_dict(choices["sampling"])
     sampler = make_sampler(sampling, material)  # copies what it samples with, which cannot be done once weights are sharded
     digests = on_main(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
@@ -256,37 +171,6 @@ def build(
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
 
 
-def prepare(accelerator: Accelerator, policy: Policy, optimizer: AdamW, bf16: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """Student and optimizer under the launcher's strategy; where that shards weights, a layer at a time."""
-    if accelerator.distributed_type not in SHARDING:
-        # Not wrapped in DDP: it would hold a second copy of all gradients to send them in. The trainer adds them up once a step.
-        module = accelerator.prepare_model(policy, evaluation_mode=True)
-        if accelerator.num_processes > 1:
-            for parameter in module.parameters():
-                broadcast(parameter.data)  # a caller's own modules may differ
-        return module, accelerator.prepare_optimizer(optimizer)
-    policy.bf16 = bf16
-    groups = [{**group, "params": list(group["params"])} for group in optimizer.param_groups]
-    prepared = accelerator.prepare(policy, optimizer)
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        return sharding.ZeroPolicy(prepared[0]), sharding.ZeroOptimizer(groups, prepared[0])
-    fsdp2.settle(prepared[0], layerwise(accelerator))
-    return prepared[0], prepared[1]
-
-
-def layerwise(accelerator: Accelerator) -> bool:
-    """Whether processes compute gradients together: with DeepSpeed, and with Accelerate's `fsdp_reshard_after_forward`."""
-    if accelerator.distributed_type is DistributedType.FSDP:
-        return bool(accelerator.state.fsdp_plugin.reshard_after_forward)
-    return accelerator.distributed_type is DistributedType.DEEPSPEED
-
-
-def shards_weights(accelerator: Accelerator) -> bool:
-    if accelerator.distributed_type is DistributedType.DEEPSPEED:
-        return bool(accelerator.state.deepspeed_plugin.zero_stage == 3)
-    return accelerator.distributed_type is DistributedType.FSDP
-
-
 def check_engine(config: Config, sharded: bool) -> None:
     """Raises `ConfigError` where the engine is missing, or cannot work with weights that are sharded over processes."""
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
@@ -311,6 +195,13 @@ def measured_choices(config: Config, accelerator: Accelerator, vocabulary: int) 
     most = chunk_rows(vocabulary, min(free_memory(accelerator.device) // 20, 2**31 if on_gpu else 304 * 2**20))
     rows = torch.tensor([most if on_gpu else min(most, max(256, 2**24 // (4 * vocabulary)))], device=accelerator.device)
     return {"head_rows": int(accelerator.gather(rows).min()), "max_tokens": config.train.max_tokens_per_micro_batch}
+
+
+def kept_choices(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The choices of the run that goes on from `state`. Micro-batches that memory had halved stay so until another size is asked for."""
+    asked = config.train.max_tokens_per_micro_batch
+    changed = asked != state["config"]["train"]["max_tokens_per_micro_batch"]
+    return {**state["choices"], **({"max_tokens": asked} if changed else {})}
 
 
 def choose_sampling(accelerator: Accelerator, material: Material, prompts: list[Prompt]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd import signals
-from opd.build import Built, Given, build, layerwise, make_accelerator, shards_weights
+from opd.accelerator import layerwise, make_accelerator, shards_weights
+from opd.build import Built, Given, build, kept_choices
 from opd.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.config.schema import Config
 from opd.config.store import to_dict
@@ -142,7 +143,7 @@ def distil(
         memory = on_main(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, *kind))
         Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
-        built = build(config, accelerator, checkpoints, given, stack, None if start is None else start.state["choices"])
+        built = build(config, accelerator, checkpoints, given, stack, None if start is None else kept_choices(start.state, config))
         trainer = built.trainer
         if start is not None:
             forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
@@ -328,6 +329,12 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         display.note(f"warning: {line}")
     if start is not None:
         display.note(f"going on after step {start.step} from {start.path}")
+        asked = config.train.max_tokens_per_micro_batch
+        if trainer.batches.max_tokens != asked:
+            display.note(
+                f"micro-batches of {trainer.batches.max_tokens} tokens, for which memory sufficed: "
+                f"train.max_tokens_per_micro_batch={asked} did not fit before, and another number is tried"
+            )
 
 
 def write_report(folder: Path, summary: dict[str, Any]) -> None:

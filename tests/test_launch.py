@@ -12,8 +12,8 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from opd import errors
+from opd.accelerator import make_accelerator
 from opd.api import OnPolicyDistillationTrainer, from_options
-from opd.build import make_accelerator
 from opd.config.schema import Device
 from opd.identity import differences
 from opd.launching import launch, launched, launcher

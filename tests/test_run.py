@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd.forward import Policy
 from opd.train import main
 
 DEBUG = ("experiment=debug", "device=cpu")
@@ -399,3 +400,30 @@ def test_tokens_that_were_not_scored_are_null_in_the_stored_rollouts(tmp_path, m
         for name in ("student_logp", "teacher_logp"):
             assert len(record[name]) == len(record["ids"]) and all(value is None for value in record[name][scored:])
             assert all(value is not None for value in record[name][:scored])
+
+
+def test_a_run_goes_on_with_halved_micro_batches_until_another_size_is_asked_for(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    forward, options = Policy.forward, [*DEBUG, "train.max_steps=2", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.steps=0"]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def tight(self, inputs, loss):
+            if inputs.ids_BT.numel() > 30:
+                raise torch.OutOfMemoryError("made up")
+            return forward(self, inputs, loss)
+
+        patch.setattr(Policy, "forward", tight)
+        assert main([*options, "name=first", "train.max_tokens_per_micro_batch=60"]) == 0
+    first = f"resume={tmp_path / 'runs/first/checkpoints/step_000001'}"
+
+    def went_on(name: str, asked: int) -> tuple[int, str]:
+        capfd.readouterr()
+        assert main([*options, f"name={name}", first, f"train.max_tokens_per_micro_batch={asked}"]) == 0
+        state = json.loads((tmp_path / f"runs/{name}/checkpoints/step_000002/state.json").read_text())
+        return state["choices"]["max_tokens"], capfd.readouterr().out
+
+    size, said = went_on("same", 60)
+    assert size == 30 and "micro-batches of 30 tokens" in said and "train.max_tokens_per_micro_batch=60" in said
+    for asked in (50, 80):
+        size, said = went_on(f"other{asked}", asked)
+        assert size == asked and "micro-batches of" not in said

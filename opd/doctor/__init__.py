@@ -9,7 +9,8 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 
 from opd import models
-from opd.build import Built, Given, build, load_prompts, make_accelerator, make_run_grader
+from opd.accelerator import make_accelerator
+from opd.build import Built, Given, build, load_prompts, make_run_grader
 from opd.checkpoint import Checkpoints
 from opd.config.schema import Config
 from opd.data.prompts import Prompt, to_messages

@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from opd import models
-from opd.build import Given, load_prompts, make_accelerator, make_evaluator, make_run_grader
+from opd.accelerator import make_accelerator
+from opd.build import Given, load_prompts, make_evaluator, make_run_grader
 from opd.config.schema import Config, ModelConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
