@@ -111,7 +111,7 @@ def ticks(values: Sequence[float], whole: bool = False) -> list[float]:
 
 def label(value: float, others: Sequence[float]) -> str:
     """A tick's number, with as many digits as the distance between ticks needs."""
-    step = others[1] - others[0]
+    step = others[1] - others[0] if len(others) > 1 else abs(value) or 1.0
     largest = max(abs(others[0]), abs(others[-1]))
     if largest >= 1e6 or largest < 1e-3:
         return f"{value:.3g}"

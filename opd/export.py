@@ -1,5 +1,6 @@
 """`final/`: the student as a plain Hugging Face model folder."""
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,10 @@ def export(
     weights: the model's, by name, where it holds a part of them only.
     """
     work = folder.with_name(f"tmp_{folder.name}")
+    if model.device.type == "cpu":
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # saving imports DeepSpeed, if it is there, which complains of no GPU
     try:
         shutil.rmtree(work, ignore_errors=True)
         model.generation_config = generation_config(config, eos, tokenizer)

@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from opd.curves import HEIGHT, WIDTH, Series, draw, ticks
+from opd.curves import HEIGHT, WIDTH, Series, draw, label, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -70,3 +70,7 @@ def test_ticks_are_round_even_and_around_all_values(values: list[float]) -> None
     assert 2 <= len(found) <= 9
     assert step / 10 ** math.floor(math.log10(step) + 1e-9) == pytest.approx(round(step / 10 ** math.floor(math.log10(step) + 1e-9)))
     assert all(after - before == pytest.approx(step) for before, after in pairwise(found))
+
+
+def test_the_number_of_a_tick_that_is_alone():
+    assert [label(value, [value]) for value in (1.0, 0.0, 20.0)] == ["1", "0", "20"]

@@ -1,6 +1,9 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3 in two processes on the CPU: what is learnt and saved is what one process without it does."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,3 +146,10 @@ def test_adapters_learn_what_they_do_in_one_process_on_a_base_that_is_the_teache
     assert alone(tmp_path / "one", monkeypatch, [*options, "train.batch_size=4"]) == 0
     assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
     assert distance(weights(tmp_path / "one"), weights(tmp_path / "two")) < 1e-6
+
+
+def test_a_run_without_deepspeed_does_not_hear_of_it(tmp_path):
+    command = [sys.executable, "-m", "opd", "train", "experiment=debug", "device=cpu", "train.max_steps=1", "eval.steps=0"]
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "accelerator" not in done.stdout + done.stderr
