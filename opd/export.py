@@ -29,9 +29,7 @@ def export(
     """
     work = folder.with_name(f"tmp_{folder.name}")
     if model.device.type == "cpu":
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # saving imports DeepSpeed, if it is there, which complains of no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed, if it is there, which complains of no GPU
     try:
         shutil.rmtree(work, ignore_errors=True)
         model.generation_config = generation_config(config, eos, tokenizer)
