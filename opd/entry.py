@@ -181,7 +181,20 @@ class Job:
             raise stopped  # asked to stop: the other members are not begun
         if not is_here:
             print(f"{title}: {member.status}", flush=True)
+            if code == errors.PREEMPTED and signals.TIME_IS_UP in signals.seen:
+                queue_again()
         return value
+
+
+def queue_again() -> None:
+    """Let submitit, in whose process a member was stopped because its time is up, queue it again, which ends the process.
+
+    Returns where there is no submitit, and where submitit will not, because `max_num_timeout` is reached.
+    """
+    handler = signal.getsignal(signals.TIME_IS_UP)
+    if callable(handler):
+        with contextlib.suppress(Exception):
+            handler(signals.TIME_IS_UP, None)
 
 
 def run_sweep(job: Job, composed_by: Callable[[Callable[[DictConfig], float | None]], Callable[[], None]]) -> None:

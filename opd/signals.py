@@ -14,12 +14,14 @@ from types import FrameType
 
 from opd.errors import PREEMPTED, Preempted
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+TIME_IS_UP = signal.SIGUSR2  # submitit has SLURM send it some time before that of a job is
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # torchrun and its like set the first, accelerate launch of one process the second
 ORPHAN_SECONDS = 120.0  # how long a process whose launcher is gone may take to save
 PR_SET_PDEATHSIG = 1
 
 arrived: list[signal.Signals] = []
+seen: set[int] = set()  # all that ever asked this process to stop
 
 
 def requested() -> bool:
@@ -35,7 +37,7 @@ def check(in_any_thread: bool = False) -> None:
 
 @contextmanager
 def noted() -> Iterator[None]:
-    """Within it SIGTERM, SIGINT and SIGUSR1 are noted; a second SIGINT raises KeyboardInterrupt. Does nothing outside the main thread."""
+    """Within it the signals that ask to stop are noted; a second SIGINT raises KeyboardInterrupt. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -54,6 +56,7 @@ def note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT and signal.SIGINT in arrived:
         raise KeyboardInterrupt
     arrived.append(signal.Signals(number))
+    seen.add(number)
     if is_orphan():
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process also inside a call that never returns
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
@@ -61,7 +64,7 @@ def note(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Within it, and outside of `noted`, SIGTERM and SIGUSR1 raise SystemExit at once, from `Preempted`, so that no `except Exception`
+    """Within it, and outside of `noted`, all of them but SIGINT raise SystemExit at once, from `Preempted`, so that no `except Exception`
     goes on. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield

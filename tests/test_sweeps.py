@@ -1,12 +1,15 @@
 """A sweep tells what it does, goes on where it was broken off, survives its members, and gives sweepers what they look for."""
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -375,3 +378,58 @@ def test_members_in_processes_of_their_own_tell_how_they_ended(launcher: str) ->
     assert open_run(screen.parent).status == "done"
     assert sorted(run.status for run in find_runs([Path("sweeps/s")])) == ["done", "failed"]
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(("handler", "exits"), [(lambda *_: sys.exit(-1), True), (lambda *_: 1 // 0, False), (signal.SIG_DFL, False)])
+def test_a_member_whose_time_is_up_is_left_to_submitit(handler: object, exits: bool) -> None:
+    """Which ends the process when it has queued the member again, and raises when it does not; without it nothing happens."""
+    before = signal.signal(signal.SIGUSR2, handler)  # type: ignore[arg-type]
+    try:
+        with pytest.raises(SystemExit) if exits else contextlib.nullcontext():
+            entry.queue_again()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+def cluster() -> bool:
+    """Whether a cluster of SLURM takes jobs here, and keeps account of them, as submitit asks."""
+    return shutil.which("sbatch") is not None and subprocess.run(["sacct"], capture_output=True, timeout=60).returncode == 0
+
+
+on_slurm = pytest.mark.skipif(not cluster(), reason="needs sbatch and sacct of a SLURM cluster that shares this folder")
+JOBS = ("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.cpus_per_task=1")
+
+
+@pytest.mark.slow
+@on_slurm
+@installed("hydra_submitit_launcher")
+def test_jobs_of_slurm_tell_how_they_ended() -> None:
+    done = opd(*DEBUG, *JOBS, "model=tiny", "optim.lr=1e-4,-1")
+    assert done.returncode == errors.USAGE, done.stderr
+    assert "must be above 0" in done.stdout and "1 of 2 done" in done.stdout
+    assert sorted(str(member["status"]) for member in members().values()) == ["done", "failed"]
+
+
+@pytest.mark.slow
+@on_slurm
+@installed("hydra_submitit_launcher")
+@pytest.mark.parametrize(("number", "code"), [("TERM", errors.PREEMPTED), ("USR2", errors.OK)])
+def test_a_job_of_slurm_saves_when_it_is_cancelled_and_is_queued_again_when_its_time_is_up(number: str, code: int) -> None:
+    """SIGUSR2 tells a job that its time is up; submitit believes it of one that has less than ten minutes."""
+    words = [*DEBUG, *JOBS, "seed=1", "hydra.launcher.timeout_min=5", "train.max_steps=60", "checkpoint.every=1000"]
+    command = [sys.executable, "-m", "opd", "train", "-m", *words, "hydra.launcher.max_num_timeout=1"]
+    sweeping = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(1000):
+        metrics = list(Path("sweeps/s").glob("*/metrics.jsonl"))
+        if metrics and '"step": 2,' in metrics[0].read_text():
+            break
+        time.sleep(0.1)
+    [job] = {path.name.partition("_")[0] for path in Path("sweeps/s/.submitit").iterdir() if path.is_dir()}
+    subprocess.run(["scancel", *(["-s", "USR2"] if number == "USR2" else []), job], timeout=60, check=True)
+    told, complaints = sweeping.communicate(timeout=180)
+    assert sweeping.returncode == code, complaints
+    assert code == errors.OK or "stopped by SIGTERM; the same command goes on" in told
+    assert opd(*words).returncode == errors.OK
+    screen = metrics[0].with_name(sweep.SCREEN).read_text()
+    assert open_run(metrics[0].parent).status == "done" and ("going on after step" in screen or "nothing to do" in screen)
+    assert len((metrics[0].parent / "metrics.jsonl").read_text().splitlines()) == 60

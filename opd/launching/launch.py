@@ -88,6 +88,7 @@ def passed_on(launcher: "subprocess.Popen[bytes]", folder: Path, asked: list[int
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
+        signals.seen.add(number)
         running = [process.pid for process in launched.processes(folder) if process.code is None]
         for pid in running or [launcher.pid]:
             with suppress(ProcessLookupError):
