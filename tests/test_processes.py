@@ -2,8 +2,12 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -239,3 +243,69 @@ def test_adapters_on_sharded_weights_learn_what_they_do_in_one_process_which_goe
     assert changed and all("proj" in name for name in changed)
     assert alone(tmp_path / "on", monkeypatch, [*options, "train.batch_size=4", f"resume={half}"]) == 0
     assert distance(weights(tmp_path / "on"), weights(tmp_path / "two")) < 1e-6
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[str]]:
+    """Two network namespaces with a cable between them: machines that reach each other over it alone. Their names; vN is N's end."""
+    names = [f"opd{os.getpid()}{letter}" for letter in "ab"]
+    ends = [f"v{os.getpid()}{letter}" for letter in "ab"]
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(f"ip link add {ends[0]} netns {names[0]} type veth peer name {ends[1]} netns {names[1]}")
+    for number, (name, end) in enumerate(zip(names, ends, strict=True), 1):
+        commands += [
+            f"ip -n {name} addr add 10.77.0.{number}/24 dev {end}",
+            f"ip -n {name} link set {end} up",
+            f"ip -n {name} link set lo up",
+        ]
+    try:
+        for command in commands:
+            if shutil.which("ip") is None or subprocess.run(command.split(), capture_output=True).returncode:
+                pytest.skip("needs ip and the right to make network namespaces")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def on_node(folder: Path, name: str, rank: int, *options: str) -> subprocess.Popen[str]:
+    """One of two machines of two processes each that share the folder: nodes2_gpu8.yaml, but on the CPU."""
+    config = (ROOT / "scripts/accelerate/nodes2_gpu8.yaml").read_text()
+    for there, here in (("use_cpu: false", "use_cpu: true"), ("num_processes: 16", "num_processes: 4"), ("10.0.0.1 ", "10.77.0.1 ")):
+        assert there in config
+        config = config.replace(there, here)
+    (folder / f"node{rank}.yaml").write_text(config.replace("machine_rank: 0", f"machine_rank: {rank}"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": name.replace("opd", "v")}
+    words = [*OPTIONS, "train.batch_size=1", f"launch.config_file={folder / f'node{rank}.yaml'}", *options]
+    command = ["ip", "netns", "exec", name, sys.executable, "-m", "opd", "train", *words]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_nodes_do_what_one_process_does_in_one_folder_and_on_one_screen(one, nodes, tmp_path):
+    running = [on_node(tmp_path, name, rank) for rank, name in enumerate(nodes)]
+    told = [node.communicate(timeout=300) for node in running]
+    assert [node.returncode for node in running] == [0, 0], told
+    assert distance(weights(one), weights(tmp_path)) < 1e-6
+    assert told[0][0].count("1 prompts × 4 processes × 2 completions = 8 rollouts") == 1 and told[1][0] == ""
+    assert len((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()) == 6
+    assert sorted(path.name for path in (tmp_path / "runs/run/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGKILL, [70, -signal.SIGKILL])])
+def test_what_ends_one_node_ends_the_other(nodes, tmp_path, number, codes):
+    """Asked to stop, both save; of one that is gone, launcher and all, the other hears at once."""
+    running = [on_node(tmp_path, name, rank, "train.max_steps=5000", "eval.steps=0") for rank, name in enumerate(nodes)]
+    for _ in range(1200):
+        metrics = tmp_path / "runs/run/metrics.jsonl"
+        if metrics.is_file() and '"step": 2,' in metrics.read_text():
+            break
+        time.sleep(0.1)
+    lost = subprocess.run(["ip", "netns", "pids", nodes[1]], capture_output=True, text=True, check=True).stdout.split()
+    for pid in lost if number == signal.SIGKILL else [running[1].pid]:
+        os.kill(int(pid), number)
+    told = [node.communicate(timeout=60) for node in running]
+    assert [node.returncode for node in running] == codes, told
+    assert json.loads((tmp_path / "runs/run/status.json").read_text())["exit_code"] == codes[0]
+    assert not subprocess.run(["ip", "netns", "pids", nodes[0]], capture_output=True, text=True, check=True).stdout

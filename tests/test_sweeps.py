@@ -426,7 +426,7 @@ def test_a_job_of_slurm_saves_when_it_is_cancelled_and_is_queued_again_when_its_
         time.sleep(0.1)
     [job] = {path.name.partition("_")[0] for path in Path("sweeps/s/.submitit").iterdir() if path.is_dir()}
     subprocess.run(["scancel", *(["-s", "USR2"] if number == "USR2" else []), job], timeout=60, check=True)
-    told, complaints = sweeping.communicate(timeout=180)
+    told, complaints = sweeping.communicate(timeout=400)  # SLURM lets a job that is queued again wait for two minutes
     assert sweeping.returncode == code, complaints
     assert code == errors.OK or "stopped by SIGTERM; the same command goes on" in told
     assert opd(*words).returncode == errors.OK
