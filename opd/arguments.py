@@ -67,6 +67,13 @@ def count(word: str) -> int:
     return int(word)
 
 
+def some(word: str) -> int:
+    """A whole number from 1 on, as argparse takes types."""
+    if not word.isdecimal() or int(word) == 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 1 on")
+    return int(word)
+
+
 def targets(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words that name what to look at, and those that are left for Hydra: flags with their values, and overrides.
 

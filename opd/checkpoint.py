@@ -263,6 +263,8 @@ def verify(path: Path) -> str | None:
             return f"{MANIFEST}: not what was written"
         files = {MODEL: None, OPTIMIZER: None, STATE: None, **content["files"]}
         wrong = [name for name in files if digest(path / name) != files[name]]
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is not there"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return f"{', '.join(wrong)}: not what was written" if wrong else None

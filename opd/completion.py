@@ -6,6 +6,7 @@ After `opd train` these come from Hydra's own completion of groups, choices and 
 
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from enum import Enum
@@ -136,6 +137,7 @@ def option_values(key: str) -> list[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the script of a shell, or the answer to one of its queries; returns the exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd completion bash | head -1` ends without a complaint
     match list(argv):
         case ["--query", line]:
             print("\n".join(query(line)))

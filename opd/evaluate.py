@@ -69,7 +69,8 @@ def interval(rewards: Sequence[float]) -> tuple[float, float]:
     if all(reward in (0.0, 1.0) for reward in rewards):
         centre = mean + Z95**2 / (2 * count)
         spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
-        return (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
+        low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
+        return max(low, 0.0), min(high, 1.0)  # rounding
     variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - 1, 1)
     spread = Z95 * math.sqrt(variance / count)
     return mean - spread, mean + spread

@@ -34,6 +34,8 @@ def export(
         shutil.rmtree(work, ignore_errors=True)
         model.generation_config = generation_config(config, eos, tokenizer)
         model.save_pretrained(work, state_dict=weights)
+        for file in work.glob("*.safetensors"):
+            file.chmod((work / "config.json").stat().st_mode)  # safetensors makes files that nobody else may read
         tokenizer.save_pretrained(work)
         (work / "README.md").write_text(model_card(config, summary, dtype_name(model)), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)

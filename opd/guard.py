@@ -42,8 +42,9 @@ class Guard:
         comparable = self.config.top_p == 1 and self.config.top_k == 0 and self.config.lag == 0
         if comparable and gap > self.config.max_gap and not self.gap_told:
             log.warning(
-                "step %d: the sampler's log-probs are %.3f nats from the trainer's on average (sampling.max_gap=%g): its weights are not "
-                "the student's, or it rounds too coarsely; sampling.engine=generate sampling.dtype=trainer has no gap",
+                "step %d: the sampler's log-probs are %.3f nats from the trainer's on average (sampling.max_gap=%g): it rounds more "
+                "coarsely, as a bf16 copy does, or its weights are not the student's; the importance weight corrects for it as far as "
+                "ppo.importance_cap lets it, and sampling.engine=generate sampling.dtype=trainer has no gap",
                 step,
                 gap,
                 self.config.max_gap,

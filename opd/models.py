@@ -68,7 +68,7 @@ def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs
     try:
         return load(source, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         remedy = (
             "check the folder"
             if Path(source).is_dir()

@@ -264,7 +264,10 @@ def find_start(
     else:
         problem = verify(Path(config.resume))
         if problem is not None:
-            raise OutputError(f"resume={config.resume}: not a usable checkpoint: {problem}")
+            raise OutputError(
+                f"resume={config.resume}: not a usable checkpoint: {problem}; name a folder as "
+                "runs/NAME/checkpoints/step_000100, or take auto or never"
+            )
         start = read(Path(config.resume))
     return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
 

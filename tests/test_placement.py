@@ -17,6 +17,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import ConfigError
 from opd.forward import prepare_teacher
 from opd.identity import differences
+from opd.samplers import Decoding, GenerateSampler
 from opd.teachers import LocalTeacher, home, place
 from opd.teachers.offload import Offload
 
@@ -42,6 +43,13 @@ def test_an_offloaded_teacher_says_bitwise_the_same_and_its_weights_stay_where_t
         with found.ready():
             assert torch.equal(found.logp(batch(), 0.7), expected.logp(batch(), 0.7))
         assert [parameter.data_ptr() for parameter in away.parameters()] == before
+        # An evaluation lets the teacher write, too, which is in inference mode.
+        requests = [Request(Prompt(0, (2, 3, 4), ""), attempt=attempt) for attempt in range(4)]
+        here_wrote, away_wrote = (
+            GenerateSampler(model, (1,), 0, 23, seed=0, bf16=False).sample(requests, Decoding(1.0, 6), "evaluation")
+            for model in (here, away)
+        )
+        assert [rollout.completion for rollout in here_wrote] == [rollout.completion for rollout in away_wrote]
     assert torch.equal(found.states(batch()).head.weight_VH, expected.states(batch()).head.weight_VH)
     assert not any(parameter.requires_grad for parameter in away.parameters())
 

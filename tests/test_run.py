@@ -382,7 +382,7 @@ def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monke
     options = ["model.path=student", "teacher.path=teacher", "data.path=gsm8k/main", "data.subset=null"]
     short = ["train.max_steps=2", "sampling.max_new_tokens=6", "eval.max_new_tokens=6", "eval.kl_max_new_tokens=4", "eval.kl_prompts=4"]
     assert main([*options, *short, "device=cpu"]) == 0
-    folder = tmp_path / "runs" / "qwen05b-from-qwen15b-on-gsm8k"
+    folder = tmp_path / "runs" / "student-from-teacher-on-gsm8k"
     evaluations = lines(folder / "evaluations.jsonl")
     assert {line["rewards"]["count"] for line in evaluations} == {8}
     assert max(line["engine_gap"] for line in lines(folder / "metrics.jsonl")) < 1e-4

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_origin
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -35,6 +36,15 @@ def choice(group: str, *, _root_: DictConfig) -> str:
     """The file picked in `group`. Unlike `${hydra:…}` it also answers when Hydra names the folder of a sweep."""
     hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
     return str(hydra.runtime.choices[group])
+
+
+def called(group: str, *, _root_: DictConfig) -> str:
+    """The model picked in `group`; where its path is another one than that file's, the last part of it."""
+    picked, path = choice(group, _root_=_root_), _root_[group].path
+    file = next((place for folder in (group, "model") if (place := conf_dir() / folder / f"{picked}.yaml").is_file()), None)
+    if path is None or file is None or path == yaml.safe_load(file.read_text())["path"]:
+        return picked
+    return re.sub(r"[^\w.-]", "_", Path(path).name) or picked
 
 
 def seed_suffix(seed: int) -> str:
@@ -100,6 +110,7 @@ def register(extra_dirs: Sequence[Path] = ()) -> None:
         if not any((folder / "teacher" / name).is_file() for folder in folders):
             store.store(group="teacher", name=name, node={"defaults": [{"/model@_here_": Path(name).stem}]})
     OmegaConf.register_new_resolver("choice", choice, replace=True)
+    OmegaConf.register_new_resolver("called", called, replace=True)
     OmegaConf.register_new_resolver("seed_suffix", seed_suffix, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
     OmegaConf.register_new_resolver("sweep_name", sweep_name, replace=True, use_cache=True)

@@ -81,7 +81,8 @@ class Offload:
         host, place = self.host[index], self.used
         self.used = []
         if [(tensor.shape, tensor.dtype) for tensor in place] != [(tensor.shape, tensor.dtype) for tensor in host]:
-            place = [torch.empty_like(tensor, device=self.device) for tensor in host]
+            with torch.inference_mode(False):  # the thread that copies writes to it outside of that mode
+                place = [torch.empty_like(tensor, device=self.device) for tensor in host]
         free = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
         self.coming = index, self.copier.submit(self.copy, index, place, free)
 

@@ -21,7 +21,7 @@ def parser() -> arguments.Parser:
     own.add_argument("--prompt", action="append", default=[])
     own.add_argument("--file")
     own.add_argument("--teacher")
-    own.add_argument("-n", "--samples", type=arguments.count, default=1)
+    own.add_argument("-n", "--samples", type=arguments.some, default=1)
     return own
 
 
@@ -40,7 +40,7 @@ def answer(config: Config, folder: Path, given: argparse.Namespace) -> None:
     if not given.prompt and given.file is None and sys.stdin.isatty():
         console.print("a prompt a line; an empty one ends")
     for prompt in speak.read_prompts(given.prompt, given.file, input):
-        answers = speak.write(both, prompt, max(given.samples, 1))
+        answers = speak.write(both, prompt, given.samples)
         if given.json:
             print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), flush=True)
         else:
