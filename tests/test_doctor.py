@@ -13,11 +13,13 @@ import torch
 from transformers import AutoTokenizer
 
 from opd import cli, errors
+from opd.api import from_options
 from opd.config.schema import Config
 from opd.config.store import PACKAGE
+from opd.data.prompts import Prompt
 from opd.doctor import first, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
-from opd.doctor.footprint import Footprint, micro_batch
+from opd.doctor.footprint import Footprint, micro_batch, sampling_bytes, shape_of
 from opd.evaluate import interval
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -283,8 +285,6 @@ def test_memory_is_compared_with_what_is_free() -> None:
 
 
 def test_the_largest_micro_batch_is_that_of_the_run() -> None:
-    from opd.data.prompts import Prompt
-
     config = Config()
     config.train.batch_size, config.sampling.n, config.sampling.max_new_tokens = 2, 3, 10
     prompts = [Prompt(index, (1,) * 5, "") for index in range(4)]
@@ -309,3 +309,12 @@ def test_the_estimate_is_within_15_percent_of_the_measured_peak(setting: list[st
     looked = subprocess.run([sys.executable, "-m", "opd", "doctor", *words, "--json"], capture_output=True, text=True, timeout=300)
     measured = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["peak_memory_bytes"]
     assert json.loads(looked.stdout)["figures"]["memory"]["peak"] == pytest.approx(measured, rel=0.15)
+
+
+def test_an_evaluation_of_few_prompts_needs_no_cache_for_many() -> None:
+    config = from_options({"model.path": "bundled:tiny-student", "teacher.path": "bundled:tiny-teacher", "eval.batch_size": 64})
+    student, _ = shape_of(config.model, "model")
+    prompts = [Prompt(0, (2, 3), "")]
+    few, many, none = (sampling_bytes(config, student, student, prompts, count)["KV cache"] for count in (4, 640, 0))
+    step = min(config.sampling.batch_size, config.train.batch_size * config.sampling.n) * (2 + config.sampling.max_new_tokens) * student.kv
+    assert many == 64 * (2 + config.eval.max_new_tokens) * student.kv and few == none == step

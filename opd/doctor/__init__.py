@@ -98,7 +98,8 @@ def look_at_memory(config: Config, material: Material, report: Report) -> list[F
     teacher, _ = shape_of(config.teacher, "teacher")
     free = free_memory(device)
     held = psutil.Process().memory_info().rss if device.type == "cpu" else 0
-    needed = footprint(config, student, teacher, stored, [*material.prompts[0], *material.prompts[1]], device, held, free)
+    trained, evaluated = material.prompts
+    needed = footprint(config, student, teacher, stored, [*trained, *evaluated], len(evaluated), device, held, free)
     report.figures["memory"] = {**needed.to_dict(), "free": free + held}
     return machine.check_memory(needed, free, device)
 

@@ -139,25 +139,36 @@ def micro_batch(config: Config, prompts: Sequence[Prompt], device: torch.device,
 
 
 def footprint(
-    config: Config, student: Shape, teacher: Shape, stored: Any, prompts: Sequence[Prompt], device: torch.device, base: int, free: int
+    config: Config,
+    student: Shape,
+    teacher: Shape,
+    stored: Any,
+    prompts: Sequence[Prompt],
+    evaluated: int,
+    device: torch.device,
+    base: int,
+    free: int,
 ) -> Footprint:
-    """base: what the process holds before it loads weights (0 on a GPU). free: bytes that can be had, which decides the head's chunks."""
+    """evaluated: how many of the prompts an evaluation has at most. base: what the process holds before it loads weights (0 on a GPU).
+
+    free: bytes that can be had, which decides the head's chunks.
+    """
     held = estimate(config, 1, device)
     resident = {"the process": base, "student": held.weights, "teacher": held.teacher, "optimizer": held.optimizer}
     update = {"gradients": held.gradients, **update_bytes(config, student, stored, prompts, device, free)}
-    return Footprint(resident, sampling_bytes(config, student, teacher, prompts), update)
+    return Footprint(resident, sampling_bytes(config, student, teacher, prompts, evaluated), update)
 
 
-def sampling_bytes(config: Config, student: Shape, teacher: Shape, prompts: Sequence[Prompt]) -> dict[str, int]:
+def sampling_bytes(config: Config, student: Shape, teacher: Shape, prompts: Sequence[Prompt], evaluated: int) -> dict[str, int]:
     """The most that decoding takes: a step's batch, or an evaluation's, whose cache is the teacher's too."""
     longest = max(len(prompt.ids) for prompt in prompts)
     rows = min(config.sampling.batch_size, config.train.batch_size * config.sampling.n)
     batches = [(rows, config.sampling.max_new_tokens, student.kv)]
     if config.eval.reward is not None:
-        answered = min(config.eval.batch_size, config.eval.limit or config.eval.batch_size)
+        answered = min(config.eval.batch_size, config.eval.limit or evaluated, evaluated)
         batches.append((answered, config.eval.max_new_tokens, max(student.kv, teacher.kv)))
     if config.eval.kl_prompts:
-        batches.append((min(config.eval.kl_prompts, config.eval.batch_size), config.eval.kl_max_new_tokens, student.kv))
+        batches.append((min(config.eval.kl_prompts, config.eval.batch_size, evaluated), config.eval.kl_max_new_tokens, student.kv))
     cache = [rows * (longest + new) * kv for rows, new, kv in batches]
     most = max(rows for rows, _, _ in batches)
     twin = config.sampling.dtype is SamplingDtype.bfloat16 or config.sampling.engine is Engine.vllm
