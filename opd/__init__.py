@@ -5,7 +5,7 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import opd` and the command line answer without torch.
-EXPORTS = {"OnPolicyDistillationTrainer": "opd.api", "reward": "opd.rewards"}
+EXPORTS = {"OnPolicyDistillationTrainer": "opd.api", "reward": "opd.data.rewards"}
 
 __all__ = ["OnPolicyDistillationTrainer", "__version__", "reward"]
 

@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd import runner
-from opd.build import Given
+from opd.config.compose import to_config
 from opd.config.schema import Config
-from opd.config.store import to_config
 from opd.errors import ConfigError
+from opd.training import runner
+from opd.training.build import Given
 
 Model = str | Path | PreTrainedModel
 

@@ -28,7 +28,7 @@ class ConfigError(OpdError):
     exit_code = USAGE
 
 
-class MemoryShort(ConfigError):
+class InsufficientMemory(ConfigError):
     """The memory of one process's device does not suffice: perhaps in that process alone."""
 
 
@@ -70,7 +70,7 @@ class PeerError(OpdError):
     """Another process of the run is gone, and has said why."""
 
 
-class Told(OpdError):
+class LaunchedRunFailed(OpdError):
     """A run that a launcher started ended badly; its processes have told the user why."""
 
     def __init__(self, exit_code: int) -> None:

@@ -4,16 +4,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd import entry
+from opd.cli import hydra_app as entry
+from opd.cli import launch
 from opd.config.schema import Config
-from opd.launching import launch
 
 
 def train(config: Config, folder: Path) -> float | None:
     """Run what `config` says in `folder`, here or in processes of its own; returns the objective for sweepers."""
     if launch.wanted(config):
         return launch.run(config, folder)
-    from opd import runner  # torch is imported here and not before: help, --cfg and completion do without
+    from opd.training import runner  # torch is imported here and not before: help, --cfg and completion do without
 
     return runner.run(config, folder)
 

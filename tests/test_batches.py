@@ -29,8 +29,8 @@ def rollouts(draw):
 def test_each_kept_position_predicts_its_target(made, pad, packed):
     batch = collate(made, range(len(made)), pad, packed)
     for inputs in (batch.inputs, batch.teacher_inputs):
-        flat = inputs.ids_BT.flatten()
-        assert flat[inputs.kept_N + 1].tolist() == batch.target_N.tolist()
+        flatten = inputs.ids_BT.flatten()
+        assert flatten[inputs.kept_N + 1].tolist() == batch.target_N.tolist()
         assert len(inputs.kept_N) == sum(len(rollout.completion) for rollout in made)
 
 
@@ -60,8 +60,8 @@ def test_micro_batches_hold_every_token_once_with_its_own_log_prob(made, budget,
 def test_splits_are_longest_first_and_within_the_budget_and_the_padding(lengths, budget, packed, padding):
     groups = split_by_tokens(lengths, budget, packed, padding)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    flat = [lengths[index] for group in groups for index in group]
-    assert flat == sorted(flat, reverse=True)
+    flatten = [lengths[index] for group in groups for index in group]
+    assert flatten == sorted(flatten, reverse=True)
     for group in groups:
         size = sum(lengths[i] for i in group) if packed else len(group) * lengths[group[0]]
         assert size <= budget or len(group) == 1

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from opd import checkpoint
-from opd.checkpoint import BEST, MANIFEST, MODEL, OPTIMIZER, ROUND, Checkpoints, Snapshot, read, restore, snapshot, verify
 from opd.errors import OutputError
+from opd.training import checkpoint
+from opd.training.checkpoint import BEST, MANIFEST, MODEL, OPTIMIZER, ROUND, Checkpoints, Snapshot, read, restore, snapshot, verify
 
 
 def taken(step: int, inner: int = 0) -> Snapshot:

@@ -22,7 +22,10 @@ import pytest
 from hydra.core.config_store import ConfigStore
 
 import opd as package
-from opd import cli, completion, entry, errors, train
+from opd import errors, train
+from opd.cli import completion
+from opd.cli import hydra_app as entry
+from opd.cli import main as cli
 from opd.config.schema import Config
 
 HEAVY = {"accelerate", "datasets", "torch", "transformers"}
@@ -36,7 +39,7 @@ def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProce
 
 def modules_after(words: list[str], cwd: Path) -> set[str]:
     """The top-level modules that `opd WORDS` imports."""
-    code = f"import sys; from opd import cli; cli.main({words!r}); print('modules', *{{name.split('.')[0] for name in sys.modules}})"
+    code = f"import sys; from opd.cli import main; main.main({words!r}); print('modules', *{{name.split('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=True, timeout=60)
     return set(done.stdout.splitlines()[-1].split())
 
@@ -86,7 +89,7 @@ def test_import_opd_does_not_import_torch() -> None:
 
 
 def test_opd_exports_what_it_says() -> None:
-    from opd.rewards import reward
+    from opd.data.rewards import reward
 
     assert package.reward is reward
     with pytest.raises(AttributeError, match="nonsense"):

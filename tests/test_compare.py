@@ -10,10 +10,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from opd import cli, compare, errors
+from opd import errors
+from opd.cli import main as cli
 from opd.config.schema import METRICS, Direction
-from opd.files import write_json
-from opd.runs import find_runs
+from opd.report import compare
+from opd.runs.files import write_json
+from opd.runs.reader import find_runs
 
 
 def rewarded(mean: float) -> dict[str, Any]:
@@ -180,5 +182,5 @@ def test_a_mistake_is_one_line(
 
 def test_compare_does_without_torch(tmp_path: Path) -> None:
     make(tmp_path / "a", rewards=(0.5, 0.6))
-    code = f"import sys; from opd import cli; cli.main(['compare', {str(tmp_path)!r}]); sys.exit('torch' in sys.modules)"
+    code = f"import sys; from opd.cli import main; main.main(['compare', {str(tmp_path)!r}]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0

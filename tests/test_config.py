@@ -12,8 +12,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 
-from opd import mistakes
-from opd.config import store
+from opd.cli import hydra_errors as mistakes
+from opd.config import compose as store
 from opd.config.schema import Config
 from opd.errors import ConfigError
 

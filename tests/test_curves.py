@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from opd.curves import HEIGHT, WIDTH, Series, draw, label, ticks
+from opd.report.curves import HEIGHT, WIDTH, Series, draw, label, ticks
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -8,7 +8,7 @@ from opd.config.schema import DataConfig, ModelConfig, Source
 from opd.data.prompts import encode_rows, extract_answer
 from opd.data.sources import load_rows
 from opd.errors import ConfigError, DataError
-from opd.models import load_tokenizer
+from opd.models.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

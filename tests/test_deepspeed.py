@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 from test_processes import OPTIONS, ROOT, UNEVEN, alone, distance, gradient_norms, launch, weights
 
-from opd.sharding.zero import is_installed
+from opd.models.zero import is_installed
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not is_installed(), reason="DeepSpeed is not installed")]
 
@@ -35,9 +35,9 @@ FAULTS = """
 import os, sys, torch
 from pathlib import Path
 from opd import train
-from opd.sharding import ZeroPolicy
+from opd.models.sharding import ZeroPolicy
 from opd.teachers import LocalTeacher
-from opd.trainer import Trainer
+from opd.training.loop import Trainer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 now = {"step": 0}

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from opd import record
-from opd.display import Display
+from opd.training import record
+from opd.training.display import Display
 
 HOSTILE = "a\x1b[31mb\x07\u202ec\nd\r"
 

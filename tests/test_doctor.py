@@ -12,15 +12,16 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from opd import cli, errors
+from opd import errors
 from opd.api import from_options
+from opd.cli import main as cli
+from opd.config.compose import PACKAGE
 from opd.config.schema import Config
-from opd.config.store import PACKAGE
 from opd.data.prompts import Prompt
 from opd.doctor import first, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
 from opd.doctor.footprint import Footprint, micro_batch, sampling_bytes, shape_of
-from opd.evaluate import interval
+from opd.training.evaluate import interval
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -211,7 +212,7 @@ def test_data_that_cannot_be_had_or_are_mostly_left_out(doctor: Any, tmp_path: P
 
 def test_a_run_that_does_not_fit_is_told_before_its_models_are_loaded(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd.doctor.free_memory", lambda device: 20 * 2**20)
-    monkeypatch.setattr("opd.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("opd.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
     code, found, _ = doctor("train.batch_size=200")
     assert code == errors.NOT_READY
     assert found["memory"]["status"] == "fail" and "activations are the most" in found["memory"]["remedy"]
@@ -220,7 +221,7 @@ def test_a_run_that_does_not_fit_is_told_before_its_models_are_loaded(doctor: An
 def test_a_missing_package_of_the_tracker(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.util import find_spec
 
-    monkeypatch.setattr("opd.tracking.find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest))
+    monkeypatch.setattr("opd.training.tracking.find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest))
     code, found, _ = doctor("track=wandb", "--prompts", "0")
     assert code == errors.NOT_READY and "pip install" in found["tracker"]["remedy"] + found["tracker"]["what"]
 

@@ -15,18 +15,18 @@ from conftest import random_model
 from torch.distributed.fsdp import fully_shard
 from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus, ContinuousBatchingManager
 
-from opd import sharding, signals
+from opd import signals
 from opd.config.schema import Config, Engine, LoraConfig, SamplingConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import ConfigError, EngineError, Preempted
-from opd.forward import Policy, add_adapters, kept_hidden, output_head
+from opd.models import fsdp2, sharding
+from opd.models.policy import Policy, add_adapters, completion_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Choice, Decoding, GenerateSampler, Material, choose, make_sampler
+from opd.samplers.bf16_copy import PackedLinear, Twin, can_pack
 from opd.samplers.continuous import ContinuousSampler
 from opd.samplers.trial import candidates
-from opd.samplers.twin import PackedLinear, Twin, can_pack
-from opd.sharding import fsdp2
 
 PROMPTS = [(5, 7, 9), (4,), (11, 12, 13, 14, 15, 3), (8, 2)]
 DECODING = Decoding(temperature=0.8, max_new_tokens=12)
@@ -51,7 +51,7 @@ def gaps(model, rollouts, decoding):
     for rollout in rollouts:
         batch = collate([rollout], [0], pad_id=0)
         with torch.no_grad():
-            logits = output_head(model).logits(kept_hidden(model.base_model, batch.inputs))
+            logits = output_head(model).logits(completion_hidden(model.base_model, batch.inputs))
         logp = behaviour_logp(logits, decoding.temperature, decoding.top_k, decoding.top_p).gather(-1, batch.target_N[:, None])[:, 0]
         found.append((logp - rollout.behaviour_logp).abs())
     return torch.cat(found)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from opd import cli, errors
+from opd import errors
+from opd.cli import main as cli
 from opd.config.schema import Config, EvalConfig
 from opd.errors import ConfigError
-from opd.evaluate import interval
-from opd.judging import bootstrap, judge
+from opd.evaluation import bootstrap, judge
+from opd.training.evaluate import interval
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
 

@@ -11,13 +11,13 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import hub
-from opd.card import base_licence, front_matter, model_card
 from opd.cli import main as opd
+from opd.config.compose import PACKAGE, to_config
 from opd.config.schema import Config
-from opd.config.store import PACKAGE, to_config
-from opd.export import generation_config
+from opd.data import hub
 from opd.train import main
+from opd.training.card import base_licence, front_matter, model_card
+from opd.training.final import generation_config
 
 DEBUG = ("experiment=debug", "device=cpu")
 SUMMARY = {

@@ -10,13 +10,13 @@ from opd.api import from_options
 from opd.config.schema import Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches
-from opd.forward import kept_hidden, output_head, prepare_teacher
+from opd.models.policy import completion_hidden, output_head, prepare_teacher
 from opd.objective import behaviour_logp
-from opd.overlap import Overlap
 from opd.samplers import Decoding, GenerateSampler
 from opd.samplers.continuous import ContinuousSampler
 from opd.teachers import LocalTeacher, place
 from opd.train import main
+from opd.training.overlap import Overlap
 
 pytestmark = pytest.mark.gpu
 V = 23
@@ -38,7 +38,7 @@ def furthest(model, rollouts):
     """The largest |behaviour_logp − that of a plain forward pass|, in nats."""
     batch = collate(rollouts, range(len(rollouts)), pad_id=0).to(model.device)
     with torch.no_grad():
-        logits = output_head(model).logits(kept_hidden(model.base_model, batch.inputs))
+        logits = output_head(model).logits(completion_hidden(model.base_model, batch.inputs))
     logp_N = behaviour_logp(logits, DECODING.temperature, 0, 1.0).gather(-1, batch.target_N[:, None])[:, 0]
     return float((logp_N - batch.behaviour_logp_N).abs().max())
 

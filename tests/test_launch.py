@@ -12,12 +12,12 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from opd import errors
-from opd.accelerator import make_accelerator
 from opd.api import OnPolicyDistillationTrainer, from_options
+from opd.cli import launch, launched, launcher
 from opd.config.schema import Device
-from opd.identity import differences
-from opd.launching import launch, launched, launcher
-from opd.sharding import fsdp2, zero
+from opd.models import fsdp2, zero
+from opd.models.accelerator import make_accelerator
+from opd.training.identity import differences
 
 TWO = ["experiment=debug", "device=cpu", "name=run", "launch.processes=2", "train.batch_size=2", "eval.limit=4", "eval.kl_prompts=2"]
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from opd import catalogue, cli, errors
-from opd.config.store import conf_dir
-from opd.files import write_json
+from opd import errors
+from opd.cli import catalogue
+from opd.cli import main as cli
+from opd.config.compose import conf_dir
+from opd.runs.files import write_json
 
 
 @pytest.fixture(autouse=True)

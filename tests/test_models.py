@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
-from opd import forward, models
+from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig
-from opd.config.store import PACKAGE
 from opd.errors import ConfigError
+from opd.models import load as models
+from opd.models import policy as forward
 
 TINY = PACKAGE / "assets" / "tiny-student"
 SMALL = {

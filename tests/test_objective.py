@@ -28,7 +28,7 @@ from opd.objective import (
     topk,
     with_tail,
 )
-from opd.objective.estimators import importance_weights
+from opd.objective.losses import importance_weights
 
 N, V, H, HT = 37, 29, 12, 20
 TEMPERATURE = 0.7

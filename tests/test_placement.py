@@ -8,18 +8,19 @@ import torch
 from conftest import random_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from opd import memory, models
 from opd.api import from_options
-from opd.build import overlaps
 from opd.config.schema import Engine, Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import ConfigError
-from opd.forward import prepare_teacher
-from opd.identity import differences
+from opd.models import load as models
+from opd.models import memory
+from opd.models.policy import prepare_teacher
 from opd.samplers import Decoding, GenerateSampler
 from opd.teachers import LocalTeacher, home, place
 from opd.teachers.offload import Offload
+from opd.training.build import overlaps
+from opd.training.identity import differences
 
 CPU = torch.device("cpu")
 TINY = {"model.path": "bundled:tiny-student", "teacher.path": "bundled:tiny-teacher"}

@@ -7,8 +7,8 @@ import torch
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.metrics import Means
-from opd.positions import add_by_position, by_position, pieces, width
+from opd.objective.means import Means
+from opd.training.positions import add_by_position, by_position, pieces, width
 
 
 def rollout(tokens: int) -> Rollout:

@@ -133,7 +133,7 @@ FAULTS = """
 import os, sys, torch
 from opd import train
 from opd.teachers import LocalTeacher
-from opd.trainer import Trainer
+from opd.training.loop import Trainer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 calls = {"forward": 0, "step": 0}

@@ -12,11 +12,11 @@ import torch
 
 from opd import errors
 from opd.report import page
-from opd.report.document import inert
+from opd.report.page import inert
 from opd.report.tokens import spread
-from opd.runs import open_run
+from opd.runs.reader import open_run
+from opd.runs.text import visible
 from opd.train import main
-from opd.visible import visible
 
 DEBUG = ("experiment=debug", "device=cpu")
 
@@ -120,7 +120,7 @@ def test_a_run_that_ends_has_its_report(debug_run):
 
 
 def test_a_report_that_cannot_be_made_does_not_fail_the_run(tmp_path, monkeypatch, capfd):
-    from opd import runner
+    from opd.training import runner
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "page", lambda runs: 1 / 0)
@@ -175,7 +175,7 @@ def test_what_cannot_be_seen_is_marked():
 
 
 def test_a_long_run_makes_a_page_of_bounded_size_that_says_what_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd.report.document.MOST_BYTES", 60_000)
+    monkeypatch.setattr("opd.report.page.MOST_BYTES", 60_000)
     record = {"tokens": ["wörd"] * 2_000, "ids": [1] * 2_000, "student_logp": [-1.0] * 2_000, "teacher_logp": [-2.0] * 2_000}
     files = {f"rollouts__step_{step:06d}.jsonl": json.dumps(record) + "\n" for step in range(1, 41)}
     html = read(tmp_path / "long", **files)
@@ -191,7 +191,7 @@ def test_steps_are_taken_from_all_over_the_run():
 def test_the_verb_writes_one_file_and_needs_no_torch(debug_run, tmp_path):
     out = tmp_path / "both.html"
     words = ["report", str(debug_run), str(debug_run.parent), "--out", str(out)]
-    code = f"import sys; from opd.cli import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
+    code = f"import sys; from opd.cli.main import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
     assert "<h1><bdi>run</bdi></h1>" in out.read_text(encoding="utf-8")  # named twice, it is one run

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.files import write_json
 from opd.report import page as report
-from opd.runs import open_run
+from opd.runs.files import write_json
+from opd.runs.reader import open_run
 
 pytestmark = pytest.mark.browser
 

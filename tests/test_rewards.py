@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from opd import rewards
+from opd.data import rewards
+from opd.data.grading import is_reward
+from opd.data.rewards import exact, last_number, make_grader, number, reward
 from opd.errors import ConfigError, DataError
-from opd.grading import is_reward
-from opd.rewards import exact, last_number, make_grader, number, reward
 
 SCORES = '''
 import math, os, signal, subprocess, sys, time
 from pathlib import Path
-from opd.rewards import reward
+from opd.data.rewards import reward
 
 with open("imports", "a") as file:
     file.write(f"{os.getpid()}\\n")
@@ -267,7 +267,7 @@ def test_a_module_that_hangs_at_import_is_refused(folder: Path, monkeypatch: pyt
 
 def test_a_reward_whose_module_starts_a_run_does_not_start_runs_without_end(folder: Path) -> None:
     (folder / "script.py").write_text(
-        "from opd.rewards import make_grader, reward\n"
+        "from opd.data.rewards import make_grader, reward\n"
         "@reward\n"
         "def score(completion, answer):\n"
         "    return 1.0\n"
@@ -308,7 +308,7 @@ def test_a_hanging_answer_is_zero_and_the_next_ones_are_graded(folder: Path, com
 def test_the_time_limit_is_for_one_answer_and_not_for_the_start(folder: Path) -> None:
     (folder / "slow.py").write_text(
         "import time\n"
-        "from opd.rewards import reward\n"
+        "from opd.data.rewards import reward\n"
         "time.sleep(0.6)\n"
         "@reward\n"
         "def score(completion, answer):\n"
@@ -404,7 +404,7 @@ def test_an_interrupted_exchange_does_not_shift_the_rewards(folder: Path) -> Non
 def test_a_killed_parent_leaves_no_child(folder: Path, command: str) -> None:
     script = (
         "import signal, sys, time\n"
-        "from opd.rewards import make_grader\n"
+        "from opd.data.rewards import make_grader\n"
         "signal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
         "grader = make_grader('scores:by_command', time_limit=1.0)\n"
         "print('ready', flush=True)\n"
@@ -431,7 +431,7 @@ def test_a_killed_parent_leaves_no_child(folder: Path, command: str) -> None:
 
 @pytest.mark.parametrize("request_line", [b"", b'["half of a li', b'["", ""]\n'])
 def test_a_child_whose_parent_is_gone_leaves_quietly(folder: Path, request_line: bytes) -> None:
-    command = [sys.executable, "-m", "opd.grading", "scores:same", "5", "1024"]
+    command = [sys.executable, "-m", "opd.data.grading", "scores:same", "5", "1024"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert child.stdin is not None
     assert child.stdout is not None

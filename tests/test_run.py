@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd.forward import Policy
+from opd.models.policy import Policy
 from opd.train import main
 
 DEBUG = ("experiment=debug", "device=cpu")
@@ -116,8 +116,8 @@ def test_another_method_in_the_same_folder_is_refused_with_the_difference(finish
 
 def stop_after(monkeypatch, step: int) -> None:
     """Let a run die as if killed, right after `step` was saved."""
-    from opd import runner
-    from opd.trainer import Trainer
+    from opd.training import runner
+    from opd.training.loop import Trainer
 
     original = Trainer.train_step
 
@@ -229,7 +229,7 @@ def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished,
 def test_a_mistake_ends_in_one_line_and_its_exit_code(tmp_path, monkeypatch, capfd, overrides, code, part):
     monkeypatch.chdir(tmp_path)
     if overrides == ["track=wandb"]:
-        monkeypatch.setattr("opd.tracking.find_spec", lambda name: None)
+        monkeypatch.setattr("opd.training.tracking.find_spec", lambda name: None)
     assert main(["experiment=debug", "name=run", *overrides]) == code
     error = capfd.readouterr().err
     assert part in error and "Traceback" not in error
@@ -240,7 +240,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_pa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run").write_text("a file in the way")
-    monkeypatch.setattr("opd.models.load_model", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("opd.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert main([*DEBUG, "name=run"]) == 74
     assert "Traceback" not in capfd.readouterr().err
 
@@ -303,7 +303,7 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
 
 def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
     from opd import OnPolicyDistillationTrainer
-    from opd.config.store import PACKAGE
+    from opd.config.compose import PACKAGE
     from opd.errors import ConfigError, DataError
 
     student, teacher = (PACKAGE / "assets" / f"tiny-{role}" for role in ("student", "teacher"))
@@ -334,14 +334,14 @@ def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_path, monkeypatch):
     pytest.importorskip("peft")
-    from opd.config.store import PACKAGE
+    from opd.config.compose import PACKAGE
 
     monkeypatch.chdir(tmp_path)
     base = str(PACKAGE / "assets" / "tiny-teacher")
     options = ["lora=default", "lora.rank=4", f"model.path={base}", f"teacher.path={base}", "optim.lr=1e-2", "train.max_steps=2"]
     assert main([*DEBUG, "name=refused", *options]) == 64
     loaded = []
-    from opd import models
+    from opd.models import load as models
 
     original = models.load_model
     monkeypatch.setattr(models, "load_model", lambda *args: loaded.append(args[1]) or original(*args))
@@ -362,7 +362,7 @@ def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_
 
 def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monkeypatch):
     """`opd train` as typed, with folders in the place of what the hub holds: padded heads of different widths, GSM8K's own columns."""
-    from opd.config.store import PACKAGE
+    from opd.config.compose import PACKAGE
 
     monkeypatch.chdir(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "assets" / "tiny-student")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from opd import arguments, errors, outcome
-from opd.files import read_lines, write_json
-from opd.runs import find_runs, open_run
+from opd import errors
+from opd.cli import arguments
+from opd.runs import outcome
+from opd.runs.files import read_lines, write_json
+from opd.runs.reader import find_runs, open_run
 
 
 def make(folder: Path, status: str = "done", **files: object) -> Path:

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from opd import cli, errors, models
+from opd import errors
+from opd.cli import main as cli
 from opd.config.schema import ModelConfig
 from opd.errors import DataError
-from opd.judging import speak
-from opd.judging.speak_display import coloured, page, side_by_side
+from opd.evaluation import sample_score as speak
+from opd.evaluation.show_tokens import coloured, page, side_by_side
+from opd.models import load as models
 
 TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu"]
 HOSTILE = '<script>alert(1)</script>\u202e"onload="x" \x1b[31m & \u2066'

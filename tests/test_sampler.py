@@ -9,9 +9,9 @@ from transformers import GenerationConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import ConfigError
-from opd.forward import kept_hidden, output_head
+from opd.models.policy import completion_hidden, output_head
 from opd.objective import behaviour_logp, chunked_stats, draw
-from opd.objective.estimators import token_logp
+from opd.objective.losses import token_logp
 from opd.samplers import Decoding, GenerateSampler
 
 PROMPTS = [(5, 7, 9), (4,), (11, 12, 13, 14, 15, 3), (5, 7, 9), (8, 2), (20, 21, 22, 19)]
@@ -95,7 +95,7 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(make_model, top_k, t
     for rollout in rollouts:
         batch = collate([rollout], [0], pad_id=0)
         with torch.no_grad():
-            logits = output_head(model).logits(kept_hidden(model.base_model, batch.inputs))
+            logits = output_head(model).logits(completion_hidden(model.base_model, batch.inputs))
         expected = behaviour_logp(logits, 0.8, top_k, top_p).gather(-1, batch.target_N[:, None])[:, 0]
         assert torch.isfinite(expected).all()
         assert torch.allclose(rollout.behaviour_logp, expected, atol=1e-4)
@@ -107,7 +107,7 @@ def test_sampled_and_scored_log_probs_agree_at_the_temperature(make_model):
     rollouts = sampler_of(model).sample(requests(), DECODING, "train")
     batch = collate(rollouts, range(len(rollouts)), pad_id=0)
     with torch.no_grad():
-        hidden = kept_hidden(model.base_model, batch.inputs)
+        hidden = completion_hidden(model.base_model, batch.inputs)
     logp = chunked_stats(hidden, output_head(model), lambda logits, part: {"logp": token_logp(logits, batch.target_N[part], 0.8)[0]})[
         "logp"
     ]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from opd import entry
+from opd.cli import hydra_app as entry
 from opd.config import secrets
 from opd.errors import ConfigError
 

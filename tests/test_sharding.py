@@ -11,12 +11,11 @@ from torch import Tensor, multiprocessing, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from opd import sharding
 from opd.data.rollouts import Inputs
-from opd.forward import Policy
+from opd.models import fsdp2, sharding, zero
+from opd.models.policy import Policy
+from opd.models.together import all_reduce_gradients
 from opd.objective import Head
-from opd.sharding import fsdp2, zero
-from opd.together import add_up_gradients
 
 LENGTHS = (5, 9, 4)  # of the sequences that the first process learns from; the second has none
 
@@ -55,7 +54,7 @@ def learn_apart(rank: int) -> None:
     weights = [torch.ones(2, requires_grad=True) for _ in range(3)]
     for weight in weights[: 2 - rank]:
         (weight * (rank + 1)).sum().backward()
-    add_up_gradients(weights)
+    all_reduce_gradients(weights)
     assert [None if weight.grad is None else weight.grad.tolist() for weight in weights] == [[3.0, 3.0], [1.0, 1.0], None]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import models
 from opd.config.schema import ModelConfig
+from opd.models import load as models
 from opd.train import main
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,10 +16,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from opd import entry, errors, runner, sweep
+from opd import errors
+from opd.cli import hydra_app as entry
+from opd.cli import sweep
 from opd.config.schema import METRICS, Config, Direction, SweepConfig
-from opd.identity import differences
-from opd.runs import find_runs, open_run
+from opd.runs.reader import find_runs, open_run
+from opd.training import runner
+from opd.training.identity import differences
 
 DEBUG = ["experiment=debug", "train.max_steps=2", "checkpoint.every=1", "eval.steps=0", "eval.limit=8", "eval.kl_prompts=2", "name=s"]
 
@@ -256,8 +259,9 @@ def test_what_a_sweep_looks_for_changes_no_run_and_no_folder() -> None:
 
 KILLED = """
 import os, signal, sys
-from opd import entry, runner
-from opd.run_folder import RunFolder
+from opd.cli import hydra_app as entry
+from opd.training import runner
+from opd.runs.folder import RunFolder
 
 add = RunFolder.add_metrics
 
@@ -337,7 +341,7 @@ def test_optuna_without_any_member_that_ended_well_ends_with_the_members_exit_co
 
 DIES = """
 import os, signal, sys
-from opd import entry
+from opd.cli import hydra_app as entry
 
 def task(config, folder):
     if config.seed == 1:

@@ -15,26 +15,26 @@ from omegaconf import OmegaConf
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opd import signals
-from opd.batches import Batches
-from opd.build import make_optimizer
-from opd.checkpoint import Checkpoints, read
+from opd.config.compose import to_config
 from opd.config.schema import Config, OptimConfig, Schedule
-from opd.config.store import to_config
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, repetition, split_by_tokens
 from opd.errors import ConfigError, NumericError, Preempted
-from opd.evaluate import Evaluation
-from opd.forward import Policy
-from opd.guard import Guard
-from opd.metrics import Means
+from opd.models.policy import Policy
 from opd.objective import Clips, Sampled, chunked_loss, sampled
-from opd.round import Round, joined, share
+from opd.objective.means import Means
 from opd.samplers import GenerateSampler
-from opd.schedule import lr_factor
 from opd.teachers import LocalTeacher
-from opd.trainer import Evaluated, Saved, StepDone, Trainer
-from opd.update import Update
+from opd.training.batches import Batches
+from opd.training.build import make_optimizer
+from opd.training.checkpoint import Checkpoints, read
+from opd.training.evaluate import Evaluation
+from opd.training.guard import Guard
+from opd.training.loop import Evaluated, Saved, StepDone, Trainer
+from opd.training.round import Round, joined, share
+from opd.training.schedule import lr_factor
+from opd.training.update import Update
 
 VOCABULARY = 23
 
@@ -249,7 +249,7 @@ def test_dropout_is_off_in_every_pass(make_model, tmp_path):
 
 
 def test_master_weights_are_float32(make_model):
-    from opd.forward import prepare_student
+    from opd.models.policy import prepare_student
 
     student = prepare_student(make_model().to(torch.bfloat16), torch.device("cpu"))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
@@ -288,7 +288,7 @@ class Poisoned:
 
 
 def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
-    from opd.checkpoint import optimizer_tensors
+    from opd.training.checkpoint import optimizer_tensors
 
     return optimizer_tensors(trainer.optimizer)
 
@@ -675,7 +675,7 @@ class Recording:
     def refresh(self):
         pass
 
-    def hand_over(self, lead):
+    def sync_weights(self, lead):
         self.asked.append(([], weights(self.trainer)))
 
 
@@ -831,7 +831,7 @@ class Handed:
     def refresh(self):
         pass
 
-    def hand_over(self, lead):
+    def sync_weights(self, lead):
         self.model.load_state_dict(self.trainer.student.state_dict())
 
 

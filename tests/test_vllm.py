@@ -20,13 +20,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import models, signals
+from opd import signals
+from opd.config.compose import PACKAGE
 from opd.config.schema import LoraConfig, ModelConfig
-from opd.config.store import PACKAGE
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import ConfigError, EngineError, Preempted
-from opd.forward import add_adapters, kept_hidden, output_head
+from opd.models import load as models
+from opd.models.policy import add_adapters, completion_hidden, output_head
 from opd.objective import behaviour_logp
 from opd.samplers import Decoding, GenerateSampler
 from opd.samplers.vllm import VllmSampler
@@ -68,7 +69,7 @@ def gap(model, rollouts, decoding, vocabulary=None):
     for rollout in rollouts:
         batch = collate([rollout], [0], pad_id=0)
         with torch.no_grad():
-            logits = output_head(model, vocabulary).logits(kept_hidden(model.base_model, batch.inputs))
+            logits = output_head(model, vocabulary).logits(completion_hidden(model.base_model, batch.inputs))
         expected = behaviour_logp(logits, decoding.temperature, decoding.top_k, decoding.top_p).gather(-1, batch.target_N[:, None])[:, 0]
         worst = max(worst, float((rollout.behaviour_logp - expected).abs().max()))
     return worst

@@ -26,11 +26,11 @@ from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ENGINE, ConfigError, EngineError, OutputError, Preempted
-from opd.forward import Policy, add_adapters
+from opd.models import fsdp2
+from opd.models.policy import Policy, add_adapters
 from opd.samplers import Decoding
 from opd.samplers import vllm as vllm_module
 from opd.samplers.vllm_server import VllmServerSampler
-from opd.sharding import fsdp2
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUESTS = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(3)]
@@ -193,7 +193,7 @@ def test_a_completion_that_cannot_be_is_one_line(make_sampler, server, case):
 
 def test_one_of_several_processes_sends_the_weights(make_sampler, server):
     sampler = make_sampler(leads=False)
-    sampler.hand_over(lambda send: None)
+    sampler.sync_weights(lambda send: None)
     sampler.refresh()
     sampler.sample(REQUESTS, DECODING, "train")
     assert not server.bodies("/collective_rpc") and len(server.bodies("/v1/completions")) == 1 + len(REQUESTS)
@@ -213,9 +213,9 @@ def work(rank, folder, url):
             fully_shard(layer)
         fully_shard(policy)
         fsdp2.settle(policy, layerwise=True)
-        sampler.hand_over(lambda send: send() if rank == 0 else None)
+        sampler.sync_weights(lambda send: send() if rank == 0 else None)
         with pytest.raises(OutputError) if rank == 0 else nullcontext():
-            nowhere.hand_over(lambda send: send() if rank == 0 else None)
+            nowhere.sync_weights(lambda send: send() if rank == 0 else None)
         assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -289,7 +289,8 @@ def test_a_run_with_sharded_weights_lets_a_server_sample_without_gathering_them(
 GATHERED = """
 import os, sys
 from pathlib import Path
-from opd import train, trainer
+from opd import train
+from opd.training import loop as trainer
 
 whole = trainer.whole
 

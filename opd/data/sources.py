@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd import hub
 from opd.config.schema import DataConfig, Source
-from opd.data import arithmetic
+from opd.data import arithmetic, hub
 from opd.errors import ConfigError, DataError
 
 Row = Mapping[str, Any]

@@ -8,17 +8,17 @@ from pathlib import Path
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from opd import models
-from opd.accelerator import make_accelerator
-from opd.build import Built, Given, build, load_prompts, make_run_grader
-from opd.checkpoint import Checkpoints
 from opd.config.schema import Config
 from opd.data.prompts import Prompt, to_messages
 from opd.data.sources import Rows, load_rows
 from opd.doctor import first, machine, rows, tokens
 from opd.doctor.findings import Finding, Report, Status, ok
 from opd.doctor.footprint import footprint, shape_of
-from opd.forward import free_memory
+from opd.models import load as models
+from opd.models.accelerator import make_accelerator
+from opd.models.policy import free_memory
+from opd.training.build import Built, Given, build, load_prompts, make_run_grader
+from opd.training.checkpoint import Checkpoints
 
 __all__ = ["Finding", "Report", "Status", "examine"]
 

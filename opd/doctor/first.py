@@ -4,16 +4,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opd.account import describe, engine_gap
-from opd.build import Built
 from opd.config.schema import Config, Truncated
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
 from opd.doctor.findings import Finding, fail, ok, warn
-from opd.evaluate import Evaluator, exact_kl, interval
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
-from opd.trainer import Trainer
+from opd.training.account import describe, engine_gap
+from opd.training.build import Built
+from opd.training.evaluate import Evaluator, exact_kl, interval
+from opd.training.loop import Trainer
 
 SELF_PROMPTS = 4
 SELF_LIMIT = {False: 1e-4, True: 2e-2}  # nats per token between a model and itself, in float32 and in bf16

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from opd import models
 from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, SamplingDtype
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
-from opd.forward import add_adapters, autocast, worthwhile_padding
-from opd.memory import estimate
+from opd.models import load as models
+from opd.models.memory import estimate
+from opd.models.policy import add_adapters, autocast, padding_limit
 from opd.objective import chunk_rows
 
 FLOAT, HALF = 4, 2
@@ -132,7 +132,7 @@ def micro_batch(config: Config, prompts: Sequence[Prompt], device: torch.device,
         asked = [len(prompts[index].seen_by_teacher) for index in drawn for _ in range(n)]
         lengths = [max(len(prompts[index].ids), other) for index, other in zip((i for i in drawn for _ in range(n)), asked, strict=True)]
         lengths = [length + config.sampling.max_new_tokens for length in lengths]
-        groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, packed, worthwhile_padding(device))
+        groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, packed, padding_limit(device))
         several = several or len(groups) > 1
         largest = max(largest, *((len(group), lengths[group[0]]) for group in groups), key=lambda shape: shape[0] * shape[1])
     return (*largest, several)

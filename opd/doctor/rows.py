@@ -6,9 +6,9 @@ from typing import Any
 
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
+from opd.data.rewards import Grader
 from opd.data.sources import Rows
 from opd.doctor.findings import Finding, fail, ok, warn
-from opd.rewards import Grader
 
 MOST_GRADED = 200
 MOST_DROPPED = 0.05  # share of prompts above which leaving them out changes what is learnt

@@ -6,11 +6,11 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from opd import models
 from opd.config.schema import Config, ModelConfig
 from opd.data.prompts import Message, render
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError
+from opd.models import load as models
 
 # What makes generate() draw from another distribution than the model's, and the value that does nothing.
 HIDDEN: Mapping[str, Any] = {

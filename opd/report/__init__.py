@@ -1,5 +1,5 @@
 """Runs as one HTML file that needs nothing else: what they achieved, how, and where student and teacher differ. Needs no torch."""
 
-from opd.report.document import page
+from opd.report.page import page
 
 __all__ = ["page"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from statistics import fmean
 
-from opd.curves import Series, label, parts, ticks
+from opd.report.curves import Series, label, parts, ticks
 
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 24

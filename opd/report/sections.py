@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from opd.curves import LIGHT, Series
-from opd.outcome import gap_closed, mean
 from opd.report.charts import Axes, Band, Line, chart, smoothed, thinned
-from opd.runs import Run, as_typed, flat
-from opd.visible import visible
+from opd.report.curves import LIGHT, Series
+from opd.runs.outcome import gap_closed, mean
+from opd.runs.reader import Run, flatten, format_value
+from opd.runs.text import visible
 
 MOST_TEXT = 300  # letters of a name or a value
 PHASES = (("time/sample", "sampling"), ("time/score", "teacher’s scores"), ("time/update", "update"))
@@ -369,7 +369,7 @@ def shares(index: int, runs: Sequence[Told], named: Sequence[tuple[str, float]],
 
 def settings(runs: Sequence[Told]) -> str:
     """What differs between runs first, then all options of each, its command line and versions."""
-    options = [flat(run.config) for run in runs]
+    options = [flatten(run.config) for run in runs]
     parts = []
     if len(runs) > 1:
         names = sorted({name for own in options for name in own if len({repr(other.get(name)) for other in options}) > 1})
@@ -394,4 +394,4 @@ def settings(runs: Sequence[Told]) -> str:
 
 
 def value_of(options: Mapping[str, Any], name: str) -> str:
-    return text(as_typed(options[name])) if name in options else "–"
+    return text(format_value(options[name])) if name in options else "–"

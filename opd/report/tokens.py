@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
-from opd.runs import Run
-from opd.schedule import looked_into
-from opd.visible import visible
+from opd.runs.outcome import is_detailed_step
+from opd.runs.reader import Run
+from opd.runs.text import visible
 
 MOST_BYTES = 6_000_000  # of completions in a page, over all runs
 MOST_TOKENS = 1_500  # of a completion
@@ -20,7 +20,7 @@ def embedded(run: Run, room: int) -> tuple[dict[str, Any], list[str]]:
     """The run's name, steps and completions as `page.js` takes them, in at most `room` bytes; and what was left out, a sentence each."""
     stored = run.rollout_steps()
     rollouts: list[dict[str, Any]] = []
-    for step in spread([step for step in stored if looked_into(step, last_step(run, stored))]):
+    for step in spread([step for step in stored if is_detailed_step(step, last_step(run, stored))]):
         own = [rollout(step, record) for record in run.rollouts(step)]
         room -= sum(len(json.dumps(one, ensure_ascii=False).encode()) for one in own)
         if room < 0:

@@ -38,6 +38,6 @@ class Sampler(Protocol):
         """The model's weights changed."""
         ...
 
-    def hand_over(self, lead: Lead = by_itself) -> None:
+    def sync_weights(self, lead: Lead = by_itself) -> None:
         """Have the weights of now before `sample`, if it samples with others than the model's own. All processes of a run together."""
         ...

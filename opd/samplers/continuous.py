@@ -20,9 +20,9 @@ from opd import signals
 from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError
-from opd.forward import output_head
+from opd.models.policy import output_head
 from opd.samplers.base import Decoding, Lead, by_itself
-from opd.samplers.twin import Twin
+from opd.samplers.bf16_copy import Twin
 
 LOOK = 0.05  # seconds after which a call that waits for completions looks again whether it is to stop
 
@@ -62,7 +62,7 @@ class ContinuousSampler:
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples, and each call has a cache of its own."""
 
-    def hand_over(self, lead: Lead = by_itself) -> None:
+    def sync_weights(self, lead: Lead = by_itself) -> None:
         """Nothing to do either."""
 
     @torch.no_grad()

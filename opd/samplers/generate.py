@@ -19,11 +19,11 @@ from opd import signals
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.forward import autocast, output_head
+from opd.models.policy import autocast, output_head
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding, Lead, by_itself
+from opd.samplers.bf16_copy import Twin
 from opd.samplers.caches import Fixed, Growing, held
-from opd.samplers.twin import Twin
 
 
 class GenerateSampler:
@@ -56,7 +56,7 @@ class GenerateSampler:
     def refresh(self) -> None:
         """Nothing to do: the weights of now are what samples."""
 
-    def hand_over(self, lead: Lead = by_itself) -> None:
+    def sync_weights(self, lead: Lead = by_itself) -> None:
         """Nothing to do either."""
 
     def sample(

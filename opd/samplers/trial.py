@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from opd import models
 from opd.config.schema import Engine, SamplingConfig, SamplingDtype
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import ConfigError, EngineError
-from opd.forward import autocast, kept_hidden, output_head
+from opd.models import load as models
+from opd.models.policy import autocast, completion_hidden, output_head
 from opd.objective import TeacherStates
 from opd.samplers.base import Decoding
 from opd.samplers.make import Choice, Material, make_sampler
@@ -108,6 +108,6 @@ def mean_gap(material: Material, rollouts: Sequence[Rollout], temperature: float
         head = output_head(model, material.vocabulary)
         for batch in micro_batches(rollouts, TRIAL_BATCH, material.pad_id):
             batch = batch.to(model.device)
-            logp_N = TeacherStates(kept_hidden(model.base_model, batch.inputs), head).token_logp(batch.target_N, temperature)
+            logp_N = TeacherStates(completion_hidden(model.base_model, batch.inputs), head).token_logp(batch.target_N, temperature)
             total, count = total + float((logp_N - batch.behaviour_logp_N).abs().sum()), count + len(logp_N)
     return total / count

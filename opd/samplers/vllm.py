@@ -29,7 +29,7 @@ from opd import signals
 from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
-from opd.forward import free_memory
+from opd.models.policy import free_memory
 from opd.samplers.base import Decoding, Lead, by_itself
 from opd.samplers.weights import checkpoint_weights
 
@@ -89,7 +89,7 @@ class VllmSampler:
         """The student's weights changed: the next `sample` copies them."""
         self.stale = True
 
-    def hand_over(self, lead: Lead = by_itself) -> None:
+    def sync_weights(self, lead: Lead = by_itself) -> None:
         """Each process's engine takes them by itself; what is sharded is gathered for all of them, a tensor at a time."""
         if self.stale:
             with apart(self.model.device):

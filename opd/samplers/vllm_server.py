@@ -162,7 +162,7 @@ class VllmServerSampler:
         """The student's weights changed: the next `hand_over` sends them, or the next `sample` where there was none."""
         self.stale = True
 
-    def hand_over(self, lead: Lead = by_itself) -> None:
+    def sync_weights(self, lead: Lead = by_itself) -> None:
         """Write the weights where the server finds them, a tensor at a time, and let it take them up.
 
         Raises `OutputError` where they cannot be written, `EngineError` where the server does not take them.
@@ -180,7 +180,7 @@ class VllmServerSampler:
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or answers what is not a completion with finite log-probs."""
         if self.stale and self.leads:
-            self.hand_over()
+            self.sync_weights()
         options = {**sampling_options(decoding, self.eos), **self.restriction}
 
         def write(request: Request) -> Rollout:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.sharding import Held, Part, full, together, weight, write_full
+from opd.models.sharding import Held, Part, full, together, weight, write_full
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.data.rollouts import MicroBatch
-from opd.forward import autocast, kept_hidden, output_head, without
+from opd.models.policy import autocast, completion_hidden, output_head, without
+from opd.models.sharding import whole
 from opd.objective import TeacherStates
-from opd.sharding import whole
 from opd.teachers.placement import head_on
 
 
@@ -40,7 +40,7 @@ class LocalTeacher:
     @torch.no_grad()
     def states(self, batch: MicroBatch) -> TeacherStates:
         with self.active(), autocast(self.model.device, self.bf16):
-            hidden_NH = kept_hidden(self.model.base_model, batch.teacher_inputs.to(self.model.device))
+            hidden_NH = completion_hidden(self.model.base_model, batch.teacher_inputs.to(self.model.device))
         return TeacherStates(hidden_NH.to(self.device), self.head)
 
     def ready(self) -> AbstractContextManager[None]:

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from opd.config.schema import Placement, TeacherConfig
 from opd.errors import ConfigError
+from opd.models import fsdp2
+from opd.models.policy import layers
 from opd.objective import Head
-from opd.sharding import fsdp2
 from opd.teachers.offload import Offload
 
 
@@ -36,12 +37,6 @@ def home(config: TeacherConfig, device: torch.device, processes: int, sharded: b
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"teacher.device={chosen}: torch sees {torch.cuda.device_count()} GPUs here")
     return chosen
-
-
-def layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers, which hold nearly all weights. Embedding, last norm and output head stay out: the objective reads the head itself."""
-    names = model._no_split_modules or ()
-    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def place(model: PreTrainedModel, placement: Placement, device: torch.device) -> None:

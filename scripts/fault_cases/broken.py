@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from opd import checkpoint, files
-from opd.checkpoint import Checkpoint
+from opd.runs import files
+from opd.training import checkpoint
+from opd.training.checkpoint import Checkpoint
 
 
 def no_manifest() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - what every child would import for itself
 
-from opd import runner  # noqa: F401
-from opd.checkpoint import Checkpoints
 from opd.train import main
+from opd.training import runner  # noqa: F401
+from opd.training.checkpoint import Checkpoints
 
 Sabotage = Callable[[], None]
 
@@ -184,7 +184,7 @@ def end_alike(root: Path, folder: Path, words: Sequence[str] = RUN, processes: i
 
 def valid(folder: Path) -> list[str]:
     """The run's checkpoints that verify."""
-    from opd.checkpoint import verify
+    from opd.training.checkpoint import verify
 
     checkpoints = Checkpoints(folder / "runs/run/checkpoints", 2, True)
     return [checkpoints.path(*moment).name for moment in checkpoints.moments() if verify(checkpoints.path(*moment)) is None]

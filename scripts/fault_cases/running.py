@@ -21,9 +21,9 @@ def bent(kind: str, hit: Callable[[int], bool]) -> Sabotage:
     """Lets the numbers of the `hit` updates (from 1) be no numbers, and has it written down whether an update that is left out changed
     anything.
     """
-    from opd import update
     from opd.teachers import LocalTeacher
-    from opd.update import NotFinite, Update
+    from opd.training import update
+    from opd.training.update import NotFinite, Update
 
     def sabotage() -> None:
         count = 0
@@ -60,7 +60,7 @@ def bent(kind: str, hit: Callable[[int], bool]) -> Sabotage:
 
 
 def everything(update: Any) -> dict[str, torch.Tensor]:
-    from opd.checkpoint import model_tensors, optimizer_tensors
+    from opd.training.checkpoint import model_tensors, optimizer_tensors
 
     found = {**model_tensors(update.policy), **optimizer_tensors(update.optimizer)}
     return {name: tensor.clone() for name, tensor in found.items()}
@@ -90,7 +90,7 @@ def not_finite(times: int, root: Path) -> Outcome:
 
 def stubborn() -> None:
     """A teacher that has no number for half of the samples of the second epoch."""
-    from opd.batches import Batches
+    from opd.training.batches import Batches
 
     score = Batches.scored
 
@@ -141,7 +141,7 @@ def newest_state(folder: Path) -> dict[str, Any]:
 
 def little_memory(limit: int) -> Sabotage:
     """A device on which no more than `limit` tokens fit."""
-    from opd.forward import Policy
+    from opd.models.policy import Policy
 
     def sabotage() -> None:
         forward = Policy.forward
@@ -188,7 +188,7 @@ def difference(one: Path, other: Path) -> float:
 
 def hangs(times: int, root: Path) -> Outcome:
     """A step that never ends."""
-    from opd.trainer import Trainer
+    from opd.training.loop import Trainer
 
     def sabotage() -> None:
         train_step = Trainer.train_step
@@ -247,7 +247,7 @@ def second_interrupts(times: int, root: Path) -> Outcome:
         folder = fresh(root, "twice")
 
         def sabotage(folder: Path = folder) -> None:
-            from opd.trainer import Trainer
+            from opd.training.loop import Trainer
 
             def saving(self: Trainer, *args: Any, **kwargs: Any) -> Any:
                 (folder / "fired.txt").write_text("")
@@ -271,7 +271,7 @@ def second_interrupts(times: int, root: Path) -> Outcome:
 
 def changed(times: int, root: Path) -> Outcome:
     """Options, data, tokenizer or teacher that are not those the run began with: refused with what differs; `resume_force` goes on."""
-    from opd.config.store import PACKAGE
+    from opd.config.compose import PACKAGE
 
     outcome = Outcome()
     kinds = ("options", "training data", "tokenizer", "teacher")
@@ -298,7 +298,7 @@ def changed(times: int, root: Path) -> Outcome:
 
 
 def stop_after(step: int) -> Sabotage:
-    from opd.trainer import Trainer
+    from opd.training.loop import Trainer
 
     def sabotage() -> None:
         train_step = Trainer.train_step

@@ -16,9 +16,9 @@ from fault_cases.harness import RUN, Outcome, end_alike, finish, fresh, prepare,
 from safetensors.torch import load_file
 from torch import nn
 
-from opd import checkpoint
-from opd.checkpoint import MODEL, Checkpoints, Snapshot, snapshot
 from opd.errors import OutputError
+from opd.training import checkpoint
+from opd.training.checkpoint import MODEL, Checkpoints, Snapshot, snapshot
 
 Act = Callable[[str, Callable[[], Any], tuple[Any, ...]], Any]
 # Every call by which a save changes the disk.

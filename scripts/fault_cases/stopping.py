@@ -84,7 +84,8 @@ def random_terms(times: int, root: Path) -> Outcome:
 
 def on_each_look(act: Callable[[str], None]) -> None:
     """Calls `act` whenever the run looks for signals: "check" between decode steps, "inner" after scoring and between inner steps."""
-    from opd import signals, trainer
+    from opd import signals
+    from opd.training import loop as trainer
 
     def told(kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def look(*args: Any) -> Any:
@@ -94,7 +95,7 @@ def on_each_look(act: Callable[[str], None]) -> None:
         return look
 
     signals.check = told("check", signals.check)
-    trainer.stop_together = told("inner", trainer.stop_together)
+    trainer.stop_all_processes = told("inner", trainer.stop_all_processes)
 
 
 def at_look(place: int, number: int = signal.SIGTERM) -> Sabotage:

@@ -21,10 +21,12 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from opd import entry, mistakes
-from opd.config import secrets, store
+from opd.cli import hydra_app as entry
+from opd.cli import hydra_errors as mistakes
+from opd.config import compose as store
+from opd.config import secrets
 from opd.errors import USAGE, OpdError
-from opd.visible import one_line
+from opd.runs.text import one_line
 
 # What must not happen while a config is composed: https://docs.python.org/3/library/audit_events.html
 CALLS = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect", "os.fork", "os.remove")
@@ -215,7 +217,7 @@ def refused(folder: Path, words: Sequence[str], code: int, part: str) -> str | N
 
 def outside(times: int, root: Path) -> Outcome:
     """Names and links that lead out of the output folder; code that a checkpoint or a model folder brings along."""
-    from opd.config.store import PACKAGE
+    from opd.config.compose import PACKAGE
 
     outcome = Outcome()
     tries: dict[str, Callable[[Path], str | None]] = {}
@@ -338,7 +340,7 @@ def vocabularies(times: int, root: Path) -> Outcome:
     """A teacher with permuted ids is refused; output layers padded to other widths are cut."""
     import shutil
 
-    from opd.config.store import PACKAGE
+    from opd.config.compose import PACKAGE
 
     outcome = Outcome()
     for number in range(times):
@@ -390,7 +392,7 @@ def answers(times: int, root: Path) -> Outcome:
     """Answers that hang or fill the memory of who judges them, under every built-in reward that is installed and one that evaluates."""
     from importlib.util import find_spec
 
-    from opd.rewards import make_grader
+    from opd.data.rewards import make_grader
 
     outcome = Outcome()
     os.chdir(root)

@@ -1,1 +1,0 @@
-"""Models without a trainer: judged against each other, asked, and made to score."""

@@ -1,0 +1,171 @@
+"""Student and teacher: loading, the output head, and whether the two speak about the same tokens.
+
+Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary, `H` hidden.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config.compose import PACKAGE
+from opd.config.schema import Device, Dtype, ModelConfig, Quantization, TeacherConfig
+from opd.data import hub
+from opd.errors import ConfigError
+from opd.models.policy import output_head
+
+log = logging.getLogger(__name__)
+
+BUNDLED = "bundled:"
+
+
+def find_device(device: Device) -> torch.device:
+    """The device asked for, or the best there is. Raises `ConfigError` when the one asked for is not there."""
+    present = {Device.cuda: torch.cuda.is_available(), Device.cpu: True}
+    if device is Device.auto:
+        device = next(candidate for candidate, there in present.items() if there)
+    if not present[device]:
+        raise ConfigError(f"device={device.value}: torch {torch.__version__} sees no such device here; take device=auto or device=cpu")
+    return torch.device(device.value)
+
+
+def has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
+    """Whether the student's matrix products run in bf16: as configured, or where the device has it."""
+    return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and has_bf16(device))
+
+
+def locate(config: ModelConfig, role: str) -> str:
+    """The folder or hub id to load from. Raises `ConfigError` for a local folder that is not there."""
+    if config.path.startswith(BUNDLED):
+        folder = PACKAGE / "assets" / config.path.removeprefix(BUNDLED)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}"
+            )
+        return str(folder)
+    path = Path(config.path).expanduser()
+    beside = len(path.parts) > 1 and path.parent.is_dir()  # runs/nam, where there is a folder runs/
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or beside
+    if looks_local and not path.is_dir():
+        raise ConfigError(f"{role}.path={config.path}: there is no such folder")
+    return str(path) if path.is_dir() else config.path
+
+
+def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs: Any) -> Any:
+    """`load` the configured folder or hub id; what transformers raises becomes one line with a remedy."""
+    source = locate(config, role)
+    hub.expect(source)
+    if config.gguf_file is not None:
+        kwargs["gguf_file"] = config.gguf_file
+    try:
+        return load(source, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        remedy = (
+            "check the folder"
+            if Path(source).is_dir()
+            else f"offline: {role}.path=FOLDER with a local copy (and HF_HUB_OFFLINE=1); experiment=tiny needs no download"
+        )
+        raise ConfigError(f"{role}.path={config.path} cannot be loaded: {reason}; {remedy}") from error
+
+
+def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = load_with(AutoTokenizer.from_pretrained, config, role)
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"{role}.path={config.path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # only ever behind masks: an end-of-sequence token that was written stays in the loss
+    return tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    """The text of the ids, white space as it was written."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text
+
+
+def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
+    """The student in float32 (the optimizer's master weights), the teacher in the dtype it computes in."""
+    dtype = torch.bfloat16 if role == "teacher" and computes_in_bf16(config.dtype, device) else torch.float32
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if config.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.attn_implementation
+    if isinstance(config, TeacherConfig) and config.quantization is not Quantization.none:
+        kwargs |= {"quantization_config": quantized(config.quantization, dtype), "device_map": {"": device}}
+    model: PreTrainedModel = load_with(AutoModelForCausalLM.from_pretrained, config, role, **kwargs)
+    if config.gguf_file is not None:
+        # The weights were expanded on loading: from here on it is an ordinary model, which transformers agrees to save.
+        vars(model).update(hf_quantizer=None, is_quantized=False)
+        del model.config.quantization_config
+    return model
+
+
+def quantized(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """How bitsandbytes is to load a model that computes in `dtype`. Raises `ConfigError` where it is missing."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"teacher.quantization={quantization.value} needs the package bitsandbytes: pip install 'opd[quantized]'")
+    if quantization is Quantization.int8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's, the model's and its generation config's."""
+    generation = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, model.config.eos_token_id, generation):
+        found.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(found))
+
+
+def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises `ConfigError`, naming the first tokens that differ, unless every token has the same id in both."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if ours != theirs:
+        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+        shown = ", ".join(f"{token!r} (student {ours.get(token, 'none')}, teacher {theirs.get(token, 'none')})" for token in differing[:3])
+        raise ConfigError(
+            f"teacher: its tokenizer maps {len(differing)} tokens to other ids than the student's: {shown}; "
+            "scoring needs the same ids: take a teacher of the student's family"
+        )
+
+
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+    """How many ids both heads have. Heads padded to different widths are cut to the narrower one: ids behind the tokenizer's last mean
+    nothing in either. Raises `ConfigError` when a head is too narrow for the tokenizer.
+    """
+    size = min(output_head(student).vocabulary, output_head(teacher).vocabulary)
+    last = max(tokenizer.get_vocab().values())
+    if last >= size:
+        raise ConfigError(
+            f"the tokenizer has ids up to {last}, an output head only {size} rows: model or teacher does not belong to its tokenizer"
+        )
+    return size
+
+
+def pair_differences(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]
+) -> list[str]:
+    """What differs between student and teacher and may cost quality, a line each: chat template, end-of-sequence and padding."""
+    found = []
+    if student.chat_template != teacher.chat_template:
+        found.append("the chat templates of student and teacher differ; both see the student's rendering")
+    if set(eos[0]) != set(eos[1]):
+        names = [[student.convert_ids_to_tokens(i) for i in ids] for ids in eos]
+        found.append(
+            f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop"
+        )
+    if student.pad_token_id != teacher.pad_token_id:
+        found.append(f"padding tokens differ: student {student.pad_token!r}, teacher {teacher.pad_token!r}; padding is never scored")
+    return found

@@ -1,0 +1,174 @@
+"""How good a model is: rewards of its answers where an answer is known, and the exact KL(student‖teacher) on the student's own samples."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.data.prompts import Prompt
+from opd.data.rewards import Grader
+from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.models.load import decode
+from opd.models.policy import completion_hidden, output_head
+from opd.models.together import run_stoppable
+from opd.objective import chunked_stats, exact, reverse_kl
+from opd.samplers import Decoding, Sampler
+from opd.teachers import Teacher
+
+log = logging.getLogger(__name__)
+
+Ready = Callable[[], AbstractContextManager[None]]
+
+Z95 = 1.959964
+
+
+@dataclass(frozen=True, slots=True)
+class Rewards:
+    """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was cut off."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+    length: float
+    truncated: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The student after `step` steps. rewards: None without answers. kl: exact KL(student‖teacher) at T = 1, nats per token."""
+
+    step: int
+    rewards: Rewards | None
+    kl: float | None
+    example: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def score(self) -> float | None:
+        """What makes one evaluation better than another: the reward where there is one, else a smaller KL."""
+        if self.rewards is not None:
+            return self.rewards.mean
+        return None if self.kl is None else -self.kl
+
+
+def interval(rewards: Sequence[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean: Wilson's for rewards of 0 and 1 (it stays honest at 0 % and 100 %), else the normal one."""
+    count, mean = len(rewards), fmean(rewards)
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        centre = mean + Z95**2 / (2 * count)
+        spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
+        low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
+        return max(low, 0.0), min(high, 1.0)  # rounding
+    variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - 1, 1)
+    spread = Z95 * math.sqrt(variance / count)
+    return mean - spread, mean + spread
+
+
+def exact_kl(
+    model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout], vocabulary: int, max_tokens: int, pad_id: int
+) -> tuple[float, int]:
+    """Σ over completion tokens of KL(student‖teacher) over the vocabulary at T = 1, in nats, and the number of tokens."""
+    total, tokens = 0.0, 0
+    head = output_head(model, vocabulary)
+    for batch in micro_batches(rollouts, max_tokens, pad_id):
+        batch = batch.to(model.device)
+        token_loss = exact(batch.target_N, teacher.states(batch), 1.0, reverse_kl)
+
+        def kl_of(logits_CV: Tensor, part: slice, token_loss: Any = token_loss) -> dict[str, Tensor]:
+            return {"kl": token_loss(logits_CV, part)[0]}
+
+        with torch.no_grad():
+            kl_N = chunked_stats(completion_hidden(model.base_model, batch.inputs), head, kl_of)["kl"]
+        total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
+    return total, tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Evaluates with its share of the prompts in each process; every process gets the whole result, or `Preempted` when asked to stop.
+
+    answered: prompts that are answered and judged. kl_prompts: prompts whose samples the KL is measured on.
+    """
+
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    answered: Sequence[Prompt]
+    kl_prompts: Sequence[Prompt]
+    decoding: Decoding
+    kl_decoding: Decoding
+    grader: Grader | None
+    max_tokens: int
+    vocabulary: int
+    precision: Callable[[], Any]
+
+    def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
+        """ready: within it, which all processes enter together, model and teacher answer."""
+        rewards, example = self.rewards(sampler)
+        return Evaluation(step, rewards, self.kl(sampler, model, teacher, ready), example)
+
+    def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
+        """The rewards of the model behind `sampler`, and the first prompt with its answer. as_teacher: prompts as the teacher sees them."""
+        if not self.answered:
+            return None, None
+        requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
+        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
+        judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
+        rows = [
+            (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
+            for reward, rollout, text in judged
+            if reward is not None
+        ]
+        rows = gather_object(rows)
+        if not rows:
+            return None, None
+        values = [row[0] for row in rows]
+        low, high = interval(values)
+        return Rewards(fmean(values), low, high, len(rows), fmean(row[1] for row in rows), fmean(row[2] for row in rows)), rows[0][3]
+
+    def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> float | None:
+        if not self.kl_prompts:
+            return None
+        requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
+        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
+        with ready(), self.precision():
+            own = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
+        parts = gather_object([own])
+        total, tokens = (sum(column) for column in zip(*parts, strict=True))
+        return float(total / tokens)
+
+    def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def text(self, rollout: Rollout) -> str:
+        return decode(self.tokenizer, rollout.completion, skip_special_tokens=True)
+
+    def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
+        """Each completion by its prompt's own `get_reward`, else by the configured reward against its answer; None without either."""
+        rewards: list[float | None] = [None] * len(rollouts)
+        graded: list[int] = []
+        for index, rollout in enumerate(rollouts):
+            prompt = rollout.request.prompt
+            if prompt.get_reward is not None:
+                rewards[index] = prompt.get_reward(self.text(rollout))
+            elif prompt.answer is not None and self.grader is not None:
+                graded.append(index)
+        if self.grader is not None:
+            pairs = [(self.text(rollouts[index]), rollouts[index].request.prompt.answer or "") for index in graded]
+            late = self.grader.timeouts
+            for index, reward in zip(graded, self.grader.grade(pairs), strict=True):
+                rewards[index] = reward
+            if self.grader.timeouts > late:
+                log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
+        return rewards
