@@ -32,7 +32,7 @@ def judge(config: Config, folder: Path, given: argparse.Namespace) -> None:
     from opd.evaluation import judge
     from opd.evaluation.show import show
     from opd.evaluation.target import find_target
-    from opd.models import together  # torch is imported here and not before
+    from opd.models import distributed  # torch is imported here and not before
     from opd.training import runner
 
     runner.quiet_libraries()
@@ -40,7 +40,7 @@ def judge(config: Config, folder: Path, given: argparse.Namespace) -> None:
         files.check_output_path(given.out)
     target = find_target(given.target, config, given.teacher, given.baseline)
     found = {**judge.told(target), "tasks": judge.judge(target, tasks_of(target.config), folder)}
-    if not together.in_main_process():
+    if not distributed.in_main_process():
         return
     out = given.out or (judge.place_of(target.run) if target.run is not None else None)
     content = json.dumps(found, indent=2, ensure_ascii=False)

@@ -1,11 +1,11 @@
-"""Rollouts, and the micro-batches they are scored and learnt from in.
+"""Rollouts, and the micro-batches in which models read them.
 
-Shapes: `B` sequences, `T` positions, `N` kept completion tokens.
+Shapes: `B` sequences, `T` positions, `N` trained tokens.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -15,13 +15,13 @@ from opd.data.prompts import Prompt
 
 
 class FinishReason(Enum):
-    stop = "stop"  # the student wrote an end-of-sequence token
+    stop = "stop"  # the student generated an end-of-sequence token
     length = "length"  # cut off at max_new_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion to be sampled. (epoch, sample id, attempt) decides its random numbers; attempt counts the completions of a prompt."""
+    """A completion to sample. Its random numbers derive from (epoch, sample id, attempt); attempt numbers the completions of one prompt."""
 
     prompt: Prompt
     epoch: int = 0
@@ -30,111 +30,127 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A request and what the student wrote.
+    """A prompt with one sampled completion.
 
-    completion: the sampled ids, the end-of-sequence token among them. behaviour_logp: the log-prob of each under the distribution it was
-    drawn from, float32 on the CPU.
+    Args:
+        request: What was asked for.
+        completion: The sampled ids, including the end-of-sequence token.
+        behaviour_logp: Log-prob of each id under the distribution it was drawn from, float32 on the CPU.
+        finish_reason: Why the completion ended.
+        mask: Which tokens of the completion are trained; None for all of them.
     """
 
     request: Request
     completion: tuple[int, ...]
     behaviour_logp: Tensor
     finish_reason: FinishReason
+    mask: tuple[bool, ...] | None = None
 
     @property
     def truncated(self) -> bool:
         return self.finish_reason is FinishReason.length
 
-    def first(self, tokens: int | None) -> "Rollout":
-        """The rollout with the first so many tokens of its completion; all of it for None."""
-        if tokens is None or len(self.completion) <= tokens:
-            return self
-        return replace(self, completion=self.completion[:tokens], behaviour_logp=self.behaviour_logp[:tokens])
+    @property
+    def trained(self) -> list[int]:
+        """Offsets of the trained tokens within the completion, ascending."""
+        if self.mask is None:
+            return list(range(len(self.completion)))
+        return [offset for offset, is_trained in enumerate(self.mask) if is_trained]
+
+    @property
+    def read(self) -> tuple[int, ...]:
+        """The completion up to its last trained token: what models have to read."""
+        trained = self.trained
+        return self.completion[: trained[-1] + 1] if trained else ()
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and completion, in the longer of student's and teacher's view."""
+        """Tokens that models read of it, in the longer of the student's and the teacher's view."""
         prompt = self.request.prompt
-        return max(len(prompt.ids), len(prompt.seen_by_teacher)) + len(self.completion)
+        return max(len(prompt.ids), len(prompt.seen_by_teacher)) + len(self.read)
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Sequences as a model takes them.
+    """Sequences as a model reads them.
 
-    ids_BT: prompts and completions, padded on the right. Every model here is causal, so padding behind the end reaches nothing that is kept
-    and needs no mask. positions_BT: None, or, with all sequences end to end in one row (B = 1), positions that begin anew with each; that
-    is what tells attention to keep them apart. kept_N: positions in the flattened (B·T) whose next token is a completion token.
+    Args:
+        ids_BT: Token ids, padded on the right. Models are causal, so padding after the end reaches no trained position and needs no mask.
+        predicting_N: Positions in the flattened (B*T) whose next token is a trained one.
+        positions_BT: None; or, for sequences packed into one row, positions that restart at each sequence, which keeps them apart.
     """
 
     ids_BT: Tensor
-    kept_N: Tensor
+    predicting_N: Tensor
     positions_BT: Tensor | None = None
 
     def to(self, device: torch.device) -> "Inputs":
         positions_BT = None if self.positions_BT is None else self.positions_BT.to(device)
-        return Inputs(self.ids_BT.to(device), self.kept_N.to(device), positions_BT)
+        return Inputs(self.ids_BT.to(device), self.predicting_N.to(device), positions_BT)
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rollouts that go through a model together.
+    """Rollouts that go through the models together.
 
-    inputs: the sequences as the student sees them; teacher_inputs: as the teacher does (the same object unless it has its own prompt).
-    target_N: the completion tokens. behaviour_logp_N: their log-probs under the sampler. sequence_N: the rollout of each, as an index into
-    the step's rollouts.
+    Args:
+        rollouts: Their indices in the list that was split.
+        ids_N: Their trained tokens, rollout by rollout.
+        inputs: What the student reads.
+        teacher_inputs: What the teacher reads: the same object unless a prompt has a version of its own for the teacher.
     """
 
+    rollouts: tuple[int, ...]
+    ids_N: Tensor
     inputs: Inputs
     teacher_inputs: Inputs
-    target_N: Tensor
-    behaviour_logp_N: Tensor
-    sequence_N: Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
         inputs = self.inputs.to(device)
         teacher_inputs = inputs if self.teacher_inputs is self.inputs else self.teacher_inputs.to(device)
-        return MicroBatch(inputs, teacher_inputs, self.target_N.to(device), self.behaviour_logp_N.to(device), self.sequence_N.to(device))
+        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs)
 
 
 def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int, packed: bool = False) -> MicroBatch:
-    """The micro-batch of the rollouts at `indices`."""
+    """Return the micro-batch of the rollouts at `indices`."""
     chosen = [rollouts[index] for index in indices]
-    inputs = lay_out([rollout.request.prompt.ids for rollout in chosen], chosen, pad_id, packed)
-    own_prompts = any(rollout.request.prompt.teacher_ids is not None for rollout in chosen)
-    return MicroBatch(
-        inputs,
-        lay_out([rollout.request.prompt.seen_by_teacher for rollout in chosen], chosen, pad_id, packed) if own_prompts else inputs,
-        torch.tensor([token for rollout in chosen for token in rollout.completion], dtype=torch.long),
-        torch.cat([rollout.behaviour_logp for rollout in chosen]),
-        torch.tensor([index for index, rollout in zip(indices, chosen, strict=True) for _ in rollout.completion], dtype=torch.long),
-    )
+    inputs = lay_out(chosen, [rollout.request.prompt.ids for rollout in chosen], pad_id, packed)
+    teacher_inputs = inputs
+    if any(rollout.request.prompt.teacher_ids is not None for rollout in chosen):
+        teacher_inputs = lay_out(chosen, [rollout.request.prompt.seen_by_teacher for rollout in chosen], pad_id, packed)
+    ids = [rollout.completion[offset] for rollout in chosen for offset in rollout.trained]
+    return MicroBatch(tuple(indices), torch.tensor(ids, dtype=torch.long), inputs, teacher_inputs)
 
 
-def lay_out(prompts: Sequence[tuple[int, ...]], rollouts: Sequence[Rollout], pad_id: int, packed: bool) -> Inputs:
-    """Prompts and completions in rows padded on the right, or end to end in one row with positions that begin anew."""
-    sequences = [prompt + rollout.completion for prompt, rollout in zip(prompts, rollouts, strict=True)]
+def lay_out(rollouts: Sequence[Rollout], prompts: Sequence[tuple[int, ...]], pad_id: int, packed: bool) -> Inputs:
+    """Lay prompts and completions out in rows padded on the right or, `packed`, end to end in one row."""
+    sequences = [prompt + rollout.read for prompt, rollout in zip(prompts, rollouts, strict=True)]
     width = max(map(len, sequences))
     starts = [sum(map(len, sequences[:row])) if packed else row * width for row in range(len(sequences))]
-    kept = [
+    predicting = [
         start + len(prompt) - 1 + offset
         for start, prompt, rollout in zip(starts, prompts, rollouts, strict=True)
-        for offset in range(len(rollout.completion))
+        for offset in rollout.trained
     ]
+    predicting_N = torch.tensor(predicting, dtype=torch.long)
     if packed:
         ids = torch.tensor([token for sequence in sequences for token in sequence])[None]
         positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
-        return Inputs(ids, torch.tensor(kept, dtype=torch.long), positions)
+        return Inputs(ids, predicting_N, positions)
     ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
-    return Inputs(ids, torch.tensor(kept, dtype=torch.long))
+    return Inputs(ids, predicting_N)
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = False, max_padding: float = math.inf) -> list[list[int]]:
-    """Indices grouped, longest first, so that no group takes more than `max_tokens`; a longer one stands alone.
+    """Group indices, longest first, so that no group takes more than `max_tokens`; a longer one makes a group of its own.
 
-    A group takes rows × longest with padding, of which there are at most `max_padding` tokens, and the sum of its lengths when packed.
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Limit of a group: rows times the longest with padding, the sum of lengths when packed.
+        packed: Whether sequences go end to end.
+        max_padding: Most padding tokens of a group.
     """
     groups: list[list[int]] = []
     used, padding = 0, 0
@@ -153,13 +169,13 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = Fals
 def micro_batches(
     rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, packed: bool = False, max_padding: float = math.inf
 ) -> list[MicroBatch]:
-    """Those with a completion, in groups by `split_by_tokens`."""
-    told = [index for index, rollout in enumerate(rollouts) if rollout.completion]
-    groups = split_by_tokens([rollouts[index].length for index in told], max_tokens, packed, max_padding)
-    return [collate(rollouts, [told[place] for place in group], pad_id, packed) for group in groups]
+    """Return the micro-batches of the rollouts that have trained tokens, longest first."""
+    trained = [index for index, rollout in enumerate(rollouts) if rollout.read]
+    groups = split_by_tokens([rollouts[index].length for index in trained], max_tokens, packed, max_padding)
+    return [collate(rollouts, [trained[place] for place in group], pad_id, packed) for group in groups]
 
 
 def repetition(completion: Sequence[int], size: int = 4) -> float:
-    """The share of the runs of `size` tokens that stood in the same completion before; 0 for one that has none."""
-    runs = [tuple(completion[start : start + size]) for start in range(len(completion) - size + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+    """Return the share of `size`-grams that occurred earlier in the same completion; 0 where there is none."""
+    grams = [tuple(completion[start : start + size]) for start in range(len(completion) - size + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -15,8 +15,8 @@ from opd.doctor import first, machine, rows, tokens
 from opd.doctor.findings import Finding, Report, Status, ok
 from opd.doctor.footprint import footprint, shape_of
 from opd.models import load as models
-from opd.models.accelerator import make_accelerator
-from opd.models.policy import free_memory
+from opd.models.device import free_memory
+from opd.models.distributed import make_accelerator
 from opd.training.build import Built, Given, build, load_prompts, make_run_grader
 from opd.training.checkpoint import Checkpoints
 

@@ -10,10 +10,10 @@ from opd.data.rollouts import Request, Rollout
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
-from opd.training.account import describe, engine_gap
 from opd.training.build import Built
 from opd.training.evaluate import Evaluator, exact_kl, interval
 from opd.training.loop import Trainer
+from opd.training.metrics import add_rollout_metrics
 
 SELF_PROMPTS = 4
 SELF_LIMIT = {False: 1e-4, True: 2e-2}  # nats per token between a model and itself, in float32 and in bf16
@@ -43,14 +43,14 @@ def trial_step(trainer: Trainer) -> Step:
 
 
 def step_that_learns_nothing(trainer: Trainer) -> Step:
-    for group in trainer.optimizer.param_groups:
+    for group in trainer.strategy.optimizer.param_groups:
         group["lr"] = 0.0
-    current = trainer.round = trainer.begin()
+    current = trainer.tokens = trainer.begin_step()
     trainer.inner_step(current)
-    trainer.optimizer.state.clear()
-    trainer.round = None
-    describe(current, engine_gap(current), trainer.config.sampling.max_new_tokens)
-    return Step(dict(current.seconds), current.means.means(), current.written)
+    trainer.strategy.optimizer.state.clear()
+    trainer.tokens = None
+    add_rollout_metrics(current, trainer.config.sampling.max_new_tokens)
+    return Step(dict(current.seconds), current.means.means(), current.rollouts)
 
 
 def check_self(built: Built, rollouts: Sequence[Rollout], bf16: bool) -> list[Finding]:
@@ -60,7 +60,9 @@ def check_self(built: Built, rollouts: Sequence[Rollout], bf16: bool) -> list[Fi
     evaluator = trainer.evaluator
     with evaluator.precision():
         itself = LocalTeacher(trainer.student, evaluator.vocabulary, bf16=bf16)
-        total, tokens = exact_kl(trainer.student, itself, prompts, evaluator.vocabulary, trainer.batches.max_tokens, trainer.batches.pad_id)
+        total, tokens = exact_kl(
+            trainer.student, itself, prompts, evaluator.vocabulary, trainer.scoring.choices["max_tokens"], trainer.scoring.pad_id
+        )
     kl = total / tokens
     what = f"KL {kl:.1e} nats/token on {len(prompts)} prompts"
     if abs(kl) > SELF_LIMIT[bf16]:

@@ -18,8 +18,9 @@ from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
 from opd.models import load as models
+from opd.models.device import autocast
 from opd.models.memory import estimate
-from opd.models.policy import add_adapters, autocast, padding_limit
+from opd.models.policy import add_adapters, padding_limit
 from opd.objective import chunk_rows
 
 FLOAT, HALF = 4, 2

@@ -23,9 +23,8 @@ from opd.evaluation import bootstrap, pair
 from opd.evaluation.pair import Loaded
 from opd.evaluation.target import Target
 from opd.models import load as models
-from opd.models.accelerator import make_accelerator
-from opd.models.policy import release_memory
-from opd.models.together import run_stoppable
+from opd.models.device import release_memory
+from opd.models.distributed import make_accelerator, run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.training.build import Given, load_prompts, make_evaluator, make_run_grader
 from opd.training.evaluate import Evaluator, interval

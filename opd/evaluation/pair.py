@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import ModelConfig
 from opd.models import load as models
-from opd.models.policy import autocast, prepare_student, prepare_teacher
-from opd.samplers import GenerateSampler
+from opd.models.device import autocast
+from opd.models.policy import prepare_student, prepare_teacher
+from opd.samplers import GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
 
 
@@ -27,7 +28,7 @@ class Loaded:
         return autocast(self.model.device, self.bf16)
 
     def sampler(self, pad_id: int, vocabulary: int, seed: int) -> GenerateSampler:
-        return GenerateSampler(self.model, self.eos, pad_id, vocabulary, seed, self.bf16)
+        return GenerateSampler(SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=self.bf16))
 
     def teacher(self, vocabulary: int) -> LocalTeacher:
         return LocalTeacher(self.model, vocabulary, bf16=self.bf16)

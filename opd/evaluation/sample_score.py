@@ -17,7 +17,7 @@ from opd.errors import DataError
 from opd.evaluation import pair
 from opd.evaluation.pair import Loaded
 from opd.models import load as models
-from opd.models.policy import completion_hidden, output_head
+from opd.models.policy import output_head, predicting_hidden
 from opd.objective import TeacherStates
 from opd.samplers import Decoding
 
@@ -126,8 +126,8 @@ def score(both: Pair, text: str, prompt: str | None = None) -> Judged:
 def token_logp(loaded: Loaded, rollout: Rollout, vocabulary: int) -> list[float]:
     batch = collate([rollout], [0], 0).to(loaded.model.device)
     with loaded.precision():
-        states = TeacherStates(completion_hidden(loaded.model.base_model, batch.inputs), output_head(loaded.model, vocabulary))
-        found: list[float] = states.token_logp(batch.target_N, 1.0).tolist()
+        states = TeacherStates(predicting_hidden(loaded.model.base_model, batch.inputs), output_head(loaded.model, vocabulary))
+        found: list[float] = states.token_logp(batch.ids_N, 1.0).tolist()
     return found
 
 

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from opd.config.schema import Config, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.models.load import computes_in_bf16, load_with
-from opd.models.policy import add_adapters, layers
-from opd.models.zero import BUCKET, LIVE
+from opd.models.policy import add_adapters, decoder_layers
+
+BUCKET, LIVE = 0, 0
 
 MOMENTS = 2  # AdamW's, of each parameter that is trained
 NF4_BYTES = 0.5 + 4 / 64  # and a float32 scale for every 64 numbers
@@ -68,12 +69,16 @@ def estimate(
         gradients = round(trained / processes) + 2 * min(trained, 4 * BUCKET)
         update = Memory(held + min(weights, 4 * LIVE if sharded else weights), gradients, optimizer, teacher, "during the update")
         return max(sampling, update, key=lambda memory: memory.total)
+    layerwise = sharded
     if not layerwise:
         return Memory(weights + round(share * weights), trained + round(share * trained), optimizer, teacher)
     sampling = Memory(weights + round(share * weights), 0, optimizer, teacher, "while sampling")
     # The next layer is gathered during a layer's backward pass; a gradient is copied once to be sent.
-    outside = [weights - sum(weight_bytes(layer, bf16) for layer in layers(student)), trained - sum(map(trained_bytes, layers(student)))]
-    largest = [max(weight_bytes(layer, bf16) for layer in layers(student)), max(map(trained_bytes, layers(student)))]
+    outside = [
+        weights - sum(weight_bytes(layer, bf16) for layer in decoder_layers(student)),
+        trained - sum(map(trained_bytes, decoder_layers(student))),
+    ]
+    largest = [max(weight_bytes(layer, bf16) for layer in decoder_layers(student)), max(map(trained_bytes, decoder_layers(student)))]
     update = Memory(
         weights=round(share * weights) + outside[0] + 2 * largest[0],
         gradients=round(share * trained) + 2 * max(outside[1], largest[1]),
@@ -97,10 +102,12 @@ def teacher_bytes(config: TeacherConfig, processes: int, device: torch.device) -
     """Of the teacher's weights, on the student's device."""
     model = empty(config, "teacher")
     width = 2 if computes_in_bf16(config.dtype, device) else 4
-    inside = sum(parameter.numel() for layer in layers(model) for parameter in layer.parameters())
+    inside = sum(parameter.numel() for layer in decoder_layers(model) for parameter in layer.parameters())
     outside = sum(parameter.numel() for parameter in model.parameters()) - inside
     if config.quantization is not Quantization.none:
-        matrices = sum(module.weight.numel() for layer in layers(model) for module in layer.modules() if isinstance(module, nn.Linear))
+        matrices = sum(
+            module.weight.numel() for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)
+        )
         narrow = 1.0 if config.quantization is Quantization.int8 else NF4_BYTES
         whole = round(narrow * matrices) + width * (inside - matrices + outside)
     else:
@@ -114,7 +121,7 @@ def teacher_bytes(config: TeacherConfig, processes: int, device: torch.device) -
         case Placement.sharded:
             return whole + round(width * inside / processes)
         case Placement.offload:
-            sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers(model)]
+            sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
             coming = width * max(map(sum, pairwise([0, *sizes])))  # a layer beside the one that computes
             return coming + (width * outside if device.type != "cpu" else whole)
 

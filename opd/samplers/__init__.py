@@ -1,8 +1,45 @@
-"""Samplers write completions with the student's weights of the moment."""
+"""Samplers generate completions with the student's current weights. `make_sampler` picks one by a rule, never by a stopwatch."""
 
-from opd.samplers.base import Decoding, Sampler
+import logging
+from collections.abc import Sequence
+
+from opd.config.schema import Config, Engine, SamplingDtype
+from opd.data.prompts import Prompt
+from opd.models.load import is_fast_in_bf16
+from opd.samplers.base import Decoding, Sampler, SamplerSpec
 from opd.samplers.generate import GenerateSampler
-from opd.samplers.make import Choice, Material, longest, make_sampler
-from opd.samplers.trial import choose
+from opd.samplers.vllm import VllmSampler
+from opd.samplers.vllm_server import VllmServerSampler
 
-__all__ = ["Choice", "Decoding", "GenerateSampler", "Material", "Sampler", "choose", "longest", "make_sampler"]
+__all__ = ["Decoding", "GenerateSampler", "Sampler", "SamplerSpec", "longest_sequence", "make_sampler", "uses_bf16_copy"]
+
+log = logging.getLogger(__name__)
+
+
+def uses_bf16_copy(config: Config, spec: SamplerSpec) -> bool:
+    """Return whether `generate` samples with a bf16 copy: as configured, else where the device multiplies bf16 matrices natively."""
+    if config.sampling.dtype is SamplingDtype.auto:
+        return is_fast_in_bf16(spec.model.device)
+    return config.sampling.dtype is SamplingDtype.bfloat16
+
+
+def make_sampler(config: Config, spec: SamplerSpec, bf16_copy: bool) -> Sampler:
+    """Return the configured sampler: `generate` for auto.
+
+    Raises:
+        ConfigError: The engine is not installed or cannot run the model.
+        EngineError: A server does not answer.
+    """
+    if config.sampling.engine is not Engine.vllm:
+        return GenerateSampler(spec, bf16_copy)
+    options = config.sampling.vllm
+    bf16 = spec.bf16 or config.sampling.dtype is SamplingDtype.bfloat16
+    if options.url is None:
+        return VllmSampler(spec, bf16, config.sampling.memory_share)
+    return VllmServerSampler(spec, bf16, options.url, options.timeout, options.weights_folder)
+
+
+def longest_sequence(config: Config, prompts: Sequence[Prompt]) -> int:
+    """Return the tokens of the longest prompt and the longest completion together."""
+    new_tokens = max(config.sampling.max_new_tokens, config.eval.max_new_tokens, config.eval.kl_max_new_tokens)
+    return max(len(prompt.ids) for prompt in prompts) + new_tokens

@@ -1,15 +1,25 @@
-"""What every sampler takes and gives."""
+"""The protocol of a sampler, and what samplers are made from."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from transformers import PreTrainedModel
+
 from opd.data.rollouts import Request, Rollout
+
+OnMain = Callable[[Callable[[], None]], object]
+"""Runs something in the main process while the others wait, and raises its error in all of them."""
+
+
+def run_here(work: Callable[[], None]) -> None:
+    """The `OnMain` of a process that is the only one."""
+    work()
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How to decode: exactly this, nothing from the model's generation_config. temperature 0 takes the most probable token."""
+    """How to decode: exactly this, nothing from the model's generation_config. Temperature 0 takes the most probable token."""
 
     temperature: float
     max_new_tokens: int
@@ -18,26 +28,46 @@ class Decoding:
     batch_size: int = 64
 
 
-Lead = Callable[[Callable[[], None]], object]
-"""Lets one process of a run do something, and the others wait for it and raise what it raises."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSpec:
+    """What samplers are made from.
 
+    Args:
+        model: The student as it is trained.
+        eos: Ids that end a completion.
+        pad_id: Id of padding.
+        vocabulary: Only ids below it are drawn.
+        seed: The run's seed.
+        bf16: Whether the trainer computes in bf16.
+        longest: Tokens of the longest prompt and the longest completion together.
+        batch_size: Completions decoded side by side.
+        is_main: Whether this is the main process, which syncs weights to a server that several processes use.
+        sharded: Whether the student's weights are sharded.
+    """
 
-def by_itself(work: Callable[[], None]) -> None:
-    """The `Lead` of a process that is the only one."""
-    work()
+    model: PreTrainedModel
+    eos: Sequence[int]
+    pad_id: int
+    vocabulary: int
+    seed: int
+    bf16: bool
+    longest: int = 0
+    batch_size: int = 64
+    is_main: bool = True
+    sharded: bool = False
 
 
 class Sampler(Protocol):
-    """Writes completions. `stream` keeps random numbers of different uses (training, evaluation) apart."""
+    """Generates completions. `stream` keeps the random numbers of different uses (training, evaluation) apart."""
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        """One rollout for each request, in their order. Raises `Preempted`, between decode steps, when this process is asked to stop."""
+        """Return one rollout for each request, in order. Raises `Preempted`, between decode steps, when this process is asked to stop."""
         ...
 
     def refresh(self) -> None:
-        """The model's weights changed."""
+        """Note that the model's weights changed."""
         ...
 
-    def sync_weights(self, lead: Lead = by_itself) -> None:
-        """Have the weights of now before `sample`, if it samples with others than the model's own. All processes of a run together."""
+    def sync_weights(self, on_main: OnMain = run_here) -> None:
+        """Take over the current weights, where the sampler has weights of its own. All processes of the run call it."""
         ...

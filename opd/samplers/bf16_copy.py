@@ -1,7 +1,7 @@
-"""A bf16 copy of a model's weights, for as long as it samples.
+"""A bf16 copy of a model's weights for the time it samples.
 
-It reads half the bytes, which is what decoding waits for, and needs no autocast. What it rounds differently shows in `engine_gap`, and the
-importance weight makes up for it.
+It reads half the bytes, which is what decoding waits for, and needs no autocast. The difference in rounding shows in `engine_gap`, and the
+importance weight corrects it.
 """
 
 import copy
@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 
 from opd.objective import Head
 
-# Any number of rows gives the same products; the layout is chosen for this many, about a batch that is decoded.
-ROWS = 8
+ROWS = 8  # rows of a decoding batch that the packed layout is chosen for; any other number gives the same products
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer on a CPU, its weights laid out as matrix kernels read them: for few rows that costs as much as the product."""
+    """A linear layer on a CPU with its weights in the layout of the matrix kernels: converting them costs as much as a product."""
 
     packed: Tensor | None = None
 
@@ -31,56 +30,56 @@ class PackedLinear(nn.Linear):
         return product
 
 
-class Twin:
-    """`with twin as model:` gives `source`'s copy in bf16 with the weights of now; afterwards it holds none, which training has room for.
+class Bf16Copy:
+    """`with copy as model:` yields a copy of `source` in bf16 with its current weights; outside of it the copy takes no memory.
 
     Tied weights stay tied; buffers, such as rotary frequencies, keep their dtype.
     """
 
     def __init__(self, source: PreTrainedModel) -> None:
         self.source = source
-        # deepcopy takes these for copies that it has made already
+        # deepcopy takes these for copies that it has already made
         empty: dict[int, object] = {
             id(weight): nn.Parameter(torch.empty(0, dtype=torch.bfloat16, device=weight.device), requires_grad=False)
             for weight in source.parameters()
         }
-        self.copy: PreTrainedModel = copy.deepcopy(source, empty).eval()
-        head = self.copy.get_output_embeddings()  # is read as a matrix, and may be the embedding too
-        linear = [module for module in self.copy.modules() if type(module) is nn.Linear and module is not head]
+        self.model: PreTrainedModel = copy.deepcopy(source, empty).eval()
+        head = self.model.get_output_embeddings()  # read as a matrix, and maybe tied to the embedding
         self.packed: list[PackedLinear] = []
         self.packed_head: PackedLinear | None = None
         if source.device.type == "cpu" and can_pack():
-            for module in linear:
-                module.__class__ = PackedLinear
-            self.packed = [module for module in self.copy.modules() if isinstance(module, PackedLinear)]
+            for module in self.model.modules():
+                if type(module) is nn.Linear and module is not head:
+                    module.__class__ = PackedLinear
+            self.packed = [module for module in self.model.modules() if isinstance(module, PackedLinear)]
             self.packed_head = PackedLinear(1, 1, bias=False, device="meta") if isinstance(head, nn.Linear) else None
 
     def __enter__(self) -> PreTrainedModel:
-        for mine, theirs in zip(self.copy.parameters(), self.source.parameters(), strict=True):
-            mine.data = theirs.detach().to(torch.bfloat16)
+        for target, weight in zip(self.model.parameters(), self.source.parameters(), strict=True):
+            target.data = weight.detach().to(torch.bfloat16)
         for layer in self.packed:
             layer.pack()
-        return self.copy
-
-    def head(self, head: Head) -> Head:
-        """The copy's output layer as it is quickest here. Within `with`, at whose first call it is packed: not every engine asks."""
-        if self.packed_head is None:
-            return head
-        if self.packed_head.packed is None:
-            layer = self.copy.get_output_embeddings()
-            self.packed_head.weight, self.packed_head.bias = nn.Parameter(layer.weight.data, requires_grad=False), layer.bias
-            self.packed_head.pack()
-        return replace(head, product=self.packed_head)
+        return self.model
 
     def __exit__(self, *error: object) -> None:
-        for mine in self.copy.parameters():
-            mine.data = mine.data.new_empty(0)
+        for weight in self.model.parameters():
+            weight.data = weight.data.new_empty(0)
         for layer in (*self.packed, self.packed_head):
             if layer is not None:
                 layer.packed = None
 
+    def head(self, head: Head) -> Head:
+        """Return the copy's output head with packed weights, where the CPU has them; packed at the first call within `with`."""
+        if self.packed_head is None:
+            return head
+        if self.packed_head.packed is None:
+            layer = self.model.get_output_embeddings()
+            self.packed_head.weight, self.packed_head.bias = nn.Parameter(layer.weight.data, requires_grad=False), layer.bias
+            self.packed_head.pack()
+        return replace(head, product=self.packed_head)
+
 
 def can_pack() -> bool:
-    """Whether this torch has the kernels; they are those of its own compiler, and not promised to stay."""
+    """Return whether this torch has the private kernels of its own compiler."""
     kernels = ("_reorder_linear_weight", "_linear_pointwise")
     return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in kernels)

@@ -1,4 +1,4 @@
-"""Sampling with the model itself: one prefill a prompt, a KV cache, and rows that leave the batch when they are done.
+"""Sampling with the model itself: one prefill per prompt, a KV cache, and rows that leave the batch when they are finished.
 
 transformers' `generate` is not used because a sample here must not depend on the batch it falls into: each draws its own random numbers,
 derived from (seed, epoch, sample id, attempt), and prompts of different lengths share a batch.
@@ -6,130 +6,114 @@ derived from (seed, epoch, sample id, attempt), and prompts of different lengths
 Shapes: `P` prompts, `B` sequences of the batch, `T` positions, `V` vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from opd import signals
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
-from opd.models.policy import autocast, output_head
+from opd.models.device import autocast
+from opd.models.policy import output_head
 from opd.objective import behaviour_logp, draw
-from opd.samplers.base import Decoding, Lead, by_itself
-from opd.samplers.bf16_copy import Twin
-from opd.samplers.caches import Fixed, Growing, held
+from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
+from opd.samplers.bf16_copy import Bf16Copy
+from opd.samplers.caches import GrowingCache, StaticStep, can_capture, keys_and_values
 
 
 class GenerateSampler:
     """Implements `Sampler` on a transformers model.
 
-    eos: ids that end a completion. vocabulary: only ids below it are drawn. seed: the run's. bf16: compute in bf16, as the trainer does.
-    twin: sample with a bf16 copy of the weights. static: keep keys and values in tensors of one size (see `Fixed`).
+    Args:
+        spec: The model and its ids. `spec.bf16`: compute under bf16 autocast, as the trainer does.
+        bf16_copy: Sample with a bf16 copy of the weights instead.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        eos: Sequence[int],
-        pad_id: int,
-        vocabulary: int,
-        seed: int,
-        bf16: bool,
-        twin: bool = False,
-        static: bool = False,
-    ) -> None:
-        self.model = model
-        self.twin = Twin(model) if twin else None
-        self.pad_id = pad_id
-        self.vocabulary = vocabulary
-        self.seed = seed
-        self.bf16 = bf16 and not twin
-        self.static = static
-        self.eos = torch.tensor(list(eos), device=model.device)
+    def __init__(self, spec: SamplerSpec, bf16_copy: bool = False) -> None:
+        self.spec = spec
+        self.model = spec.model
+        self.copy = Bf16Copy(spec.model) if bf16_copy else None
+        self.static = can_capture(spec.model) and not spec.sharded
+        self.eos = torch.tensor(list(spec.eos), device=spec.model.device)
 
     def refresh(self) -> None:
-        """Nothing to do: the weights of now are what samples."""
+        """Do nothing: samples come from the current weights."""
 
-    def sync_weights(self, lead: Lead = by_itself) -> None:
-        """Nothing to do either."""
+    def sync_weights(self, on_main: OnMain = run_here) -> None:
+        """Do nothing: samples come from the current weights."""
 
-    def sample(
-        self,
-        requests: Sequence[Request],
-        decoding: Decoding,
-        stream: str,
-        done: Callable[[dict[int, Rollout]], None] = lambda batch: None,
-    ) -> list[Rollout]:
-        """done: is told of each batch that was decoded, its rollouts by their place among the requests."""
+    def drop_copy(self) -> None:
+        """Sample with the trainer's weights from now on."""
+        self.copy, self.model = None, self.spec.model
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
-        with self.twin or nullcontext(self.model) as self.model, autocast(self.model.device, self.bf16):
+        bf16 = self.spec.bf16 and self.copy is None
+        with self.copy or nullcontext(self.spec.model) as self.model, autocast(self.spec.model.device, bf16):
             for start in range(0, len(order), decoding.batch_size):
                 batch = order[start : start + decoding.batch_size]
-                written = dict(zip(batch, self._sample_batch([requests[index] for index in batch], decoding, stream), strict=True))
-                done(written)
-                rollouts |= written
+                sampled = self.sample_batch([requests[index] for index in batch], decoding, stream)
+                rollouts |= dict(zip(batch, sampled, strict=True))
         return [rollouts[index] for index in range(len(requests))]
 
-    def _sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        """Requests with equal prompts stand beside each other: each prompt is prefilled once."""
-        ids_BT, logp_BT = self._write(requests, decoding, stream)
-        return [
-            self._to_rollout(request, ids, logp) for request, ids, logp in zip(requests, ids_BT.tolist(), logp_BT.unbind(), strict=True)
-        ]
-
     @torch.inference_mode()
-    def _write(self, requests: list[Request], decoding: Decoding, stream: str) -> tuple[Tensor, Tensor]:
-        """As `_decode`."""
+    def sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+        """Sample requests that are sorted by prompt: each prompt is prefilled once."""
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt.ids)]
-        cache, logits_PV, mask_PT = self._prefill([group[0].prompt for group in groups])
+        cache, logits_PV, mask_PT = self.prefill([group[0].prompt for group in groups])
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
         cache.batch_select_indices(copies)
-        uniforms_BT = self._uniforms(requests, decoding, stream)
-        return self._decode(self._kept(cache, mask_PT[copies], decoding), logits_PV[copies], uniforms_BT, decoding)
-
-    def _kept(self, cache: DynamicCache, mask_BT: Tensor, decoding: Decoding) -> Growing | Fixed:
+        mask_BT = mask_PT[copies]
+        kv: GrowingCache | StaticStep = GrowingCache(self.next_logits, cache, mask_BT)
         if self.static and decoding.max_new_tokens > 1:
-            return Fixed(self._next_logits, self.model.config, held(cache), mask_BT, decoding.max_new_tokens - 1)
-        return Growing(self._next_logits, cache, mask_BT)
+            kv = StaticStep(self.next_logits, self.model.config, keys_and_values(cache), mask_BT, decoding.max_new_tokens - 1)
+        ids_BT, logp_BT = self.decode(kv, logits_PV[copies], self.uniforms(requests, decoding, stream), decoding)
+        eos = self.eos.tolist()
+        rollouts = []
+        for request, ids, logp_T in zip(requests, ids_BT.tolist(), logp_BT.unbind(), strict=True):
+            completion = tuple(id for id in ids if id >= 0)
+            reason = FinishReason.stop if completion[-1] in eos else FinishReason.length
+            rollouts.append(Rollout(request, completion, logp_T[: len(completion)].clone(), reason))
+        return rollouts
 
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache, Tensor, Tensor]:
-        """The cache after the prompts, the logits (P, V) of the next token, and the mask (P, T) of what is not padding on the left."""
+    def prefill(self, prompts: Sequence[Prompt]) -> tuple[DynamicCache, Tensor, Tensor]:
+        """Return the cache after the prompts, the logits (P, V) of the next token, and the mask (P, T) of left padding."""
         width = max(len(prompt.ids) for prompt in prompts)
         device = self.model.device
-        ids_PT = torch.tensor([[self.pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts], device=device)
+        ids_PT = torch.tensor([[self.spec.pad_id] * (width - len(prompt.ids)) + list(prompt.ids) for prompt in prompts], device=device)
         lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
         mask_PT = (torch.arange(width, device=device)[None] >= width - lengths_P[:, None]).long()
         cache = DynamicCache(config=self.model.config)
-        return cache, self._next_logits(ids_PT, mask_PT, (mask_PT.cumsum(-1) - 1).clamp_min(0), cache), mask_PT
+        return cache, self.next_logits(ids_PT, mask_PT, (mask_PT.cumsum(-1) - 1).clamp_min(0), cache), mask_PT
 
-    def _next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
-        """Logits (B, V) of the token after `ids_BT`, whose keys and values are added to the cache."""
+    def next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
+        """Return the logits (B, V) of the token after `ids_BT`, whose keys and values are added to the cache."""
         output = self.model.base_model(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
         )
-        head = output_head(self.model, self.vocabulary)
-        return (head if self.twin is None else self.twin.head(head)).logits(output.last_hidden_state[:, -1])
+        head = output_head(self.model, self.spec.vocabulary)
+        return (head if self.copy is None else self.copy.head(head)).logits(output.last_hidden_state[:, -1])
 
-    def _uniforms(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> Tensor:
-        """One number in [0, 1) for each sequence and position (B, T), whatever batch the sequence is in."""
+    def uniforms(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> Tensor:
+        """Return one number in [0, 1) for each sequence and position (B, T), the same whatever batch the sequence is in."""
         if decoding.temperature == 0:
             return torch.zeros(len(requests), decoding.max_new_tokens, device=self.model.device)
         generator = torch.Generator()
         rows = []
         for request in requests:
-            generator.manual_seed(derive_seed(stream, self.seed, request.epoch, request.prompt.sample_id, request.attempt))
+            generator.manual_seed(derive_seed(stream, self.spec.seed, request.epoch, request.prompt.sample_id, request.attempt))
             rows.append(torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(rows).to(self.model.device)
 
-    def _decode(self, kept: Growing | Fixed, logits_BV: Tensor, uniforms_BT: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-        """Sampled ids (B, max_new_tokens), the first end-of-sequence token and −1 behind it, and their log-probs, both on the CPU."""
+    def decode(self, kv: GrowingCache | StaticStep, logits_BV: Tensor, uniforms_BT: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+        """Return sampled ids (B, max_new_tokens), -1 after the end of sequence, and their log-probs, both on the CPU."""
         total, limit = uniforms_BT.shape
         device = logits_BV.device
         ids_BT = torch.full((total, limit), -1, dtype=torch.long, device=device)
@@ -145,21 +129,16 @@ class GenerateSampler:
             alive = int(live_B.sum())
             if alive == 0 or step + 1 == limit:
                 break
-            if alive <= (1 - kept.worthwhile) * len(rows_B):
+            if alive <= (1 - kv.finished_share) * len(rows_B):
                 stay = live_B.nonzero()[:, 0]
-                kept = kept.keep(stay)
+                kv = kv.select(stay)
                 rows_B, live_B, next_B = rows_B[stay], live_B[stay], next_B[stay]
-            logits_BV = kept.next_logits(next_B)
+            logits_BV = kv.step(next_B)
         return ids_BT.cpu(), logp_BT.cpu()
-
-    def _to_rollout(self, request: Request, ids: list[int], logp_T: Tensor) -> Rollout:
-        completion = tuple(id for id in ids if id >= 0)
-        stopped = completion[-1] in self.eos.tolist()
-        return Rollout(request, completion, logp_T[: len(completion)].clone(), FinishReason.stop if stopped else FinishReason.length)
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
-    """The next ids (B,) and their log-probs under the distribution they were drawn from; greedily chosen ones are certain."""
+    """Return the next ids (B,) and their log-probs under the distribution they are drawn from; 0 for greedy ones."""
     if decoding.temperature == 0:
         next_B = logits_BV.argmax(-1)
         return next_B, torch.zeros_like(next_B, dtype=torch.float32)

@@ -21,22 +21,21 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
-from transformers import PreTrainedModel
 
 from opd import signals
 from opd.data.rollouts import Request, Rollout
 from opd.errors import EngineError, OutputError
-from opd.samplers.base import Decoding, Lead, by_itself
+from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
 from opd.samplers.weights import write_weights
 
-START = "start it as README.md says under Sampling engines"
-CERTAIN = 1e-4  # what a log-prob of 0 may be off by
+START = "start it as opd/samplers/README.md says"
+ZERO_TOLERANCE = 1e-4  # nats
 PROBE_TOKENS = 8
 
 
 class Server:
-    """JSON in, JSON out. Everything that can go wrong on the way is an `EngineError` of one line."""
+    """A JSON client. Every failure is an `EngineError` of one line."""
 
     def __init__(self, url: str, timeout: float) -> None:
         parts = urlsplit(url)
@@ -80,78 +79,50 @@ def short(answer: bytes) -> str:
     return " ".join(answer.decode(errors="replace").split())[:200] or "nothing"
 
 
-def made(folder: Path) -> OSError | None:
-    """Make a folder, unless it is there. Returns what kept it from being made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return error
-    return None
-
-
 class VllmServerSampler:
-    """Implements `Sampler` with a vLLM server.
+    """Implements `Sampler` with a vLLM server, which `spec.batch_size` completions are requested from at a time.
 
-    model, eos, vocabulary, seed, bf16: as in `VllmSampler`. longest: tokens of prompt and completion that the server has to take.
-    connections: completions asked for at a time. weights_folder: where the server reads weights from; a temporary folder for None.
-    leads: whether this process sends the weights; of several that ask one server, one does, in `hand_over`, before any of them asks.
-    sharded: the weights will be, and all processes put them together for the one.
+    Args:
+        spec: The student. The main process sends its weights, in `sync_weights`, before any process asks for completions.
+        bf16: Send weights in bf16, else in float32.
+        url: The server's address.
+        timeout: Seconds that the server may take to answer.
+        weights_folder: Where the server reads weights from; None for a temporary folder.
 
-    Raises `EngineError` when the server does not answer, has another version than was tested, or returns other log-probs than those of the
-    distribution that it draws from.
+    Raises:
+        EngineError: The server does not answer, has an untested version, or returns log-probs of another distribution than it draws from.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        eos: Sequence[int],
-        vocabulary: int,
-        seed: int,
-        bf16: bool,
-        *,
-        url: str,
-        longest: int,
-        connections: int,
-        timeout: float,
-        weights_folder: str | None,
-        leads: bool = True,
-        sharded: bool = False,
-    ) -> None:
-        self.model = model
-        self.eos = list(eos)
-        self.vocabulary = vocabulary
-        self.seed = seed
+    def __init__(self, spec: SamplerSpec, bf16: bool, url: str, timeout: float = 600.0, weights_folder: str | None = None) -> None:
+        self.spec = spec
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.connections = connections
         self.server = Server(url, timeout)
         if weights_folder is None:
             weights_folder = tempfile.mkdtemp(prefix="opd-vllm-")
             weakref.finalize(self, shutil.rmtree, weights_folder, ignore_errors=True)
         self.folder = Path(weights_folder).expanduser().resolve()
-        # Where the student's head is wider than the ids that the teacher has, the server must be told.
-        head = model.get_output_embeddings().weight.shape[0]
-        self.restriction = {"allowed_token_ids": list(range(vocabulary))} if vocabulary < head else {}
-        self.model_name = self.check_server(longest)
-        self.leads = leads
-        self.sharded = sharded
+        # The student's head may have rows for ids that the teacher does not have.
+        head = spec.model.get_output_embeddings().weight.shape[0]
+        self.restriction = {"allowed_token_ids": list(range(spec.vocabulary))} if spec.vocabulary < head else {}
+        self.model_name = self.check_server(spec.longest)
         self.stale = True
 
     def check_server(self, longest: int) -> str:
-        """The name of the model it serves. Raises `EngineError` for a server that does not do what is needed."""
-        found = self.server.get("/version")
-        if not (isinstance(found, dict) and str(found.get("version")).startswith(f"{TESTED}.")):
-            raise self.server.error(f"this is not vLLM {TESTED}.x, which opd is tested with: {short(json.dumps(found).encode())}")
+        """Return the name of the served model. Raises `EngineError` for a server that cannot do what is needed."""
+        answer = self.server.get("/version")
+        if not (isinstance(answer, dict) and str(answer.get("version")).startswith(f"{TESTED}.")):
+            raise self.server.error(f"this is not vLLM {TESTED}.x, which opd is tested with: {short(json.dumps(answer).encode())}")
         models = self.server.get("/v1/models")
         try:
             name, room = str(models["data"][0]["id"]), int(models["data"][0]["max_model_len"])
         except (KeyError, IndexError, TypeError, ValueError):
-            raise self.server.error(f"it tells no model that it serves: {short(json.dumps(models).encode())}") from None
+            raise self.server.error(f"it names no served model: {short(json.dumps(models).encode())}") from None
         if room < longest:
             raise self.server.error(f"it takes {room} tokens, this run {longest}: start it with --max-model-len {longest}")
         self.server.get("/is_sleeping")  # there in developer mode only
         options = sampling_options(Decoding(2.0, PROBE_TOKENS, top_k=1), [])
         _, logp = self.complete(name, [0, 1, 2], options, 0)
-        if not all(abs(value) < CERTAIN for value in logp):
+        if not all(abs(value) < ZERO_TOLERANCE for value in logp):
             raise self.server.error(
                 "its log-probs are not those of the distribution that it draws from (drawing from one token, they are "
                 f"{logp[0]:.3f}, … and not 0): start it with --logprobs-mode processed_logprobs"
@@ -159,37 +130,42 @@ class VllmServerSampler:
         return name
 
     def refresh(self) -> None:
-        """The student's weights changed: the next `hand_over` sends them, or the next `sample` where there was none."""
+        """Note that the student's weights changed: `sync_weights` sends them, or the next `sample`."""
         self.stale = True
 
-    def sync_weights(self, lead: Lead = by_itself) -> None:
-        """Write the weights where the server finds them, a tensor at a time, and let it take them up.
+    def sync_weights(self, on_main: OnMain = run_here) -> None:
+        """Write the weights to the folder and let the server load them.
 
-        Raises `OutputError` where they cannot be written, `EngineError` where the server does not take them.
+        Raises `OutputError` where they cannot be written, `EngineError` where the server does not load them.
         """
         if not self.stale:
             return
         file = self.folder / "tmp_model.safetensors"
-        failure = made(self.folder) if self.leads else None
-        if self.leads or self.sharded:
-            unwritten = write_weights(self.model, file if self.leads and failure is None else None, self.dtype)
-            failure = failure or unwritten
-        lead(lambda: self.send(file, failure))
+        failure: OSError | None = None
+        if self.spec.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                failure = error
+        if self.spec.is_main or self.spec.sharded:
+            writes = self.spec.is_main and failure is None
+            failure = write_weights(self.spec.model, file if writes else None, self.dtype) or failure
+        on_main(lambda: self.send(file, failure))
         self.stale = False
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        """Raises `EngineError` when the server refuses, is late, or answers what is not a completion with finite log-probs."""
-        if self.stale and self.leads:
+        """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
+        if self.stale and self.spec.is_main:
             self.sync_weights()
-        options = {**sampling_options(decoding, self.eos), **self.restriction}
+        options = {**sampling_options(decoding, self.spec.eos), **self.restriction}
 
-        def write(request: Request) -> Rollout:
-            ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.seed))
-            return make_rollout(request, ids, logp, decoding, self.eos, self.vocabulary)
+        def generate(request: Request) -> Rollout:
+            ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.spec.seed))
+            return make_rollout(request, ids, logp, decoding, self.spec)
 
-        pool, rollouts = ThreadPoolExecutor(self.connections), []
+        pool, rollouts = ThreadPoolExecutor(self.spec.batch_size), []
         try:
-            for rollout in pool.map(write, requests):
+            for rollout in pool.map(generate, requests):
                 signals.check()
                 rollouts.append(rollout)
             return rollouts
@@ -197,7 +173,7 @@ class VllmServerSampler:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def complete(self, model: str, prompt: Sequence[int], options: dict[str, Any], seed: int) -> tuple[list[int], list[float]]:
-        """The ids of a completion, as they were drawn, and their log-probs."""
+        """Return the sampled ids of a completion and their log-probs."""
         body = {"model": model, "prompt": list(prompt), "seed": seed, "return_token_ids": True, **options}
         answer = self.server.post("/v1/completions", body)
         try:
@@ -210,7 +186,7 @@ class VllmServerSampler:
         return ids, logp
 
     def send(self, file: Path, failure: OSError | None) -> None:
-        """Let the server read the weights in `file` and forget the keys and values of the old ones. failure: why they are not there."""
+        """Let the server load the weights in `file` and drop cached keys and values of the old ones. `failure`: why there is no file."""
         try:
             if failure is not None:
                 raise failure

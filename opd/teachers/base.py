@@ -1,20 +1,25 @@
-"""What every teacher takes and gives."""
+"""The protocol of a teacher."""
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
 
-from opd.data.rollouts import MicroBatch
+from opd.data.rollouts import Inputs
 from opd.objective import TeacherStates
 
 
 class Teacher(Protocol):
     """Scores tokens. Never trained, never saved."""
 
-    def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
-        """The log-probs (N,) of the kept tokens at the temperature."""
+    def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
+        """Return the log-probs (N,), in nats at the temperature, of the trained tokens `ids_N` of the sequences."""
         ...
 
-    def states(self, batch: MicroBatch) -> TeacherStates:
-        """Hidden states and head, for objectives that need whole distributions."""
+    def states(self, inputs: Inputs) -> TeacherStates:
+        """Return final hidden states (N, H) and output head, for objectives that need whole distributions."""
+        ...
+
+    def ready(self) -> AbstractContextManager[None]:
+        """Make the teacher answer without collectives for the block. All processes enter."""
         ...

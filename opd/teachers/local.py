@@ -1,25 +1,31 @@
 """A teacher in this process."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.data.rollouts import MicroBatch
-from opd.models.policy import autocast, completion_hidden, output_head, without
-from opd.models.sharding import whole
+from opd.data.rollouts import Inputs
+from opd.models.device import autocast
+from opd.models.distributed import unsharded
+from opd.models.policy import adapters_disabled, output_head, predicting_hidden
 from opd.objective import TeacherStates
-from opd.teachers.placement import head_on
 
 
 class LocalTeacher:
     """Implements `Teacher` on a frozen transformers model.
 
-    vocabulary, rows: size and rows of its `Head`. adapters: the student's, where the teacher is the student's own base. bf16: compute in
-    bf16 whatever the weights are; otherwise they decide, also where the student computes under autocast. device: the student's, where what
-    it says is needed.
+    Args:
+        model: The model.
+        vocabulary, rows: Size and rows of its `Head`.
+        adapters: The student's, where the teacher is the student's own base.
+        bf16: Compute under bf16 autocast. Otherwise the weights' dtype decides, even where the student computes under autocast.
+        device: The student's device, to which results are moved.
+        ready: Replaces `ready`, where the student's sharding strategy gathers the weights.
     """
 
     def __init__(
@@ -30,26 +36,29 @@ class LocalTeacher:
         rows: int | None = None,
         bf16: bool = False,
         device: torch.device | None = None,
+        ready: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.model = model
         self.adapters = adapters
         self.bf16 = bf16
         self.device = device or model.device
-        self.head = head_on(output_head(model, vocabulary, rows, torch.bfloat16 if bf16 else model.dtype), self.device)
+        self.gather = ready
+        head = output_head(model, vocabulary, rows, torch.bfloat16 if bf16 else model.dtype)
+        bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
+        self.head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)  # the objective compares it with the student's
 
     @torch.no_grad()
-    def states(self, batch: MicroBatch) -> TeacherStates:
+    def states(self, inputs: Inputs) -> TeacherStates:
         with self.active(), autocast(self.model.device, self.bf16):
-            hidden_NH = completion_hidden(self.model.base_model, batch.teacher_inputs.to(self.model.device))
+            hidden_NH = predicting_hidden(self.model.base_model, inputs.to(self.model.device))
         return TeacherStates(hidden_NH.to(self.device), self.head)
 
+    def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
+        return self.states(inputs).token_logp(ids_N, temperature)
+
     def ready(self) -> AbstractContextManager[None]:
-        """Within it each process may ask what it likes. All processes have to enter: the layers may be shared out among them."""
-        return whole(self.model)
+        return unsharded(self.model) if self.gather is None else self.gather()
 
     def active(self) -> AbstractContextManager[None]:
-        """Within it, the model behind the teacher computes as the teacher."""
-        return without(self.adapters)
-
-    def logp(self, batch: MicroBatch, temperature: float) -> Tensor:
-        return self.states(batch).token_logp(batch.target_N, temperature)
+        """Let the model compute as the teacher for the block, also when another caller uses the module."""
+        return adapters_disabled(self.adapters)

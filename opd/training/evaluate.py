@@ -1,4 +1,4 @@
-"""How good a model is: rewards of its answers where an answer is known, and the exact KL(student‖teacher) on the student's own samples."""
+"""Evaluation: rewards of answers where an answer is known, and the exact KL(student‖teacher) on the student's own samples."""
 
 import logging
 import math
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.data.prompts import Prompt
 from opd.data.rewards import Grader
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.models.distributed import run_stoppable
 from opd.models.load import decode
-from opd.models.policy import completion_hidden, output_head
-from opd.models.together import run_stoppable
+from opd.models.policy import output_head, predicting_hidden
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
@@ -33,7 +33,7 @@ Z95 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was cut off."""
+    """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was truncated."""
 
     mean: float
     low: float
@@ -45,7 +45,7 @@ class Rewards:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The student after `step` steps. rewards: None without answers. kl: exact KL(student‖teacher) at T = 1, nats per token."""
+    """The student after `step` steps. `rewards`: None without answers. `kl`: exact KL(student‖teacher) at T = 1, nats per token."""
 
     step: int
     rewards: Rewards | None
@@ -57,14 +57,14 @@ class Evaluation:
 
     @property
     def score(self) -> float | None:
-        """What makes one evaluation better than another: the reward where there is one, else a smaller KL."""
+        """The value by which evaluations are ranked: the mean reward, else minus the KL."""
         if self.rewards is not None:
             return self.rewards.mean
         return None if self.kl is None else -self.kl
 
 
 def interval(rewards: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean: Wilson's for rewards of 0 and 1 (it stays honest at 0 % and 100 %), else the normal one."""
+    """Return the 95 % interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one."""
     count, mean = len(rewards), fmean(rewards)
     if all(reward in (0.0, 1.0) for reward in rewards):
         centre = mean + Z95**2 / (2 * count)
@@ -79,27 +79,30 @@ def interval(rewards: Sequence[float]) -> tuple[float, float]:
 def exact_kl(
     model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout], vocabulary: int, max_tokens: int, pad_id: int
 ) -> tuple[float, int]:
-    """Σ over completion tokens of KL(student‖teacher) over the vocabulary at T = 1, in nats, and the number of tokens."""
+    """Return the sum over tokens of KL(student‖teacher) at T = 1 over the vocabulary, in nats, and the number of tokens."""
     total, tokens = 0.0, 0
     head = output_head(model, vocabulary)
     for batch in micro_batches(rollouts, max_tokens, pad_id):
         batch = batch.to(model.device)
-        token_loss = exact(batch.target_N, teacher.states(batch), 1.0, reverse_kl)
+        token_loss = exact(batch.ids_N, teacher.states(batch.teacher_inputs), 1.0, reverse_kl)
 
         def kl_of(logits_CV: Tensor, part: slice, token_loss: Any = token_loss) -> dict[str, Tensor]:
             return {"kl": token_loss(logits_CV, part)[0]}
 
         with torch.no_grad():
-            kl_N = chunked_stats(completion_hidden(model.base_model, batch.inputs), head, kl_of)["kl"]
+            kl_N = chunked_stats(predicting_hidden(model.base_model, batch.inputs), head, kl_of)["kl"]
         total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
     return total, tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluator:
-    """Evaluates with its share of the prompts in each process; every process gets the whole result, or `Preempted` when asked to stop.
+    """Evaluates with a share of the prompts in each process; every process gets the whole result, or `Preempted` when asked to stop.
 
-    answered: prompts that are answered and judged. kl_prompts: prompts whose samples the KL is measured on.
+    Args:
+        answered: Prompts that are answered and judged.
+        kl_prompts: Prompts on whose samples the KL is measured.
+        precision: Context in which the student computes.
     """
 
     accelerator: Accelerator
@@ -114,12 +117,12 @@ class Evaluator:
     precision: Callable[[], Any]
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
-        """ready: within it, which all processes enter together, model and teacher answer."""
+        """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
         rewards, example = self.rewards(sampler)
         return Evaluation(step, rewards, self.kl(sampler, model, teacher, ready), example)
 
     def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
-        """The rewards of the model behind `sampler`, and the first prompt with its answer. as_teacher: prompts as the teacher sees them."""
+        """Return the rewards of the model behind `sampler`, and the first prompt with its answer. `as_teacher`: with its prompts."""
         if not self.answered:
             return None, None
         requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
@@ -143,8 +146,8 @@ class Evaluator:
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
         with ready(), self.precision():
-            own = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
-        parts = gather_object([own])
+            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
+        parts = gather_object([result])
         total, tokens = (sum(column) for column in zip(*parts, strict=True))
         return float(total / tokens)
 
@@ -155,7 +158,7 @@ class Evaluator:
         return decode(self.tokenizer, rollout.completion, skip_special_tokens=True)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Each completion by its prompt's own `get_reward`, else by the configured reward against its answer; None without either."""
+        """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either."""
         rewards: list[float | None] = [None] * len(rollouts)
         graded: list[int] = []
         for index, rollout in enumerate(rollouts):

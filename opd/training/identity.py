@@ -1,4 +1,4 @@
-"""What a run is: its options, and what they led to when they were read. Only a run that is the same goes on from its checkpoints."""
+"""What identifies a run: its options and digests of what was loaded. A run resumes only from checkpoints of the same run."""
 
 import json
 import logging
@@ -19,40 +19,40 @@ from opd.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# What may differ between a run and its continuation, because it changes nothing that is learnt or compared. Prompts per process may,
+# Options that may change on resume, because they change neither what is trained nor what is compared. Prompts per process may change
 # as long as their number over all processes stays.
 MAY_CHANGE = (
     "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.max_tokens_per_micro_batch",
     "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "eval.tasks", "sampling.guard", "sampling.vllm", "launch",
     "sweep", "teacher.placement", "teacher.device",
 )  # fmt: skip
-PIECE = 2**24  # numbers that are added up at a time
+CHUNK = 2**24  # numbers that are summed at a time
 
 
 def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
-    """What a run is before anything is loaded."""
+    """Return what identifies a run before anything is loaded."""
     return {"config": to_dict(config), "prompts_per_step": config.train.batch_size * accelerator.num_processes}
 
 
 def content(
     tokenizer: PreTrainedTokenizerBase, student: nn.Module, teacher: nn.Module, train: Sequence[Prompt], evaluation: Sequence[Prompt]
 ) -> dict[str, str]:
-    """Digests of what was loaded and is in no checkpoint."""
+    """Return digests of what was loaded and is in no checkpoint."""
     return {
         "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]),
         "teacher": digest(frozen(teacher)),
-        "what is frozen of the student": digest(frozen(student)),
+        "the student's frozen weights": digest(frozen(student)),
         "training data": digest(rows(train)),
         "evaluation data": digest(rows(evaluation)),
     }
 
 
 def digest(parts: Iterable[object]) -> str:
-    """Of anything that JSON can say."""
-    found = sha256()
+    """Return the sha256 of JSON values."""
+    hasher = sha256()
     for part in parts:
-        found.update(json.dumps(part).encode())
-    return found.hexdigest()
+        hasher.update(json.dumps(part).encode())
+    return hasher.hexdigest()
 
 
 def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
@@ -60,7 +60,7 @@ def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
 
 
 def frozen(model: nn.Module) -> Iterable[object]:
-    """Each parameter that is not trained: its name, shape, dtype and the sum of its bits, read where it is."""
+    """Yield name, shape, dtype and a checksum of each parameter that is not trained."""
     return (
         (name, list(parameter.shape), str(parameter.dtype), bit_sum(parameter.detach()))
         for name, parameter in model.named_parameters()
@@ -69,44 +69,45 @@ def frozen(model: nn.Module) -> Iterable[object]:
 
 
 def bit_sum(tensor: Tensor) -> int:
-    """The sum of a tensor's numbers taken as whole numbers, which any change of one of them changes."""
-    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return sum(int(piece.sum(dtype=torch.int64)) for piece in tensor.contiguous().view(whole).flatten().split(PIECE))
+    """Return the sum of a tensor's bit patterns as integers, which any change of one of them changes."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in tensor.contiguous().view(integer).flatten().split(CHUNK))
 
 
-def check_same(held: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
-    """Raises `ConfigError`, with what differs, unless a run that is `wanted` may go on from what `where` holds.
+def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
+    """Raise `ConfigError`, with the differences, unless the run `wanted` may resume from what `where` holds.
 
-    force: what differs is returned instead.
+    Args:
+        force: Return the differences instead.
     """
-    changed = differences(held["config"], wanted["config"])
-    if held["prompts_per_step"] != wanted["prompts_per_step"]:
+    changed = differences(stored["config"], wanted["config"])
+    if stored["prompts_per_step"] != wanted["prompts_per_step"]:
         changed.append(
-            f"prompts a step were {held['prompts_per_step']}, are {wanted['prompts_per_step']} (train.batch_size × processes: with another "
-            "number of processes set train.batch_size so that the product stays)"
+            f"prompts per step were {stored['prompts_per_step']}, are {wanted['prompts_per_step']}: set train.batch_size so that "
+            "train.batch_size × processes is what it was"
         )
     return refuse(changed, where, force)
 
 
-def check_content(held: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
-    """As `check_same`, for what was loaded."""
-    changed = [f"{name} changed" for name in wanted["content"] if held["content"][name] != wanted["content"][name]]
-    if held["prompts"] != wanted["prompts"]:
-        changed.append(f"there were {held['prompts']} prompts, there are {wanted['prompts']}")
+def check_content(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
+    """Do what `check_same` does, for what was loaded."""
+    changed = [f"{name} changed" for name in wanted["content"] if stored["content"].get(name) != wanted["content"][name]]
+    if stored["prompts"] != wanted["prompts"]:
+        changed.append(f"there were {stored['prompts']} prompts, there are {wanted['prompts']}")
     return refuse(changed, where, force)
 
 
 def refuse(changed: list[str], where: Path, force: bool) -> list[str]:
     if changed and not force:
         raise ConfigError(
-            f"{where} holds another run: {'; '.join(changed)}. Take another name=…, or the same options to go on "
-            "(resume_force=true goes on in spite of it)"
+            f"{where} holds another run: {'; '.join(changed)}. Set another name=…, or repeat the options to resume "
+            "(resume_force=true resumes in spite of the differences)"
         )
     return changed
 
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Options, with old and new value, in which two configs differ and which alter what is learnt."""
+    """Return the options that differ and change the training, with old and new value."""
     if key in MAY_CHANGE:
         return []
     if isinstance(old, dict) and isinstance(new, dict):

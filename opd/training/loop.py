@@ -1,4 +1,7 @@
-"""The training loop and its step: sample, score, update; evaluate, save, report."""
+"""The training loop: evaluate, step, save, and rewind when numbers go wrong. Builds nothing, prints nothing: `run` yields events.
+
+`Trainer.train_step` is a whole step; `opd.training.step` has its formulas.
+"""
 
 import logging
 import time
@@ -12,42 +15,47 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-from opd.config.schema import Config, Engine, Truncated
+from opd.config.schema import Config, Engine, SamplingDtype, Truncated
 from opd.data.order import place, take
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, Request, Rollout
+from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import NumericError, Preempted
-from opd.models.policy import peak_memory, trim_heap
-from opd.models.sharding import is_sharded, whole
-from opd.models.together import all_reduce_means, global_sum, on_main_process, quantile, run_stoppable, stop_all_processes
+from opd.models.device import peak_memory
+from opd.models.distributed import Strategy, all_reduce_means, on_main_process, run_stoppable, stop_all_processes
+from opd.models.policy import padding_limit
 from opd.objective import group_normalised
 from opd.runs.outcome import is_detailed_step
 from opd.samplers import Decoding, GenerateSampler, Sampler
-from opd.training.account import Scored, describe, engine_gap, scored
-from opd.training.batches import Batches
-from opd.training.checkpoint import AHEAD, ROUND, Checkpoint, Checkpoints, restore, snapshot
+from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, restore, snapshot
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.guard import Guard
-from opd.training.overlap import Overlap
-from opd.training.positions import ByPosition, by_position
-from opd.training.round import Round, joined, share
+from opd.training.metrics import Alternatives, ByPosition, step_metrics
 from opd.training.schedule import lr_factor
-from opd.training.update import NotFinite, Update
+from opd.training.step import NotFinite, Step
+from opd.training.tokens import Tokens, concatenate, load_tokens
 
 log = logging.getLogger(__name__)
 
-NON_FINITE_LIMIT = 3
+NON_FINITE_LIMIT = 3  # steps in a row
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
+    """A step with its metrics.
+
+    Args:
+        weights: Loss weight of each rollout's tokens.
+        alternatives: The teacher's most probable tokens for the rollouts that are stored, in some steps.
+    """
+
     step: int
     metrics: dict[str, float]
     by_position: ByPosition
-    scored: list[Scored]
+    tokens: Tokens
+    weights: list[float]
+    alternatives: Alternatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +70,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Rewound:
-    """The run goes on after `step`, with the weights of then."""
+    """The run continues after `step`, with the weights of that time, and without the samples at the positions `left_out`."""
 
     step: int
     left_out: list[int]
@@ -73,9 +81,13 @@ Event = StepDone | Evaluated | Saved | Rewound
 
 @dataclass(slots=True)
 class Trouble:
-    """Updates that were not finite. steps: how many steps in a row, and places: their samples' in the data (see `opd.data.order`).
+    """Updates that were not finite.
 
-    left_out: places that are not trained on any more. rewound_to: the step of the checkpoint that was last gone back to.
+    Args:
+        steps: How many steps in a row.
+        places: Positions of their samples in the data (see `opd.data.order`).
+        left_out: Positions that are not trained on any more.
+        rewound_to: The step of the last rewind.
     """
 
     steps: int = 0
@@ -86,53 +98,59 @@ class Trouble:
 
 @dataclass(slots=True, kw_only=True)
 class Trainer:
-    """Everything a run needs, built elsewhere (`opd.training.runner`). policy: the student as `Policy`, prepared by Accelerate.
+    """Everything a run needs, made by `opd.training.build`, and where the run stands.
 
-    step: how many steps are done. round: what the next one works on, once it has begun. best: the best evaluation's score so far.
-    ahead: the next step's rollouts, sampled in the background.
-    overlaps: the teacher, on a device of its own, scores while the student samples.
-    grown: bytes by which this process's peak of memory rose in each kind of work so far.
+    Args:
+        student: The student as a transformers model; `strategy.policy` is the module that is trained.
+        saved_state: What identifies the run, stored with every checkpoint.
+        step: Steps done.
+        tokens: The table of the step that has begun.
+        best: The best evaluation's score so far.
+        ahead: The next step's rollouts, sampled in the background.
+        grown: Bytes by which this process's peak memory rose in each kind of work so far.
     """
 
     config: Config
-    accelerator: Accelerator
-    policy: nn.Module
+    strategy: Strategy
     student: Any
-    optimizer: Optimizer
     sampler: Sampler
     evaluator: Evaluator
     checkpoints: Checkpoints
     prompts: Sequence[Prompt]
-    batches: Batches
-    update: Update
+    scoring: Step
     max_steps: int
     saved_state: dict[str, Any]
     step: int = 0
     evaluated: int | None = None
     best: float | None = None
-    graded_tokens: int = 0
-    round: Round | None = None
+    trained_tokens: int = 0
+    tokens: Tokens | None = None
     trouble: Trouble = field(default_factory=Trouble)
     ahead: Future[list[Rollout]] | None = None
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
-    overlaps: bool = False
-    overlap: Overlap | None = field(init=False, default=None)
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.overlaps:
-            assert isinstance(self.sampler, GenerateSampler)
-            self.overlap = Overlap(self.sampler, self.batches.teacher, self.config, self.batches.split, self.accelerator.device)
         self.guard = Guard(self.config.sampling)
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.strategy.accelerator
+
+    @property
+    def device(self) -> torch.device:
+        return self.scoring.device
 
     @property
     def prompts_per_step(self) -> int:
         processes: int = self.accelerator.num_processes
         return self.config.train.batch_size * processes
 
+    # The loop.
+
     def run(self) -> Iterator[Event]:
-        """Steps until `max_steps`, evaluations every `eval.steps` and before and after, checkpoints every `checkpoint.every` steps.
+        """Train until `max_steps`, evaluate every `eval.steps` and before and after, save every `checkpoint.every` steps.
 
         Saves and raises `Preempted` when a signal asks it to stop.
         """
@@ -145,42 +163,33 @@ class Trainer:
     def loop(self) -> Iterator[Event]:
         self.note_memory("loading")
         while True:
-            last = self.step >= self.max_steps
-            if self.evaluation_due(last):
+            is_last = self.step >= self.max_steps
+            if self.evaluation_due(is_last):
                 yield from self.evaluate()
-            if last:
+            if is_last:
                 return
             done = self.train_step()
             yield done
             self.guard.look(done.step, done.metrics)
+            self.check_copy(done.metrics["engine_gap"])
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
                 yield self.save()
 
-    def note_memory(self, work: str) -> None:
-        """What the peak rose by since the last call is put down to `work`."""
-        rise = peak_memory(self.accelerator.device) - sum(self.grown.values())
-        self.grown[work] = self.grown.get(work, 0) + rise
+    def evaluation_due(self, is_last: bool) -> bool:
+        every = self.config.eval.steps
+        return self.evaluated != self.step and (self.step == 0 or is_last or (every > 0 and self.step % every == 0))
 
     def save_due(self) -> bool:
-        """Not amid steps that are not finite: what is saved there is what they are gone back from."""
+        """Don't save while steps are non-finite: `rewind` needs a checkpoint from before them."""
         return self.step == self.max_steps or (self.step % self.config.checkpoint.every == 0 and self.trouble.steps == 0)
 
-    def settle(self) -> None:
-        """Let what is sampled ahead come to its end: nothing else may sample, or change the weights that it samples with."""
-        if self.ahead is not None:
-            wait([self.ahead])
-
-    def evaluation_due(self, last: bool) -> bool:
-        every = self.config.eval.steps
-        return self.evaluated != self.step and (self.step == 0 or last or (every > 0 and self.step % every == 0))
-
     def evaluate(self) -> Iterator[Event]:
-        self.settle()
+        self.wait_for_ahead()
         self.sync_weights()
         with self.sampler_ready():
-            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.batches.teacher, self.both_ready)
+            evaluation = self.evaluator.student(self.step, self.sampler, self.student, self.scoring.teacher, self.scoring_ready)
         self.note_memory("evaluation")
         self.evaluated = self.step
         score = evaluation.score
@@ -190,255 +199,270 @@ class Trainer:
                 yield self.save(best=score)
         yield Evaluated(evaluation)
 
-    def save(self, best: float | None = None, needed: bool = False) -> Saved:
-        """Commit a checkpoint of this moment, between inner steps with their rollouts, and with those that are sampled ahead.
+    def note_memory(self, work: str) -> None:
+        """Attribute the rise of the memory peak since the last call to `work`."""
+        rise = peak_memory(self.device) - sum(self.grown.values())
+        self.grown[work] = self.grown.get(work, 0) + rise
 
-        best, needed: as `Checkpoints.save`.
-        """
-        written = {ROUND: None if self.round is None else joined(gather_object([self.round.tensors()])), AHEAD: self.sampled_ahead()}
-        rollouts = {name: tensors for name, tensors in written.items() if tensors is not None}
-        numbers = None if self.round is None else self.numbers(self.round)
-        state = {
-            **self.saved_state,
-            "step": self.step,
-            "inner": 0 if self.round is None else self.round.inner,
-            "round": numbers,
-            "trouble": asdict(self.trouble),
-        }
-        in_turn = is_sharded(self.policy) and not self.config.checkpoint.background
-        place = self.checkpoints.gathered if in_turn else None
-        taken = snapshot(self.student, self.optimizer, state, rollouts, self.accelerator.is_main_process, place)
-        on_main_process(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
-        return Saved(self.step)
-
-    def sampled_ahead(self) -> dict[str, Tensor] | None:
-        """The next step's rollouts of all processes, awaited; None where there are none, or a process has failed to get its own."""
-        if self.ahead is None:
-            return None
-        self.settle()
-        own = None if self.ahead.exception() else Round(self.ahead.result(), self.ahead.result()).tensors()
-        parts = gather_object([own])
-        return None if None in parts else joined(parts)
-
-    def numbers(self, current: Round) -> dict[str, Any]:
-        """What a round is but for its tensors, metrics added up over all processes."""
-        return replace(current, means=all_reduce_means(self.accelerator, current.means)).numbers()
-
-    def go_on(self, checkpoint: Checkpoint, anew: bool = False) -> None:
-        """Be where the run was when the checkpoint was taken. anew: begin the step that it is in the middle of again."""
-        self.settle()
-        self.ahead = None
-        restore(checkpoint, self.student, self.optimizer)
-        self.sampler.refresh()
-        self.step = checkpoint.step
-        self.trouble = Trouble(**checkpoint.state["trouble"])
-        self.round = None if anew else self.own_share(checkpoint.round(), checkpoint.state["round"])
-        ahead = None if anew else self.own_share(checkpoint.ahead(), Round([], []).numbers())
-        if ahead is not None:
-            self.ahead = Future()
-            self.ahead.set_result(ahead.written)
-
-    def own_share(self, tensors: dict[str, Tensor] | None, numbers: dict[str, Any]) -> Round | None:
-        """This process's part of a round that was saved, if one was."""
-        if tensors is None:
-            return None
-        prompts = {prompt.sample_id: prompt for prompt in self.prompts}
-        return share(tensors, numbers, prompts, self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device)
-
-    def rewind(self) -> Rewound:
-        """Go back to the last checkpoint from before the steps that were not finite, and on without their samples."""
-        back_to = on_main_process(self.accelerator, lambda: self.checkpoints.newest(lambda state: state["trouble"]["steps"] == 0))
-        if back_to is None or back_to.step == self.trouble.rewound_to:
-            where = "there is no checkpoint to go back to" if back_to is None else f"also after going back to step {back_to.step}"
-            raise NumericError(
-                f"{NON_FINITE_LIMIT} steps in a row were not finite (step {self.step}), {where}: lower optim.lr, set ppo.advantage_clip, "
-                "or compute in model.dtype=float32; the last checkpoint is untouched"
+    def check_copy(self, gap: float) -> None:
+        """With sampling.dtype=auto, stop sampling with a bf16 copy whose log-probs are too far from the trainer's."""
+        sampling, sampler = self.config.sampling, self.sampler
+        comparable = sampling.top_p == 1 and sampling.top_k == 0
+        if sampling.dtype is not SamplingDtype.auto or not comparable or gap <= sampling.max_gap:
+            return
+        if isinstance(sampler, GenerateSampler) and sampler.copy is not None:
+            sampler.drop_copy()
+            self.scoring.choices["bf16_copy"] = False
+            log.warning(
+                "step %d: the bf16 copy's log-probs are %.3f nats from the trainer's (sampling.max_gap=%g): sampling with the trainer's "
+                "weights from here on",
+                self.step,
+                gap,
+                sampling.max_gap,
             )
-        places = self.trouble.places
-        self.go_on(back_to)
-        self.ahead = None  # may have samples that are left out from here on
-        self.trouble.left_out = sorted({*self.trouble.left_out, *places})
-        self.trouble.rewound_to = self.step
-        self.evaluated = self.step
-        return Rewound(self.step, self.trouble.left_out)
+
+    # A step.
 
     def train_step(self) -> StepDone:
-        """Sample, score, and take `ppo.steps` optimizer steps on all of it."""
-        rate = self.set_learning_rate()
-        current = self.round = self.round or self.begin()
-        finite = True
-        while finite and current.inner < self.config.ppo.steps:
+        """Sample, score, and take `ppo.steps` optimizer steps on all tokens."""
+        rate = self.config.optim.lr * lr_factor(self.config.optim, self.step, self.max_steps)
+        for group in self.strategy.optimizer.param_groups:
+            group["lr"] = rate
+        tokens = self.tokens = self.tokens or self.begin_step()
+        is_finite = True
+        while is_finite and tokens.inner < self.config.ppo.steps:
             stop_all_processes(self.accelerator)
-            finite = self.inner_step(current)
-        self.round = None
+            is_finite = self.inner_step(tokens)
+        self.tokens = None
         self.step += 1
-        self.trouble.steps = 0 if finite else self.trouble.steps + 1
-        self.trouble.places = [] if finite else self.trouble.places
-        return self.done(current, rate)
+        self.trouble.steps = 0 if is_finite else self.trouble.steps + 1
+        self.trouble.places = [] if is_finite else self.trouble.places
+        return self.finish_step(tokens, rate)
 
-    def begin(self) -> Round:
+    def begin_step(self) -> Tokens:
         """Sample, and let the teacher score."""
-        begin = clock(self.accelerator.device)
+        begin = clock(self.device)
         if self.ahead is None:
             self.sync_weights()
         with self.sampler_ready():
-            written = run_stoppable(self.accelerator, self.sample)
+            rollouts = run_stoppable(self.accelerator, self.sample)
         self.ahead = None
         self.sample_ahead()
         self.note_memory("sampling")
-        sampled_at = clock(self.accelerator.device)
-        current = Round(written, self.learnt(written), self.task_bonus(written))
-        if self.overlap is not None:
-            current.teacher_logp_N = run_stoppable(self.accelerator, partial(self.overlap.said, current.learnt))
-        self.batches.score(current)
-        trim_heap()
+        sampled = clock(self.device)
+        tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
+        self.scoring.score(tokens)
         self.note_memory("scoring")
-        current.seconds |= {"sample": sampled_at - begin, "score": clock(self.accelerator.device) - sampled_at}
-        return current
+        tokens.seconds |= {"sample": sampled - begin, "score": clock(self.device) - sampled}
+        return tokens
+
+    def inner_step(self, tokens: Tokens) -> bool:
+        """Take one optimizer step. Returns whether its numbers were finite."""
+        begin = clock(self.device)
+        problem = self.scoring.update(tokens)
+        if problem is None:
+            self.sampler.refresh()
+        else:
+            self.note_trouble(tokens, problem)
+        self.note_memory("update")
+        tokens.inner += 1
+        tokens.seconds["update"] += clock(self.device) - begin
+        return problem is None
+
+    def finish_step(self, tokens: Tokens, rate: float) -> StepDone:
+        metrics, by_position = step_metrics(tokens, self.accelerator, self.config.sampling.max_new_tokens)
+        self.trained_tokens += int(metrics["tokens"])
+        metrics |= {
+            "optim/lr": rate,
+            "tokens_total": float(self.trained_tokens),
+            "epoch": self.step * self.prompts_per_step / len(self.prompts),
+        }
+        weights = self.scoring.token_weights(tokens.rollouts)[0].tolist()
+        return StepDone(self.step, metrics, by_position, tokens, weights, self.alternatives(tokens.rollouts))
 
     def sample(self) -> list[Rollout]:
-        """This process's rollouts of the step; with `sampling.lag`, as far as they are begun."""
-        return self.sampled(self.step) if self.ahead is None else self.ahead.result()
+        """Return this process's rollouts of the step; with `sampling.lag`, those that were sampled ahead."""
+        return self.sample_step(self.step) if self.ahead is None else self.ahead.result()
 
     def sample_ahead(self) -> None:
-        """With `sampling.lag`: let a server go on with the rollouts of the next step, from the weights of now."""
+        """With `sampling.lag`, let a server sample the next step from the current weights meanwhile."""
         if self.config.sampling.lag and self.step + 1 < self.max_steps:
             self.sync_weights()
-            self.ahead = self.background.submit(self.sampled, self.step + 1)
+            self.ahead = self.background.submit(self.sample_step, self.step + 1)
 
-    def sampled(self, step: int) -> list[Rollout]:
-        return (self.overlap or self.sampler).sample(self.requests(step), self.decoding(step), "train")
+    def sample_step(self, step: int) -> list[Rollout]:
+        sampling = self.config.sampling
+        decoding = Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
+        return self.sampler.sample(self.requests(step), decoding, "train")
+
+    def wait_for_ahead(self) -> None:
+        """Wait for the background: nothing else may sample, or change the weights that it samples with."""
+        if self.ahead is not None:
+            wait([self.ahead])
 
     def sync_weights(self) -> None:
-        """Let an engine with weights of its own have those of now, before any process asks it."""
+        """Give the current weights to an engine with weights of its own, before any process asks it."""
         self.sampler.sync_weights(partial(on_main_process, self.accelerator))
 
     def sampler_ready(self) -> AbstractContextManager[None]:
-        """Within it, which all processes enter together, the sampler waits for no other process: vLLM has weights of its own."""
-        return nullcontext() if self.config.sampling.engine is Engine.vllm else whole(self.policy)
+        """Let the sampler work without collectives for the block. vLLM has weights of its own."""
+        return nullcontext() if self.config.sampling.engine is Engine.vllm else self.strategy.gathered_weights()
 
     @contextmanager
-    def both_ready(self) -> Iterator[None]:
-        """Within it, which all processes enter together, and within `sampler_ready` student and teacher answer."""
-        with whole(self.policy) if self.config.sampling.engine is Engine.vllm else nullcontext(), self.batches.teacher_ready():
+    def scoring_ready(self) -> Iterator[None]:
+        """Within `sampler_ready`, let student and teacher answer without collectives for the block."""
+        is_vllm = self.config.sampling.engine is Engine.vllm
+        with self.strategy.gathered_weights() if is_vllm else nullcontext(), self.scoring.teacher.ready():
             yield
 
-    def learnt(self, written: Sequence[Rollout]) -> list[Rollout]:
-        """What is scored of each rollout: the first `ppo.loss_prefix` tokens; none where it is dropped.
+    def with_masks(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Mask the tokens that are not scored: those after `ppo.loss_prefix`, and all of a dropped rollout.
 
-        Where all are to be dropped the shortest stays, with a weight of 0 (see `token_weights`): other processes count on gradients.
+        Where all would be dropped, the shortest stays, with a weight of 0: other processes wait for this one's gradients.
         """
-        dropped = {index for index, rollout in enumerate(written) if self.config.sampling.truncated is Truncated.drop and rollout.truncated}
-        if len(dropped) == len(written):
-            dropped.remove(min(dropped, key=lambda index: len(written[index].completion)))
-        return [rollout.first(0 if index in dropped else self.config.ppo.loss_prefix) for index, rollout in enumerate(written)]
-
-    def done(self, current: Round, rate: float) -> StepDone:
-        """The finished step: what there is to report of it."""
-        means, seconds = current.means, current.seconds
-        gap_N = engine_gap(current)
-        describe(current, gap_N, self.config.sampling.max_new_tokens)
-        summed = all_reduce_means(self.accelerator, means)
-        positions = by_position(summed, self.config.sampling.max_new_tokens)
-        metrics = summed.means()
-        took = sum(seconds.values())
-        tokens = global_sum(self.accelerator, sum(len(rollout.completion) for rollout in current.learnt))
-        self.graded_tokens += int(tokens)
-        metrics |= {f"time/{name}": value for name, value in {**seconds, "step": took}.items()}
-        metrics |= {
-            f"finish/{reason.value}": global_sum(self.accelerator, sum(rollout.finish_reason is reason for rollout in current.written))
-            for reason in FinishReason
-        }
-        metrics |= {
-            "optim/lr": rate,
-            "reverse_kl_p99": quantile(self.accelerator, current.seen["reverse_kl"], 0.99),
-            "engine_gap_p99": quantile(self.accelerator, gap_N, 0.99),
-            "tokens": tokens,
-            "tokens_total": float(self.graded_tokens),
-            "tokens_per_second": tokens / took,
-            "epoch": self.step * self.prompts_per_step / len(self.prompts),
-        }
-        stored = self.config.track.rollouts_per_step
-        weights, top = self.update.token_weights(current.learnt)[0].tolist(), self.alternatives(current.learnt[:stored])
-        return StepDone(self.step, metrics, positions, scored(current, stored, weights, top))
-
-    def places(self, step: int) -> list[int]:
-        """Where this process's prompts of a step stand in the data."""
-        size = self.config.train.batch_size
-        start = step * self.prompts_per_step + self.accelerator.process_index * size
-        return [place(number, self.trouble.left_out) for number in range(start, start + size)]
-
-    def requests(self, step: int) -> list[Request]:
-        """This process's share of a step's prompts, `sampling.n` times each."""
-        drawn = [sample for position in self.places(step) for sample in take(self.config.seed, len(self.prompts), position, 1)]
-        return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
-
-    def decoding(self, step: int) -> Decoding:
-        sampling = self.config.sampling
-        return Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
+        drops = self.config.sampling.truncated is Truncated.drop
+        dropped = {index for index, rollout in enumerate(rollouts) if drops and rollout.truncated}
+        if len(dropped) == len(rollouts):
+            dropped.remove(min(dropped, key=lambda index: len(rollouts[index].completion)))
+        prefix = self.config.ppo.loss_prefix
+        masked = []
+        for index, rollout in enumerate(rollouts):
+            length = len(rollout.completion)
+            count = 0 if index in dropped else length if prefix is None else min(prefix, length)
+            masked.append(rollout if count == length else replace(rollout, mask=(True,) * count + (False,) * (length - count)))
+        return masked
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
-        """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""
+        """Return `ppo.reward_coef` times each rollout's reward, normalised among its prompt's completions (R,); None where it is off."""
         coefficient = self.config.ppo.reward_coef
         if coefficient == 0:
             return None
         rewards = torch.tensor([reward or 0.0 for reward in self.evaluator.judge(rollouts)])
         groups = torch.arange(len(rollouts)) // self.config.sampling.n
-        return coefficient * group_normalised(rewards, groups).to(self.accelerator.device)
+        return coefficient * group_normalised(rewards, groups).to(self.device)
 
-    def inner_step(self, current: Round) -> bool:
-        """One optimizer step over all micro-batches. Returns whether it was finite and thus taken."""
-        begin = clock(self.accelerator.device)
-        problem = self.update.take(current)
-        if problem is None:
-            self.sampler.refresh()
-        else:
-            self.note_trouble(current, problem)
-        self.note_memory("update")
-        current.inner += 1
-        current.seconds["update"] += clock(self.accelerator.device) - begin
-        return problem is None
+    def alternatives(self, rollouts: Sequence[Rollout]) -> Alternatives:
+        """Return the teacher's most probable ids and log-probs (tokens, k) at each token of the stored rollouts.
 
-    def note_trouble(self, current: Round, problem: NotFinite) -> None:
-        """Say which samples an update is left out for, and remember them: those with scores that are not finite, else all of the step."""
-        own = self.places(self.step)
-        named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in problem.suspects])
-        if not named:
-            starts = range(0, len(current.written), self.config.sampling.n)
-            named = gather_object([(own[index // self.config.sampling.n], self.sample_id(current, index)) for index in starts])
-        self.trouble.places = sorted({*self.trouble.places, *(position for position, _ in named)})
-        shown = ", ".join(str(sample_id) for sample_id in sorted({sample_id for _, sample_id in named}))
-        log.error("step %d: %s: the update is left out (sample ids %s)", self.step + 1, problem.what, shown)
-
-    def sample_id(self, current: Round, index: int) -> int:
-        return current.written[index].request.prompt.sample_id
-
-    def alternatives(self, rollouts: Sequence[Rollout]) -> dict[int, tuple[Tensor, Tensor]]:
-        """The teacher's `track.alternatives` most probable ids at each token, and their log-probs, by rollout: (tokens, k) each.
-
-        In the main process, in the steps of `looked_into`; else none.
+        In the main process, in the steps of `is_detailed_step`; else nothing.
         """
-        k, found = self.config.track.alternatives, {}
+        k, sampling = self.config.track.alternatives, self.config.sampling
         if not k or not is_detailed_step(self.step, self.max_steps):
             return {}
-        with self.batches.teacher_ready():
-            for batch in self.batches.split(rollouts) if self.accelerator.is_main_process else ():
-                batch = batch.to(self.accelerator.device)
-                ids, logp = (values.cpu() for values in self.batches.teacher.states(batch).top(k, self.config.sampling.temperature))
-                sequence_N = batch.sequence_N.cpu()
-                for index in set(sequence_N.tolist()):
-                    found[index] = (ids[sequence_N == index], logp[sequence_N == index])
-        return found
+        stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
+        alternatives = {}
+        with self.scoring.teacher.ready():
+            max_padding = padding_limit(self.device)
+            for batch in micro_batches(stored, self.scoring.choices["max_tokens"], self.scoring.pad_id, self.scoring.packed, max_padding):
+                ids, logp = (values.cpu() for values in self.scoring.teacher.states(batch.teacher_inputs).top(k, sampling.temperature))
+                lengths = [len(stored[index].trained) for index in batch.rollouts]
+                for index, own_ids, own_logp in zip(batch.rollouts, ids.split(lengths), logp.split(lengths), strict=True):
+                    alternatives[index] = (own_ids, own_logp)
+        return alternatives
 
-    def set_learning_rate(self) -> float:
-        rate = self.config.optim.lr * lr_factor(self.config.optim, self.step, self.max_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        return rate
+    # Data.
+
+    def places(self, step: int) -> list[int]:
+        """Return the positions of this process's prompts of a step in the endless sequence of samples."""
+        size = self.config.train.batch_size
+        start = step * self.prompts_per_step + self.accelerator.process_index * size
+        return [place(number, self.trouble.left_out) for number in range(start, start + size)]
+
+    def requests(self, step: int) -> list[Request]:
+        """Return this process's share of a step's prompts, `sampling.n` times each."""
+        drawn = [sample for position in self.places(step) for sample in take(self.config.seed, len(self.prompts), position, 1)]
+        return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
+
+    # Checkpoints and trouble.
+
+    def save(self, best: float | None = None, needed: bool = False) -> Saved:
+        """Commit a checkpoint of this moment; between inner steps with the token table, and with rollouts that were sampled ahead.
+
+        Args:
+            best, needed: As in `Checkpoints.save`.
+        """
+        tables, numbers = {AHEAD: self.sampled_ahead()}, None
+        if self.tokens is not None:
+            means = all_reduce_means(self.accelerator, self.tokens.means)
+            numbers = {**self.tokens.numbers(), "sums": means.sums, "counts": means.counts}
+            tables[TOKENS] = concatenate(gather_object([self.tokens.to_tensors()]))
+        state = {
+            **self.saved_state,
+            "step": self.step,
+            "inner": 0 if self.tokens is None else self.tokens.inner,
+            "tokens": numbers,
+            "trouble": asdict(self.trouble),
+        }
+        files = {name: table for name, table in tables.items() if table is not None}
+        taken: Snapshot = snapshot(self.student, self.strategy.optimizer, state, files, self.accelerator.is_main_process)
+        on_main_process(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
+        return Saved(self.step)
+
+    def sampled_ahead(self) -> dict[str, Tensor] | None:
+        """Return the next step's rollouts of all processes, awaited; None where there are none, or a process failed to sample its own."""
+        if self.ahead is None:
+            return None
+        self.wait_for_ahead()
+        own = None if self.ahead.exception() else Tokens(self.ahead.result(), torch.device("cpu")).to_tensors()
+        parts = gather_object([own])
+        return None if None in parts else concatenate(parts)
+
+    def resume(self, checkpoint: Checkpoint, restart_step: bool = False) -> None:
+        """Restore the moment of the checkpoint. `restart_step`: begin the step that it is in the middle of again."""
+        self.wait_for_ahead()
+        self.ahead = None
+        restore(checkpoint, self.student, self.strategy.optimizer)
+        self.sampler.refresh()
+        self.step = checkpoint.step
+        self.trouble = Trouble(**checkpoint.state["trouble"])
+        self.tokens = None
+        if restart_step:
+            return
+        stored = checkpoint.tensors(TOKENS)
+        if stored is not None:
+            self.tokens = self.own_share(stored, checkpoint.state["tokens"], self.device)
+        stored = checkpoint.tensors(AHEAD)
+        if stored is not None:
+            cpu = torch.device("cpu")
+            self.ahead = Future()
+            self.ahead.set_result(self.own_share(stored, Tokens([], cpu).numbers(), cpu).rollouts)
+
+    def own_share(self, stored: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> Tokens:
+        prompts = {prompt.sample_id: prompt for prompt in self.prompts}
+        return load_tokens(stored, numbers, prompts, self.accelerator.process_index, self.accelerator.num_processes, device)
+
+    def rewind(self) -> Rewound:
+        """Return to the last checkpoint from before the non-finite steps, and leave their samples out."""
+        target = on_main_process(self.accelerator, lambda: self.checkpoints.newest(lambda state: state["trouble"]["steps"] == 0))
+        if target is None or target.step == self.trouble.rewound_to:
+            where = "there is no checkpoint to rewind to" if target is None else f"also after rewinding to step {target.step}"
+            raise NumericError(
+                f"{NON_FINITE_LIMIT} steps in a row were not finite (step {self.step}), {where}: lower optim.lr, set ppo.advantage_clip, "
+                "or set model.dtype=float32; the last checkpoint is untouched"
+            )
+        places = self.trouble.places
+        self.resume(target)
+        self.ahead = None  # it may hold samples that are left out from here on
+        self.trouble.left_out = sorted({*self.trouble.left_out, *places})
+        self.trouble.rewound_to = self.step
+        self.evaluated = self.step
+        return Rewound(self.step, self.trouble.left_out)
+
+    def note_trouble(self, tokens: Tokens, problem: NotFinite) -> None:
+        """Log and remember the samples of a skipped update: those with scores that are not finite, else all of the step."""
+        places, n = self.places(self.step), self.config.sampling.n
+
+        def samples(indices: Sequence[int]) -> list[tuple[int, int]]:
+            return [(places[index // n], tokens.rollouts[index].request.prompt.sample_id) for index in indices]
+
+        named = gather_object(samples(problem.suspects)) or gather_object(samples(range(0, len(tokens.rollouts), n)))
+        self.trouble.places = sorted({*self.trouble.places, *(position for position, _ in named)})
+        ids = ", ".join(str(sample_id) for sample_id in sorted({sample_id for _, sample_id in named}))
+        log.error("step %d: %s: the update is skipped (sample ids %s)", self.step + 1, problem.reason, ids)
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told: it answers before."""
+    """Return the time in seconds, once the device has finished what was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from opd import __version__
 from opd.config.schema import Config
-from opd.models import policy as forward
+from opd.models import device as memory
 from opd.runs.folder import RunFolder
 from opd.runs.outcome import achieved
 
@@ -43,6 +43,6 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory(accelerator: Accelerator) -> int:
     """Bytes: the most that any process held on its GPU, or of main memory on a CPU."""
-    own = forward.peak_memory(accelerator.device)
+    own = memory.peak_memory(accelerator.device)
     found: Sequence[int] = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
     return max(found)

@@ -1,0 +1,183 @@
+"""A step's metrics and its stored rollouts, computed from the token table.
+
+Metrics are means over tokens or rollouts of all processes, kept as sums and counts until the step ends.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opd.data.rollouts import FinishReason, Rollout, repetition
+from opd.models.distributed import all_reduce_means, global_quantile, global_sum
+from opd.models.load import decode
+from opd.objective.means import Means
+from opd.runs.text import one_line
+from opd.training.tokens import Tokens
+
+BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
+BY_POSITION = ("reverse_kl", "entropy")
+PREFIX = "by_position/"
+
+ByPosition = dict[str, int | list[float | None]]
+Alternatives = Mapping[int, tuple[Tensor, Tensor]]
+
+
+def engine_gap(tokens: Tokens) -> Tensor:
+    """Return |behaviour_logp - logp| of each token (N,), as sampled; with top-p or top-k the truncation is part of it."""
+    return (tokens.as_sampled("behaviour_logp") - tokens.as_sampled("logp")).abs()
+
+
+def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
+    """Add what is known of the rollouts before the update to the table's means."""
+    means, rollouts = tokens.means, tokens.rollouts
+    for name in ("reverse_kl", "entropy", "advantage", "cut"):
+        if name in tokens.columns:
+            means.add_tensors({name: tokens.as_sampled(name)})
+    means.add_tensors({"teacher_nll": -tokens.as_sampled("teacher_logp"), "engine_gap": engine_gap(tokens)})
+    means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
+    means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
+    means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
+    add_by_position(means, {name: tokens.as_sampled(name) for name in BY_POSITION}, rollouts, max_new_tokens)
+
+
+def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) -> tuple[dict[str, float], ByPosition]:
+    """Return a finished step's metrics over all processes, and those by token position. Collective."""
+    add_rollout_metrics(tokens, max_new_tokens)
+    means = all_reduce_means(accelerator, tokens.means)
+    positions = take_by_position(means, max_new_tokens)
+    trained = global_sum(accelerator, len(tokens.rollout_N))
+    seconds = sum(tokens.seconds.values())
+    metrics = means.means()
+    metrics |= {f"time/{name}": value for name, value in {**tokens.seconds, "step": seconds}.items()}
+    for reason in FinishReason:
+        metrics[f"finish/{reason.value}"] = global_sum(accelerator, sum(rollout.finish_reason is reason for rollout in tokens.rollouts))
+    metrics |= {
+        "reverse_kl_p99": global_quantile(accelerator, tokens.as_sampled("reverse_kl"), 0.99),
+        "engine_gap_p99": global_quantile(accelerator, engine_gap(tokens), 0.99),
+        "tokens": trained,
+        "tokens_per_second": trained / seconds,
+    }
+    return metrics, positions
+
+
+# By token position.
+
+
+def bucket_width(max_new_tokens: int) -> int:
+    return math.ceil(max_new_tokens / BUCKETS)
+
+
+def bucket_count(max_new_tokens: int) -> int:
+    return math.ceil(max_new_tokens / bucket_width(max_new_tokens))
+
+
+def add_by_position(means: Means, values: Mapping[str, Tensor], rollouts: Sequence[Rollout], max_new_tokens: int) -> None:
+    """Add sums and counts of each bucket under a name of its own.
+
+    Args:
+        values: (N,) of the trained tokens, rollout by rollout.
+    """
+    width, count = bucket_width(max_new_tokens), bucket_count(max_new_tokens)
+    offsets = [offset for rollout in rollouts for offset in rollout.trained]
+    bucket_N = torch.tensor(offsets, dtype=torch.long) // width
+    tokens = torch.bincount(bucket_N, minlength=count).tolist()
+    for name in BY_POSITION:
+        sums = torch.bincount(bucket_N, values[name].double().cpu(), minlength=count).tolist()
+        for bucket in range(count):
+            means.add(f"{PREFIX}{name}/{bucket:02}", sums[bucket], tokens[bucket])
+    lengths = torch.tensor([len(rollout.completion) for rollout in rollouts], dtype=torch.long)
+    ends = torch.bincount((lengths.clamp_min(1) - 1) // width, minlength=count).tolist()
+    for bucket in range(count):
+        means.add(f"{PREFIX}ends/{bucket:02}", ends[bucket], 1.0)
+
+
+def take_by_position(means: Means, max_new_tokens: int) -> ByPosition:
+    """Move the metrics by position out of `means`.
+
+    Returns:
+        `width`, tokens per bucket; for each bucket the mean `reverse_kl` and `entropy` in nats (None without tokens or where it is not
+        finite), its `tokens`, and as `ends` how many completions have their last token there.
+    """
+    names = [name for name in means.sums if name.startswith(PREFIX)]
+    sums, counts = ({name: kind.pop(name) for name in names} for kind in (means.sums, means.counts))
+    buckets = range(bucket_count(max_new_tokens))
+    by_position: ByPosition = {"width": bucket_width(max_new_tokens)}
+    for name in BY_POSITION:
+        keys = [f"{PREFIX}{name}/{bucket:02}" for bucket in buckets]
+        by_position[name] = [sums[key] / counts[key] if counts[key] and math.isfinite(sums[key]) else None for key in keys]
+    by_position["tokens"] = [counts[f"{PREFIX}{BY_POSITION[0]}/{bucket:02}"] for bucket in buckets]
+    by_position["ends"] = [sums[f"{PREFIX}ends/{bucket:02}"] for bucket in buckets]
+    return by_position
+
+
+# Stored rollouts.
+
+
+def rollout_records(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tokens, count: int, weights: Sequence[float], alternatives: Alternatives
+) -> list[dict[str, Any]]:
+    """Return the first `count` rollouts as they are stored: texts, ids, and values per completion token, null for untrained tokens.
+
+    Args:
+        weights: Loss weight of each rollout's tokens: those of weight 0 were scored and not trained.
+        alternatives: The teacher's most probable ids and their log-probs (tokens, k), by rollout, where they were asked for.
+    """
+    return [record(tokenizer, tokens, index, weights[index], alternatives.get(index)) for index in range(min(count, len(tokens.rollouts)))]
+
+
+def record(
+    tokenizer: PreTrainedTokenizerBase, tokens: Tokens, index: int, weight: float, alternatives: tuple[Tensor, Tensor] | None
+) -> dict[str, Any]:
+    rollout = tokens.rollouts[index]
+    columns = tokens.of_rollout(index)
+
+    def spread(values: Sequence[Any] | None) -> list[Any] | None:
+        """One entry per completion token."""
+        if values is None:
+            return None
+        spread_out: list[Any] = [None] * len(rollout.completion)
+        for offset, value in zip(rollout.trained, values, strict=True):
+            spread_out[offset] = value
+        return spread_out
+
+    flags = {name: columns[name].bool().tolist() if name in columns else None for name in ("clipped", "cut")}
+    choices = None
+    if alternatives is not None:
+        ids, logps = alternatives[0].tolist(), [rounded(row) for row in alternatives[1]]
+        texts = {token: decode(tokenizer, [token]) for row in ids for token in row}
+        choices = [
+            [{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(row, values, strict=True)]
+            for row, values in zip(ids, logps, strict=True)
+        ]
+    return {
+        "sample_id": rollout.request.prompt.sample_id,
+        "epoch": rollout.request.epoch,
+        "attempt": rollout.request.attempt,
+        "prompt": decode(tokenizer, rollout.request.prompt.ids),
+        "completion": decode(tokenizer, rollout.completion),
+        "tokens": [decode(tokenizer, [token]) for token in rollout.completion],
+        "ids": list(rollout.completion),
+        "finish_reason": rollout.finish_reason.value,
+        "learnt": len(rollout.trained) if weight > 0 else 0,
+        "behaviour_logp": rounded(rollout.behaviour_logp),
+        "student_logp": spread(rounded(columns["logp"])),
+        "teacher_logp": spread(rounded(columns["teacher_logp"])),
+        "entropy": spread(rounded(columns["entropy"])),
+        "clipped": spread(flags["clipped"]),
+        "cut": spread(flags["cut"]),
+        "alternatives": spread(choices),
+    }
+
+
+def rounded(values: Tensor) -> list[float]:
+    return [round(value, 5) for value in values.tolist()]
+
+
+def sample_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
+    """Return a prompt and its completion on one line, for the display."""
+    return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}")
