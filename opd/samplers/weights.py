@@ -7,6 +7,7 @@ Shapes: `V` vocabulary, `H` hidden.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,7 +34,8 @@ def checkpoint_weights(model: PreTrainedModel, vocabulary: int | None = None) ->
         layer = model.get_submodule(plain_name.rpartition(".")[0])
         value = full_tensor(tensor)
         if name != plain_name and plain_name.endswith(".weight"):
-            deltas = [full_tensor(layer.get_delta_weight(adapter)).float() for adapter in layer.active_adapters]
+            adapted: Any = layer  # peft's layer around the plain one
+            deltas = [full_tensor(adapted.get_delta_weight(adapter)).float() for adapter in adapted.active_adapters]
             value = torch.stack([value.float(), *deltas]).sum(0)
         yield plain_name, value[:vocabulary] if layer in vocabulary_layers else value
 
