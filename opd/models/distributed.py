@@ -50,7 +50,7 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         project_dir=folder,
     )
     if device.type == "cuda":
-        # cuDNN plans its attention anew for every shape, for up to a second: see scripts/bench/README.md.
+        # cuDNN's attention makes a plan for every new shape, which takes up to a second: see scripts/bench/README.md.
         torch.backends.cuda.enable_cudnn_sdp(False)
     if accelerator.num_processes > 1:
         atexit.register(PartialState().destroy_process_group)
@@ -172,7 +172,7 @@ def is_peer_failure(error: Exception) -> bool:
 
 
 class Strategy:
-    """One process, or several that hold all weights each and add up their gradients once a step.
+    """One process, or several that hold all weights each and sum their gradients once a step.
 
     Args:
         accelerator: Accelerate's handle.

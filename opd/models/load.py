@@ -1,7 +1,4 @@
-"""Student and teacher: loading, the output head, and whether the two speak about the same tokens.
-
-Shapes: `B` sequences, `T` positions, `N` kept completion tokens, `V` vocabulary, `H` hidden.
-"""
+"""Load student and teacher, and check that they share their tokens."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,12 +21,12 @@ BUNDLED = "bundled:"
 
 
 def find_device(device: Device) -> torch.device:
-    """The device asked for, or the best there is. Raises `ConfigError` when the one asked for is not there."""
+    """Return the configured device, else the best available. Raises `ConfigError` when the configured one is missing."""
     present = {Device.cuda: torch.cuda.is_available(), Device.cpu: True}
     if device is Device.auto:
         device = next(candidate for candidate, there in present.items() if there)
     if not present[device]:
-        raise ConfigError(f"device={device.value}: torch {torch.__version__} sees no such device here; take device=auto or device=cpu")
+        raise ConfigError(f"device={device.value}: torch {torch.__version__} sees no such device here; set device=auto or device=cpu")
     return torch.device(device.value)
 
 
@@ -46,12 +43,12 @@ def is_fast_in_bf16(device: torch.device) -> bool:
 
 
 def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
-    """Whether the student's matrix products run in bf16: as configured, or where the device has it."""
+    """Return whether the student's matrix products run in bf16: as configured, else where the device computes bf16 natively."""
     return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and has_bf16(device))
 
 
 def locate(config: ModelConfig, role: str) -> str:
-    """The folder or hub id to load from. Raises `ConfigError` for a local folder that is not there."""
+    """Return the folder or hub id to load from. Raises `ConfigError` for a local folder that does not exist."""
     if config.path.startswith(BUNDLED):
         folder = PACKAGE / "assets" / config.path.removeprefix(BUNDLED)
         if not folder.is_dir():
@@ -68,7 +65,7 @@ def locate(config: ModelConfig, role: str) -> str:
 
 
 def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs: Any) -> Any:
-    """`load` the configured folder or hub id; what transformers raises becomes one line with a remedy."""
+    """Load the configured folder or hub id; errors of transformers become one line with a remedy."""
     source = locate(config, role)
     hub.expect(source)
     if config.gguf_file is not None:
@@ -92,19 +89,19 @@ def load_tokenizer(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
             f"{role}.path={config.path}: the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # only ever behind masks: an end-of-sequence token that was written stays in the loss
+        tokenizer.pad_token = tokenizer.eos_token  # padding is always masked: a sampled end-of-sequence token stays in the loss
     return tokenizer
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-    """The text of the ids, white space as it was written."""
+    """Return the text of the ids, with white space unchanged."""
     text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
 
 
 def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
-    """The student in float32 (the optimizer's master weights), the teacher in the dtype it computes in."""
+    """Load the student in float32 (the optimizer's master weights), the teacher in its compute dtype."""
     dtype = torch.bfloat16 if role == "teacher" and computes_in_bf16(config.dtype, device) else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype}
     if config.attn_implementation is not None:
@@ -113,14 +110,14 @@ def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrain
         kwargs |= {"quantization_config": quantized(config.quantization, dtype), "device_map": {"": device}}
     model: PreTrainedModel = load_with(AutoModelForCausalLM.from_pretrained, config, role, **kwargs)
     if config.gguf_file is not None:
-        # The weights were expanded on loading: from here on it is an ordinary model, which transformers agrees to save.
+        # The weights were expanded on loading; transformers saves the model only if it is marked as an ordinary one.
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
     return model
 
 
 def quantized(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How bitsandbytes is to load a model that computes in `dtype`. Raises `ConfigError` where it is missing."""
+    """Return the bitsandbytes config of a model that computes in `dtype`. Raises `ConfigError` where the package is missing."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError(f"teacher.quantization={quantization.value} needs the package bitsandbytes: pip install 'opd[quantized]'")
     if quantization is Quantization.int8:
@@ -129,29 +126,30 @@ def quantized(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesCon
 
 
 def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every id that ends a completion: the tokenizer's, the model's and its generation config's."""
+    """Return every id that ends a completion: the tokenizer's, the model's and its generation config's."""
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
-    found: set[int] = set()
+    eos: set[int] = set()
     for ids in (tokenizer.eos_token_id, model.config.eos_token_id, generation):
-        found.update([ids] if isinstance(ids, int) else ids or [])
-    return tuple(sorted(found))
+        eos.update([ids] if isinstance(ids, int) else ids or [])
+    return tuple(sorted(eos))
 
 
 def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raises `ConfigError`, naming the first tokens that differ, unless every token has the same id in both."""
+    """Raise `ConfigError`, naming the first tokens that differ, unless every token has the same id in both."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:
         differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
         shown = ", ".join(f"{token!r} (student {ours.get(token, 'none')}, teacher {theirs.get(token, 'none')})" for token in differing[:3])
         raise ConfigError(
             f"teacher: its tokenizer maps {len(differing)} tokens to other ids than the student's: {shown}; "
-            "scoring needs the same ids: take a teacher of the student's family"
+            "scoring needs the same ids: set teacher.path to a model of the student's family"
         )
 
 
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
-    """How many ids both heads have. Heads padded to different widths are cut to the narrower one: ids behind the tokenizer's last mean
-    nothing in either. Raises `ConfigError` when a head is too narrow for the tokenizer.
+    """Return how many ids both heads have: ids beyond the tokenizer's last are padding of the head.
+
+    Raises `ConfigError` when a head is too narrow for the tokenizer.
     """
     size = min(output_head(student).vocabulary, output_head(teacher).vocabulary)
     last = max(tokenizer.get_vocab().values())
@@ -165,15 +163,15 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedMod
 def pair_differences(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> list[str]:
-    """What differs between student and teacher and may cost quality, a line each: chat template, end-of-sequence and padding."""
-    found = []
+    """Return differences of student and teacher that may cost quality, one line each: chat template, end of sequence, padding."""
+    differences = []
     if student.chat_template != teacher.chat_template:
-        found.append("the chat templates of student and teacher differ; both see the student's rendering")
+        differences.append("the chat templates of student and teacher differ; both see the student's rendering")
     if set(eos[0]) != set(eos[1]):
         names = [[student.convert_ids_to_tokens(i) for i in ids] for ids in eos]
-        found.append(
+        differences.append(
             f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop"
         )
     if student.pad_token_id != teacher.pad_token_id:
-        found.append(f"padding tokens differ: student {student.pad_token!r}, teacher {teacher.pad_token!r}; padding is never scored")
-    return found
+        differences.append(f"padding tokens differ: student {student.pad_token!r}, teacher {teacher.pad_token!r}; padding is never scored")
+    return differences

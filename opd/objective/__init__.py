@@ -1,10 +1,20 @@
-"""Floor 1: the mathematics, pure functions of tensors. Usable and tested without the rest of `opd`."""
+"""The mathematics: pure functions of tensors, usable and tested without the rest of `opd`."""
 
 from opd.objective.divergences import forward_kl, jsd, kl, reverse_kl, skew, with_tail
 from opd.objective.head import Head, chunk_rows, chunked_loss, chunked_stats
-from opd.objective.losses import Clips, Sampled, TeacherStates, discounted, exact, group_normalised, sampled, token_logp, topk
+from opd.objective.losses import (
+    Clips,
+    Sampled,
+    TeacherStates,
+    clipped_surrogate,
+    discounted,
+    exact,
+    group_normalised,
+    sampled,
+    token_logp,
+    topk,
+)
 from opd.objective.sampling import behaviour_logp, draw
-from opd.objective.surrogate import clipped_surrogate
 
 __all__ = [
     "Clips",

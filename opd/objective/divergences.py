@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 def kl(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
-    """KL(p‖q) = Σ p·(log p − log q), differentiable in both."""
+    """Return KL(p‖q) = sum of p (log p - log q), differentiable in both."""
     result: Tensor = _KL.apply(p_logp_NV, q_logp_NV)  # type: ignore[no-untyped-call]
     return result
 
 
 class _KL(torch.autograd.Function):
-    """Written out because autograd would keep three more copies of the distributions."""
+    """Autograd would keep three more copies of the distributions."""
 
     @staticmethod
     def forward(ctx: Any, p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """∂KL/∂log p = p·(log p − log q + 1) and ∂KL/∂log q = −p."""
+        """dKL/dlog p = p (log p - log q + 1) and dKL/dlog q = -p."""
         p_logp_NV, q_logp_NV = ctx.saved_tensors
         grad_N1 = grad_outputs[0][:, None]
         p_NV = p_logp_NV.exp()
@@ -37,25 +37,25 @@ class _KL(torch.autograd.Function):
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """KL(student‖teacher). Its gradient in the student's logits is p·(log(p/q) − KL)."""
+    """Return KL(student‖teacher). Its gradient in the student's logits is p (log(p/q) - KL)."""
     return kl(student_NV, teacher_NV)
 
 
 def forward_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """KL(teacher‖student). Its gradient in the student's logits is p − q."""
+    """Return KL(teacher‖student). Its gradient in the student's logits is p - q."""
     return kl(teacher_NV, student_NV)
 
 
 def log_mixture(a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:
-    """log(share·a + (1 − share)·b) for 0 < share < 1."""
+    """Return log(share a + (1 - share) b) for 0 < share < 1."""
     return torch.logaddexp(a_NV + math.log(share), b_NV + math.log1p(-share))
 
 
 def jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> Tensor:
-    """Generalised Jensen–Shannon divergence with m = β·teacher + (1 − β)·student.
+    """Return the generalised Jensen-Shannon divergence with m = beta teacher + (1 - beta) student.
 
-    β·KL(teacher‖m) + (1 − β)·KL(student‖m), as in GKD (Agarwal et al. 2024, arXiv 2306.13649). That vanishes at both ends, so the ends are
-    defined as the limits after division by β and 1 − β: β = 0 is the forward KL, β = 1 the reverse KL; β = ½ is symmetric.
+    beta KL(teacher‖m) + (1 - beta) KL(student‖m), as in GKD (Agarwal et al. 2024, arXiv 2306.13649). It vanishes at both ends, which are
+    therefore defined as its limits divided by beta and 1 - beta: 0 is the forward KL, 1 the reverse KL; 0.5 is symmetric.
     """
     if beta == 0:
         return forward_kl(student_NV, teacher_NV)
@@ -76,9 +76,9 @@ def skew(student_NV: Tensor, teacher_NV: Tensor, alpha: float) -> Tensor:
 
 
 def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
-    """The distribution on the ids `top_NK` and one bucket for all other ids: log-probabilities (N, K + 1).
+    """Return the log-probs (N, K + 1) of the ids `top_NK` and of one bucket for all other ids.
 
-    Without the bucket a divergence over the K ids is lowered by draining mass out of them. With K = V nothing is left for it: (N, V).
+    Without the bucket, a divergence over the K ids would be lowered by moving mass out of them. With K = V there is no bucket: (N, V).
     """
     kept_NK = logp_NV.gather(-1, top_NK)
     if top_NK.shape[-1] == logp_NV.shape[-1]:
@@ -88,7 +88,7 @@ def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
 
 
 def named_divergence(name: str, beta: float, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The divergence called `name`, as a function of the student's and the teacher's log-probabilities."""
+    """Return the divergence called `name`, a function of the student's and the teacher's log-probs."""
     known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "reverse_kl": reverse_kl,
         "forward_kl": forward_kl,

@@ -1,11 +1,11 @@
 """From hidden states to per-token losses without ever holding the logits of a whole batch.
 
-Shapes: `N` kept completion tokens, `C` the tokens of one chunk, `V` vocabulary, `H` hidden.
+Shapes: `N` trained tokens, `C` tokens of a chunk, `V` vocabulary, `H` hidden.
 
-A language-model head makes `N·V` logits, of which a loss needs one number per token. Here they exist for one chunk at a time, in the
-forward pass and in the backward pass: while a chunk's logits are there, the gradient of its loss is taken as well and folded into the
-gradients of the hidden states (`N·H`) and of the head (`V·H`). The backward pass only scales them. That is as many matrix products as
-plain autograd does, and memory that does not grow with `N·V`.
+A language-model head computes (N, V) logits, of which a loss needs one number per token. Here the logits exist for one chunk at a time:
+while a chunk's logits exist, the gradient of its loss is computed as well and added to the gradients of the hidden states (N, H) and of
+the head (V, H). The backward pass only scales them. This takes as many matrix products as plain autograd, and memory that does not grow
+with N V.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TokenStats = dict[str, Tensor]
-# (logits_CV in float32, which of the N tokens these are) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
+# (logits_CV in float32, the rows of the chunk) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output layer of a causal language model: `softcap · tanh(scale · (hidden · weightᵀ + bias) / softcap)`.
+    """The output layer of a causal language model: softcap tanh(scale (hidden weight^T + bias) / softcap).
 
-    Only the first `size` ids count: student and teacher may pad the same vocabulary to different widths. rows: how many tokens' logits
-    exist at a time; None for a modest number. dtype: that of the matrix product; None for what autocast asks for, else the weight's.
-    product: computes the matrix product, of all rows, in the weight's place. folds: the backward pass adds the weight's gradient to
-    `weight_VH.grad`, a leaf's, instead of handing it on, so that another use of the weight has one to add its own to.
+    Args:
+        size: Only the first so many ids count: student and teacher may pad the same vocabulary to different widths.
+        rows: How many tokens' logits exist at a time; None for a modest number.
+        dtype: Of the matrix product; None for autocast's, else the weight's.
+        product: Computes the matrix product with all rows of the weight.
+        folds: The backward pass adds the weight's gradient to `weight_VH.grad` instead of returning it.
     """
 
     weight_VH: Tensor
@@ -50,7 +52,7 @@ class Head:
         return self.rows or chunk_rows(self.vocabulary)
 
     def raw(self, hidden_NH: Tensor) -> Tensor:
-        """The matrix product alone, (N, V)."""
+        """Return the matrix product (N, V)."""
         if self.product is not None:
             return self.product(hidden_NH)[:, : self.size]
         weight_VH, bias_V = self.weight_VH[: self.size], None if self.bias_V is None else self.bias_V[: self.size]
@@ -59,7 +61,7 @@ class Head:
             return F.linear(hidden_NH.to(dtype), weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype))
 
     def shape(self, raw_NV: Tensor) -> Tensor:
-        """Scale and soft cap applied to `raw`, in float32 at least."""
+        """Apply scale and soft cap, in float32 at least."""
         logits_NV = raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
@@ -68,12 +70,12 @@ class Head:
         return logits_NV
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """The logits, (N, V), as the model itself computes them."""
+        """Return the logits (N, V) as the model itself computes them."""
         return self.shape(self.raw(hidden_NH))
 
 
 def matmul_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which autocast, where it is on, computes matrix products; else the weight's own."""
+    """Return autocast's dtype for matrix products where it is on, else the weight's."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -83,19 +85,21 @@ def chunks(total: int, size: int) -> list[slice]:
 
 
 def chunk_rows(vocabulary: int, budget_bytes: int = 304 * 2**20) -> int:
-    """How many tokens fit in `budget_bytes` with three float32 copies of their logits: `sampled` makes one, `exact` three.
-
-    At least 16, so that the matrix product stays worth its name.
-    """
+    """Return how many tokens, at least 16, fit in the budget with three float32 copies of their logits: `exact` makes three."""
     return max(16, budget_bytes // (3 * 4 * vocabulary))
 
 
 def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N: Tensor | None = None) -> tuple[Tensor, TokenStats]:
-    """The sum over tokens of `weight · token_loss`, differentiable in hidden states, head weight and bias, and what was seen on the way.
+    """Return the sum over tokens of `weight * token_loss`, differentiable in hidden states, head weight and bias, and the statistics.
 
-    hidden_NH: final hidden states at the positions that predict the kept tokens. token_loss: called once a chunk with its logits
-    (float32, on which it may do anything differentiable); returns losses and detached statistics, each of shape (C,). weight_N: weight of
-    each token's loss, 1 if omitted. Returns a scalar and the statistics as (N,) tensors.
+    Args:
+        hidden_NH: Final hidden states at the positions that predict the trained tokens.
+        head: The output layer.
+        token_loss: Called once per chunk with its float32 logits; returns losses and detached statistics, each of shape (C,).
+        weight_N: Weight of each token's loss, 1 if omitted.
+
+    Returns:
+        A scalar, and statistics as (N,) tensors.
     """
     seen: list[TokenStats] = []
     if hidden_NH.shape[0] == 0:
@@ -108,7 +112,7 @@ def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N:
 
 @torch.no_grad()
 def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats]) -> TokenStats:
-    """Per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
+    """Return per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
     seen = [token_stats(head.logits(hidden_NH[part]), part) for part in chunks(hidden_NH.shape[0], head.chunk)]
     return {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]} if seen else {}
 
@@ -116,7 +120,7 @@ def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, 
 def _chunk_gradient(
     head: Head, token_loss: TokenLoss, raw_CV: Tensor, part: slice, weight_C: Tensor | None
 ) -> tuple[Tensor, Tensor, TokenStats]:
-    """A chunk's loss, its gradient in the matrix product, and the tokens' statistics. Of the graph nothing outlives the call."""
+    """Return a chunk's loss, its gradient with respect to the matrix product, and its statistics. The graph does not outlive the call."""
     with torch.enable_grad():
         raw_CV = raw_CV.detach().requires_grad_()
         loss_C, stats = token_loss(head.shape(raw_CV), part)
@@ -147,7 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_cast_VH = weight_VH[:size].to(dtype)
         bias_cast_V = None if bias_V is None else bias_V[:size].to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        room_CV = weight_cast_VH.new_empty(min(head.chunk, len(hidden_NH)), size)  # new memory for each chunk would cost time
+        room_CV = weight_cast_VH.new_empty(min(head.chunk, len(hidden_NH)), size)  # allocating it for each chunk would cost time
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for part in chunks(hidden_NH.shape[0], head.chunk):
                 hidden_CH = hidden_NH[part].to(dtype)
@@ -160,7 +164,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 if grad_hidden_NH is not None:
                     grad_hidden_NH[part] = grad_CV @ weight_cast_VH
                 if grad_weight_VH is not None:
-                    first = part.start == 0  # writes what the others add to
+                    first = part.start == 0  # overwrites; the others add
                     if dtype == grad_weight_VH.dtype:
                         grad_weight_VH[:size].addmm_(grad_CV.T, hidden_CH, beta=0 if first else 1)
                     elif first:

@@ -1,9 +1,11 @@
 """The per-token losses that `chunked_loss` is called with, one function for each `ppo.estimator`.
 
-Each takes what is known of the N kept tokens and returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and
-detached statistics (C,). These are `logp` and `teacher_logp` of the token at the sampling temperature, the student's `entropy`,
-`reverse_kl` (KL(student‖teacher) at that position, estimated from the token by `sampled`), and for `sampled` also `ratio`, `clipped`
-(0 or 1), `advantage` and `cut` (0 or 1: the advantage clip changed it).
+Each returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and detached statistics (C,). These are `logp` and
+`teacher_logp` of the token at the sampling temperature, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
+`sampled` estimates from the token), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip
+changed it).
+
+Shapes: `N` trained tokens, `C` tokens of a chunk, `R` rows, `V` vocabulary, `H` hidden, `B` sequences.
 """
 
 from collections.abc import Callable
@@ -15,14 +17,13 @@ from torch import Tensor
 
 from opd.objective.divergences import reverse_kl, with_tail
 from opd.objective.head import Head, TokenLoss, TokenStats, chunked_stats, chunks
-from opd.objective.surrogate import clipped_surrogate
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Clips:
-    """Bounds of the sampled objective: the ratio within 1 − low … 1 + high, |advantage| ≤ advantage, importance weight ≤ importance."""
+    """Bounds of the sampled objective: ratio in [1 - low, 1 + high], |advantage| <= advantage, importance weight <= importance."""
 
     low: float = 0.2
     high: float = 0.2
@@ -31,26 +32,27 @@ class Clips:
 
 
 def scaled_logp(logits_CV: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (C, V) at the temperature."""
+    """Return log-probs (C, V) at the temperature."""
     return (logits_CV / temperature).log_softmax(-1)
 
 
 def entropy(logp_CV: Tensor) -> Tensor:
-    """In nats, (C,)."""
+    """Return the entropy (C,) in nats."""
     return -logp_CV.exp().mul_(logp_CV).sum(-1)
 
 
 def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool = False) -> tuple[Tensor, Tensor]:
-    """Log-probability of the given ids at the temperature, differentiable, and the entropy in nats, detached; (C,) each.
+    """Return the log-prob of the given ids at the temperature, differentiable, and the entropy in nats, detached; (C,) each.
 
-    overwrite: the backward pass may put the gradient of the logits where the logits are, which nobody may need any more.
+    Args:
+        overwrite: Let the backward pass write the gradient over the logits, which nothing else may need.
     """
     logp_C, entropy_C = _TokenLogp.apply(logits_CV, target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
     return logp_C, entropy_C
 
 
 class _TokenLogp(torch.autograd.Function):
-    """Written out because autograd would make many copies of the logits. This makes one of some rows at a time."""
+    """Autograd would make many copies of the logits; this makes one of a few rows at a time."""
 
     @staticmethod
     def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
@@ -71,7 +73,7 @@ class _TokenLogp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """∂logp/∂logits = (one-hot − p) / temperature."""
+        """d logp / d logits = (one-hot - p) / temperature."""
         logits_CV, target_C, normaliser_C = ctx.saved_tensors
         grad_C1 = grad_outputs[0][:, None] / ctx.temperature
         grad_CV = logits_CV.detach() if ctx.overwrite else logits_CV.clone()
@@ -80,24 +82,41 @@ class _TokenLogp(torch.autograd.Function):
 
 
 def importance_weights(old_logp_N: Tensor, behaviour_logp_N: Tensor, cap: float) -> Tensor:
-    """exp(old_logp − behaviour_logp), detached and cut at `cap`: 1 where the sampler drew from the distribution that is scored."""
+    """Return exp(old_logp - behaviour_logp), detached, at most `cap`: 1 where the sampler drew from the scored distribution."""
     return (old_logp_N - behaviour_logp_N).detach().exp().clamp_max(cap)
+
+
+def clipped_surrogate(logp_N: Tensor, old_logp_N: Tensor, advantage_N: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Return the clipped surrogate of PPO (Schulman et al. 2017, arXiv 1707.06347), token by token, and whether the clip is active.
+
+    -min(r A, clip(r, 1 - low, 1 + high) A) with r = exp(logp - old_logp). At the first inner step r = 1: the value is -A and the gradient
+    that of -A logp.
+
+    Args:
+        logp_N, old_logp_N: Log-probs (N,) in nats now and before the update.
+        advantage_N: Advantages (N,) in nats.
+        low, high: Bounds of the ratio below and above 1.
+    """
+    ratio_N = (logp_N - old_logp_N.detach()).exp()
+    advantage_N = advantage_N.detach()
+    free_N, clipped_N = ratio_N * advantage_N, ratio_N.clamp(1 - low, 1 + high) * advantage_N
+    return -torch.minimum(free_N, clipped_N), (clipped_N < free_N).detach()
 
 
 @dataclass(frozen=True, slots=True)
 class TeacherStates:
-    """The teacher's final hidden states (N, H) at the kept positions and its output head: its whole distributions, made chunk by chunk."""
+    """The teacher's final hidden states (N, H) and its output head: its next-token distributions, computed a chunk at a time."""
 
     hidden_NH: Tensor
     head: Head
 
     @torch.no_grad()
     def logp(self, part: slice, temperature: float) -> Tensor:
-        """Log-probabilities (C, V) at the temperature, for a chunk of the kept tokens."""
+        """Return the log-probs (C, V) at the temperature for a chunk of the tokens."""
         return scaled_logp(self.head.logits(self.hidden_NH[part]), temperature)
 
     def token_logp(self, target_N: Tensor, temperature: float) -> Tensor:
-        """Log-probabilities (N,) of the given ids at the temperature."""
+        """Return the log-probs (N,) of the given ids at the temperature."""
 
         def pick(logits_CV: Tensor, part: slice) -> TokenStats:
             return {"logp": token_logp(logits_CV, target_N[part], temperature)[0]}
@@ -105,25 +124,28 @@ class TeacherStates:
         return chunked_stats(self.hidden_NH, self.head, pick)["logp"]
 
     def top(self, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-        """The k most probable ids of each position and their log-probabilities at the temperature, (N, k) each, the best first."""
+        """Return the k most probable ids of each position and their log-probs at the temperature, (N, k) each, best first."""
 
         def best(logits_CV: Tensor, part: slice) -> TokenStats:
             logp_CK, id_CK = scaled_logp(logits_CV, temperature).topk(min(k, logits_CV.shape[-1]), -1)
             return {"id": id_CK, "logp": logp_CK}
 
-        found = chunked_stats(self.hidden_NH, self.head, best)
-        return found["id"], found["logp"]
+        top = chunked_stats(self.hidden_NH, self.head, best)
+        return top["id"], top["logp"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """What the sampled objective knows of N tokens.
+    """The inputs of the sampled objective.
 
-    target_N: the tokens. teacher_logp_N, behaviour_logp_N: their log-probs under the teacher and the sampler. old_logp_N: under the student
-    before the update; None at the first inner step, where it is what is being computed. advantage_N: takes the place of
-    teacher_logp − old_logp, for example discounted sums of it; None otherwise. bonus_N: added to the advantage after its clip, for example
-    a task reward. baseline: the exact KL(student‖teacher) of each position is subtracted as the expectation of −advantage, which leaves the
-    expected gradient as it is and takes noise out of it; None for no baseline.
+    Args:
+        target_N: The sampled tokens.
+        teacher_logp_N, behaviour_logp_N: Their log-probs under the teacher and under the sampler.
+        old_logp_N: Their log-probs under the student before the update; None at the first inner step, which computes them.
+        advantage_N: Replaces teacher_logp - old_logp, for example by discounted sums of it.
+        bonus_N: Added to the advantage after its clip, for example a task reward.
+        baseline: The teacher's distributions: the exact KL(student‖teacher) of each position, which is the expectation of -advantage, is
+            added to the advantage. It leaves the expected gradient unchanged and removes noise.
     """
 
     target_N: Tensor
@@ -136,7 +158,11 @@ class Sampled:
 
 
 def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool = False) -> TokenLoss:
-    """The clipped surrogate on the token that was written. overwrite: as in `token_logp`, right within `chunked_loss`."""
+    """Return the loss of the sampled tokens: the clipped surrogate times the importance weight.
+
+    Args:
+        overwrite: As in `token_logp`; safe within `chunked_loss`.
+    """
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
         logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature, overwrite)
@@ -169,7 +195,7 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
 
 
 def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergence: Divergence) -> TokenLoss:
-    """The divergence over the whole vocabulary at each position: the sampled objective without its sampling noise."""
+    """Return the loss of whole distributions: the divergence over the vocabulary at each position, without sampling noise."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
         student_CV = scaled_logp(logits_CV, temperature)
@@ -188,7 +214,7 @@ def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergen
 
 
 def topk(target_N: Tensor, teacher: TeacherStates, temperature: float, divergence: Divergence, k: int) -> TokenLoss:
-    """The divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`."""
+    """Return the divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`."""
 
     def on_top(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
         top_CK = teacher_CV.topk(min(k, teacher_CV.shape[-1]), -1).indices
@@ -198,9 +224,12 @@ def topk(target_N: Tensor, teacher: TeacherStates, temperature: float, divergenc
 
 
 def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tensor:
-    """Σₖ discountᵏ · advantage of the token k places further on in the same sequence, (N,).
+    """Return sum over k of discount^k times the advantage of the token k positions later in the same sequence, (N,).
 
-    advantage_N holds the tokens of each sequence in order, side by side. discount 0 returns it unchanged.
+    Args:
+        advantage_N: The tokens of each sequence, in order and contiguous.
+        sequence_N: The sequence of each token.
+        discount: 0 returns the advantages unchanged.
     """
     result, sequence = advantage_N.tolist(), sequence_N.tolist()
     for index in range(len(result) - 2, -1, -1):
@@ -210,7 +239,12 @@ def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tens
 
 
 def group_normalised(reward_B: Tensor, group_B: Tensor) -> Tensor:
-    """(reward − mean) / standard deviation within each group of completions of one prompt, (B,); 0 in a group of equal rewards (GRPO)."""
+    """Return (reward - mean) / standard deviation within each group, 0 in a group of equal rewards (GRPO, arXiv 2402.03300).
+
+    Args:
+        reward_B: Rewards of completions.
+        group_B: The group of each: the completions of one prompt.
+    """
     result_B = torch.zeros_like(reward_B)
     for group in group_B.unique():
         member_B = group_B == group

@@ -1,4 +1,4 @@
-"""Metrics as (sum, count), so that micro-batches and processes add up to the mean over all of them."""
+"""Metrics as (sum, count), so that the mean over micro-batches and processes is exact."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,16 +19,16 @@ class Means:
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def add_tensors(self, stats: Mapping[str, Tensor]) -> None:
-        """Each tensor's elements count once."""
+        """Add every element of each tensor with a count of one."""
         for name, values in stats.items():
             self.add(name, float(values.double().sum()), values.numel())
 
     def to_tensor(self, device: torch.device) -> Tensor:
-        """(names, 2) in sorted order of names, float64."""
+        """Return (names, 2) in float64, sorted by name."""
         return torch.tensor([[self.sums[name], self.counts[name]] for name in sorted(self.sums)], dtype=torch.float64, device=device)
 
     def from_tensor(self, reduced: Tensor) -> "Means":
-        """The same names with sums and counts that were added up across processes."""
+        """Return the same names with sums and counts of all processes."""
         rows = reduced.tolist()
         names = sorted(self.sums)
         return Means({name: row[0] for name, row in zip(names, rows, strict=True)}, {n: row[1] for n, row in zip(names, rows, strict=True)})

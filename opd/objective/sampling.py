@@ -1,4 +1,4 @@
-"""The distribution a token is drawn from: temperature, then top-k, then top-p, and nothing else.
+"""The behaviour policy, from which tokens are drawn: temperature, then top-k, then top-p, and nothing else.
 
 Shapes: `B` sequences, `V` vocabulary, `K` blocks of `W` ids.
 """
@@ -11,10 +11,13 @@ BLOCK = 512  # ids
 
 
 def behaviour_logp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Log-probabilities (B, V) of the sampling distribution; −inf where truncation leaves no mass.
+    """Return the log-probs (B, V) of the behaviour policy; -inf where truncation leaves no mass.
 
-    top_k = 0 and top_p = 1 are off. top-p keeps the smallest set of most probable tokens whose mass reaches top_p (after top-k), always
-    one at least. Tokens tied with the k-th are kept.
+    Args:
+        logits_BV: The model's logits.
+        temperature: Divides the logits.
+        top_k: Tokens kept; tokens tied with the k-th are kept too; 0 is off.
+        top_p: Keep the smallest set of most probable tokens whose mass (after top-k) reaches it, at least one; 1 is off.
     """
     logits_BV = logits_BV.float() / temperature
     if 0 < top_k < logits_BV.shape[-1]:
@@ -28,10 +31,10 @@ def behaviour_logp(logits_BV: Tensor, temperature: float, top_k: int = 0, top_p:
 
 
 def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The token ids (B,) that the uniform numbers in [0, 1) select by inverting the cumulative distribution, summed in float64.
+    """Return the ids (B,) that uniform numbers in [0, 1) select by inverting the cumulative distribution, in float64.
 
-    A token's id depends on its own row and number alone, so what is sampled does not depend on the batch it falls into. Whole blocks of ids
-    are added up first, and then the ids of one block: on a CPU a running sum over all ids takes several times as long.
+    An id depends on its own row and number only, so samples do not depend on the batch. Blocks of ids are summed first, then the ids of
+    one block: on a CPU a running sum over all ids takes several times as long.
     """
     blocks_BKW = functional.pad(logp_BV.exp(), (0, -logp_BV.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     mass_BK = blocks_BKW.sum(-1, dtype=torch.float64)
@@ -41,8 +44,8 @@ def draw(logp_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 
 def find(mass_BX: Tensor, target_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Where (B, 1) the running sum of masses passes the target, and how much of the target is left there. Never where there is no mass."""
+    """Return the index (B, 1) at which the running sum of masses passes the target, never one without mass, and the rest of the target."""
     end_BX = mass_BX.cumsum(-1)
-    last_B1 = (end_BX < end_BX[:, -1:]).sum(-1, keepdim=True)  # rounding may put the target behind it
+    last_B1 = (end_BX < end_BX[:, -1:]).sum(-1, keepdim=True)  # rounding may put the target beyond it
     place_B1 = torch.minimum(torch.searchsorted(end_BX, target_B1, right=True), last_B1)
     return place_B1, target_B1 - (end_BX - mass_BX).gather(-1, place_B1)

@@ -71,7 +71,7 @@ class StaticStep:
         room: Tokens still to come.
     """
 
-    finished_share: ClassVar[float] = 0.5  # each smaller batch is captured anew
+    finished_share: ClassVar[float] = 0.5  # each smaller batch is captured again
 
     def __init__(self, forward: Forward, config: PretrainedConfig, layers: list[tuple[Tensor, Tensor]], mask_BT: Tensor, room: int) -> None:
         self.forward = forward

@@ -5,7 +5,7 @@ The server is started by the user, with the student that the run begins with:
     VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --host 127.0.0.1 --port 8000 --dtype float32 --max-model-len 1024 \
         --logprobs-mode processed_logprobs
 
-The developer mode opens the addresses through which weights are exchanged. They are open to whoever reaches the port: keep it local.
+The developer mode opens the addresses through which weights are exchanged. Anyone who reaches the port can use them: keep it local.
 """
 
 import http.client
@@ -136,7 +136,7 @@ class VllmServerSampler:
     def sync_weights(self, on_main: OnMain = run_here) -> None:
         """Write the weights to the folder and let the server load them.
 
-        Raises `OutputError` where they cannot be written, `EngineError` where the server does not load them.
+        Raises `OutputError` where the folder is not writable, `EngineError` where the server does not load them.
         """
         if not self.stale:
             return
@@ -193,7 +193,7 @@ class VllmServerSampler:
             file.replace(self.folder / "model.safetensors")
         except OSError as error:
             raise OutputError(
-                f"sampling.vllm.weights_folder: {self.folder}: the weights could not be written ({error}); name another folder"
+                f"sampling.vllm.weights_folder: {self.folder}: the weights could not be saved ({error}); name another folder"
             ) from error
         self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
         answer = self.server.post("/reset_prefix_cache")

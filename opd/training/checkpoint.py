@@ -42,7 +42,7 @@ Moment = tuple[int, int]  # steps done, inner steps done of the next
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A verified checkpoint. `state`: when it was taken, the config of its run, and where the run stood, as JSON."""
+    """A verified checkpoint. `state`: when it was taken, the config of its run, and where the run was, as JSON."""
 
     path: Path
     state: dict[str, Any]
@@ -62,7 +62,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a checkpoint is written from. `files`: tensors by file name. `state`: JSON, with the moment in it."""
+    """The contents of a checkpoint. `files`: tensors by file name. `state`: JSON, with the moment in it."""
 
     files: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
@@ -128,7 +128,7 @@ class Checkpoints:
     def save(self, snapshot: Snapshot, best: float | None = None, needed: bool = False) -> None:
         """Commit a checkpoint, now or in the background.
 
-        One that cannot be written is skipped: the old ones stay and the next one is tried as usual.
+        After a failed write the old checkpoints stay, and the next one is tried as usual.
 
         Args:
             snapshot: The state to save.
@@ -146,7 +146,7 @@ class Checkpoints:
             self._tolerate(lambda: self.commit(snapshot, best), 1 if needed else FAILURES_LIMIT)
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises `OutputError` as `save` does."""
+        """Wait for the background write. Raises `OutputError` as `save` does."""
         if self.in_flight is not None:
             flight, self.in_flight = self.in_flight, None
             self._tolerate(flight.result, FAILURES_LIMIT)
@@ -178,16 +178,14 @@ class Checkpoints:
             problem = verify(target)
             if problem is not None:
                 target.rename(unused(self.folder / f"bad_{target.name}"))
-                raise OutputError(f"{target}: the written checkpoint does not read back: {problem}")
+                raise OutputError(f"{target}: the checkpoint does not read back: {problem}")
             if best is not None and self.keep_best:
                 files.write_json(self.folder / BEST, {"step": snapshot.moment[0], "score": best})
                 files.flush(self.folder)
             self._delete_old()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(work, ignore_errors=True)
-            raise OutputError(
-                f"{target}: the checkpoint could not be written ({error}); make room and run the same command again"
-            ) from error
+            raise OutputError(f"{target}: the checkpoint could not be saved ({error}); make room and run the same command again") from error
         return target
 
     def _write(self, snapshot: Snapshot, work: Path, target: Path) -> None:
@@ -250,19 +248,19 @@ def read(path: Path) -> Checkpoint:
 
 
 def verify(path: Path) -> str | None:
-    """Return what is wrong with the checkpoint at `path`, or None when every file has the digest that it was written with."""
+    """Return what is wrong with the checkpoint at `path`, or None when every file matches its digest."""
     try:
         text = (path / MANIFEST).read_text()
         content = {key: value for key, value in json.loads(text).items() if key != "sha256"}
         if text != manifest(content):
-            return f"{MANIFEST}: not what was written"
+            return f"{MANIFEST}: its digest does not match"
         digests = {MODEL: None, OPTIMIZER: None, STATE: None, **content["files"]}
         wrong = [name for name in digests if digest(path / name) != digests[name]]
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
-    return f"{', '.join(wrong)}: not what was written" if wrong else None
+    return f"{', '.join(wrong)}: its digest does not match" if wrong else None
 
 
 def manifest(content: dict[str, Any]) -> str:
@@ -282,7 +280,7 @@ def digest(file: Path) -> str:
 def snapshot(
     model: nn.Module, optimizer: Optimizer, state: dict[str, Any], tables: Mapping[str, dict[str, Tensor]] | None = None, keep: bool = True
 ) -> Snapshot:
-    """Return what there is to save now; tensors are those in use, not copies. Sharded ones are gathered, which is collective.
+    """Return the current state to save; tensors are those in use, not copies. Sharded ones are gathered, which is collective.
 
     Args:
         state: With `step` and `inner`.

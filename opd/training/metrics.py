@@ -33,7 +33,7 @@ def engine_gap(tokens: Tokens) -> Tensor:
 
 
 def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
-    """Add what is known of the rollouts before the update to the table's means."""
+    """Add the metrics of the rollouts and of the student before the update to the table's means."""
     means, rollouts = tokens.means, tokens.rollouts
     for name in ("reverse_kl", "entropy", "advantage", "cut"):
         if name in tokens.columns:

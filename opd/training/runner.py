@@ -49,7 +49,7 @@ def run(config: Config, folder: Path) -> float | None:
 
 
 def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:
-    """Distil into `folder` and return the summary that is written there. Raises `OpdError` for everything but defects."""
+    """Distil into `folder` and return the summary. Raises `OpdError` for everything but defects."""
     quiet_libraries()
     gc.collect()  # an earlier run of a sweep may have left memory behind
     if torch.cuda.is_available():
@@ -257,7 +257,7 @@ def distil(
 
 
 def introduce(display: Display, config: Config, built: Built, start: Checkpoint | None) -> None:
-    """Say what is about to happen."""
+    """Show models, sizes and settings of the run."""
     trainer, processes = built.trainer, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
     parameters = sum(parameter.numel() for parameter in trainer.student.parameters())
@@ -359,7 +359,7 @@ def write_report(folder: Path, summary: dict[str, Any]) -> None:
     try:
         write_text(folder / REPORT, page([replace(open_run(folder), status=Status.done.value, summary=summary)]))
     except Exception:
-        log.exception("%s cannot be written; opd report %s tries again", folder / REPORT, folder)
+        log.exception("%s could not be saved; opd report %s tries again", folder / REPORT, folder)
 
 
 def places(folder: Path) -> dict[str, str]:
