@@ -301,36 +301,6 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
     assert list((tmp_path / "runs" / "run").rglob("events.out.tfevents.*"))
 
 
-def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
-    from opd import OnPolicyDistillationTrainer
-    from opd.config.compose import PACKAGE
-    from opd.errors import ConfigError, DataError
-
-    student, teacher = (PACKAGE / "assets" / f"tiny-{role}" for role in ("student", "teacher"))
-    rows = [{"prompt": [{"role": "user", "content": f"{i}+27="}], "get_reward": lambda text: float(text == "73")} for i in range(10, 40)]
-    arguments = {
-        "train_dataset": rows, "eval_dataset": rows[:4], "eval_steps": 0, "max_steps": 2, "batch_size": 2, "max_new_tokens": 8,
-        "output_dir": tmp_path / "out", "options": {"eval.kl_prompts": 4, "device": "cpu"},
-    }  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(student)
-    trainer = OnPolicyDistillationTrainer(model, str(teacher), tokenizer=AutoTokenizer.from_pretrained(student), **arguments)
-    summary = trainer.train()
-    assert summary["steps"] == 2 and summary["reward_after"] is not None
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
-    mixed = [{"prompt": "11+11="}, {"prompt": "12+11=", "answer": "32"}, {"prompt": "13+11="}, {"prompt": "14+11="}]
-    arguments |= {"train_dataset": mixed, "eval_dataset": mixed, "output_dir": tmp_path / "mixed"}
-    assert OnPolicyDistillationTrainer(str(student), str(teacher), **arguments).train()["reward_after"] is not None
-    arguments |= {"train_dataset": [], "output_dir": tmp_path / "empty"}
-    with pytest.raises(DataError, match=r"training set of data\.source=python is empty"):
-        OnPolicyDistillationTrainer(str(student), str(teacher), **arguments).train()
-    with pytest.raises(ConfigError, match=r"optim\.lr=-1"):
-        OnPolicyDistillationTrainer("a", "b", rows, learning_rate=-1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(ConfigError, match="use_accelerate=True"):
-            OnPolicyDistillationTrainer("a", "b", rows, use_accelerate=False)
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_path, monkeypatch):
     pytest.importorskip("peft")

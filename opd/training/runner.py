@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,14 +42,21 @@ from opd.training.watchdog import watched
 
 log = logging.getLogger(__name__)
 
+OnEvent = Callable[[Event], None]
+
 
 def run(config: Config, folder: Path) -> float | None:
     """Train as configured and return the objective of a sweep."""
     return objective(config.sweep, train(config, folder))
 
 
-def train(config: Config, folder: Path, given: Given | None = None) -> dict[str, Any]:
-    """Distil into `folder` and return the summary. Raises `OpdError` for everything but defects."""
+def train(config: Config, folder: Path, given: Given | None = None, on_event: OnEvent = lambda event: None) -> dict[str, Any]:
+    """Distil into `folder` and return the summary. Raises `OpdError` for everything but defects.
+
+    Args:
+        given: Objects that replace what the config names.
+        on_event: Called with every event of the loop.
+    """
     quiet_libraries()
     gc.collect()  # an earlier run of a sweep may have left memory behind
     if torch.cuda.is_available():
@@ -74,9 +81,18 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
         write_composed_config(config, run_folder)
         run_folder.set_status(Status.running)
         with status_on_exit(accelerator, run_folder, checkpoints):
-            summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given())
+            summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given(), on_event)
         run_folder.set_status(Status.done, exit_code=0)
         return summary
+
+
+def evaluate(config: Config, folder: Path, given: Given) -> dict[str, float]:
+    """Evaluate the student without training and return the metrics as trackers get them. `folder`: for temporary files."""
+    quiet_libraries()
+    with ExitStack() as stack:
+        built = build(config, make_accelerator(config, folder), Checkpoints(folder, 1, keep_best=False), given, stack, None)
+        evaluations = [event.evaluation for event in built.trainer.evaluate() if isinstance(event, Evaluated)]
+        return tracked(evaluations[0])
 
 
 def quiet_libraries() -> None:
@@ -216,6 +232,7 @@ def distil(
     start: Checkpoint | None,
     forced: list[str],
     given: Given,
+    on_event: OnEvent,
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. `forced`: differences from the resumed run that are accepted."""
     if given.student is None and given.teacher is None:
@@ -248,6 +265,7 @@ def distil(
         for event in trainer.run():
             beat()
             write_event(event, config, built, run_folder, display)
+            on_event(event)
             if isinstance(event, Rewound):
                 on_main_process(accelerator, lambda step=event.step: cut_logs(step, run_folder, checkpoints))  # type: ignore[misc]
                 restore_history(accelerator, run_folder, checkpoints, trainer)
