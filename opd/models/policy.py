@@ -5,7 +5,6 @@ Shapes: `B` sequences, `T` positions, `N` trained tokens, `V` vocabulary, `H` hi
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -125,12 +124,6 @@ def padding_limit(device: torch.device) -> int:
     return 2048 if device.type == "cuda" else 128
 
 
-def tied_embedding(model: PreTrainedModel) -> nn.Embedding | None:
-    """Return the embedding if it is the output head as well."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    return embedding if isinstance(embedding, nn.Embedding) and embedding.weight is head.weight else None
-
-
 class Policy(nn.Module):
     """The student as the trainer calls it. Everything that needs gradients happens inside `forward`, where FSDP sees it.
 
@@ -162,8 +155,6 @@ class Policy(nn.Module):
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             for layer in self.checkpointed:
                 vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
-        by_rows = model.device.type == "cpu" and not compiled and not bf16
-        self.by_rows = (tied_embedding(model) if by_rows else None,)
         # In a tuple, or it would be registered as a second copy of the parameters.
         self.layers = (torch.compile(model.base_model, dynamic=True) if compiled else model.base_model,)
 
@@ -178,14 +169,9 @@ class Policy(nn.Module):
         # Layers checkpoint in training mode only; the modules inside them, dropout above all, stay in eval mode.
         for layer in self.checkpointed:
             layer.training = True
-        (embedding,) = self.by_rows
-        if embedding is not None:
-            embedding.sparse = True
         try:
             hidden_NH = predicting_hidden(self.layers[0], inputs)
         finally:
-            if embedding is not None:
-                embedding.sparse = False
             for layer in self.checkpointed:
                 layer.training = False
-        return loss(hidden_NH, replace(output_head(self.model, self.size, self.rows), folds=embedding is not None))
+        return loss(hidden_NH, output_head(self.model, self.size, self.rows))

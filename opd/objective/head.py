@@ -30,7 +30,6 @@ class Head:
         rows: How many tokens' logits exist at a time; None for a modest number.
         dtype: Of the matrix product; None for autocast's, else the weight's.
         product: Computes the matrix product with all rows of the weight.
-        folds: The backward pass adds the weight's gradient to `weight_VH.grad` instead of returning it.
     """
 
     weight_VH: Tensor
@@ -41,7 +40,6 @@ class Head:
     rows: int | None = None
     dtype: torch.dtype | None = None
     product: Callable[[Tensor], Tensor] | None = None
-    folds: bool = False
 
     @property
     def vocabulary(self) -> int:
@@ -175,7 +173,6 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad_bias_V[:size] += grad_CV.sum(0)
                 del grad_CV
         ctx.gradients = (grad_hidden_NH, grad_weight_VH, grad_bias_V)
-        ctx.leaf_VH = weight_VH if head.folds and needs_weight else None
         return total.to(torch.promote_types(hidden_NH.dtype, torch.float32))
 
     @staticmethod
@@ -183,7 +180,4 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = grad_outputs
         hidden, weight, bias = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients)
         ctx.gradients = None  # scaled in place: a second backward pass must fail rather than scale again
-        if ctx.leaf_VH is not None:
-            ctx.leaf_VH.grad = weight if ctx.leaf_VH.grad is None else ctx.leaf_VH.grad.add_(weight)
-            weight = None
         return hidden, weight, bias, None, None, None, None
