@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from opd.errors import OutputError
 from opd.models.sharding import Held, ZeroOptimizer, gathered, like, put, weight, write_full
-from opd.runs import files
+from opd.runs import folder as files
 
 log = logging.getLogger(__name__)
 

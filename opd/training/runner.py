@@ -26,20 +26,33 @@ from opd.models.accelerator import layerwise, make_accelerator, shards_weights
 from opd.models.memory import estimate
 from opd.models.sharding import at_rest, gathered, is_sharded, strategy, weight, whole
 from opd.models.together import is_peer_failure, on_main_process, stop_all_processes
-from opd.report import page
-from opd.runs.files import write_text
-from opd.runs.folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
-from opd.runs.outcome import objective
+from opd.report import render_report
+from opd.runs.folder import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    FINAL,
+    METRICS,
+    REPORT,
+    ROLLOUTS,
+    RUN,
+    SUMMARY,
+    RunFolder,
+    Status,
+    read_json,
+    read_lines,
+    write_text,
+)
+from opd.runs.outcome import achieved, objective
 from opd.runs.reader import open_run
 from opd.training.build import Built, Given, build, kept_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.training.display import Display, NoteHandler, describe_rewards
 from opd.training.evaluate import Evaluation
-from opd.training.final import export
+from opd.training.export import save_model
 from opd.training.identity import check_content, check_same, identity
 from opd.training.loop import Evaluated, Rewound, StepDone, Trainer
 from opd.training.record import record, sample_text
-from opd.training.summary import device_name, peak_memory, summarise
+from opd.training.summary import run_costs
 from opd.training.tracking import check_tracker, start_tracking, tracked
 from opd.training.watchdog import watched
 
@@ -62,7 +75,7 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
         stack.enter_context(signals.noted())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
         checkpoints = Checkpoints(
-            run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best, config.checkpoint.background
+            run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, config.checkpoint.background
         )
         wanted = identity(config, accelerator)
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
@@ -87,13 +100,13 @@ def keep_composed(config: Config, run_folder: RunFolder) -> None:
     hydra = HydraConfig.get()
     if Path(hydra.runtime.output_dir).resolve() == run_folder.path.resolve():
         parts = {"config": to_dict(config), "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
-        run_folder.write_composed({name: OmegaConf.to_yaml(part) for name, part in parts.items()})
+        run_folder.write_hydra({name: OmegaConf.to_yaml(part) for name, part in parts.items()})
 
 
 def claim(run_folder: RunFolder, stack: ExitStack) -> None:
     """Make the run folder and let no other process write to it."""
     run_folder.prepare()
-    stack.enter_context(run_folder.held())
+    stack.enter_context(run_folder.lock())
 
 
 @contextmanager
@@ -159,7 +172,9 @@ def distil(
             log.warning("resume_force=true: %s", difference)
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
-        beat = stack.enter_context(watched(config.train.watchdog_minutes, run_folder.stacks(accelerator.process_index), run_folder.hung))
+        beat = stack.enter_context(
+            watched(config.train.watchdog_minutes, run_folder.stacks_file(accelerator.process_index), run_folder.record_hang)
+        )
         teacher_evaluation = evaluate_teacher(built, run_folder, history)
         if teacher_evaluation is not None and teacher_evaluation.rewards is not None:
             display.note(f"teacher: reward {describe_rewards(teacher_evaluation.rewards)}")
@@ -169,12 +184,12 @@ def distil(
             beat()
             match event:
                 case StepDone(step, metrics, by_position, scored):
-                    run_folder.add_metrics({"step": step, **metrics, "by_position": by_position})
+                    run_folder.append(METRICS, {"step": step, **metrics, "by_position": by_position})
                     run_folder.write_rollouts(step, (record(built.tokenizer, item) for item in scored))
                     accelerator.log(metrics, step=step)
                     display.show(event, sample_text(built.tokenizer, scored))
                 case Evaluated(evaluation):
-                    run_folder.add_evaluation({"model": "student", **evaluation.to_dict()})
+                    run_folder.append(EVALUATIONS, {"model": "student", **evaluation.to_dict()})
                     accelerator.log(tracked(evaluation), step=evaluation.step)
                     display.show(event)
                 case Rewound(step, left_out):
@@ -183,13 +198,13 @@ def distil(
                     catch_up(accelerator, run_folder, checkpoints, trainer)
         display.end()
         on_main_process(accelerator, checkpoints.wait)
-        peak = peak_memory(accelerator)
-        device = device_name(accelerator.device)
-        summary = on_main_process(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown, device))
+        costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
+        metrics_log, evaluations_log = run_folder.path / METRICS, run_folder.path / EVALUATIONS
+        summary = on_main_process(accelerator, lambda: achieved(read_lines(metrics_log), read_lines(evaluations_log))) | costs
         student, weights = finished(built)
         if accelerator.is_main_process:
-            export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
-        run_folder.write_summary(summary)
+            save_model(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
+        run_folder.write(SUMMARY, summary)
         if accelerator.is_main_process:
             write_report(run_folder.path, summary)
         accelerator.wait_for_everyone()
@@ -238,16 +253,16 @@ def quiet_libraries() -> None:
 
 def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """The summary of this very run, if it is done. Raises `ConfigError` when the folder holds another run, or may not be touched."""
-    held = run_folder.identity()
+    held = read_json(run_folder.path / RUN)
     if held is None:
         return None
-    kept = run_folder.status() is Status.done or any(run_folder.checkpoints.glob("*step_*"))
+    kept = run_folder.status() is Status.done or any((run_folder.path / CHECKPOINTS).glob("*step_*"))
     if config.resume == "never" and kept:
         raise ConfigError(f"resume=never: {run_folder.path} holds a run already; take another name=…, or resume=auto to go on")
     if not kept or config.resume != "auto":
         return None
     changed = check_same(held, wanted, run_folder.path, config.resume_force)
-    return run_folder.summary() if run_folder.status() is Status.done and not changed else None
+    return read_json(run_folder.path / SUMMARY) if run_folder.status() is Status.done and not changed else None
 
 
 def find_start(
@@ -275,12 +290,12 @@ def find_start(
 def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
     """Let the logs end where the run begins: nowhere, or at the checkpoint it goes on from."""
     if start is None:
-        run_folder.clear()
+        run_folder.rewind(-1)
     else:
-        run_folder.adopt(start.path.parent.parent)
+        run_folder.copy_logs(start.path.parent.parent)
         run_folder.rewind(start.step)
         checkpoints.set_aside(start.moment)
-    run_folder.set_identity(trainer.saved_state)
+    run_folder.write(RUN, trainer.saved_state)
 
 
 def forget_after(step: int, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -291,7 +306,9 @@ def forget_after(step: int, run_folder: RunFolder, checkpoints: Checkpoints) -> 
 
 def catch_up(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> History:
     """Let the trainer know what the run did before, and return it."""
-    history = on_main_process(accelerator, lambda: History(run_folder.metrics(), run_folder.evaluations(), checkpoints.best()))
+    history = on_main_process(
+        accelerator, lambda: History(read_lines(run_folder.path / METRICS), read_lines(run_folder.path / EVALUATIONS), checkpoints.best())
+    )
     trainer.graded_tokens = int(sum(line["tokens"] for line in history.metrics))
     if any(line["model"] == "student" and line["step"] == trainer.step for line in history.evaluations):
         trainer.evaluated = trainer.step
@@ -307,7 +324,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History) -> E
     with built.trainer.batches.teacher_ready(), built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
     evaluation = Evaluation(0, rewards, None, example)
-    run_folder.add_evaluation({"model": "teacher", **evaluation.to_dict()})
+    run_folder.append(EVALUATIONS, {"model": "teacher", **evaluation.to_dict()})
     return evaluation
 
 
@@ -343,7 +360,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
 def write_report(folder: Path, summary: dict[str, Any]) -> None:
     """The run as a page. What was learnt is safe by then: a page that cannot be made is told in the log and ends nothing."""
     try:
-        write_text(folder / REPORT, page([replace(open_run(folder), status=Status.done.value, summary=summary)]))
+        write_text(folder / REPORT, render_report([replace(open_run(folder), status=Status.done.value, summary=summary)]))
     except Exception:
         log.exception("%s cannot be written; opd report %s tries again", folder / REPORT, folder)
 
