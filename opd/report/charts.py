@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from html import escape
 from statistics import fmean
 
+from opd.runs.text import one_line
+
 WIDTH, HEIGHT = 360, 190
 LEFT, RIGHT, TOP, BOTTOM = 46, 350, 10, 166  # edges of the plot
 MAX_POINTS = 300
@@ -99,7 +101,7 @@ def chart(
         outline = [(x, high) for x, _, high in band.points] + [(x, low) for x, low, _ in reversed(band.points)]
         body.append(f'<polygon class="band c{band.colour}" points="{_path(outline, across, down)}"/>')
     for number, line in enumerate(lines):
-        body.append(f'<g class="{line.kind} c{line.colour}"><title>{escape(line.name)}</title>')
+        body.append(f'<g class="{line.kind} c{line.colour}"><title>{escape(one_line(line.name))}</title>')
         for piece in line.pieces():
             if bars:
                 body += _bars(piece, across, down, filled=number == 0)
