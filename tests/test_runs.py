@@ -1,4 +1,4 @@
-"""Run folders: written safely, read at any moment of a run, summarised, and shown as text."""
+"""Run folders: safe writes, reads at any moment of a run, its outcome, and how numbers are shown."""
 
 import argparse
 import errno

@@ -71,7 +71,7 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise OutputError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER"
+                f"{self.path}: cannot write to the run folder ({error.strerror}); choose another with hydra.run.dir=FOLDER"
             ) from None
 
     @contextmanager
@@ -104,7 +104,7 @@ class RunFolder:
         try:
             self.write(STATUS, {"status": status.value, "reason": reason, "exit_code": exit_code})
         except OSError as error:
-            log.error("%s: the status %s cannot be written: %s", self.path / STATUS, status.value, error)
+            log.error("cannot write the status %s to %s: %s", status.value, self.path / STATUS, error)
 
     def record_hang(self, reason: str) -> None:
         """Log and record that the watchdog is about to end the process."""
@@ -121,7 +121,7 @@ class RunFolder:
             write_json(self.path / name, content)
 
     def write_hydra(self, files: Mapping[str, str]) -> None:
-        """Write the composed config and what it was composed from, as YAML text by name, to `.hydra/`."""
+        """Write the composed config and its parts to `.hydra/`, as YAML text by name."""
         if self.writes:
             (self.path / HYDRA).mkdir(exist_ok=True)
             for name, text in files.items():
@@ -142,7 +142,7 @@ class RunFolder:
             self.unwritten[name] = text
             if file.is_file():
                 os.truncate(file, size)
-            log.error("%s cannot be written now (%s); the next line tries again", file, error)
+            log.error("cannot write to %s now (%s); the next line tries again", file, error)
 
     def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
         if not self.writes:
@@ -151,7 +151,7 @@ class RunFolder:
         try:
             (self.path / ROLLOUTS / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
         except OSError as error:
-            log.error("the rollouts of step %d cannot be written and are left out: %s", step, error)
+            log.error("cannot write the rollouts of step %d, which are left out: %s", step, error)
 
     def copy_logs(self, other: Path) -> None:
         """Copy another run's logs, to resume from one of its checkpoints."""
@@ -189,13 +189,13 @@ def write_output(file: Path, text: str) -> None:
     """Replace a file that the user named.
 
     Raises:
-        OutputError: it cannot be written.
+        OutputError: the disk refuses it.
     """
     check_output_path(file)
     try:
         write_text(file, text)
     except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror})") from None
+        raise OutputError(f"cannot write {file}: {error.strerror}") from None
 
 
 def check_output_path(file: Path) -> None:

@@ -79,7 +79,9 @@ def save_model(
         shutil.rmtree(folder, ignore_errors=True)
         work.rename(folder)
     except OSError as error:
-        raise OutputError(f"{folder}: the model cannot be written ({error}); free disk space and run the same command again") from error
+        raise OutputError(
+            f"{folder}: the model could not be written to disk ({error}); free space and run the same command again"
+        ) from error
 
 
 def generation_config(config: Config, eos: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
