@@ -9,6 +9,8 @@ import pytest
 
 from opd import errors
 from opd.cli import arguments
+from opd.config.schema import METRICS as SUMMARY_METRICS
+from opd.config.schema import Direction, SweepConfig
 from opd.runs import outcome, text
 from opd.runs.folder import EVALUATIONS, METRICS, RunFolder, Status, read_lines, write_json
 from opd.runs.reader import find_runs, open_run
@@ -126,6 +128,22 @@ def test_run_outcome_adds_the_best_evaluation_and_prefers_the_summary(tmp_path: 
 def test_detailed_steps_are_about_fifty_with_the_first_and_the_last(total: int) -> None:
     steps = [step for step in range(1, total + 1) if outcome.is_detailed_step(step, total)]
     assert steps[0] == 1 and steps[-1] == total and min(total, 25) <= len(steps) <= 52
+
+
+@pytest.mark.parametrize(
+    ("metric", "reward", "kl", "found"),
+    [
+        ("auto", 0.5, 2.0, 0.5),
+        ("auto", 0.0, 2.0, 0.0),
+        ("auto", None, 2.0, -2.0),
+        ("auto", None, None, None),
+        ("eval_kl_after", 0.5, 2.0, 2.0),
+        ("eval_kl_after", 0.5, None, None),
+    ],
+)
+def test_the_objective_of_a_sweep(metric: str, reward: float | None, kl: float | None, found: float | None) -> None:
+    direction = SUMMARY_METRICS.get(metric) or Direction.maximize
+    assert outcome.objective(SweepConfig(metric=metric, direction=direction), {"reward_after": reward, "eval_kl_after": kl}) == found
 
 
 # Writing

@@ -1,4 +1,4 @@
-"""95 % intervals by the bootstrap. Prompts are resampled with replacement, the same ones for all models (paired), seeded, in float64."""
+"""95% intervals by the bootstrap. Prompts are resampled with replacement, the same ones for all models (paired), seeded, in float64."""
 
 import torch
 from torch import Tensor
@@ -22,15 +22,15 @@ def resampled_means(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor
 
 
 def quantile_interval(draws: Tensor) -> tuple[float, float]:
-    """Return the 95 % interval of `draws` (draws,)."""
+    """Return the 95% interval of `draws` (draws,)."""
     low, high = torch.quantile(draws, torch.tensor([LOW, HIGH], dtype=torch.float64)).tolist()
     return low, high
 
 
 def gap_closed_interval(after: Tensor, before: Tensor, teacher: Tensor) -> tuple[float, float] | None:
-    """Return the 95 % interval of (after - before) / (teacher - before), each (draws,).
+    """Return the 95% interval of (after - before) / (teacher - before), each (draws,).
 
-    None where the teacher is not better than `before` in at least 97.5 % of the draws: the share has no meaning there.
+    None where the teacher is not better than `before` in at least 97.5% of the draws: the share has no meaning there.
     """
     better = teacher > before
     if float(better.double().mean()) < HIGH:

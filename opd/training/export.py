@@ -179,7 +179,7 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
     rewards = [format_reward(summary.get(f"reward_{when}"), summary.get(f"reward_{when}_interval")) for when in whens]
     kl = [format_number(summary.get(f"eval_kl_{when}"), ".3f") for when in ("before", "after")]
     gap = "" if summary.get("gap_closed") is None else f"{format_percent(summary['gap_closed'])} of the gap to the teacher closed. "
-    judged = "Evaluated" if config.eval.reward is None else f"Reward `{config.eval.reward}` with 95 % intervals, evaluated"
+    judged = "Evaluated" if config.eval.reward is None else f"Reward `{config.eval.reward}` with 95% intervals, evaluated"
     decoding = "greedy decoding" if config.eval.temperature == 0 else f"sampling at temperature {config.eval.temperature:g}"
     steps, tokens = (format_number(summary.get(name), ",") for name in ("steps", "graded_tokens"))
     checkpoint = f" The weights are those of the checkpoint `{summary['checkpoint']}`." if "checkpoint" in summary else ""
