@@ -522,7 +522,7 @@ def test_a_run_goes_on_when_nobody_reads_its_screen(tmp_path: Path) -> None:
         said = process.stderr.read()
         assert process.wait(timeout=120) == errors.OK, said
     assert said == "" and json.loads((tmp_path / "runs/run/status.json").read_text())["status"] == "done"
-    assert "nobody reads the screen" in (tmp_path / "runs/run/train.log").read_text()
+    assert "standard output is closed" in (tmp_path / "runs/run/train.log").read_text()
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

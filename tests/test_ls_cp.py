@@ -11,7 +11,7 @@ from opd import errors
 from opd.cli import catalogue
 from opd.cli import main as cli
 from opd.config.compose import conf_dir
-from opd.runs.files import write_json
+from opd.runs.folder import write_json
 
 
 @pytest.fixture(autouse=True)

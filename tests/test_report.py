@@ -1,4 +1,4 @@
-"""What a run stores for the report, and the report itself: what is in it, what stays inert, and how large it gets."""
+"""What a run stores for its report, and the report: its content, its size, and that text of a run is never markup."""
 
 import json
 import math
@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from opd import errors
-from opd.report import page
-from opd.report.page import inert
+from opd.cli import main as cli
+from opd.report import render_report
+from opd.report.page import inert_json
 from opd.report.tokens import spread
 from opd.runs.reader import open_run
 from opd.runs.text import visible
@@ -29,7 +30,7 @@ def stored(folder: Path) -> list[dict]:
     return [record for file in sorted((folder / "rollouts").glob("*.jsonl")) for record in lines(file)]
 
 
-def test_the_teachers_best_ids_stand_beside_each_stored_token(debug_run):
+def test_stored_rollouts_have_the_teachers_most_likely_ids_at_each_token(debug_run):
     records = stored(debug_run)
     assert len(records) == 18
     for record in records:
@@ -43,26 +44,26 @@ def test_the_teachers_best_ids_stand_beside_each_stored_token(debug_run):
     assert any(entropy > 0.1 for record in records for entropy in record["entropy"])
 
 
-def test_tokens_that_a_clip_or_bound_changed_say_so(debug_run):
+def test_stored_tokens_flag_a_clipped_advantage(debug_run):
     metrics = {line["step"]: line for line in lines(debug_run / "metrics.jsonl")}
     for step in metrics:
-        told = [flag for record in lines(debug_run / f"rollouts/step_{step:06d}.jsonl") for flag in record["cut"]]
-        assert all(isinstance(flag, bool) for flag in told)
+        flags = [flag for record in lines(debug_run / f"rollouts/step_{step:06d}.jsonl") for flag in record["cut"]]
+        assert all(isinstance(flag, bool) for flag in flags)
     for record in stored(debug_run):
         gaps = [abs(teacher - student) for teacher, student in zip(record["teacher_logp"], record["student_logp"], strict=True)]
         assert record["cut"] == [gap > 2.0 for gap in gaps]  # ppo.advantage_clip of the debug run
         assert len(record["clipped"]) == len(record["ids"])
 
 
-def test_tokens_that_the_clip_held_back_in_a_later_inner_step_are_flagged(tmp_path, monkeypatch):
+def test_stored_tokens_flag_a_ratio_clipped_in_any_inner_step(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*DEBUG, "name=run", "train.max_steps=1", "optim.lr=1e-2", "optim.warmup_steps=0", "track.rollouts_per_step=8"]) == 0
     [line] = lines(tmp_path / "runs/run/metrics.jsonl")
-    held_back = sum(flag for record in stored(tmp_path / "runs/run") for flag in record["clipped"])
-    assert held_back == round(2 * line["clipped"] * line["tokens"]) > 0  # in the second of two inner steps: at the first every ratio is 1
+    clipped = sum(flag for record in stored(tmp_path / "runs/run") for flag in record["clipped"])
+    assert clipped == round(2 * line["clipped"] * line["tokens"]) > 0  # only in the second inner step: in the first every ratio is 1
 
 
-def test_what_is_stored_for_the_report_changes_nothing_that_is_learnt(debug_run, tmp_path, monkeypatch):
+def test_storing_rollouts_does_not_change_training(debug_run, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
@@ -73,7 +74,7 @@ def test_what_is_stored_for_the_report_changes_nothing_that_is_learnt(debug_run,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_masked_and_dropped_completions_are_not_learnt_from(tmp_path, monkeypatch):
+def test_stored_rollouts_tell_how_many_tokens_were_trained_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["train.max_steps=1", "sampling.max_new_tokens=2", "track.rollouts_per_step=8"]
     for name, options in {"mask": ["sampling.truncated=mask"], "prefix": ["ppo.loss_prefix=1"]}.items():
@@ -84,17 +85,18 @@ def test_masked_and_dropped_completions_are_not_learnt_from(tmp_path, monkeypatc
     assert all(record["learnt"] == 1 for record in prefix) and all(record["alternatives"][1:] == [None] for record in prefix)
 
 
-def test_positions_add_up_to_the_step(debug_run):
+def test_metrics_by_position_sum_to_the_metrics_of_the_step(debug_run):
     for line in lines(debug_run / "metrics.jsonl"):
-        found = line["by_position"]
-        assert found["width"] == 1 and len(found["tokens"]) == 8 and sum(found["tokens"]) == line["tokens"]
-        assert sum(found["ends"]) == line["finish/stop"] + line["finish/length"] and found["ends"][-1] >= line["finish/length"]
+        by_position = line["by_position"]
+        assert by_position["width"] == 1 and len(by_position["tokens"]) == 8 and sum(by_position["tokens"]) == line["tokens"]
+        assert sum(by_position["ends"]) == line["finish/stop"] + line["finish/length"]
+        assert by_position["ends"][-1] >= line["finish/length"]
         for name in ("reverse_kl", "entropy"):
-            total = sum(value * count for value, count in zip(found[name], found["tokens"], strict=True) if count)
+            total = sum(value * count for value, count in zip(by_position[name], by_position["tokens"], strict=True) if count)
             assert math.isclose(total / line["tokens"], line[name], rel_tol=1e-5)
 
 
-def test_where_the_memory_went_adds_up_to_the_peak(debug_run):
+def test_growth_of_peak_memory_sums_to_at_most_the_peak(debug_run):
     summary = json.loads((debug_run / "summary.json").read_text())
     grown = summary["peak_memory_grown_bytes"]
     assert set(grown) == {"loading", "evaluation", "sampling", "scoring", "update"} and min(grown.values()) >= 0 < grown["loading"]
@@ -102,35 +104,35 @@ def test_where_the_memory_went_adds_up_to_the_peak(debug_run):
 
 
 def read(folder: Path, **files: str) -> str:
-    """The report of a run folder that is made of these files."""
+    """Return the report of a run folder with these files."""
     folder.mkdir(parents=True)
     for name, content in {"status.json": '{"status": "running"}', **files}.items():
         file = folder / name.replace("__", "/")
         file.parent.mkdir(exist_ok=True)
         file.write_text(content)
-    return page([open_run(folder)])
+    return render_report([open_run(folder)])
 
 
-def test_a_run_that_ends_has_its_report(debug_run):
+def test_a_finished_run_has_a_self_contained_report(debug_run):
     html = (debug_run / "report.html").read_text(encoding="utf-8")
     summary = json.loads((debug_run / "summary.json").read_text())
-    assert f"{100 * summary['reward_after']:.1f} %" in html and f"{100 * summary['gap_closed']:.1f} %" in html
+    assert f"{summary['reward_after']:.1%}" in html and f"{summary['gap_closed']:.1%}" in html
     assert f"torch {torch.__version__}" in html and "experiment=debug" in html and "is not finished" not in html
     assert not re.search(r'(?:src|href|url\(|@import|xlink)\s*=?["\'(]?\s*(?:https?:)?//', html)
 
 
-def test_a_report_that_cannot_be_made_does_not_fail_the_run(tmp_path, monkeypatch, capfd):
+def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capfd):
     from opd.training import runner
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "page", lambda runs: 1 / 0)
+    monkeypatch.setattr(runner, "render_report", lambda runs: 1 / 0)
     assert main([*DEBUG, "name=run", "train.max_steps=1"]) == 0
     folder = tmp_path / "runs" / "run"
     assert json.loads((folder / "status.json").read_text())["status"] == "done" and not (folder / "report.html").exists()
     assert "report.html cannot be written" in capfd.readouterr().out + (folder / "train.log").read_text()
 
 
-def test_a_run_may_be_read_at_any_moment_of_its_life(tmp_path):
+def test_report_of_a_run_that_is_new_or_half_way(tmp_path):
     assert "Nothing was evaluated yet" in read(tmp_path / "new")
     half = read(
         tmp_path / "half",
@@ -143,16 +145,16 @@ def test_a_run_may_be_read_at_any_moment_of_its_life(tmp_path):
     assert "1.25" in half and "is not finished" in half and "No completions are stored" in half
 
 
-def test_a_damaged_line_is_a_data_error_with_the_run(tmp_path):
+def test_report_of_damaged_logs_is_a_data_error_that_names_the_run(tmp_path):
     for name in ("metrics.jsonl", "evaluations.jsonl", "rollouts__step_000001.jsonl"):
         with pytest.raises(errors.DataError, match=r"damaged.*cannot be read"):
             read(tmp_path / name / "damaged", **{name: '{"step": \n'})
 
 
 @pytest.mark.parametrize("letter", [*"<>&\u2028\u2029"])
-def test_data_cannot_end_its_block(letter):
+def test_embedded_json_has_no_character_of_markup(letter):
     text = f"a{letter}/script{letter}"
-    assert letter not in inert({"x": text}) and json.loads(inert({"x": text})) == {"x": text}
+    assert letter not in inert_json({"x": text}) and json.loads(inert_json({"x": text})) == {"x": text}
 
 
 def test_every_text_of_a_run_is_escaped(tmp_path):
@@ -168,14 +170,14 @@ def test_every_text_of_a_run_is_escaped(tmp_path):
     assert "<b id=bad>" not in html and "\u202e" not in html and html.count("&lt;b id=bad&gt;⟨U+202E⟩") >= 6
 
 
-def test_what_cannot_be_seen_is_marked():
+def test_invisible_characters_become_visible_marks():
     assert visible("a\x00b\u202ec\ud800d\u200be\nf\tg", 99) == "a␀b⟨U+202E⟩c⟨U+D800⟩d⟨U+200B⟩e↵\nf⇥g"
     assert visible("é漢🙂 x", 99) == "é漢🙂 x"
     assert visible("x" * 100, 10) == "x" * 10 + " … (+90 characters)"
 
 
-def test_a_long_run_makes_a_page_of_bounded_size_that_says_what_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("opd.report.page.MOST_BYTES", 60_000)
+def test_report_of_a_long_run_is_bounded_in_size_and_says_what_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("opd.report.tokens.MAX_BYTES", 60_000)
     record = {"tokens": ["wörd"] * 2_000, "ids": [1] * 2_000, "student_logp": [-1.0] * 2_000, "teacher_logp": [-2.0] * 2_000}
     files = {f"rollouts__step_{step:06d}.jsonl": json.dumps(record) + "\n" for step in range(1, 41)}
     html = read(tmp_path / "long", **files)
@@ -183,12 +185,12 @@ def test_a_long_run_makes_a_page_of_bounded_size_that_says_what_is_left_out(tmp_
     assert "1 of 40 stored steps" in html and "cut to their first 1,500 tokens" in html
 
 
-def test_steps_are_taken_from_all_over_the_run():
+def test_steps_of_the_token_view_are_spread_over_the_run():
     assert spread(range(1, 10))[:3] == [1, 9, 5] and sorted(spread(range(100))) == [*range(100)]
     assert spread([]) == [] and spread([4]) == [4]
 
 
-def test_the_verb_writes_one_file_and_needs_no_torch(debug_run, tmp_path):
+def test_report_writes_one_file_without_importing_torch(debug_run, tmp_path):
     out = tmp_path / "both.html"
     words = ["report", str(debug_run), str(debug_run.parent), "--out", str(out)]
     code = f"import sys; from opd.cli.main import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
@@ -197,11 +199,9 @@ def test_the_verb_writes_one_file_and_needs_no_torch(debug_run, tmp_path):
     assert "<h1><bdi>run</bdi></h1>" in out.read_text(encoding="utf-8")  # named twice, it is one run
 
 
-def test_mistakes_of_the_verb_end_in_one_line(debug_run, tmp_path, capfd):
-    from opd.cli import main as opd
-
+def test_report_mistakes_are_one_line_with_an_exit_code(debug_run, tmp_path, capfd):
     mistakes = {("nowhere",): 65, (str(debug_run), "--out", str(tmp_path)): 74, (): 64, (str(debug_run), "--out", "no/x.html"): 74}
     for words, code in mistakes.items():
-        assert opd(["report", *words]) == code
-        said = capfd.readouterr().err
-        assert said.startswith("opd: error: ") and len(said.splitlines()) == 1
+        assert cli.main(["report", *words]) == code
+        message = capfd.readouterr().err
+        assert message.startswith("opd: error: ") and len(message.splitlines()) == 1

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.report import page as report
-from opd.runs.files import write_json
+from opd.report import render_report
+from opd.runs.folder import write_json
 from opd.runs.reader import open_run
 
 pytestmark = pytest.mark.browser
@@ -89,12 +89,12 @@ def test_pointing_tapping_and_the_keyboard_show_both_probabilities_and_the_alter
     record, tokens, detail = stored[6][0], page.locator("#columns .tok"), page.locator("#detail")
 
     def shown(index: int) -> bool:
-        told = detail.inner_text()
+        text = detail.inner_text()
         best = [one["text"] for one in record["alternatives"][index]]
         rows = page.locator("#detail .alt").count()
         gap = abs(record["teacher_logp"][index] - record["student_logp"][index])
         student = f"{100 * math.exp(round(record['student_logp'][index], 3)):.1f}"
-        return f"position {index + 1}" in told and f"{gap:.2f} nats" in told and student in told and best[0] in told and rows == 5
+        return f"position {index + 1}" in text and f"{gap:.2f} nats" in text and student in text and best[0] in text and rows == 5
 
     tokens.nth(0).hover()
     assert shown(0)
@@ -133,7 +133,7 @@ def test_the_filter_leaves_what_differs_most(visit, debug_run, stored):
 def test_runs_stand_side_by_side(visit, debug_run, tmp_path):
     shutil.copytree(debug_run, tmp_path / "other", ignore=shutil.ignore_patterns("final", "checkpoints"))
     file = tmp_path / "both.html"
-    file.write_text(report([open_run(debug_run), open_run(tmp_path / "other")]), encoding="utf-8")
+    file.write_text(render_report([open_run(debug_run), open_run(tmp_path / "other")]), encoding="utf-8")
     page = visit(file)
     assert page.locator("#columns .column").count() == 2 and page.locator("#result tbody tr").count() == 2
     boxes = [page.locator("#columns .column").nth(index).bounding_box() for index in (0, 1)]
@@ -165,7 +165,7 @@ def hostile_run(folder: Path) -> Path:
 def test_hostile_text_stays_text(visit, tmp_path):
     folder = hostile_run(tmp_path / "<img src=x onerror=alert(1)>\u202e")
     file = tmp_path / "hostile.html"
-    file.write_text(report([open_run(folder)]), encoding="utf-8")
+    file.write_text(render_report([open_run(folder)]), encoding="utf-8")
     page = visit(file, viewport=PHONE)
     tokens = page.locator("#columns .tok")
     tokens.nth(0).click()

@@ -1,4 +1,4 @@
-"""`opd sample` answers with both models; `opd score` gives each token's log-prob under both, and pages that nothing escapes from."""
+"""`opd sample` completes prompts with both models; `opd score` gives each token's log-prob under both, also as an HTML page."""
 
 import io
 import json
@@ -14,11 +14,13 @@ from opd import errors
 from opd.cli import main as cli
 from opd.config.schema import ModelConfig
 from opd.errors import DataError
-from opd.evaluation import sample_score as speak
-from opd.evaluation.show_tokens import coloured, page, side_by_side
+from opd.evaluation import sample_score
+from opd.evaluation.sample_score import ScoredText
+from opd.evaluation.show import completion_table, score_page, score_parts
 from opd.models import load as models
 
 TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu"]
+DOCUMENT_TAGS = ("html", "head", "meta", "title", "style", "body", "main", "footer")
 HOSTILE = '<script>alert(1)</script>\u202e"onload="x" \x1b[31m & \u2066'
 
 
@@ -27,7 +29,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_both_models_answer_each_prompt(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_sample_completes_each_prompt_with_both_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_text("11+11=\n\n12+12=\n")
     words = ["sample", *TINY, "--prompt", "27+85=", "--file", "prompts.txt", "-n", "3", "sampling.max_new_tokens=8", "--json"]
     assert cli.main(words) == errors.OK
@@ -40,19 +42,21 @@ def test_both_models_answer_each_prompt(tmp_path: Path, capfd: pytest.CaptureFix
     assert {file.name for file in tmp_path.iterdir()} == {"prompts.txt"}
 
 
-def test_prompts_are_asked_for_and_one_model_may_be_left_out(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_reads_prompts_from_standard_input_and_may_leave_out_the_teacher(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("11+11=\n12+12=\n\n13+13=\n"))
     assert cli.main(["sample", "bundled:tiny-teacher", "data=arithmetic", "--teacher", "none", "device=cpu", "--json"]) == errors.OK
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
     assert lines == [{"prompt": "11+11=", "student": ["22"]}, {"prompt": "12+12=", "student": ["42"]}], "an empty line ends"
 
 
-def test_a_completion_that_is_cut_off_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+def test_truncated_completions_are_marked(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", *TINY, "--prompt", "27+85=", "sampling.max_new_tokens=2", "--json"]) == errors.OK
     assert json.loads(capfd.readouterr().out)["teacher"] == ["21 […]"]
 
 
-def test_scores_are_the_log_probs_of_a_plain_forward_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_scores_match_a_plain_forward_pass(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text("27+85=211")
     assert cli.main(["score", *TINY, "--file", "text.txt", "--json"]) == errors.OK
     found = json.loads(capfd.readouterr().out)
@@ -66,7 +70,7 @@ def test_scores_are_the_log_probs_of_a_plain_forward_pass(tmp_path: Path, capfd:
         assert torch.allclose(torch.tensor(found[f"{role}_logp"]), wanted, atol=1e-4)
 
 
-def test_a_text_may_answer_a_prompt(capfd: pytest.CaptureFixture[str]) -> None:
+def test_score_of_a_text_after_a_prompt(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["score", *TINY, "--prompt", "27+85=", "--text", "211", "--json"]) == errors.OK
     right = json.loads(capfd.readouterr().out)
     assert cli.main(["score", *TINY, "--prompt", "27+85=", "--text", "999", "--json"]) == errors.OK
@@ -90,37 +94,38 @@ class Page(HTMLParser):
         self.shown += data
 
 
-def test_the_page_is_self_contained_and_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_the_score_page_is_self_contained_and_text_is_never_markup(tmp_path: Path) -> None:
     assert cli.main(["score", *TINY, "--text", HOSTILE, "--html", "page.html"]) == errors.OK
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert {tag for tag, _ in page.tags} == {"html", "head", "meta", "title", "style", "body", "h1", "p", "span"}
-    assert all(set(attributes) == {"title", "style"} for tag, attributes in page.tags if tag == "span")
+    assert {tag for tag, _ in page.tags} <= {*DOCUMENT_TAGS, "header", "h1", "bdi", "p"}
+    tokens = [attributes for tag, attributes in page.tags if tag == "bdi" and attributes.get("class") == "tok"]
+    assert len(tokens) > 10 and all(set(token) == {"class", "title", "style"} for token in tokens)
     assert "script>alert(1)</script>" in page.shown
     assert not re.search(r"https?://|[\x00-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069]", text)
-    assert "default-src 'none'" in text and "⟨U+202E⟩" not in text.split("<p")[0]
+    assert "default-src 'none'" in text and "script-src" not in text
 
 
-def test_titles_and_tokens_are_escaped() -> None:
-    text = page(speak.Judged([HOSTILE], [-1.0], [-2.0]), "<b>&")
+def test_titles_and_tokens_of_the_score_page_are_escaped() -> None:
+    text = score_page(ScoredText([HOSTILE], [-1.0], [-2.0]), "<b>&")
     assert "<script" not in text and "<b>" not in text and "⟨U+202E⟩" in text and "␛[31m" in text
-    assert "difference -1.000 nats" in text and "rgba(244,140,32" in text
+    assert "difference -1.000 nats" in text and "rgba(var(--less),0.25)" in text
 
 
-def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_terminal_gets_no_control_characters() -> None:
     from rich.console import Console
 
     stream = io.StringIO()
     console = Console(file=stream, width=80)
-    console.print(side_by_side(HOSTILE, {"student": [HOSTILE], "teacher": ["[red]x[/red]"]}))
-    for part in coloured(speak.Judged([HOSTILE, "b"], [-1.0, -0.1], [-4.0, -0.1])):
+    console.print(completion_table(HOSTILE, {"student": [HOSTILE], "teacher": ["[red]x[/red]"]}))
+    for part in score_parts(ScoredText([HOSTILE, "b"], [-1.0, -0.1], [-4.0, -0.1])):
         console.print(part)
     shown = stream.getvalue()
     assert "\x1b" not in shown and "\u202e" not in shown and "[red]x[/red]" in shown and "-3.000" in shown
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "part"),
     [
         (["score", *TINY], 64, "--text TEXT or --file FILE"),
         (["score", *TINY, "--text", "a", "--file", "b"], 64, "one text"),
@@ -129,7 +134,7 @@ def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[st
         (["score", *TINY, "--text", "77", "--html", "."], 74, ".: a folder; name a file"),
         (["eval", *TINY, "--out", "nowhere/x.json"], 74, "nowhere/x.json: there is no folder nowhere"),
         (["sample", *TINY, "--file", "\x1b[31m\u202e"], 65, "␛[31m⟨U+202E⟩: No such file"),
-        (["score", *TINY, "--text", "7"], 65, "no token that another one stands before"),
+        (["score", *TINY, "--text", "7"], 65, "no token that follows another one"),
         (["score", *TINY, "--text", "7" * 600], 65, "600 tokens, the student takes 512"),
         (["score", "nowhere/at/all", "--text", "77"], 64, "there is no such folder"),
         (["sample", *TINY, "other", "--prompt", "1"], 64, "--prompt TEXT"),
@@ -138,18 +143,20 @@ def test_the_terminal_gets_no_control_characters(capfd: pytest.CaptureFixture[st
         (["sample", *TINY, "-n", "x"], 64, "whole number"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], code: int, said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_sample_and_score_mistakes_are_one_line_with_an_exit_code(
+    words: list[str], code: int, part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     assert cli.main(words) == code
     shown = capfd.readouterr()
-    assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+    assert part in shown.err and shown.err.count("\n") == 1 and shown.out == ""
 
 
-def test_reading_prompts_ends_with_the_input() -> None:
+def test_prompts_end_with_the_input() -> None:
     def ask() -> str:
         raise EOFError
 
-    assert speak.read_prompts([], None, ask) == []
-    assert speak.read_prompts(["a"], None, ask) == ["a"]
+    assert sample_score.read_prompts([], None, ask) == []
+    assert sample_score.read_prompts(["a"], None, ask) == ["a"]
     with pytest.raises(DataError):
-        speak.read_text("no/such/file")
+        sample_score.read_text("no/such/file")

@@ -63,7 +63,7 @@ def found(folder: Path) -> list[Run]:
 def describe(run: Run) -> dict[str, Any]:
     """A run as `opd ls` shows it."""
     summary = run.summary or {}
-    metrics = run.metrics()
+    metrics = run.metrics
     return {
         "path": str(run.path),
         "status": run.status,

@@ -5,31 +5,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from opd import errors
 from opd.cli import arguments
 from opd.config.schema import Direction
 from opd.report import compare
-from opd.runs.files import write_output
 from opd.runs.reader import find_runs
+from opd.runs.text import make_console
 
 EXAMPLES = """opd compare sweeps/first
-opd compare runs/a runs/b --metric eval_kl_after --svg curves.svg
+opd compare runs/a runs/b --metric eval_kl_after
 opd compare runs --csv > runs.csv"""
 
 
 def task(given: argparse.Namespace) -> int:
     comparison = compare.compare(find_runs(given.folders), given.metric, given.direction and Direction[given.direction])
-    if given.svg is not None:
-        write_output(given.svg, compare.as_svg(comparison, given.curve))
     if given.json:
         print(compare.as_json(comparison))
     elif given.csv:
         sys.stdout.write(compare.as_csv(comparison))
     else:
-        console = Console(highlight=False)
-        compare.show(comparison, console if console.is_terminal else Console(highlight=False, width=compare.WIDTH))
+        compare.show(comparison, make_console(compare.WIDTH))
     return errors.OK
 
 
@@ -46,6 +41,4 @@ def parser() -> arguments.Parser:
     form = own.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print all of it as JSON")
     form.add_argument("--csv", action="store_true", help="print a line a run as CSV")
-    own.add_argument("--svg", metavar="FILE", type=Path, help="write the curves of all runs as a picture")
-    own.add_argument("--curve", choices=sorted(compare.CURVES), help="what the picture shows; default: reward where there is one")
     return own

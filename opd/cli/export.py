@@ -32,9 +32,9 @@ def parser() -> arguments.Parser:
 
 def write(parsed: argparse.Namespace) -> int:
     from opd.training import runner  # torch, which --help can do without
-    from opd.training.release import release
+    from opd.training.export import export_model
 
     runner.quiet_libraries()
-    address = release(parsed.source, parsed.out, parsed.dtype, parsed.push)
+    address = export_model(parsed.source, parsed.out, parsed.dtype, parsed.push)
     print(parsed.out if address is None else f"{parsed.out}\n{address}")
     return errors.OK

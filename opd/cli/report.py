@@ -6,9 +6,8 @@ from pathlib import Path
 
 from opd import errors
 from opd.cli import arguments
-from opd.report import page
-from opd.runs.files import check_output_path, write_output
-from opd.runs.folder import REPORT
+from opd.report import render_report
+from opd.runs.folder import REPORT, check_output_path, write_output
 from opd.runs.reader import find_runs
 
 
@@ -32,6 +31,6 @@ def write(parsed: argparse.Namespace) -> int:
     runs = find_runs(parsed.runs)
     out: Path = parsed.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
     check_output_path(out)
-    write_output(out, page(runs))
+    write_output(out, render_report(runs))
     print(out)
     return errors.OK

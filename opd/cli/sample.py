@@ -29,20 +29,20 @@ def parser() -> arguments.Parser:
 def answer(config: Config, folder: Path, given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from opd.evaluation import sample_score as speak
-    from opd.evaluation.show_tokens import side_by_side
+    from opd.evaluation import sample_score
+    from opd.evaluation.show import completion_table
     from opd.evaluation.target import NONE, find_target
     from opd.training import runner  # torch is imported here and not before
 
     runner.quiet_libraries()
     target = find_target(given.target, config, given.teacher)
-    both = speak.load_pair(target.config, with_teacher=given.teacher != NONE)
+    pair = sample_score.load_pair(target.config, with_teacher=given.teacher != NONE)
     console = Console(highlight=False)
     if not given.prompt and given.file is None and sys.stdin.isatty():
         console.print("a prompt a line; an empty one ends")
-    for prompt in speak.read_prompts(given.prompt, given.file, input):
-        answers = speak.write(both, prompt, given.samples)
+    for prompt in sample_score.read_prompts(given.prompt, given.file, input):
+        answers = sample_score.sample(pair, prompt, given.samples)
         if given.json:
             print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), flush=True)
         else:
-            console.print(side_by_side(prompt, answers))
+            console.print(completion_table(prompt, answers))

@@ -9,7 +9,7 @@ from opd import errors
 from opd.cli import arguments
 from opd.cli import hydra_app as entry
 from opd.config.schema import Config
-from opd.runs import files
+from opd.runs.folder import check_output_path, write_output
 
 
 def main(words: Sequence[str]) -> int:
@@ -29,8 +29,8 @@ def parser() -> arguments.Parser:
 def score(config: Config, folder: Path, given: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from opd.evaluation import sample_score as speak
-    from opd.evaluation.show_tokens import coloured, page
+    from opd.evaluation import sample_score
+    from opd.evaluation.show import score_page, score_parts
     from opd.evaluation.target import find_target
     from opd.training import runner  # torch is imported here and not before
 
@@ -38,15 +38,15 @@ def score(config: Config, folder: Path, given: argparse.Namespace) -> None:
     if sum(text is not None for text in (given.text, given.file)) != 1:
         raise errors.ConfigError("give one text, as --text TEXT or --file FILE (- reads the standard input)")
     if given.html is not None:
-        files.check_output_path(given.html)
-    text = given.text if given.text is not None else speak.read_text("/dev/stdin" if given.file == "-" else given.file)
+        check_output_path(given.html)
+    text = given.text if given.text is not None else sample_score.read_text("/dev/stdin" if given.file == "-" else given.file)
     target = find_target(given.target, config, given.teacher)
-    judged = speak.score(speak.load_pair(target.config), text, given.prompt)
+    scored = sample_score.score(sample_score.load_pair(target.config), text, given.prompt)
     if given.html is not None:
-        files.write_output(given.html, page(judged, f"{target.name} and {target.config.teacher.path}"))
+        write_output(given.html, score_page(scored, f"{target.name} and {target.config.teacher.path}"))
     if given.json:
-        print(json.dumps(judged.to_dict(), ensure_ascii=False))
+        print(json.dumps(scored.to_dict(), ensure_ascii=False))
     else:
         console = Console(highlight=False, soft_wrap=True)
-        for part in coloured(judged):
+        for part in score_parts(scored):
             console.print(part)

@@ -24,8 +24,7 @@ from rich.text import Text
 from opd.config import compose as store
 from opd.config.schema import AUTO, Direction, SweepConfig
 from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
-from opd.runs.files import write_json
-from opd.runs.folder import STATUS, Status
+from opd.runs.folder import STATUS, Status, write_json
 from opd.runs.reader import MEMBER
 
 log = logging.getLogger(__name__)

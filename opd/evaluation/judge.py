@@ -1,10 +1,10 @@
 """`opd eval`: a model, its baseline and its teacher answer the same prompts, decoded alike, and are compared prompt by prompt.
 
-One model is in memory at a time, but for the teacher where the KL is measured. With several processes each takes a share of the prompts.
+One model is in memory at a time, next to the teacher. With several processes each answers its share of the prompts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +12,26 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import Tensor
 
-from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Prompt
-from opd.data.rewards import Grader
+from opd.config.schema import Config
 from opd.data.rollouts import Request
-from opd.evaluation import bootstrap, pair
-from opd.evaluation.pair import Loaded
+from opd.evaluation import bootstrap
+from opd.evaluation.sample_score import load, shared_vocabulary
 from opd.evaluation.target import Target
 from opd.models import load as models
 from opd.models.device import release_memory
 from opd.models.distributed import make_accelerator, run_stoppable
 from opd.runs.outcome import gap_closed
+from opd.samplers import Sampler
 from opd.training.build import Given, load_prompts, make_evaluator, make_run_grader
 from opd.training.evaluate import Evaluator, interval
-
-STREAM = "evaluation"  # as in training, so that greedy and sampled answers are those of the run
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One judged answer. prompt: the sample id of its prompt. truncated: cut off at eval.max_new_tokens."""
+    """A rewarded answer to the prompt with this sample id, and its number of tokens."""
 
     prompt: int
     reward: float
@@ -42,166 +39,141 @@ class Answer:
     truncated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """A set to judge on."""
+def judge(target: Target, folder: Path) -> dict[str, Any]:
+    """Evaluate a target's model, its baseline and its teacher.
 
-    name: str
-    config: Config
-    prompts: list[Prompt]
-    grader: Grader | None
+    Args:
+        target: what to evaluate.
+        folder: for the accelerator, which writes nothing to it.
 
-    def evaluator(self, accelerator: Accelerator, student: Loaded, vocabulary: int) -> Evaluator:
-        """As the run's own."""
-        return make_evaluator(self.config, accelerator, student.tokenizer, self.prompts, self.grader, vocabulary, student.bf16)
-
-
-def judge(target: Target, tasks: dict[str, Config], folder: Path) -> dict[str, Any]:
-    """The result for each task by name, the same in all processes. folder: for the accelerator, nothing is written to it."""
-    config = target.config
+    Returns:
+        The content of eval.json, the same on all ranks.
+    """
+    config, samples = target.config, target.config.eval.samples
     accelerator = make_accelerator(config, folder)
-    for role, named in {"teacher": config.teacher, **models_of(target)}.items():
-        models.locate(named, role)  # before the first of them takes its time to load
+    candidates = {"model": config.model} if target.baseline is None else {"model": config.model, "baseline": target.baseline}
+    for role, model in {"teacher": config.teacher, **candidates}.items():
+        models.locate(model, role)  # before the first of them takes its time to load
+    answers: dict[str, list[Answer]] = {}
+    kl: dict[str, float | None] = {}
     with ExitStack() as stack:
-        teacher = pair.load(config.teacher, "teacher", accelerator.device)
-        found: dict[str, dict[str, list[Answer]]] = {name: {} for name in tasks}
-        kl: dict[str, dict[str, float]] = {name: {} for name in tasks}
-        sets: list[Task] = []
-        for role, model in models_of(target).items():
-            student = pair.load(model, "model", accelerator.device)
-            vocabulary = pair.shared(student, teacher)
-            sets = sets or [make_task(name, its, student, stack) for name, its in tasks.items()]
-            for task in sets:
-                evaluator = task.evaluator(accelerator, student, vocabulary)
-                sampler = student.sampler(student.tokenizer.pad_token_id, vocabulary, config.seed)
-                found[task.name][role] = answers(evaluator, sampler, task.config.eval.samples)
-                distance = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
-                if distance is not None:
-                    kl[task.name][role] = distance
-            last = student
-            del student, evaluator, sampler
+        teacher = load(config.teacher, "teacher", accelerator.device)
+        for role, model in candidates.items():
+            student = load(model, "model", accelerator.device)
+            vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id
+            if role == "model":
+                _, prompts = load_prompts(config, student.tokenizer, Given())
+                grader = make_run_grader(config, prompts, stack)
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, student.bf16)
+            sampler = student.sampler(pad_id, vocabulary, config.seed)
+            answers[role] = _answer(evaluator, sampler, samples)
+            kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
+            del student, sampler
             release_memory(accelerator.device)
-        for task in sets:
-            evaluator = task.evaluator(accelerator, last, vocabulary)
-            sampler = teacher.sampler(last.tokenizer.pad_token_id, vocabulary, config.seed)
-            found[task.name]["teacher"] = answers(evaluator, sampler, task.config.eval.samples, as_teacher=True)
-        return {task.name: result(found[task.name], kl[task.name], task.config) for task in sets}
+        answers["teacher"] = _answer(evaluator, teacher.sampler(pad_id, vocabulary, config.seed), samples, as_teacher=True)
+    return {
+        "target": target.name,
+        "model": config.model.path,
+        "baseline": None if target.baseline is None else target.baseline.path,
+        "teacher": config.teacher.path,
+        "seed": config.seed,
+        "overrides": list(target.overrides),
+        "tasks": {"evaluation": compare_answers(answers, kl, config)},
+    }
 
 
-def models_of(target: Target) -> dict[str, ModelConfig]:
-    wanted = {"model": target.config.model}
-    return wanted if target.baseline is None else {**wanted, "baseline": target.baseline}
-
-
-def make_task(name: str, config: Config, student: Loaded, stack: ExitStack) -> Task:
-    _, prompts = load_prompts(config, student.tokenizer, Given())
-    return Task(name, config, prompts, make_run_grader(config, prompts, stack))
-
-
-def answers(evaluator: Evaluator, sampler: Any, samples: int, as_teacher: bool = False) -> list[Answer]:
-    """`samples` judged answers to each prompt, of all processes, in the order of the prompts."""
+def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bool = False) -> list[Answer]:
+    """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts."""
     accelerator = evaluator.accelerator
-    mine = evaluator.answered[accelerator.process_index :: accelerator.num_processes]
-    requests = [Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt) for prompt in mine for attempt in range(samples)]
-    rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, STREAM))
-    own = [
+    prompts = evaluator.answered[accelerator.process_index :: accelerator.num_processes]
+    requests = [Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
+    # The stream of the trainer's evaluations, so that the answers are those of the run.
+    rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, "evaluation"))
+    answers = [
         Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated)
         for reward, rollout in zip(evaluator.judge(rollouts), rollouts, strict=True)
         if reward is not None
     ]
-    gathered: list[Answer] = gather_object(own)
+    gathered: list[Answer] = gather_object(answers)
     return sorted(gathered, key=lambda answer: answer.prompt)
 
 
-def by_prompt(answers: Sequence[Answer]) -> dict[int, list[float]]:
-    rewards: dict[int, list[float]] = {}
-    for answer in answers:
-        rewards.setdefault(answer.prompt, []).append(answer.reward)
-    return rewards
+def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:
+    """Return the statistics of each model, and of `model` against the others on the prompts that all answered.
+
+    Args:
+        answers: by model: `model`, `baseline` (unless left out) and `teacher`.
+        kl: the exact KL to the teacher, by model, where it was measured.
+        config: of the evaluation.
+    """
+    rewards: dict[str, dict[int, list[float]]] = {}
+    for name, given in answers.items():
+        for answer in given:
+            rewards.setdefault(name, {}).setdefault(answer.prompt, []).append(answer.reward)
+    common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values()))) if rewards else []
+    means = {name: torch.tensor([fmean(by_prompt[i]) for i in common], dtype=torch.float64) for name, by_prompt in rewards.items()}
+    result: dict[str, Any] = {
+        "data": config.data.path or config.data.train_path or config.data.source.value,
+        "reward": config.eval.reward,
+        "prompts": len(common),
+        "samples": config.eval.samples,
+        "temperature": config.eval.temperature,
+        "max_new_tokens": config.eval.max_new_tokens,
+        "models": {name: {"kl": kl.get(name)} for name in answers},
+    }
+    if common:
+        for name, statistics in result["models"].items():
+            statistics |= _statistics(answers[name], [rewards[name][i] for i in common], means[name])
+        draws = dict(zip(means, bootstrap.resampled_means(torch.stack(list(means.values())), seed=config.seed).unbind(1), strict=True))
+        result |= _comparison(means, draws)
+    return result
+
+
+def _statistics(answers: Sequence[Answer], rewards: Sequence[Sequence[float]], means: Tensor) -> dict[str, Any]:
+    """Return one model's mean reward with its interval, pass@k where rewards are 0 and 1, length and truncation."""
+    if all(len(of_prompt) == 1 for of_prompt in rewards):
+        low, high = interval(means.tolist())
+    else:
+        low, high = bootstrap.quantile_interval(bootstrap.resampled_means(means[None])[:, 0])
+    statistics: dict[str, Any] = {"mean": float(means.mean()), "low": low, "high": high}
+    samples = min(map(len, rewards))
+    if samples > 1 and all(reward in (0.0, 1.0) for of_prompt in rewards for reward in of_prompt):
+        ks = sorted({*(2**power for power in range(samples.bit_length())), samples})
+        statistics["pass"] = {str(k): fmean(pass_at(int(sum(each)), len(each), k) for each in rewards) for k in ks}
+    statistics["length"] = fmean(answer.length for answer in answers)
+    statistics["truncated"] = fmean(answer.truncated for answer in answers)
+    return statistics
 
 
 def pass_at(right: int, samples: int, k: int) -> float:
-    """The chance that one of k answers, drawn without replacement from `samples` of which so many are right, is right."""
+    """Return the probability that one of k answers is right, drawn without replacement from `samples` of which `right` are right."""
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def result(found: dict[str, list[Answer]], kl: dict[str, float], config: Config) -> dict[str, Any]:
-    """The figures of each model, and of `model` against the others on the prompts that all answered."""
-    rewards = {name: by_prompt(answers) for name, answers in found.items() if answers}
-    common = sorted(set.intersection(*(set(prompts) for prompts in rewards.values()))) if rewards else []
-    options = config.eval
-    out: dict[str, Any] = {
-        "data": config.data.path or config.data.train_path or config.data.source.value,
-        "reward": options.reward,
-        "prompts": len(common),
-        "samples": options.samples,
-        "temperature": options.temperature,
-        "max_new_tokens": options.max_new_tokens,
-        "models": {},
-    }
-    means = {name: torch.tensor([fmean(prompts[i]) for i in common], dtype=torch.float64) for name, prompts in rewards.items()}
-    for name in found:
-        own: dict[str, Any] = {"kl": kl.get(name)}
-        if common:
-            own |= figures(found[name], [rewards[name][i] for i in common], means[name])
-        out["models"][name] = own
-    if common:
-        names = list(means)
-        drawn = bootstrap.resampled_means(torch.stack([means[name] for name in names]), seed=config.seed)
-        column = {name: drawn[:, place] for place, name in enumerate(names)}
-        out["against"] = {
-            name: difference(means["model"] - means[name], column["model"] - column[name]) for name in names if name != "model"
-        }
-        out |= share_closed(means, column)
-    return out
+def _comparison(means: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the differences of `model` to the others and the share of the gap it closed.
+
+    Args:
+        means: by model, the mean reward of each prompt.
+        draws: by model, the mean over all prompts in each draw of the bootstrap.
+    """
+    against = {}
+    for name in means:
+        if name != "model":
+            low, high = bootstrap.quantile_interval(draws["model"] - draws[name])
+            against[name] = {"mean": float((means["model"] - means[name]).mean()), "low": low, "high": high}
+    share, bounds = None, None
+    if "baseline" in means and "teacher" in means:
+        share = gap_closed(*(float(means[name].mean()) for name in ("baseline", "model", "teacher")))
+        if share is not None:
+            bounds = bootstrap.gap_closed_interval(draws["model"], draws["baseline"], draws["teacher"])
+    return {"against": against, "gap_closed": share, "gap_closed_interval": None if bounds is None else list(bounds)}
 
 
-def figures(answers: Sequence[Answer], rewards: Sequence[Sequence[float]], means: torch.Tensor) -> dict[str, Any]:
-    """One model's mean reward with its interval, pass@k where rewards are 0 and 1, length and truncation."""
-    if all(len(own) == 1 for own in rewards):
-        low, high = interval(means.tolist())
-    else:
-        low, high = bootstrap.quantiles(bootstrap.resampled_means(means[None])[:, 0])
-    found: dict[str, Any] = {"mean": float(means.mean()), "low": low, "high": high}
-    samples = min(map(len, rewards))
-    if samples > 1 and all(reward in (0.0, 1.0) for own in rewards for reward in own):
-        powers = [2**power for power in range(samples.bit_length()) if 2**power <= samples]
-        found["pass"] = {str(k): fmean(pass_at(int(sum(own)), len(own), k) for own in rewards) for k in sorted({*powers, samples})}
-    found["length"] = fmean(answer.length for answer in answers)
-    found["truncated"] = fmean(answer.truncated for answer in answers)
-    return found
-
-
-def difference(values: torch.Tensor, drawn: torch.Tensor) -> dict[str, float]:
-    low, high = bootstrap.quantiles(drawn)
-    return {"mean": float(values.mean()), "low": low, "high": high}
-
-
-def share_closed(means: dict[str, torch.Tensor], column: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The share of the distance between baseline and teacher that is gone; null where the teacher is not better."""
-    before, now, teacher = (float(means[name].mean()) if name in means else None for name in ("baseline", "model", "teacher"))
-    share = gap_closed(before, now, teacher)
-    if share is None:
-        return {"gap_closed": None, "gap_closed_interval": None}
-    bounds = bootstrap.gap_closed(torch.stack([column["model"], column["baseline"], column["teacher"]], 1))
-    return {"gap_closed": share, "gap_closed_interval": None if bounds is None else list(bounds)}
-
-
-def place_of(run: Path) -> Path:
-    """A file beside the run's own that does not exist yet: eval.json, eval-2.json, …"""
-    number = 1
-    while (file := run / ("eval.json" if number == 1 else f"eval-{number}.json")).exists():
+def unused_result_file(run: Path) -> Path:
+    """Return the first of eval.json, eval-2.json, ... in the run folder that does not exist."""
+    file, number = run / "eval.json", 1
+    while file.exists():
         number += 1
+        file = run / f"eval-{number}.json"
     return file
-
-
-def told(target: Target) -> dict[str, Any]:
-    """What was judged, as JSON."""
-    return {
-        "target": target.name,
-        "model": target.config.model.path,
-        "baseline": None if target.baseline is None else target.baseline.path,
-        "teacher": target.config.teacher.path,
-        "seed": target.config.seed,
-        "overrides": list(target.overrides),
-    }

@@ -1,152 +1,181 @@
-"""Student and teacher on texts of the user's: what they write, and what they think of each token.
-
-Shapes: `T` tokens of the text.
-"""
+"""Student and teacher on the user's own texts, without a trainer: their completions, and their log-probs of each token."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config
+from opd.config.schema import Config, ModelConfig
 from opd.data.prompts import Message, Prompt, render
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
-from opd.evaluation import pair
-from opd.evaluation.pair import Loaded
 from opd.models import load as models
-from opd.models.policy import output_head, predicting_hidden
+from opd.models.device import autocast
+from opd.models.policy import output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
-from opd.samplers import Decoding
-
-STREAM = "sample"
+from opd.samplers import Decoding, GenerateSampler, SamplerSpec
+from opd.teachers import LocalTeacher
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Both models, and how many ids they share. teacher: None where it was not asked for."""
+class LoadedModel:
+    """A model to sample and score with.
+
+    Attributes:
+        eos: the ids that end its completions.
+        bf16: it computes under autocast to bf16.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos: tuple[int, ...]
+    bf16: bool
+
+    def sampler(self, pad_id: int, vocabulary: int, seed: int) -> GenerateSampler:
+        return GenerateSampler(SamplerSpec(self.model, self.eos, pad_id, vocabulary, seed, self.bf16))
+
+    def teacher(self, vocabulary: int) -> LocalTeacher:
+        return LocalTeacher(self.model, vocabulary, bf16=self.bf16)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPair:
+    """Models that are compared.
+
+    Attributes:
+        loaded: the "student" and, unless it was left out, the "teacher".
+        vocabulary: the number of ids that both know.
+    """
 
     config: Config
-    student: Loaded
-    teacher: Loaded | None
+    loaded: dict[str, LoadedModel]
     vocabulary: int
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.student.tokenizer
-
-    def both(self) -> dict[str, Loaded]:
-        return {"student": self.student} if self.teacher is None else {"student": self.student, "teacher": self.teacher}
+        return self.loaded["student"].tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """A text, token by token: its tokens as text, and the log-prob of each under both models, (T,).
+class ScoredText:
+    """A text's tokens, and the log-prob of each under both models, in nats.
 
-    before: the first token of a text that answers nothing: no other stands before it, so it has no log-prob.
+    Attributes:
+        first: the first token of a text without a prompt, which has no log-prob as nothing comes before it.
     """
 
     tokens: list[str]
     student: list[float]
     teacher: list[float]
-    before: str = ""
+    first: str = ""
 
     def to_dict(self) -> dict[str, object]:
         return {"tokens": self.tokens, "student_logp": self.student, "teacher_logp": self.teacher}
 
 
-def load_pair(config: Config, with_teacher: bool = True) -> Pair:
-    """Raises `ConfigError` where the models do not go together."""
+def load(config: ModelConfig, role: str, device: torch.device) -> LoadedModel:
+    """Load a model as the trainer would: role "model" in float32 with bf16 autocast, role "teacher" in the dtype it computes in."""
+    tokenizer = models.load_tokenizer(config, role)
+    bf16 = role == "model" and models.computes_in_bf16(config.dtype, device)
+    model = models.load_model(config, role, device)
+    ready = prepare_student(model, device, bf16, frozen=True) if role == "model" else prepare_teacher(model, device)
+    return LoadedModel(ready.requires_grad_(False), tokenizer, models.eos_ids(ready, tokenizer), bf16)
+
+
+def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
+    """Return the number of ids that both models know. Raises `ConfigError` where an id is another token in the other model."""
+    models.check_same_ids(student.tokenizer, teacher.tokenizer)
+    return models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
+
+
+def load_pair(config: Config, with_teacher: bool = True) -> ModelPair:
+    """Load both models. Raises `ConfigError` where one is missing or their tokenizers differ."""
     device = models.find_device(config.device)
-    for role, model in {"model": config.model, **({"teacher": config.teacher} if with_teacher else {})}.items():
-        models.locate(model, role)
-    student = pair.load(config.model, "model", device)
-    teacher = pair.load(config.teacher, "teacher", device) if with_teacher else None
-    vocabulary = pair.shared(student, teacher) if teacher is not None else pair.shared(student, student)
-    return Pair(config, student, teacher, vocabulary)
+    models.locate(config.model, "model")
+    if with_teacher:
+        models.locate(config.teacher, "teacher")  # before the student takes its time to load
+    loaded = {"student": load(config.model, "model", device)}
+    if with_teacher:
+        loaded["teacher"] = load(config.teacher, "teacher", device)
+    return ModelPair(config, loaded, shared_vocabulary(loaded["student"], loaded.get("teacher", loaded["student"])))
 
 
-def write(both: Pair, text: str, samples: int = 1) -> dict[str, list[str]]:
-    """Completions of the prompt by each model, `samples` of them, at the config's sampling settings."""
-    sampling = both.config.sampling
-    found: dict[str, list[str]] = {}
-    for role, loaded in both.both().items():
-        ids = prompt_ids(both, text, both.config.teacher.system if role == "teacher" else None)
-        prompt = Prompt(0, tuple(ids), text)
-        sampler = loaded.sampler(both.tokenizer.pad_token_id, both.vocabulary, both.config.seed)
-        decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
-        rollouts = sampler.sample([Request(prompt, 0, attempt) for attempt in range(samples)], decoding, STREAM)
-        found[role] = [shown(both.tokenizer, rollout) for rollout in rollouts]
-    return found
+def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]:
+    """Return `samples` completions of the prompt by each model, at the config's sampling settings."""
+    options = pair.config.sampling
+    decoding = Decoding(options.temperature, options.max_new_tokens, options.top_p, options.top_k, options.batch_size)
+    tokenizer = pair.tokenizer
+    completions: dict[str, list[str]] = {}
+    for role, loaded in pair.loaded.items():
+        prompt = Prompt(0, tuple(_prompt_ids(pair, text, pair.config.teacher.system if role == "teacher" else None)), text)
+        sampler = loaded.sampler(tokenizer.pad_token_id, pair.vocabulary, pair.config.seed)
+        rollouts = sampler.sample([Request(prompt, 0, attempt) for attempt in range(samples)], decoding, "sample")
+        completions[role] = [
+            models.decode(tokenizer, rollout.completion, skip_special_tokens=True) + (" […]" if rollout.truncated else "")
+            for rollout in rollouts
+        ]
+    return completions
 
 
-def prompt_ids(both: Pair, text: str, system: str | None = None) -> list[int]:
-    """The text as the user's message, rendered as in training."""
-    messages: list[Message] = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    ids = render(messages, both.tokenizer, both.config.data.chat_template_kwargs)
+@torch.no_grad()
+def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
+    """Return both models' log-probs of a text's tokens at temperature 1.
+
+    Args:
+        pair: with a teacher.
+        text: what to score.
+        prompt: a user's message that the text answers; None scores the text on its own.
+
+    Raises:
+        DataError: there is no token to score, or more than a model takes.
+    """
+    tokenizer = pair.tokenizer
+    text_ids = list(tokenizer(text, add_special_tokens=prompt is None)["input_ids"])
+    ids = text_ids if prompt is None else _prompt_ids(pair, prompt) + text_ids
+    unscored = 1 if prompt is None else len(ids) - len(text_ids)
+    if len(ids) <= unscored:
+        raise DataError("the text has no token that follows another one; give a longer one")
+    for role, loaded in pair.loaded.items():
+        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and len(ids) > limit:
+            raise DataError(f"the text has {len(ids):,} tokens, the {role} takes {limit:,}; give a shorter one")
+    request = Request(Prompt(0, tuple(ids[:unscored]), ""))
+    rollout = Rollout(request, tuple(ids[unscored:]), torch.zeros(len(ids) - unscored), FinishReason.stop)
+    logp: dict[str, list[float]] = {}
+    for role, loaded in pair.loaded.items():
+        batch = collate([rollout], [0], 0).to(loaded.model.device)
+        with autocast(loaded.model.device, loaded.bf16):
+            states = TeacherStates(predicting_hidden(loaded.model.base_model, batch.inputs), output_head(loaded.model, pair.vocabulary))
+            logp[role] = states.token_logp(batch.ids_N, 1.0).tolist()
+    tokens = [models.decode(tokenizer, [token]) for token in rollout.completion]
+    return ScoredText(tokens, logp["student"], logp["teacher"], models.decode(tokenizer, ids[:1]) if prompt is None else "")
+
+
+def _prompt_ids(pair: ModelPair, text: str, system: str | None = None) -> list[int]:
+    """Return the ids of a user's message, rendered as in training."""
+    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    ids = render([*messages, {"role": "user", "content": text}], pair.tokenizer, pair.config.data.chat_template_kwargs)
     if not ids:
         raise DataError("the prompt has no tokens; give a text")
     return ids
 
 
-def shown(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
-    text = models.decode(tokenizer, rollout.completion, skip_special_tokens=True)
-    return f"{text} […]" if rollout.truncated else text
-
-
-@torch.no_grad()
-def score(both: Pair, text: str, prompt: str | None = None) -> Judged:
-    """Both models' log-probs of a text's tokens at temperature 1. prompt: a user's message that the text answers; else the text alone.
-
-    Raises `DataError` for a text of less than two tokens without a prompt.
-    """
-    assert both.teacher is not None
-    ids = list(both.tokenizer(text, add_special_tokens=prompt is None)["input_ids"])
-    begin = [] if prompt is None else prompt_ids(both, prompt)
-    ids = begin + ids
-    kept = len(begin) or 1
-    if len(ids) <= kept:
-        raise DataError("the text has no token that another one stands before; give a longer one")
-    for role, loaded in both.both().items():
-        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(ids) > limit:
-            raise DataError(f"the text has {len(ids):,} tokens, the {role} takes {limit:,}; give a shorter one")
-    prefix = Prompt(0, tuple(ids[:kept]), "")
-    rollout = Rollout(Request(prefix), tuple(ids[kept:]), torch.zeros(len(ids) - kept), FinishReason.stop)
-    logp = {role: token_logp(loaded, rollout, both.vocabulary) for role, loaded in both.both().items()}
-    tokens = [models.decode(both.tokenizer, [token]) for token in rollout.completion]
-    before = models.decode(both.tokenizer, ids[:kept]) if prompt is None else ""
-    return Judged(tokens, logp["student"], logp["teacher"], before)
-
-
-def token_logp(loaded: Loaded, rollout: Rollout, vocabulary: int) -> list[float]:
-    batch = collate([rollout], [0], 0).to(loaded.model.device)
-    with loaded.precision():
-        states = TeacherStates(predicting_hidden(loaded.model.base_model, batch.inputs), output_head(loaded.model, vocabulary))
-        found: list[float] = states.token_logp(batch.ids_N, 1.0).tolist()
-    return found
-
-
 def read_prompts(texts: Sequence[str], file: str | None, ask: Callable[[], str]) -> Sequence[str]:
-    """The prompts of the command line and those of a file, a line each; where there are none, `ask` until it ends."""
+    """Return the prompts of the command line and the lines of a file; without either, `ask` until an empty answer or the end of input."""
     prompts = list(texts)
     if file is not None:
         prompts += [line for line in read_text(file).splitlines() if line.strip()]
-    if prompts or file is not None:
-        return prompts
-    asked = []
-    with suppress(EOFError):
-        while line := ask():
-            asked.append(line)
-    return asked
+    if not texts and file is None:
+        with suppress(EOFError):
+            while line := ask():
+                prompts.append(line)
+    return prompts
 
 
 def read_text(file: str) -> str:
-    """Raises `DataError` where a file is no text."""
+    """Return the content of a text file. Raises `DataError` where it is not one."""
     try:
         with open(file, encoding="utf-8") as stream:  # noqa: PTH123 - "/dev/stdin" too
             return stream.read()

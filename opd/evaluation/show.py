@@ -1,61 +1,104 @@
-"""What `opd eval` shows."""
+"""What `opd eval`, `sample` and `score` show on a terminal, and the page that `opd score --html` writes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 130  # characters where there is no terminal to fit into
+from opd.evaluation.sample_score import ScoredText
+from opd.report.page import document
+from opd.runs.text import format_number, format_percent, format_reward, harmless, make_console
+
+MAX_DISAGREEMENTS = 5
+FULL_COLOUR = 3.0  # nats of disagreement
 
 
-def show(found: Mapping[str, Any], out: Path | None, console: Console | None = None) -> None:
-    """A table a task, the differences below it."""
-    console = console or Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+def show_evaluation(evaluation: Mapping[str, Any], out: Path | None) -> None:
+    """Print the result of `judge`, the models, a table and the differences, and the file that it goes to."""
+    console = make_console(130, soft_wrap=True)
     for role in ("model", "baseline", "teacher"):
-        if found[role] is not None:
-            console.print(Text(f"{role:<10}{found[role]}"))
-    for name, task in found["tasks"].items():
-        console.print(table(name, task))
-        for line in comparisons(task):
-            console.print(Text(line))
+        if evaluation[role] is not None:
+            console.print(Text(f"{role:<10}{evaluation[role]}"))
+    for name, task in evaluation["tasks"].items():
+        console.print(_evaluation_table(name, task))
+        for other, value in task.get("against", {}).items():
+            console.print(Text(f"against the {other}: {format_reward(value['mean'], (value['low'], value['high']), sign='+')}"))
+        share = task.get("gap_closed")
+        if share is not None and share < 0:
+            console.print("further from the teacher than the baseline is")
+        elif share is not None:
+            console.print(Text(f"{format_reward(share, task['gap_closed_interval'])} of the gap to the teacher closed"))
     if out is not None:
         console.print(Text(f"written to {out}"))
 
 
-def table(name: str, task: Mapping[str, Any]) -> Table:
-    """The figures, a column a model."""
+def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
     models = task["models"]
     how = "greedy" if task["temperature"] == 0 else f"{task['samples']} answers at temperature {task['temperature']:g}"
-    title = f"{name}: {task['prompts']} prompts of {task['data']}, {how}"
-    drawn = Table(title=title, title_justify="left", show_edge=False)
-    drawn.add_column("")
+    table = Table(title=f"{name}: {task['prompts']} prompts of {task['data']}, {how}", title_justify="left", show_edge=False)
+    table.add_column("")
     for model in models:
-        drawn.add_column(model, justify="right")
+        table.add_column(model, justify="right")
     if task["prompts"]:
-        drawn.add_row("reward", *(f"{own['mean']:.1%} [{own['low']:.1%}, {own['high']:.1%}]" for own in models.values()))
+        table.add_row("reward", *(format_reward(each["mean"], (each["low"], each["high"])) for each in models.values()))
         for k in next(iter(models.values())).get("pass", {}):
-            drawn.add_row(f"pass@{k}", *(f"{own['pass'][k]:.1%}" if "pass" in own else "–" for own in models.values()))
-        drawn.add_row("length, tokens", *(f"{own['length']:.1f}" for own in models.values()))
-        drawn.add_row("truncated", *(f"{own['truncated']:.1%}" for own in models.values()))
-    if any(own["kl"] is not None for own in models.values()):
-        drawn.add_row("KL to teacher, nats/token", *("–" if own["kl"] is None else f"{own['kl']:.4f}" for own in models.values()))
-    return drawn
+            table.add_row(f"pass@{k}", *(format_percent(each.get("pass", {}).get(k)) for each in models.values()))
+        table.add_row("length, tokens", *(format_number(each["length"], ".1f") for each in models.values()))
+        table.add_row("truncated", *(format_percent(each["truncated"]) for each in models.values()))
+    if any(each["kl"] is not None for each in models.values()):
+        table.add_row("KL to teacher, nats/token", *(format_number(each["kl"]) for each in models.values()))
+    return table
 
 
-def comparisons(task: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"against the {other}: {value['mean']:+.1%} [{value['low']:+.1%}, {value['high']:+.1%}]"
-        for other, value in task.get("against", {}).items()
-    ]
-    if task.get("gap_closed") is not None and task["gap_closed"] < 0:
-        lines.append("further from the teacher than the baseline is")
-    elif task.get("gap_closed") is not None:
-        bounds = task["gap_closed_interval"]
-        interval = "" if bounds is None else f" [{bounds[0]:.1%}, {bounds[1]:.1%}]"
-        lines.append(f"{task['gap_closed']:.1%}{interval} of the gap to the teacher closed")
-    return lines
+def completion_table(prompt: str, completions: Mapping[str, Sequence[str]]) -> Table:
+    """Return a table with a column per model and a row per completion."""
+    table = Table(title=Text(harmless(prompt)), title_justify="left", show_edge=False, show_lines=True, expand=True)
+    for role in completions:
+        table.add_column(role, overflow="fold", ratio=1)
+    for row in zip(*completions.values(), strict=True):
+        table.add_row(*(Text(harmless(completion)) for completion in row))
+    return table
+
+
+def score_parts(scored: ScoredText) -> Iterator[Any]:
+    """Yield what to print: the text, blue where the teacher finds a token more likely, the largest disagreements, the means."""
+    rows = list(zip(scored.tokens, scored.student, scored.teacher, strict=True))
+    text = Text(harmless(scored.first), style="dim")
+    for token, student, teacher in rows:
+        text.append(harmless(token), style=_style(teacher - student))
+    yield text
+    table = Table(show_edge=False)
+    for name in ("token", "student, nats", "teacher, nats", "difference"):
+        table.add_column(name, justify="left" if name == "token" else "right")
+    for token, student, teacher in sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:MAX_DISAGREEMENTS]:
+        table.add_row(Text(repr(harmless(token))), f"{student:.3f}", f"{teacher:.3f}", f"{teacher - student:+.3f}")
+    yield table
+    if scored.first:
+        yield Text(f"the first token, {harmless(scored.first)!r}, has no log-prob as nothing comes before it; --prompt gives it a context")
+    student, teacher = sum(scored.student) / len(rows), sum(scored.teacher) / len(rows)
+    yield Text(f"{len(rows)} tokens: student {student:.3f}, teacher {teacher:.3f} nats/token on average")
+
+
+def _style(difference: float) -> str:
+    strength = min(abs(difference) / FULL_COLOUR, 1)
+    if strength < 0.1:
+        return ""
+    light, dark = round(255 * (1 - 0.75 * strength)), round(255 - 110 * strength)
+    return f"black on #{light:02x}{dark:02x}ff" if difference > 0 else f"black on #ff{dark:02x}{light:02x}"
+
+
+def score_page(scored: ScoredText, title: str) -> str:
+    """Return a self-contained HTML page in the style of the report, with both log-probs of a token on hover."""
+    tokens = [f'<bdi class="rest">{escape(harmless(scored.first))}</bdi>'] if scored.first else []
+    for token, student, teacher in zip(scored.tokens, scored.student, scored.teacher, strict=True):
+        difference = teacher - student
+        colour = f"rgba(var(--{'more' if difference > 0 else 'less'}),{0.75 * min(abs(difference) / FULL_COLOUR, 1):.2f})"
+        details = f"student {student:.3f} teacher {teacher:.3f} difference {difference:+.3f} nats"
+        tokens.append(f'<bdi class="tok" title="{details}" style="background-color:{colour}">{escape(harmless(token))}</bdi>')
+    legend = "Blue: the teacher finds the token more likely than the student does; orange: less likely. Hover for log-probs in nats."
+    name = escape(harmless(title))
+    header = f'<header><p class="kicker">opd · score</p><h1><bdi>{name}</bdi></h1></header><p class="about">{legend}</p>'
+    return document(title, f'{header}<p class="tokens">{"".join(tokens)}</p>')

@@ -1,4 +1,4 @@
-"""What `opd eval`, `sample` and `score` are told to look at: a run folder, a model's folder, a hub id, or nothing but options."""
+"""What `opd eval`, `sample` and `score` look at: a run folder, a model folder, a hub id, or a model named by options."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from opd.config import compose as store
+from opd.config import compose
 from opd.config.schema import Config, ModelConfig
 from opd.errors import ConfigError, DataError
 from opd.runs.folder import FINAL
@@ -20,10 +20,14 @@ NONE = "none"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """config: with the model that is looked at as `model` and what it is compared with as `teacher`.
+    """A model to look at, and what to compare it with.
 
-    name: how it is called. run: its folder, if it is a run. baseline: the model that it is judged against; None for none. overrides: as
-    they were typed.
+    Attributes:
+        config: has the model as `model` and the model it is compared with as `teacher`.
+        name: as typed on the command line.
+        run: its folder, if the target is a run.
+        baseline: the model before training, or another one; None to leave it out.
+        overrides: as typed on the command line.
     """
 
     config: Config
@@ -34,72 +38,61 @@ class Target:
 
 
 def find_target(word: str | None, composed: Config, teacher: str | None = None, baseline: str | None = None) -> Target:
-    """What the words say, for the task of a verb that Hydra has composed a config for. Raises `ConfigError` and `DataError`.
+    """Find what a verb's arguments name. A run brings its config, to which overrides apply; a model goes into the composed config.
 
-    word: None where `model.path` says it. A run brings its whole config, on which the overrides of the command line are put; anything
-    else is a model for the composed config. teacher, baseline: the same kinds of word, or "none".
+    Args:
+        word: a run folder, a model folder or a hub id; None where `model.path` names the model.
+        composed: the config that Hydra composed for the verb.
+        teacher: replaces the teacher; the same kinds of word, or "none".
+        baseline: replaces the baseline; likewise.
+
+    Raises:
+        ConfigError: the words do not go together.
+        DataError: a run has no config or no model.
     """
     overrides = tuple(HydraConfig.get().overrides.task)
-    run = None
-    config, start = composed, None
-    if word is not None and is_run(Path(word)):
-        run = Path(word)
-        config = of_run(run, composed, overrides)
-        start = config.model
-        config = replace(config, model=trained(run, start))
+    run = Path(word) if word is not None and is_run(Path(word)) else None
+    config, before = composed, None
+    if run is not None:
+        stored = open_run(run).config
+        if not stored:
+            raise DataError(f"{run}: the run ended before it began training; there is no config in it")
+        config = _apply_overrides(stored, composed, overrides)
+        before = config.model
+        config = replace(config, model=_model(str(run), before))
     elif word is not None:
-        refuse_part(Path(word), teacher is not None or any(override.lstrip("+~").startswith("teacher") for override in overrides))
-        config = replace(composed, model=named(word, composed.model))
+        outer = next((parent for parent in Path(word).parents if is_run(parent)), None)
+        if outer is not None and teacher is None and not any(override.lstrip("+~").startswith("teacher") for override in overrides):
+            raise ConfigError(f"{word}: is a part of the run {outer}: name the run, which has its teacher and data, or set teacher=NAME")
+        config = replace(composed, model=_model(word, composed.model))
     if teacher is not None and teacher != NONE:
-        config = replace(config, teacher=replace_path(config.teacher, named(teacher, config.teacher)))
+        model = _model(teacher, config.teacher)
+        options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code")}
+        config = replace(config, teacher=replace(config.teacher, **options))
     if baseline is not None:
-        start = None if baseline == NONE else named(baseline, start or config.model)
-    return Target(config, word or config.model.path, run, start, overrides)
+        before = None if baseline == NONE else _model(baseline, before or config.model)
+    return Target(config, word or config.model.path, run, before, overrides)
 
 
-def refuse_part(path: Path, has_teacher: bool) -> None:
-    """Raises `ConfigError` for a folder inside a run's, whose teacher is not that of the composed config."""
-    run = next((parent for parent in path.parents if is_run(parent)), None)
-    if run is not None and not has_teacher:
-        raise ConfigError(f"{path}: is a part of the run {run}: name the run, which brings its teacher and data, or set teacher=…")
-
-
-def of_run(run: Path, composed: Config, overrides: Sequence[str]) -> Config:
-    """The run's config, with what the overrides changed in the composed one."""
-    stored = open_run(run).config
-    if not stored:
-        raise DataError(f"{run}: the run had not begun when it ended; there is no config in it")
-    return changed(stored, composed, overrides)
-
-
-def changed(stored: Mapping[str, Any], composed: Config, overrides: Sequence[str]) -> Config:
-    """The stored config with what the overrides name taken from the composed one: a group whole, an option alone."""
-    merged, wanted = store.restore_config(stored), OmegaConf.structured(composed)
+def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Sequence[str]) -> Config:
+    """Return the stored config with what the overrides name taken from the composed one: all of a group, or a single option."""
+    merged, source = compose.restore_config(stored), OmegaConf.structured(composed)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
         if key == "experiment":
-            raise ConfigError(f"{override}: the run brings a config of its own; set single groups and options")
+            raise ConfigError(f"{override}: the run has its own config; set single groups and options instead")
         try:
-            OmegaConf.update(merged, key, OmegaConf.select(wanted, key), merge=False)
+            OmegaConf.update(merged, key, OmegaConf.select(source, key), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
-    return store.to_config(merged)
+    return compose.to_config(merged)
 
 
-def trained(run: Path, start: ModelConfig) -> ModelConfig:
-    """The student of a finished run."""
-    if not (run / FINAL).is_dir():
-        raise DataError(f"{run}: there is no {FINAL}/ in it: the run is {open_run(run).status}; go on with it, or name a model's folder")
-    return ModelConfig(path=str((run / FINAL).resolve()), dtype=start.dtype, attn_implementation=start.attn_implementation)
-
-
-def named(word: str, like: ModelConfig) -> ModelConfig:
-    """The model that a word names: a finished run's student, a folder or a hub id. dtype and attention as in `like`."""
-    if is_run(Path(word)):
-        return trained(Path(word), like)
+def _model(word: str, like: ModelConfig) -> ModelConfig:
+    """Return the model that a word names, a finished run's, a folder or a hub id, with dtype and attention as in `like`."""
+    run = Path(word)
+    if is_run(run):
+        if not (run / FINAL).is_dir():
+            raise DataError(f"{run}: there is no {FINAL}/ in it: the run is {open_run(run).status}; resume it, or name a model folder")
+        word = str((run / FINAL).resolve())
     return ModelConfig(path=word, dtype=like.dtype, attn_implementation=like.attn_implementation)
-
-
-def replace_path(teacher: Any, model: ModelConfig) -> Any:
-    """A teacher with another model behind it."""
-    return replace(teacher, path=model.path, gguf_file=model.gguf_file, revision=model.revision, trust_remote_code=model.trust_remote_code)

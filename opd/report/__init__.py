@@ -1,5 +1,5 @@
-"""Runs as one HTML file that needs nothing else: what they achieved, how, and where student and teacher differ. Needs no torch."""
+"""Runs as one self-contained HTML file: what they achieved, how, and where student and teacher differ. Needs no torch."""
 
-from opd.report.page import page
+from opd.report.page import render_report
 
-__all__ = ["page"]
+__all__ = ["render_report"]

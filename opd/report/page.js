@@ -1,14 +1,14 @@
 "use strict";
-// The token view. Text from runs only ever becomes textContent. A token is [text, id, student, teacher, entropy, flags, alternatives].
+// The token view. Text of runs is only ever set as textContent. A token is [text, id, student, teacher, entropy, flags, alternatives].
 (() => {
   const runs = JSON.parse(document.getElementById("data").textContent);
   const columns = document.getElementById("columns");
   if (!columns) return;
   const [step, least, order, detail] = ["step", "least", "order", "detail"].map((name) => document.getElementById(name));
   const steps = [...new Set(runs.flatMap((run) => run.steps))].sort((one, other) => one - other);
-  const STRONGEST = 3; // nats: the deepest colour
-  const MOST_SHOWN = 12; // completions a run, where the largest disagreements come first
-  const [CLIPPED, CUT] = [1, 2];
+  const FULL_COLOUR = 3; // nats
+  const MAX_SHOWN = 12; // completions per run, where the largest disagreements come first
+  const [CLIPPED, ADVANTAGE_CLIPPED] = [1, 2]; // flags, as in tokens.py
   let chosen = null;
 
   const make = (tag, name, text) => {
@@ -22,7 +22,7 @@
   const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
   const percent = (logp) => {
     const share = 100 * Math.exp(logp);
-    return share > 0 && share < 0.01 ? "<0.01 %" : `${share.toFixed(share < 1 ? 2 : 1)} %`;
+    return share > 0 && share < 0.01 ? "<0.01%" : `${share.toFixed(share < 1 ? 2 : 1)}%`;
   };
   for (const run of runs) for (const rollout of run.rollouts) rollout.largest = largest(rollout);
   const most = Math.max(...runs.flatMap((run) => run.rollouts.map((rollout) => rollout.largest)));
@@ -31,24 +31,24 @@
   const shownOf = (run) => {
     const enough = (rollout) => rollout.largest >= Number(least.value);
     if (order.value === "largest") {
-      return run.rollouts.filter(enough).sort((one, other) => other.largest - one.largest).slice(0, MOST_SHOWN);
+      return run.rollouts.filter(enough).sort((one, other) => other.largest - one.largest).slice(0, MAX_SHOWN);
     }
     const wanted = steps[Number(step.value)];
-    const own = run.steps.filter((candidate) => candidate <= wanted).pop() ?? run.steps[0];
-    return run.rollouts.filter((rollout) => rollout.step === own && enough(rollout));
+    const nearest = run.steps.filter((candidate) => candidate <= wanted).pop() ?? run.steps[0];
+    return run.rollouts.filter((rollout) => rollout.step === nearest && enough(rollout));
   };
 
   const tokenNode = (rollout, token, index) => {
     const node = make("bdi", "tok", token[0] === "" ? "∅" : token[0]);
     const difference = gap(token);
     if (difference !== null) {
-      const strength = Math.min(1, Math.abs(difference) / STRONGEST);
+      const strength = Math.min(1, Math.abs(difference) / FULL_COLOUR);
       node.style.backgroundColor = `rgba(var(${difference < 0 ? "--less" : "--more"}), ${(0.75 * strength).toFixed(3)})`;
     }
     node.classList.toggle("dim", Math.abs(difference ?? 0) < Number(least.value));
     node.classList.toggle("clipped", Boolean(token[5] & CLIPPED));
-    node.classList.toggle("cut", Boolean(token[5] & CUT));
-    node.classList.toggle("off", difference === null || (rollout.learnt !== null && index >= rollout.learnt));
+    node.classList.toggle("cut", Boolean(token[5] & ADVANTAGE_CLIPPED));
+    node.classList.toggle("off", difference === null || (rollout.trained !== null && index >= rollout.trained));
     node.tabIndex = -1;
     node.setAttribute("role", "button");
     node.setAttribute("aria-describedby", "detail");
@@ -69,9 +69,9 @@
     node.append(prompt);
     const line = make("div", "tokens");
     rollout.tokens.forEach((token, index) => {
-      if (index > 0 && rollout.learnt !== null && index === rollout.learnt) {
+      if (index > 0 && rollout.trained !== null && index === rollout.trained) {
         const edge = make("span", "edge");
-        edge.title = "not learnt from behind here";
+        edge.title = "not trained on from here on";
         line.append(edge);
       }
       line.append(tokenNode(rollout, token, index));
@@ -79,7 +79,7 @@
     if (rollout.more) line.append(make("span", "rest", ` … ${rollout.more.toLocaleString("en")} more tokens are not in this page`));
     if (rollout.truncated) {
       const mark = make("span", "mark", " ✂");
-      mark.title = "cut off at the limit of new tokens";
+      mark.title = "truncated at the limit of new tokens";
       line.append(mark);
     }
     node.append(line);
@@ -97,7 +97,7 @@
     return row;
   };
 
-  const tell = (node) => {
+  const showDetail = (node) => {
     const [text, id, student, teacher, entropy, flags, alternatives] = node.token;
     const difference = gap(node.token);
     const parts = [make("p", "word", text === "" ? "∅" : text), make("p", "where", `id ${id} · position ${node.index + 1}`)];
@@ -108,13 +108,13 @@
       parts.push(make("p", "delta", `teacher − student ${signed(difference)} nats`));
       if (entropy !== null) parts.push(make("p", "", `entropy of the student ${entropy.toFixed(2)} nats`));
     }
-    const told = [];
-    if (flags & CLIPPED) told.push("held back by the clip");
-    if (flags & CUT) told.push("advantage bounded");
-    if (node.classList.contains("off")) told.push("not learnt from");
-    if (told.length) parts.push(make("p", "flags", told.join(", ")));
+    const notes = [];
+    if (flags & CLIPPED) notes.push("ratio clipped");
+    if (flags & ADVANTAGE_CLIPPED) notes.push("advantage clipped");
+    if (node.classList.contains("off")) notes.push("not trained on");
+    if (notes.length) parts.push(make("p", "flags", notes.join(", ")));
     if (alternatives.length) {
-      parts.push(make("h4", "", "The teacher would have written"));
+      parts.push(make("h4", "", "The teacher’s most likely tokens"));
       for (const [word, logp, same] of alternatives) parts.push(prob(word === "" ? "∅" : word, logp, same ? "alt same" : "alt"));
     }
     detail.replaceChildren(...parts);
@@ -126,7 +126,7 @@
     node.classList.add("chosen");
     for (const other of columns.querySelectorAll('.tok[tabindex="0"]')) other.tabIndex = -1;
     node.tabIndex = 0;
-    tell(node);
+    showDetail(node);
   };
 
   const render = () => {
@@ -156,10 +156,10 @@
   const tokenAt = (event) => (event.target instanceof Element ? event.target.closest("#columns .tok") : null);
   columns.addEventListener("pointerover", (event) => {
     const node = tokenAt(event);
-    if (node) tell(node);
+    if (node) showDetail(node);
   });
   columns.addEventListener("pointerleave", () => {
-    if (chosen) tell(chosen);
+    if (chosen) showDetail(chosen);
   });
   columns.addEventListener("click", (event) => {
     const node = tokenAt(event);

@@ -1,7 +1,7 @@
-"""The token view's data: stored completions of some steps of each run, tamed and cut so that the page stays small."""
+"""The data of the token view: stored completions of some steps, made harmless and cut so that the page stays small."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -9,75 +9,77 @@ from opd.runs.outcome import is_detailed_step
 from opd.runs.reader import Run
 from opd.runs.text import visible
 
-MOST_BYTES = 6_000_000  # of completions in a page, over all runs
-MOST_TOKENS = 1_500  # of a completion
-MOST_LETTERS = 60  # of a token
-MOST_PROMPT = 2_000  # letters of a prompt
-CLIPPED, CUT = 1, 2
+MAX_BYTES = 6_000_000  # of completions in a page, over all runs
+MAX_TOKENS = 1_500  # per completion
+MAX_TOKEN_LETTERS = 60
+MAX_PROMPT_LETTERS = 2_000
+CLIPPED, ADVANTAGE_CLIPPED = 1, 2  # flags, as in page.js
+COLUMNS = ("tokens", "ids", "student_logp", "teacher_logp", "entropy", "clipped", "cut", "alternatives")
 
 
-def embedded(run: Run, room: int) -> tuple[dict[str, Any], list[str]]:
-    """The run's name, steps and completions as `page.js` takes them, in at most `room` bytes; and what was left out, a sentence each."""
+def token_view_data(run: Run, max_bytes: int) -> tuple[dict[str, Any], list[str]]:
+    """Return the run's stored completions as page.js reads them, and a sentence for each thing left out.
+
+    Args:
+        run: its rollouts are read from its folder.
+        max_bytes: the most that the completions may take as JSON.
+    """
     stored = run.rollout_steps()
+    planned = run.config.get("train", {}).get("max_steps")
+    total = planned if isinstance(planned, int) else max(stored, default=1)
     rollouts: list[dict[str, Any]] = []
-    for step in spread([step for step in stored if is_detailed_step(step, last_step(run, stored))]):
-        own = [rollout(step, record) for record in run.rollouts(step)]
-        room -= sum(len(json.dumps(one, ensure_ascii=False).encode()) for one in own)
-        if room < 0:
+    for step in spread([step for step in stored if is_detailed_step(step, total)]):
+        of_step = [_rollout(step, record) for record in run.rollouts(step)]
+        max_bytes -= sum(len(json.dumps(rollout, ensure_ascii=False).encode()) for rollout in of_step)
+        if max_bytes < 0:
             break
-        rollouts.extend(own)
-    rollouts.sort(key=lambda one: one["step"])
-    steps = sorted({one["step"] for one in rollouts})
+        rollouts += of_step
+    rollouts.sort(key=lambda rollout: rollout["step"])
+    steps = sorted({rollout["step"] for rollout in rollouts})
     name, notes = visible(run.name, 120), []
     if len(steps) < len(stored):
-        notes.append(f"{name}: completions of {len(steps)} of {len(stored)} stored steps are in this page; rollouts/ holds all.")
-    shorter = sum(one["more"] > 0 for one in rollouts)
-    if shorter:
-        notes.append(f"{name}: {shorter} completions are cut to their first {MOST_TOKENS:,} tokens.")
+        notes.append(f"{name}: completions of {len(steps)} of {len(stored)} stored steps are in this page; rollouts/ has all of them.")
+    shortened = sum(rollout["more"] > 0 for rollout in rollouts)
+    if shortened:
+        notes.append(f"{name}: {shortened} completions are cut to their first {MAX_TOKENS:,} tokens.")
     return {"name": name, "steps": steps, "rollouts": rollouts}, notes
 
 
-def last_step(run: Run, stored: Sequence[int]) -> int:
-    planned = run.config.get("train", {}).get("max_steps")
-    return planned if isinstance(planned, int) else max(stored, default=1)
-
-
 def spread(steps: Sequence[int]) -> list[int]:
-    """The same steps in another order: the first, the last, and then always from the middle of a gap, so that any beginning is spread."""
-    gaps, found = [(0, len(steps) - 1)], [*steps[:1], *steps[1:][-1:]]
+    """Reorder steps so that every prefix is spread over the run: the first, the last, then always the middle of a gap."""
+    gaps, order = [(0, len(steps) - 1)], [*steps[:1], *steps[1:][-1:]]
     while gaps:
         low, high = gaps.pop(0)
         middle = (low + high) // 2
         if low < middle < high:
-            found.append(steps[middle])
+            order.append(steps[middle])
             gaps += [(low, middle), (middle, high)]
-    return found
+    return order
 
 
-def rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored rollout as the page takes it. tokens: [text, id, student's log-prob, teacher's, entropy, flags, alternatives] each."""
-    kept = slice(MOST_TOKENS)
+def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored rollout as page.js reads it.
+
+    Each token is [text, id, student's log-prob, teacher's log-prob, entropy, flags, alternatives].
+    """
+    tokens = []
+    for text, token, student, teacher, entropy, clipped, advantage_clipped, alternatives in zip_longest(
+        *((record.get(name) or [])[:MAX_TOKENS] for name in COLUMNS)
+    ):
+        flags = CLIPPED * bool(clipped) + ADVANTAGE_CLIPPED * bool(advantage_clipped)
+        others = [[visible(each["text"], MAX_TOKEN_LETTERS), _rounded(each["logp"]), each["id"] == token] for each in alternatives or ()]
+        tokens.append([visible(text, MAX_TOKEN_LETTERS), token, _rounded(student), _rounded(teacher), _rounded(entropy), flags, others])
     return {
         "step": step,
         "sample": record.get("sample_id"),
         "attempt": record.get("attempt"),
-        "prompt": visible(str(record.get("prompt", "")), MOST_PROMPT),
+        "prompt": visible(str(record.get("prompt", "")), MAX_PROMPT_LETTERS),
         "truncated": record.get("finish_reason") == "length",
-        "learnt": record.get("learnt"),
-        "more": max(0, len(record["tokens"]) - MOST_TOKENS),
-        "tokens": list(tokens({name: (record.get(name) or [])[kept] for name in COLUMNS})),
+        "trained": record.get("learnt"),
+        "more": max(0, len(record["tokens"]) - MAX_TOKENS),
+        "tokens": tokens,
     }
 
 
-COLUMNS = ("tokens", "ids", "student_logp", "teacher_logp", "entropy", "clipped", "cut", "alternatives")
-
-
-def tokens(columns: Mapping[str, Sequence[Any]]) -> Iterator[list[Any]]:
-    for text, token, student, teacher, entropy, clipped, cut, best in zip_longest(*(columns[name] for name in COLUMNS)):
-        flags = CLIPPED * bool(clipped) + CUT * bool(cut)
-        others = [[visible(one["text"], MOST_LETTERS), short(one["logp"]), one["id"] == token] for one in best or ()]
-        yield [visible(text, MOST_LETTERS), token, short(student), short(teacher), short(entropy), flags, others]
-
-
-def short(value: float | None) -> float | None:
+def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 3)

@@ -1,4 +1,4 @@
-"""The run folder: what a run writes and how its state is told (see the README for its layout)."""
+"""The run folder: its layout, and how a run writes to it."""
 
 import fcntl
 import json
@@ -15,24 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import INTERNAL, OutputError
-from opd.runs.files import read_lines, write_json, write_text
 
 log = logging.getLogger(__name__)
 
+HYDRA = ".hydra"
 LOCK = ".lock"
-COMPOSED = ".hydra"
-
-RUN, METRICS, EVALUATIONS, STATUS, SUMMARY, FINAL, CHECKPOINTS, ROLLOUTS, REPORT = (
-    "run.json",
-    "metrics.jsonl",
-    "evaluations.jsonl",
-    "status.json",
-    "summary.json",
-    "final",
-    "checkpoints",
-    "rollouts",
-    "report.html",
-)
+RUN = "run.json"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+STATUS = "status.json"
+SUMMARY = "summary.json"
+FINAL = "final"
+CHECKPOINTS = "checkpoints"
+ROLLOUTS = "rollouts"
+REPORT = "report.html"
 
 
 class Status(Enum):
@@ -44,9 +40,11 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The files of one run. `writes` is true in the main process alone; elsewhere all writing is left out.
+    """The folder of one run, open for writing.
 
-    unwritten: lines that a full disk did not take, by file; they are written with the next.
+    Attributes:
+        writes: true on the main process; on all others every write is left out.
+        unwritten: text by file name that a full disk did not take; the next `append` tries again.
     """
 
     path: Path
@@ -54,11 +52,18 @@ class RunFolder:
     unwritten: dict[str, str] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        """Make the folder and prove that it can be written to, before anything costly begins. Raises `OutputError`."""
+        """Create the folder and test that it can be written to.
+
+        Raises:
+            OutputError: it cannot, or a link in it leads elsewhere.
+        """
         if not self.writes:
             return
+        root = self.path.parent.resolve()
         try:
-            self._refuse_links()
+            for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    raise OutputError(f"{path}: a link to {path.resolve()}, outside of {root}; remove it, or set hydra.run.dir=FOLDER")
             (self.path / ROLLOUTS).mkdir(parents=True, exist_ok=True)
             (self.path / CHECKPOINTS).mkdir(exist_ok=True)
             probe = self.path / ".probe"
@@ -66,129 +71,68 @@ class RunFolder:
             probe.unlink()
         except OSError as error:
             raise OutputError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with hydra.run.dir=FOLDER"
+                f"{self.path}: cannot write to the run folder ({error.strerror}); choose another with hydra.run.dir=FOLDER"
             ) from None
 
-    def _refuse_links(self) -> None:
-        """Nothing is written through a link that leads out of the folder the run folder is in."""
-        root = self.path.parent.resolve()
-        for path in (self.path, *(self.path.iterdir() if self.path.is_dir() else ())):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise OutputError(f"{path}: a link to {path.resolve()}, outside of {root}; remove it, or take hydra.run.dir=FOLDER")
-
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it no other process gets the folder. The lock goes with the process, however it ends. Raises `OutputError`."""
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the lock ends with the process, however it ends.
+
+        Raises:
+            OutputError: another process has the lock.
+        """
         with (self.path / LOCK).open("a+", encoding="utf-8") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise OutputError(
-                    f"{self.path}: another run writes here ({file.read().strip()}); wait for it or stop it, or take another name=…"
+                    f"{self.path}: another run writes here ({file.read().strip()}); wait for it or stop it, or choose another name=NAME"
                 ) from None
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
 
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / CHECKPOINTS
-
     def status(self) -> Status | None:
-        """What the last run in this folder said of itself; None where there was none."""
-        file = self.path / STATUS
-        return Status(json.loads(file.read_text())["status"]) if file.is_file() else None
+        """Return the status that the last run in this folder recorded; None for a new folder."""
+        content = read_json(self.path / STATUS)
+        return None if content is None else Status(content["status"])
 
     def set_status(self, status: Status, reason: str = "", exit_code: int | None = None) -> None:
-        """Where that cannot be written, it is in the log: what happened to the run is what has to be told."""
-        if not self.writes:
-            return
+        """Record the status. A disk that refuses it is only logged: it must not hide what happened to the run."""
         try:
-            write_json(self.path / STATUS, {"status": status.value, "reason": reason, "exit_code": exit_code})
+            self.write(STATUS, {"status": status.value, "reason": reason, "exit_code": exit_code})
         except OSError as error:
-            log.error("%s: the status %s cannot be written: %s", self.path / STATUS, status.value, error)
+            log.error("cannot write the status %s to %s: %s", status.value, self.path / STATUS, error)
 
-    def hung(self, reason: str) -> None:
-        """What a watchdog has to say."""
+    def record_hang(self, reason: str) -> None:
+        """Log and record that the watchdog is about to end the process."""
         log.error(reason)
         self.set_status(Status.failed, reason, INTERNAL)
 
-    def stacks(self, process: int) -> Path:
-        """Where a process that hangs leaves its stacks."""
+    def stacks_file(self, process: int) -> Path:
+        """Return the file for the stack traces of a process that hangs."""
         return self.path / (f"stacks_{process}.txt" if process else "stacks.txt")
 
-    def identity(self) -> dict[str, Any] | None:
-        """What the run in this folder is: its config and what else decides what it learns. None where none was begun."""
-        file = self.path / RUN
-        return json.loads(file.read_text()) if file.is_file() else None
-
-    def set_identity(self, identity: Mapping[str, Any]) -> None:
+    def write(self, name: str, content: Mapping[str, Any]) -> None:
+        """Replace a JSON file of the folder, such as `RUN` or `SUMMARY`."""
         if self.writes:
-            write_json(self.path / RUN, identity)
+            write_json(self.path / name, content)
 
-    def write_composed(self, files: Mapping[str, str]) -> None:
-        """What the run was composed from and to, as YAML by name."""
+    def write_hydra(self, files: Mapping[str, str]) -> None:
+        """Write the composed config and its parts to `.hydra/`, as YAML text by name."""
         if self.writes:
-            (self.path / COMPOSED).mkdir(exist_ok=True)
+            (self.path / HYDRA).mkdir(exist_ok=True)
             for name, text in files.items():
-                write_text(self.path / COMPOSED / f"{name}.yaml", text)
+                write_text(self.path / HYDRA / f"{name}.yaml", text)
 
-    def adopt(self, other: Path) -> None:
-        """Take over what another run logged, to go on from one of its checkpoints."""
-        for name in (METRICS, EVALUATIONS):
-            if other.resolve() != self.path.resolve() and (other / name).is_file():
-                shutil.copyfile(other / name, self.path / name)
-
-    def clear(self) -> None:
-        """Forget all that was logged."""
-        self.rewind(-1)
-
-    def rewind(self, step: int) -> None:
-        """Forget what was logged of later steps, which will be run again."""
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Append a line to a log, `METRICS` or `EVALUATIONS`; a number that is not finite becomes null, as JSON has none."""
         if not self.writes:
             return
-        for file in (METRICS, EVALUATIONS):
-            if (self.path / file).is_file():
-                lines = [line for line in read_lines(self.path / file) if line["step"] <= step]
-                (self.path / file).write_text("".join(json.dumps(line) + "\n" for line in lines))
-        for rollouts in (self.path / ROLLOUTS).glob("step_*.jsonl"):
-            if int(rollouts.stem.removeprefix("step_")) > step:
-                rollouts.unlink()
-
-    def add_metrics(self, line: Mapping[str, Any]) -> None:
-        self._append(METRICS, line)
-
-    def add_evaluation(self, line: Mapping[str, Any]) -> None:
-        self._append(EVALUATIONS, line)
-
-    def metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.path / METRICS)
-
-    def evaluations(self) -> list[dict[str, Any]]:
-        return read_lines(self.path / EVALUATIONS)
-
-    def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
-        if self.writes:
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-            try:
-                (self.path / ROLLOUTS / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
-            except OSError as error:
-                log.error("the rollouts of step %d cannot be written and are left out: %s", step, error)
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        if self.writes:
-            write_json(self.path / SUMMARY, summary)
-
-    def summary(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads((self.path / SUMMARY).read_text())
-        return found
-
-    def _append(self, name: str, line: Mapping[str, Any]) -> None:
-        if not self.writes:
-            return
-        text = self.unwritten.pop(name, "") + json.dumps({key: finite(value) for key, value in line.items()}) + "\n"
+        plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
+        text = self.unwritten.pop(name, "") + json.dumps(plain) + "\n"
         file = self.path / name
         size = file.stat().st_size if file.is_file() else 0
         try:
@@ -198,9 +142,94 @@ class RunFolder:
             self.unwritten[name] = text
             if file.is_file():
                 os.truncate(file, size)
-            log.error("%s cannot be written now (%s); the line is kept and tried again", file, error)
+            log.error("cannot write to %s now (%s); the next line tries again", file, error)
+
+    def write_rollouts(self, step: int, records: Iterable[Mapping[str, Any]]) -> None:
+        if not self.writes:
+            return
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        try:
+            (self.path / ROLLOUTS / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
+        except OSError as error:
+            log.error("cannot write the rollouts of step %d, which are left out: %s", step, error)
+
+    def copy_logs(self, other: Path) -> None:
+        """Copy another run's logs, to resume from one of its checkpoints."""
+        for name in (METRICS, EVALUATIONS):
+            if other.resolve() != self.path.resolve() and (other / name).is_file():
+                shutil.copyfile(other / name, self.path / name)
+
+    def rewind(self, step: int) -> None:
+        """Delete from the logs what came after `step`; -1 deletes everything."""
+        if not self.writes:
+            return
+        for file in (self.path / METRICS, self.path / EVALUATIONS):
+            if file.is_file():
+                lines = [line for line in read_lines(file) if line["step"] <= step]
+                write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+        for rollouts in (self.path / ROLLOUTS).glob("step_*.jsonl"):
+            if int(rollouts.stem.removeprefix("step_")) > step:
+                rollouts.unlink()
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null says that there is no number."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def write_json(file: Path, content: Any) -> None:
+    """Replace `file` atomically by `content` as JSON."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replace `file` atomically: a reader, or a crash, sees the old or the new content, never a part."""
+    work = file.with_name(f".{file.name}.tmp")
+    work.write_text(text, encoding="utf-8")
+    flush(work)
+    work.replace(file)
+
+
+def write_output(file: Path, text: str) -> None:
+    """Replace a file that the user named.
+
+    Raises:
+        OutputError: the disk refuses it.
+    """
+    check_output_path(file)
+    try:
+        write_text(file, text)
+    except OSError as error:
+        raise OutputError(f"cannot write {file}: {error.strerror}") from None
+
+
+def check_output_path(file: Path) -> None:
+    """Check that `file` can be created, before the work whose result it is for.
+
+    Raises:
+        OutputError: it is a folder, or its folder does not exist.
+    """
+    if file.is_dir():
+        raise OutputError(f"{file}: a folder; name a file")
+    if not file.parent.is_dir():
+        raise OutputError(f"{file}: there is no folder {file.parent}")
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None where there is no file. Raises `ValueError` for anything but an object."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not isinstance(content, dict | None):
+        raise ValueError(f"{file.name} holds no object")
+    return content
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON Lines file, without a last line that a crash cut short; none where there is no file."""
+    if not file.is_file():
+        return []
+    complete = file.read_text(encoding="utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in complete.split("\n") if line]

@@ -1,37 +1,58 @@
-"""What a run achieved, computed from the lines that it logged: at its end for its summary, and at any moment for those who look at it."""
+"""Summary statistics of a run, finished or not, computed from its logs."""
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from opd.config.schema import AUTO, SweepConfig
+from opd.config.schema import AUTO, METRICS, SweepConfig
+from opd.runs.reader import Run
 
 Lines = Sequence[Mapping[str, Any]]
 
+DETAILED_STEPS = 50  # per run, about
 
-def achieved(metrics: Lines, evaluations: Lines, step: int | None = None) -> dict[str, Any]:
-    """By the names of summary.json; null for what was not measured.
 
-    metrics, evaluations: the lines of the two logs, as far as they go. step: what stands behind `after` is the evaluation after this step;
-    None for the last one.
+def is_detailed_step(step: int, total: int) -> bool:
+    """Return whether to ask the teacher for its alternatives after this step (1-based): the first, the last, and some in between."""
+    return step in (1, total) or step % math.ceil(total / DETAILED_STEPS) == 0
+
+
+def compared_evaluations(evaluations: Lines, step: int | None = None) -> dict[str, Mapping[str, Any] | None]:
+    """Return the evaluations that make a run's result: the student's `before` and `after`, and the `teacher`'s.
+
+    Args:
+        evaluations: the lines of evaluations.jsonl.
+        step: take the evaluation after this step as `after`; None takes the last one.
     """
     student = [line for line in evaluations if line.get("model") == "student"]
-    told = {
+    return {
         "before": next((line for line in student if line["step"] == 0), None),
         "after": next((line for line in reversed(student) if step in (None, line["step"])), None),
         "teacher": next((line for line in evaluations if line.get("model") == "teacher"), None),
     }
-    means = {when: mean(line) for when, line in told.items()}
+
+
+def achieved(metrics: Lines, evaluations: Lines, step: int | None = None) -> dict[str, Any]:
+    """Return what a run achieved so far, by the keys of summary.json; None for what was not measured.
+
+    Args:
+        metrics: the lines of metrics.jsonl.
+        evaluations: the lines of evaluations.jsonl.
+        step: take the evaluation after this step as `after`; None takes the last one.
+    """
+    compared = compared_evaluations(evaluations, step)
+    rewards = {when: (line or {}).get("rewards") or {} for when, line in compared.items()}
+    means = {when: found.get("mean") for when, found in rewards.items()}
     kl = [line["reverse_kl"] for line in metrics if line.get("reverse_kl") is not None]
     tenth = max(1, len(metrics) // 10)
     seconds = sum(line.get("time/step") or 0.0 for line in metrics) if metrics else None
     tokens = int(sum(line.get("tokens") or 0 for line in metrics)) if metrics else None
     return {
-        **{f"reward_{when}": value for when, value in means.items()},
-        **{f"reward_{when}_interval": interval(line) for when, line in told.items()},
+        **{f"reward_{when}": mean for when, mean in means.items()},
+        **{f"reward_{when}_interval": [found["low"], found["high"]] if found else None for when, found in rewards.items()},
         "gap_closed": gap_closed(**means),
-        **{f"eval_kl_{when}": (told[when] or {}).get("kl") for when in ("before", "after")},
+        **{f"eval_kl_{when}": (compared[when] or {}).get("kl") for when in ("before", "after")},
         "reverse_kl_first": fmean(kl[:tenth]) if kl else None,
         "reverse_kl_last": fmean(kl[-tenth:]) if kl else None,
         "steps": metrics[-1]["step"] if metrics else None,
@@ -41,27 +62,35 @@ def achieved(metrics: Lines, evaluations: Lines, step: int | None = None) -> dic
     }
 
 
-def mean(line: Mapping[str, Any] | None) -> float | None:
-    """The mean reward of an evaluation; None where nothing was judged."""
-    found = (line or {}).get("rewards")
-    return None if found is None else found["mean"]
+def run_outcome(run: Run) -> dict[str, Any]:
+    """Return what a run achieved so far, from its logs and, once it is done, from its summary; None for what is unknown.
 
-
-def interval(line: Mapping[str, Any] | None) -> list[float] | None:
-    """Its 95 % interval."""
-    found = (line or {}).get("rewards")
-    return None if found is None else [found["low"], found["high"]]
+    Returns:
+        The numbers of summary.json (`METRICS`), the intervals of its rewards, and `reward_best` with its interval and step.
+    """
+    intervals = [f"reward_{when}_interval" for when in ("before", "after", "teacher", "best")]
+    values: dict[str, Any] = dict.fromkeys((*METRICS, "reward_best", *intervals, "reward_best_step"))
+    values |= achieved(run.metrics, run.evaluations) | {"seed": run.config.get("seed")}
+    rewarded = [line for line in run.evaluations if line.get("model") == "student" and line.get("rewards")]
+    if rewarded:
+        best = max(rewarded, key=lambda line: float(line["rewards"]["mean"]))
+        mean, low, high = (best["rewards"][name] for name in ("mean", "low", "high"))
+        values |= {"reward_best": mean, "reward_best_interval": [low, high], "reward_best_step": best["step"]}
+    return values | {name: value for name, value in (run.summary or {}).items() if name in values and value is not None}
 
 
 def gap_closed(before: float | None, after: float | None, teacher: float | None) -> float | None:
-    """The share of the student's distance to the teacher that is gone; None when the teacher was not better."""
+    """Return the share of the student's distance to the teacher that is gone; None where the teacher was not better."""
     if before is None or after is None or teacher is None or teacher <= before:
         return None
     return (after - before) / (teacher - before)
 
 
 def objective(config: SweepConfig, summary: Mapping[str, Any]) -> float | None:
-    """What a sweep makes large or small; None where it was not measured. auto: the last reward, or −KL where nothing is judged."""
+    """Return the number that a sweep optimizes; None where it was not measured.
+
+    `sweep.metric=auto` is the last reward, or the negative KL where there are no rewards.
+    """
     if config.metric != AUTO:
         value = summary[config.metric]
     elif summary["reward_after"] is not None:
@@ -69,11 +98,3 @@ def objective(config: SweepConfig, summary: Mapping[str, Any]) -> float | None:
     else:
         value = None if summary["eval_kl_after"] is None else -summary["eval_kl_after"]
     return None if value is None else float(value)
-
-
-DETAILED_STEPS = 50  # steps of a run, about
-
-
-def is_detailed_step(step: int, total: int) -> bool:
-    """Whether the teacher is asked, after this step (1-based), what else it would have written: the first, the last, and some between."""
-    return step in (1, total) or step % math.ceil(total / DETAILED_STEPS) == 0

@@ -1,27 +1,30 @@
-"""Run folders as they are read: by `opd ls`, `compare`, `report` and `eval`. Nothing is written, and torch is not needed."""
+"""Read run folders, at any moment of a run's life, without torch and without changing anything."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from opd.errors import DataError
-from opd.runs.files import read_lines
-from opd.runs.folder import COMPOSED, EVALUATIONS, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY
+from opd.runs.folder import EVALUATIONS, HYDRA, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY, read_json, read_lines
 
-OVERRIDES = f"{COMPOSED}/overrides.yaml"
+OVERRIDES = f"{HYDRA}/overrides.yaml"
 MEMBER = "member.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it, at whatever moment.
+    """A run as its folder describes it. Its logs are read once, when they are first asked for.
 
-    status: one of `run_folder.Status`, or `new` where it did not come to say so. config: the composed options, nested, as JSON types;
-    empty before the run began. overrides: as they were typed. summary: None unless the run is done.
+    Attributes:
+        status: one of `folder.Status`, or `new` where the run recorded none.
+        config: the composed options, nested, as JSON types; empty before the run began.
+        overrides: as typed on the command line.
+        summary: None unless the run is done.
     """
 
     path: Path
@@ -36,15 +39,17 @@ class Run:
     def name(self) -> str:
         return self.path.resolve().name
 
+    @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """A line a step, see the README's table."""
+        """One entry per step."""
         return read_lines(self.path / METRICS)
 
+    @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         return read_lines(self.path / EVALUATIONS)
 
     def rollout_steps(self) -> list[int]:
-        """The steps whose rollouts are kept, in order."""
+        """Return the steps whose rollouts are stored, in order."""
         return sorted(int(file.stem.removeprefix("step_")) for file in (self.path / ROLLOUTS).glob("step_*.jsonl"))
 
     def rollouts(self, step: int) -> list[dict[str, Any]]:
@@ -52,15 +57,15 @@ class Run:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names; an empty mapping is a value."""
-    found: dict[str, Any] = {}
+    """Return nested options under dotted names; an empty mapping is a value."""
+    options: dict[str, Any] = {}
     for key, value in config.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return found
+        options |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return options
 
 
 def format_value(value: Any) -> str:
-    """An option's value as it would be typed."""
+    """Return an option's value as it would be typed."""
     if isinstance(value, bool) or value is None:
         return json.dumps(value)
     if isinstance(value, float):
@@ -73,53 +78,51 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path) -> Run:
-    """The run in a folder. Raises `DataError` where there is none, or its files cannot be read."""
+    """Read the run in a folder.
+
+    Raises:
+        DataError: the folder is not a run's, or its files are damaged.
+    """
     if not is_run(path):
-        raise DataError(f"{path}: not a run folder (it has neither {STATUS} nor {RUN}); give one that `opd train` made, such as runs/NAME")
+        raise DataError(f"{path}: not a run folder (it has neither {STATUS} nor {RUN}); name one made by `opd train`, such as runs/NAME")
     try:
-        said = read_json(path / STATUS) or {}
-        typed = path / OVERRIDES
-        # A member of a sweep that failed before it was a run left them elsewhere.
-        overrides = yaml.safe_load(typed.read_text()) if typed.is_file() else (read_json(path / MEMBER) or {}).get("overrides", [])
+        status = read_json(path / STATUS) or {}
+        if (path / OVERRIDES).is_file():
+            overrides = yaml.safe_load((path / OVERRIDES).read_text())
+        else:  # a sweep member that failed before its run began
+            overrides = (read_json(path / MEMBER) or {}).get("overrides", [])
         return Run(
             path,
-            said.get("status", "new"),
-            said.get("reason", ""),
-            said.get("exit_code"),
+            status.get("status", "new"),
+            status.get("reason", ""),
+            status.get("exit_code"),
             (read_json(path / RUN) or {}).get("config", {}),
             [str(word) for word in overrides],
-            read_json(path / SUMMARY) if said.get("status") == "done" else None,
+            read_json(path / SUMMARY) if status.get("status") == "done" else None,
         )
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: its files cannot be read: {' '.join(str(error).split())}") from None
 
 
-def read_json(file: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file. Raises `ValueError` for anything else."""
-    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-    if not isinstance(found, dict | None):
-        raise ValueError(f"{file.name} holds no object")
-    return found
-
-
 def find_runs(paths: Sequence[Path]) -> list[Run]:
-    """The runs in the given folders, each a run folder or a folder of them (runs/, a sweep), in order of their paths, each once.
+    """Return the runs in folders, each of which is a run's or holds runs at any depth (runs/, a sweep), each run once.
 
-    Raises `DataError` for a folder that is not there or holds none.
+    Raises:
+        DataError: a folder does not exist or holds no run.
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        inside = list(run_paths(path))
-        if not inside:
+        runs = list(_run_paths(path))
+        if not runs:
             raise DataError(f"{path}: " + ("no run in it" if path.is_dir() else "there is no such folder"))
-        found |= {run.resolve(): run for run in inside if run.resolve() not in found}
+        for run in runs:
+            found.setdefault(run.resolve(), run)
     return [open_run(path) for path in found.values()]
 
 
-def run_paths(path: Path) -> Iterator[Path]:
-    """`path` itself if it is a run's folder, else those of runs below it, as deep as folders go without being one."""
+def _run_paths(path: Path) -> Iterator[Path]:
     if is_run(path):
         yield path
     elif path.is_dir():
         for inner in sorted(inner for inner in path.iterdir() if inner.is_dir() and not inner.name.startswith(".")):
-            yield from run_paths(inner)
+            yield from _run_paths(inner)

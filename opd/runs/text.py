@@ -1,30 +1,84 @@
-"""Text of models and data made harmless to look at: what would hide, reorder or break a page becomes a visible mark."""
+"""How text and numbers are shown to people, on terminals, in reports and in model cards."""
 
 import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # controls, formats (direction marks among them), halves of pairs, no characters
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MISSING = "–"
+# Controls, formats (among them direction marks), surrogates, private and unassigned characters, line and paragraph separators.
+HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def harmless(text: str) -> str:
-    """`text` as it is, but for characters that do something to what stands around them."""
-    return "".join(letter if letter in "\n\t" else mark(letter) for letter in text)
+    """Replace characters that are invisible or affect the text around them by visible marks; keep line feeds and tabs."""
+    return "".join(letter if letter in "\n\t" else _mark(letter) for letter in text)
 
 
 def one_line(text: str) -> str:
+    """Return `harmless(text)` on one line."""
     return harmless(" ".join(text.split()))
 
 
-def visible(text: str, most: int) -> str:
-    """At most about `most` characters of `text`, with marks in the place of all that cannot be seen. Line feeds stay, behind a mark."""
-    shown = "".join(mark(letter) for letter in text[:most])
-    return shown if len(text) <= most else f"{shown} … (+{len(text) - most:,} characters)"
+def visible(text: str, limit: int) -> str:
+    """Return the first `limit` characters with a mark for each invisible one; line feeds get a mark and stay."""
+    shown = "".join(_mark(letter) for letter in text[:limit])
+    return shown if len(text) <= limit else f"{shown} … (+{len(text) - limit:,} characters)"
 
 
-def mark(letter: str) -> str:
-    if letter == "\n":
-        return "↵\n"
-    if letter == "\t":
-        return "⇥"
+def _mark(letter: str) -> str:
+    if letter in "\n\t":
+        return "↵\n" if letter == "\n" else "⇥"
     if ord(letter) < 0x20:
-        return chr(0x2400 + ord(letter))  # the control pictures
-    return f"⟨U+{ord(letter):04X}⟩" if unicodedata.category(letter) in HIDDEN else letter
+        return chr(0x2400 + ord(letter))  # Unicode's control pictures
+    return f"⟨U+{ord(letter):04X}⟩" if unicodedata.category(letter) in HIDDEN_CATEGORIES else letter
+
+
+def format_number(value: float | None, spec: str = ".4f") -> str:
+    return MISSING if value is None else format(value, spec)
+
+
+def format_percent(value: float | None, spec: str = ".1f") -> str:
+    return MISSING if value is None else f"{100 * value:{spec}}%"
+
+
+def format_reward(mean: float | None, interval: Sequence[float] | None, *, digits: int = 1, sign: str = "") -> str:
+    """Return `mean [low, high]` in percent.
+
+    Args:
+        mean: a share, or a difference of shares.
+        interval: its bounds.
+        digits: of the bounds; 0 fits into tables of 80 columns.
+        sign: "+" shows the sign of positive numbers too.
+    """
+    if mean is None or interval is None:
+        return format_percent(mean, f"{sign}.1f")
+    low, high = (format(100 * bound, f"{sign}.{digits}f") for bound in interval)
+    return f"{format_percent(mean, f'{sign}.1f')} [{low}, {high}]"
+
+
+def format_duration(seconds: float | None) -> str:
+    if seconds is None:
+        return MISSING
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def format_bytes(count: float | None) -> str:
+    if count is None:
+        return MISSING
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def make_console(width: int = 160, soft_wrap: bool = False) -> "Console":
+    """Return a console on standard output, at least `width` columns wide where there is no terminal to fit into."""
+    from rich.console import Console  # takes 50 ms to import, which `opd --help` does without
+
+    console = Console(highlight=False, soft_wrap=soft_wrap)
+    if not console.is_terminal:
+        console.width = max(console.width, width)
+    return console

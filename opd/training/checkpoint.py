@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from opd.errors import ConfigError, OutputError
 from opd.models.distributed import gather_tensors, shard_like
-from opd.runs import files
+from opd.runs import folder as files
 
 log = logging.getLogger(__name__)
 

@@ -23,20 +23,33 @@ from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
-from opd.report import page
-from opd.runs.files import write_text
-from opd.runs.folder import FINAL, METRICS, REPORT, ROLLOUTS, RunFolder, Status
-from opd.runs.outcome import objective
+from opd.report import render_report
+from opd.runs.folder import (
+    CHECKPOINTS,
+    EVALUATIONS,
+    FINAL,
+    METRICS,
+    REPORT,
+    ROLLOUTS,
+    RUN,
+    SUMMARY,
+    RunFolder,
+    Status,
+    read_json,
+    read_lines,
+    write_text,
+)
+from opd.runs.outcome import achieved, objective
 from opd.runs.reader import open_run
 from opd.training.build import Built, Given, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.training.display import Display, NoteHandler, describe_rewards
 from opd.training.evaluate import Evaluation
-from opd.training.final import export
+from opd.training.export import save_model
 from opd.training.identity import check_content, check_same, identity
 from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
 from opd.training.metrics import rollout_records, sample_text
-from opd.training.summary import device_name, peak_memory, summarise
+from opd.training.summary import run_costs
 from opd.training.tracking import check_tracker, start_tracking, tracked
 from opd.training.watchdog import watched
 
@@ -69,7 +82,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         stack.enter_context(signals.noted())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
         background = config.checkpoint.background
-        checkpoints = Checkpoints(run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best, background)
+        checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, background)
         wanted = identity(config, accelerator)
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
@@ -106,7 +119,7 @@ def quiet_libraries() -> None:
 def claim(run_folder: RunFolder, stack: ExitStack) -> None:
     """Make the run folder and lock it against other processes."""
     run_folder.prepare()
-    stack.enter_context(run_folder.held())
+    stack.enter_context(run_folder.lock())
 
 
 def write_composed_config(config: Config, run_folder: RunFolder) -> None:
@@ -116,7 +129,7 @@ def write_composed_config(config: Config, run_folder: RunFolder) -> None:
     hydra = HydraConfig.get()
     if Path(hydra.runtime.output_dir).resolve() == run_folder.path.resolve():
         parts = {"config": to_dict(config), "hydra": {"hydra": hydra}, "overrides": hydra.overrides.task}
-        run_folder.write_composed({name: OmegaConf.to_yaml(part) for name, part in parts.items()})
+        run_folder.write_hydra({name: OmegaConf.to_yaml(part) for name, part in parts.items()})
 
 
 @contextmanager
@@ -155,17 +168,17 @@ def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints:
 
 def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the summary of this very run, if it is finished. Raises `ConfigError` when the folder holds another run."""
-    stored = run_folder.identity()
+    stored = read_json(run_folder.path / RUN)
     if stored is None:
         return None
     is_done = run_folder.status() is Status.done
-    has_results = is_done or any(run_folder.checkpoints.glob("*step_*"))
+    has_results = is_done or any((run_folder.path / CHECKPOINTS).glob("*step_*"))
     if config.resume == "never" and has_results:
         raise ConfigError(f"resume=never: {run_folder.path} holds a run already; set another name=…, or resume=auto to resume it")
     if not has_results or config.resume != "auto":
         return None
     changed = check_same(stored, wanted, run_folder.path, config.resume_force)
-    return run_folder.summary() if is_done and not changed else None
+    return read_json(run_folder.path / SUMMARY) if is_done and not changed else None
 
 
 def find_start(
@@ -202,17 +215,18 @@ class History:
 def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
     """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from."""
     if start is None:
-        run_folder.clear()
+        run_folder.rewind(-1)
     else:
-        run_folder.adopt(start.path.parent.parent)
+        run_folder.copy_logs(start.path.parent.parent)
         run_folder.rewind(start.step)
         checkpoints.set_aside(start.moment)
-    run_folder.set_identity(trainer.saved_state)
+    run_folder.write(RUN, trainer.saved_state)
 
 
 def restore_history(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> History:
     """Set the trainer's counters from the logs, and return the logs."""
-    history = on_main_process(accelerator, lambda: History(run_folder.metrics(), run_folder.evaluations(), checkpoints.best()))
+    metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
+    history = on_main_process(accelerator, lambda: History(read_lines(metrics), read_lines(evaluations), checkpoints.best()))
     trainer.trained_tokens = int(sum(line["tokens"] for line in history.metrics))
     if any(line["model"] == "student" and line["step"] == trainer.step for line in history.evaluations):
         trainer.evaluated = trainer.step
@@ -258,7 +272,8 @@ def distil(
             log.warning("resume_force=true: %s", difference)
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
-        beat = stack.enter_context(watched(config.train.watchdog_minutes, run_folder.stacks(accelerator.process_index), run_folder.hung))
+        stacks = run_folder.stacks_file(accelerator.process_index)
+        beat = stack.enter_context(watched(config.train.watchdog_minutes, stacks, run_folder.record_hang))
         evaluate_teacher(built, run_folder, history, display)
         stack.callback(display.end)
         display.begin(trainer.step)
@@ -309,7 +324,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History, disp
         return
     with built.teacher.ready(), built.teacher.active():
         rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
-    run_folder.add_evaluation({"model": "teacher", **Evaluation(0, rewards, None, example).to_dict()})
+    run_folder.append(EVALUATIONS, {"model": "teacher", **Evaluation(0, rewards, None, example).to_dict()})
     if rewards is not None:
         display.note(f"teacher: reward {describe_rewards(rewards)}")
 
@@ -319,7 +334,7 @@ def write_event(event: Event, config: Config, built: Built, run_folder: RunFolde
     accelerator = built.trainer.accelerator
     match event:
         case StepDone():
-            run_folder.add_metrics({"step": event.step, **event.metrics, "by_position": event.by_position})
+            run_folder.append(METRICS, {"step": event.step, **event.metrics, "by_position": event.by_position})
             if accelerator.is_main_process:
                 stored = config.track.rollouts_per_step
                 records = rollout_records(built.tokenizer, event.tokens, stored, event.weights, event.alternatives)
@@ -327,7 +342,7 @@ def write_event(event: Event, config: Config, built: Built, run_folder: RunFolde
             accelerator.log(event.metrics, step=event.step)
             display.show(event, sample_text(built.tokenizer, event.tokens.rollouts[0]) if config.track.rollouts_per_step else "")
         case Evaluated():
-            run_folder.add_evaluation({"model": "student", **event.evaluation.to_dict()})
+            run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
             accelerator.log(tracked(event.evaluation), step=event.evaluation.step)
             display.show(event)
         case Rewound():
@@ -344,12 +359,13 @@ def cut_logs(step: int, run_folder: RunFolder, checkpoints: Checkpoints) -> None
 def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, built: Built, display: Display) -> dict[str, Any]:
     """Export the model, write summary and report, and return the summary."""
     trainer = built.trainer
-    peak, device = peak_memory(accelerator), device_name(accelerator.device)
-    summary = on_main_process(accelerator, lambda: summarise(config, run_folder, trainer.step, peak, trainer.grown, device))
+    costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
+    metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
+    summary = on_main_process(accelerator, lambda: achieved(read_lines(metrics), read_lines(evaluations))) | costs
     student, weights = final_weights(built)
     if accelerator.is_main_process:
-        export(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
-    run_folder.write_summary(summary)
+        save_model(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
+    run_folder.write(SUMMARY, summary)
     if accelerator.is_main_process:
         write_report(run_folder.path, summary)
     accelerator.wait_for_everyone()
@@ -375,7 +391,7 @@ def final_weights(built: Built) -> tuple[PreTrainedModel, dict[str, Tensor] | No
 def write_report(folder: Path, summary: dict[str, Any]) -> None:
     """Write the run's page. The model is safe by now, so a failure is logged and ends nothing."""
     try:
-        write_text(folder / REPORT, page([replace(open_run(folder), status=Status.done.value, summary=summary)]))
+        write_text(folder / REPORT, render_report([replace(open_run(folder), status=Status.done.value, summary=summary)]))
     except Exception:
         log.exception("%s could not be saved; opd report %s tries again", folder / REPORT, folder)
 

@@ -1,7 +1,7 @@
-"""`summary.json`: what a run achieved, computed from what it logged, so that an interrupted run ends with the same, and what it took."""
+"""What a run took, for summary.json. What it achieved is computed in `opd.runs.outcome`."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -9,40 +9,19 @@ import torch
 from accelerate import Accelerator
 
 from opd import __version__
-from opd.config.schema import Config
-from opd.models import device as memory
-from opd.runs.folder import RunFolder
-from opd.runs.outcome import achieved
+from opd.models.device import peak_memory
 
 
-def summarise(config: Config, run_folder: RunFolder, steps: int, peak: int, grown: Mapping[str, int], device: str) -> dict[str, Any]:
-    """Rewards (with 95 % intervals), exact KL and training KL before and after, and what it cost; null for what was not measured.
-
-    steps: how many were done. peak: bytes of memory at the most. grown: as `Trainer.grown`. device: what it ran on, in words.
-    """
+def run_costs(accelerator: Accelerator, steps: int, grown: Mapping[str, int], seed: int) -> dict[str, Any]:
+    """Return the part of summary.json that is not in the logs. All ranks must call it: it gathers their peaks of memory."""
+    device = accelerator.device
+    peaks = accelerator.gather(torch.tensor([peak_memory(device)], device=device)).tolist()
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return {
-        **achieved(run_folder.metrics(), run_folder.evaluations()),
         "steps": steps,
-        "peak_memory_bytes": peak,
+        "peak_memory_bytes": max(peaks),
         "peak_memory_grown_bytes": dict(grown),
-        "seed": config.seed,
-        "device": device,
-        "versions": versions(),
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "versions": {"opd": __version__, **packages, "python": platform.python_version()},
     }
-
-
-def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    named = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-    return {"opd": __version__, **named, "python": platform.python_version()}
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads"
-
-
-def peak_memory(accelerator: Accelerator) -> int:
-    """Bytes: the most that any process held on its GPU, or of main memory on a CPU."""
-    own = memory.peak_memory(accelerator.device)
-    found: Sequence[int] = accelerator.gather(torch.tensor([own], device=accelerator.device)).tolist()
-    return max(found)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from opd.runs import files
+from opd.runs import folder
 from opd.training import checkpoint
 from opd.training.checkpoint import Checkpoint
 
@@ -22,7 +22,7 @@ def no_buffer() -> None:
 
 def no_flush() -> None:
     """Nothing waits for the disk."""
-    files.flush = lambda path: None
+    folder.flush = lambda path: None
 
 
 def no_lock() -> None:

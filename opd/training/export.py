@@ -1,0 +1,258 @@
+"""Models as plain Hugging Face folders: `final/` of a run, and `opd export` of a run or checkpoint. Each has a model card."""
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from opd.config.compose import restore_config, to_config, to_dict
+from opd.config.schema import Config, ModelConfig, Source
+from opd.data import hub
+from opd.errors import ConfigError, DataError, OutputError
+from opd.models import load as models
+from opd.models.policy import add_adapters
+from opd.runs.folder import FINAL
+from opd.runs.outcome import achieved
+from opd.runs.reader import Run, is_run, open_run
+from opd.runs.text import format_number, format_percent, format_reward, one_line
+from opd.training.checkpoint import read, restore_weights, verify
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+NEW_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+METHOD = (
+    ("estimator, divergence", "{ppo[estimator]}, {ppo[divergence]}"),
+    ("inner steps, clip", "{ppo[steps]}, {ppo[clip_eps]:g}"),
+    ("advantage clip", "{ppo[advantage_clip]}"),
+    ("learning rate, schedule, warm-up", "{optim[lr]:g}, {optim[schedule]}, {optim[warmup_steps]} steps"),
+    ("weight decay, maximum gradient norm", "{optim[weight_decay]:g}, {optim[max_grad_norm]:g}"),
+    ("prompts per process and step × completions", "{train[batch_size]} × {sampling[n]}"),
+    ("sampling temperature, top-p, top-k", "{sampling[temperature]:g}, {sampling[top_p]:g}, {sampling[top_k]}"),
+    ("maximum new tokens", "{sampling[max_new_tokens]}"),
+    ("low-rank adapters", "{lora[rank]}"),
+    ("seed", "{seed}"),
+)
+
+
+def save_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    eos: tuple[int, ...],
+    config: Config,
+    summary: Mapping[str, Any],
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write weights, tokenizer with chat template, generation config and model card; replaces `folder`.
+
+    Args:
+        folder: the new model folder.
+        model: without adapters.
+        tokenizer: the student's.
+        eos: the ids that end a completion.
+        config: of the run.
+        summary: as in summary.json, as far as known.
+        weights: the model's by name, where it is sharded.
+
+    Raises:
+        OutputError: the disk refuses it.
+    """
+    work = folder.with_name(f"tmp_{folder.name}")
+    if model.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # saving imports DeepSpeed where installed, which warns without a GPU
+    try:
+        shutil.rmtree(work, ignore_errors=True)
+        model.generation_config = generation_config(config, eos, tokenizer)
+        model.save_pretrained(work, state_dict=weights)
+        for file in work.glob("*.safetensors"):
+            file.chmod((work / "config.json").stat().st_mode)  # safetensors creates files that only their owner may read
+        tokenizer.save_pretrained(work)
+        (work / "README.md").write_text(model_card(config, summary, str(model.dtype).removeprefix("torch.")), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        work.rename(folder)
+    except OSError as error:
+        raise OutputError(
+            f"{folder}: the model could not be written to disk ({error}); free space and run the same command again"
+        ) from error
+
+
+def generation_config(config: Config, eos: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the decoding of the evaluation, without its limit of new tokens: a deployed model should not be cut off there."""
+    greedy = config.eval.temperature == 0
+    return GenerationConfig(
+        do_sample=not greedy,
+        temperature=None if greedy else config.eval.temperature,
+        top_k=None if greedy else 0,  # the default is 50
+        top_p=None if greedy else 1.0,
+        eos_token_id=list(eos),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def export_model(source: Path, out: Path, dtype: str = "float32", repository: str | None = None) -> str | None:
+    """Write the model of a run or checkpoint to a folder, and upload it where a repository is named.
+
+    Args:
+        source: a run folder or a checkpoint.
+        out: a new or empty folder.
+        dtype: of the weights, one of `DTYPES`.
+        repository: OWNER/NAME on the hub.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        ConfigError: the repository's name is not one.
+        OutputError: `out` is not empty, or the upload failed.
+        DataError: `source` is neither a finished run nor an intact checkpoint.
+    """
+    if repository is not None and NEW_REPOSITORY.fullmatch(repository) is None:
+        raise ConfigError(f"--push {repository}: must be OWNER/NAME")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"--out {out}: exists and is not empty; name a new folder")
+    config, model, tokenizer, summary = _load_run(source) if is_run(source) else _load_checkpoint(source)
+    save_model(out, model.to(DTYPES[dtype]), tokenizer, models.eos_ids(model, tokenizer), config, summary)
+    return None if repository is None else hub.push(out, repository)
+
+
+def _load_run(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
+    run, final = open_run(folder), folder / FINAL
+    if run.summary is None or not (final / "config.json").is_file():
+        raise DataError(f"{folder}: the run is {run.status}, not done, or {FINAL}/ is missing; name one of its checkpoints instead")
+    model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    return to_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
+
+
+def _load_checkpoint(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
+    if not folder.is_dir():
+        others = ", ".join(sorted(path.name for path in folder.parent.glob("step_*")))
+        raise DataError(f"{folder}: there is no such folder" + (f"; there are {others}" if others else ""))
+    problem = verify(folder)
+    if problem is not None:
+        raise DataError(
+            f"{folder}: not a run folder, nor an intact checkpoint ({problem}); name runs/NAME or runs/NAME/checkpoints/step_NUMBER"
+        )
+    checkpoint = read(folder)
+    config = to_config(restore_config(checkpoint.state["config"]))
+    model = models.load_model(config.model, "model", torch.device("cpu"))
+    adapters = add_adapters(model, config.lora) if config.lora.rank else None
+    restore_weights(checkpoint, model)
+    run = Run(checkpoint.path.parent.parent)
+    metrics = [line for line in run.metrics if line["step"] <= checkpoint.step]
+    summary = achieved(metrics, run.evaluations, checkpoint.step) | {"steps": checkpoint.step, "checkpoint": checkpoint.path.name}
+    return config, model if adapters is None else adapters.merge_and_unload(), models.load_tokenizer(config.model, "model"), summary
+
+
+def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32") -> str:
+    """Return the model card: Markdown after the YAML that the hub reads.
+
+    Args:
+        config: of the run.
+        summary: as in summary.json, as far as known; `checkpoint` names the one that the weights are from, if any.
+        dtype: of the weights.
+    """
+    licence = base_licence(config.model)
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **licence}
+    if _on_hub(config.model.path):
+        front |= {"base_model": config.model.path, "base_model_relation": "finetune"}
+    if config.data.source is Source.hub and _on_hub(config.data.path or ""):
+        front["datasets"] = [config.data.path]
+    front["tags"] = ["on-policy-distillation", "opd"]
+
+    facts = {
+        "student": _model_name(config.model),
+        "teacher": _model_name(config.teacher),
+        "data": f"`{config.data.path or config.data.train_path or config.data.source.value}`",
+    }
+    if config.teacher.system is not None:
+        facts["system prompt of the teacher"] = "`" + one_line(config.teacher.system.replace("`", "'")) + "`"
+    student_and_data = "\n".join(f"- {label}: {value}" for label, value in facts.items())
+    whens = ("before", "after", "teacher")
+    rewards = [format_reward(summary.get(f"reward_{when}"), summary.get(f"reward_{when}_interval")) for when in whens]
+    kl = [format_number(summary.get(f"eval_kl_{when}"), ".3f") for when in ("before", "after")]
+    gap = "" if summary.get("gap_closed") is None else f"{format_percent(summary['gap_closed'])} of the gap to the teacher closed. "
+    judged = "Evaluated" if config.eval.reward is None else f"Reward `{config.eval.reward}` with 95% intervals, evaluated"
+    decoding = "greedy decoding" if config.eval.temperature == 0 else f"sampling at temperature {config.eval.temperature:g}"
+    steps, tokens = (format_number(summary.get(name), ",") for name in ("steps", "graded_tokens"))
+    checkpoint = f" The weights are those of the checkpoint `{summary['checkpoint']}`." if "checkpoint" in summary else ""
+    options = to_dict(config)
+    method = "\n".join(f"| {label} | {template.format(**options)} |" for label, template in METHOD)
+    versions = summary.get("versions") or {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
+    licence_of = f"That of the base model: {licence['license']}." if licence else "Unknown here: look it up at the base model."
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True).rstrip()}
+---
+
+# {config.name}
+
+Trained by on-policy distillation: the student generates, the teacher scores every token, the student is trained towards the teacher.
+
+{student_and_data}
+
+## Result
+
+| | before | after | teacher |
+|---|---|---|---|
+| reward | {" | ".join(rewards)} |
+| KL(student‖teacher), nats/token | {" | ".join(kl)} | 0 |
+
+{gap}{judged} with {decoding}, at most {config.eval.max_new_tokens} new tokens.
+generation_config.json sets this decoding, but not the limit: choose `max_new_tokens` for your use.
+
+## Method
+
+{steps} steps, {tokens} trained tokens.{checkpoint}
+
+| | |
+|---|---|
+{method}
+
+Made with {made_with}; weights in {dtype}.
+
+## Licence
+
+{licence_of}
+"""
+
+
+def _model_name(model: ModelConfig) -> str:
+    revision = f" at revision `{model.revision or 'main'}`" if _on_hub(model.path) else ""
+    file = f", file `{model.gguf_file}`" if model.gguf_file is not None else ""
+    return f"`{model.path}`{revision}{file}"
+
+
+def _on_hub(path: str) -> bool:
+    return HUB_ID.fullmatch(path) is not None and not path.startswith(".") and not Path(path).is_dir()
+
+
+def base_licence(model: ModelConfig) -> dict[str, str]:
+    """Return the licence fields of a model's own card; none where it has none, or cannot be reached."""
+    if model.path.startswith(models.BUNDLED):
+        return {"license": "apache-2.0"}
+    file = Path(model.path).expanduser() / "README.md"
+    if file.is_file():
+        card = file.read_text(encoding="utf-8", errors="replace")
+    else:
+        card = hub.model_card(model.path, model.revision) if _on_hub(model.path) else ""
+    front = front_matter(card)
+    fields = {name: front[name] for name in ("license", "license_name", "license_link") if isinstance(front.get(name), str)}
+    return fields if "license" in fields else {}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """Return the YAML at the head of a model card; empty where there is none, or it is damaged."""
+    head = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", card, re.DOTALL)
+    try:
+        front = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        return {}
+    return front if isinstance(front, dict) else {}
