@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import to_config
-from opd.config.schema import Config
+from opd.config.schema import Config, removed
 from opd.errors import ConfigError
 from opd.training import runner
 from opd.training.build import Given
@@ -113,5 +113,5 @@ def from_options(options: Mapping[str, Any]) -> Config:
         try:
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}={value!r}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(removed(key, value) or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
     return to_config(config)

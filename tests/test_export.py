@@ -130,7 +130,7 @@ def test_the_last_checkpoint_is_the_final_model_and_the_one_before_is_not(debug_
 def test_adapters_of_a_checkpoint_are_merged(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    options = ["lora=default", "lora.rank=4", "optim.lr=1e-2", "train.max_steps=2", "sampling.max_new_tokens_schedule={0:4,1:8}"]
+    options = ["lora=default", "lora.rank=4", "optim.lr=1e-2", "train.max_steps=2"]
     assert main([*DEBUG, "name=run", *options]) == 0
     folder = tmp_path / "runs" / "run"
     assert opd(["export", str(folder / "checkpoints/step_000002"), "--out", "out"]) == 0

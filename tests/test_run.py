@@ -229,7 +229,7 @@ def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished,
 def test_a_mistake_ends_in_one_line_and_its_exit_code(tmp_path, monkeypatch, capfd, overrides, code, part):
     monkeypatch.chdir(tmp_path)
     if overrides == ["track=wandb"]:
-        monkeypatch.setattr("opd.training.tracking.find_spec", lambda name: None)
+        monkeypatch.setattr("opd.training.logs.find_spec", lambda name: None)
     assert main(["experiment=debug", "name=run", *overrides]) == code
     error = capfd.readouterr().err
     assert part in error and "Traceback" not in error

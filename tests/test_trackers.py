@@ -12,7 +12,7 @@ import pytest
 
 from opd.config.schema import Tracker
 from opd.errors import ConfigError
-from opd.training.tracking import check_tracker
+from opd.training.logs import check_tracker
 
 OFFLINE = {
     "WANDB_MODE": "offline",
@@ -42,7 +42,7 @@ def tracked_run(folder: Path, tool: str) -> set[str]:
 
 @pytest.mark.parametrize("tool", [tool for tool in Tracker if tool is not Tracker.none])
 def test_a_missing_package_is_told_before_the_run(tool: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opd.training.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("opd.training.logs.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"track\.tool={tool.value}: the package is not installed: pip install 'opd\[\w+\]'"):
         check_tracker(tool)
     check_tracker(Tracker.none)

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from opd.config.schema import Config, Engine
 from opd.data.prompts import Prompt
 from opd.samplers.base import Sampler
-from opd.samplers.continuous import ContinuousSampler
 from opd.samplers.generate import GenerateSampler
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
@@ -75,19 +74,6 @@ def generate(material: Material, choice: Choice) -> Sampler:
     )
 
 
-def continuous(material: Material, choice: Choice) -> Sampler:
-    return ContinuousSampler(
-        material.model,
-        material.eos,
-        material.pad_id,
-        material.vocabulary,
-        material.config.seed,
-        twin=choice.twin,
-        memory_share=material.config.sampling.memory_share,
-        graphs=choice.twin or not material.sharded,
-    )
-
-
 def vllm(material: Material, choice: Choice) -> Sampler:
     """vLLM in this process or, with `sampling.vllm.url`, the server there. bf16 like the trainer, or where a bf16 copy is asked for."""
     config, options = material.config, material.config.sampling.vllm
@@ -109,7 +95,6 @@ def vllm(material: Material, choice: Choice) -> Sampler:
 
 SAMPLERS: dict[Engine, Callable[[Material, Choice], Sampler]] = {
     Engine.generate: generate,
-    Engine.continuous: continuous,
     Engine.vllm: vllm,
 }
 

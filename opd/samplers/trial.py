@@ -45,17 +45,11 @@ def candidates(config: SamplingConfig, device: torch.device, sharded: bool = Fal
     """
     if config.engine is Engine.vllm:  # has a copy of its own, which nothing is to be compared with
         return [Choice(Engine.vllm, config.dtype is SamplingDtype.bfloat16)]
-    engines = [config.engine]
-    if config.engine is Engine.auto:
-        engines = [Engine.generate, Engine.continuous] if device.type == "cuda" else [Engine.generate]
     twins = [config.dtype is SamplingDtype.bfloat16]
     if config.dtype is SamplingDtype.auto:
         twins = [False, True] if is_fast_in_bf16(device) else [False]
-    statics = [bool(config.static_cache)]
-    if config.static_cache is None and device.type == "cuda" and not sharded:
-        statics = [False, True]
-    found = [Choice(engine, twin, static) for engine, twin, static in product(engines, twins, statics)]
-    return [choice for choice in found if choice.engine is Engine.generate or not choice.static]
+    statics = [False, True] if device.type == "cuda" and not sharded else [False]
+    return [Choice(Engine.generate, twin, static) for twin, static in product(twins, statics)]
 
 
 def is_fast_in_bf16(device: torch.device) -> bool:

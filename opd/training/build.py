@@ -35,6 +35,8 @@ from opd.training.loop import Trainer
 from opd.training.overlap import can_overlap
 from opd.training.update import Update
 
+ADAM_EPS = 1e-8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
@@ -70,7 +72,7 @@ def build(
     config: Config, accelerator: Accelerator, checkpoints: Checkpoints, given: Given, stack: ExitStack, choices: dict[str, Any] | None
 ) -> Built:
     """Everything a run needs. What is cheap to check comes before what is costly to load. choices: those of the run that goes on."""
-    check_engine(config, shards_weights(accelerator))
+    check_engine(config)
     device = accelerator.device
     bf16 = models.computes_in_bf16(config.model.dtype, device)
     tokenizer = given.tokenizer or models.load_tokenizer(config.model, "model")
@@ -121,7 +123,7 @@ def build(
             student,
             vocabulary,
             rows,
-            config.train.activation_checkpointing,
+            config.train.activation_checkpointing or False,
             config.train.compile,
             accelerator.distributed_type in SHARDING,
         ),
@@ -172,12 +174,10 @@ def build(
     return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
 
 
-def check_engine(config: Config, sharded: bool) -> None:
-    """Raises `ConfigError` where the engine is missing, or cannot work with weights that are sharded over processes."""
+def check_engine(config: Config) -> None:
+    """Raises `ConfigError` where the engine is missing."""
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if sharded and config.sampling.static_cache:
-        raise ConfigError("sampling.static_cache=true: gathering sharded weights is no part of a graph; set it to false, or use DDP")
 
 
 def overlaps(config: Config, engine: Engine, teacher: torch.device, student: torch.device) -> bool:
@@ -276,7 +276,7 @@ def make_optimizer(config: Config, student: PreTrainedModel) -> AdamW:
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     first, second = optim.betas
-    return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(first, second), eps=optim.eps, fused=True)
+    return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(first, second), eps=ADAM_EPS, fused=True)
 
 
 def total_steps(config: Config, prompts: int, processes: int) -> int:

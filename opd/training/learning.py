@@ -53,10 +53,9 @@ def token_loss(config: Config, batch: MicroBatch, scores: Scores, old_logp_N: Te
             bonus_N=scores.bonus_N,
             baseline=scores.states,
         )
-        high = ppo.clip_eps if ppo.clip_eps_high is None else ppo.clip_eps_high
-        return sampled(tokens, temperature, Clips(ppo.clip_eps, high, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
+        return sampled(tokens, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
     assert scores.states is not None
-    divergence = named_divergence(ppo.divergence.value, ppo.beta, ppo.alpha)
+    divergence = named_divergence(ppo.divergence.value, ppo.beta)
     if ppo.estimator is Estimator.topk:
         return topk(batch.target_N, scores.states, temperature, divergence, ppo.k)
     return exact(batch.target_N, scores.states, temperature, divergence)

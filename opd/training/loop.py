@@ -30,7 +30,7 @@ from opd.training.account import Scored, describe, engine_gap, scored
 from opd.training.batches import Batches
 from opd.training.checkpoint import AHEAD, ROUND, Checkpoint, Checkpoints, restore, snapshot
 from opd.training.evaluate import Evaluation, Evaluator
-from opd.training.guard import Guard
+from opd.training.logs import Guard
 from opd.training.overlap import Overlap
 from opd.training.positions import ByPosition, by_position
 from opd.training.round import Round, joined, share
@@ -40,6 +40,7 @@ from opd.training.update import NotFinite, Update
 log = logging.getLogger(__name__)
 
 NON_FINITE_LIMIT = 3
+ALTERNATIVES = 5  # the teacher's most probable tokens that are stored at each token, in detailed steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +153,7 @@ class Trainer:
                 return
             done = self.train_step()
             yield done
-            self.guard.look(done.step, done.metrics)
+            self.guard.check(done.step, done.metrics)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
@@ -375,7 +376,7 @@ class Trainer:
 
     def decoding(self, step: int) -> Decoding:
         sampling = self.config.sampling
-        return Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
+        return Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
         """`ppo.reward_coef` times each rollout's reward, normalised within its prompt's completions, (rollouts,); None where it is off."""
@@ -414,17 +415,19 @@ class Trainer:
         return current.written[index].request.prompt.sample_id
 
     def alternatives(self, rollouts: Sequence[Rollout]) -> dict[int, tuple[Tensor, Tensor]]:
-        """The teacher's `track.alternatives` most probable ids at each token, and their log-probs, by rollout: (tokens, k) each.
+        """The teacher's `ALTERNATIVES` most probable ids at each token, and their log-probs, by rollout: (tokens, k) each.
 
         In the main process, in the steps of `looked_into`; else none.
         """
-        k, found = self.config.track.alternatives, {}
-        if not k or not is_detailed_step(self.step, self.max_steps):
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        if not is_detailed_step(self.step, self.max_steps):
             return {}
         with self.batches.teacher_ready():
             for batch in self.batches.split(rollouts) if self.accelerator.is_main_process else ():
                 batch = batch.to(self.accelerator.device)
-                ids, logp = (values.cpu() for values in self.batches.teacher.states(batch).top(k, self.config.sampling.temperature))
+                ids, logp = (
+                    values.cpu() for values in self.batches.teacher.states(batch).top(ALTERNATIVES, self.config.sampling.temperature)
+                )
                 sequence_N = batch.sequence_N.cpu()
                 for index in set(sequence_N.tolist()):
                     found[index] = (ids[sequence_N == index], logp[sequence_N == index])

@@ -37,11 +37,10 @@ from opd.training.display import Display, NoteHandler, describe_rewards
 from opd.training.evaluate import Evaluation
 from opd.training.final import export
 from opd.training.identity import check_content, check_same, identity
+from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Evaluated, Rewound, StepDone, Trainer
 from opd.training.record import record, sample_text
 from opd.training.summary import device_name, peak_memory, summarise
-from opd.training.tracking import check_tracker, start_tracking, tracked
-from opd.training.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
         stack.enter_context(signals.noted())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
         checkpoints = Checkpoints(
-            run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best, config.checkpoint.background
+            run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best, config.checkpoint.background or False
         )
         wanted = identity(config, accelerator)
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
@@ -159,7 +158,7 @@ def distil(
             log.warning("resume_force=true: %s", difference)
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
-        beat = stack.enter_context(watched(config.train.watchdog_minutes, run_folder.stacks(accelerator.process_index), run_folder.hung))
+        beat = stack.enter_context(watchdog(config.train.watchdog_minutes, run_folder.stacks(accelerator.process_index), run_folder.hung))
         teacher_evaluation = evaluate_teacher(built, run_folder, history)
         if teacher_evaluation is not None and teacher_evaluation.rewards is not None:
             display.note(f"teacher: reward {describe_rewards(teacher_evaluation.rewards)}")
@@ -175,7 +174,7 @@ def distil(
                     display.show(event, sample_text(built.tokenizer, scored))
                 case Evaluated(evaluation):
                     run_folder.add_evaluation({"model": "student", **evaluation.to_dict()})
-                    accelerator.log(tracked(evaluation), step=evaluation.step)
+                    accelerator.log(evaluation_metrics(evaluation), step=evaluation.step)
                     display.show(event)
                 case Rewound(step, left_out):
                     log.warning("going on from step %d again, without %d samples", step, len(left_out))
