@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opd import signals
 from opd.config.compose import to_config
 from opd.config.schema import Config, OptimConfig, Schedule
-from opd.data.order import place, take
+from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_batches, repetition, split_by_tokens
 from opd.errors import ConfigError, NumericError, Preempted
@@ -426,8 +426,8 @@ def test_out_of_memory_makes_smaller_micro_batches_and_the_same_step(make_model,
 
 def test_samples_left_out_are_left_out_and_no_other_is_missed():
     left_out = [2, 3, 7]
-    assert [place(number, left_out) for number in range(6)] == [0, 1, 4, 5, 6, 8]
-    assert [place(number, []) for number in range(3)] == [0, 1, 2]
+    assert [nth_position(number, left_out) for number in range(6)] == [0, 1, 4, 5, 6, 8]
+    assert [nth_position(number, []) for number in range(3)] == [0, 1, 2]
 
 
 def test_every_sample_comes_once_an_epoch_and_in_another_order_each():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from opd.config.schema import Config, Engine, Truncated
-from opd.data.order import place, take
+from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import NumericError, Preempted
@@ -367,7 +367,7 @@ class Trainer:
         """Where this process's prompts of a step stand in the data."""
         size = self.config.train.batch_size
         start = step * self.prompts_per_step + self.accelerator.process_index * size
-        return [place(number, self.trouble.left_out) for number in range(start, start + size)]
+        return [nth_position(number, self.trouble.left_out) for number in range(start, start + size)]
 
     def requests(self, step: int) -> list[Request]:
         """This process's share of a step's prompts, `sampling.n` times each."""
