@@ -60,6 +60,7 @@ def test_messages_system_column_and_template_arguments_reach_the_template(tmp_pa
 
 
 def test_long_prompts_are_dropped_and_counted_and_never_truncated(tokenizer, caplog):
+    caplog.set_level("WARNING")
     rows = [{"prompt": "x" * length} for length in (5, 500, 6)]
     config = DataConfig(prompt="prompt", answer=None, max_prompt_tokens=20)
     prompts = encode_rows(rows, tokenizer, config, "training")

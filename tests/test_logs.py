@@ -1,5 +1,6 @@
 """The guard over the completions, and the watchdog for a run that hangs."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,12 @@ with watchdog(1 / 600, Path("stacks.txt"), lambda reason: print(reason, flush=Tr
         beat()
     time.sleep(60)
 """
+
+
+@pytest.fixture(autouse=True)
+def warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Another test may have run a command that configured logging."""
+    caplog.set_level(logging.WARNING)
 
 
 def metrics(**values: float) -> dict[str, float]:

@@ -149,7 +149,7 @@ REMOVED: dict[str, str] = {
 
 def removed(key: str, value: object = None) -> str | None:
     """Return the message for an option, or a value of an option, that was removed; None for any other."""
-    return next((f"{name}: removed; {REMOVED[name]}" for name in (key, f"{key}={value}") if name in REMOVED), None)
+    return next((f"{name}: was removed; {REMOVED[name]}" for name in (key, f"{key}={value}") if name in REMOVED), None)
 
 
 COMPARISONS = {

@@ -10,28 +10,24 @@ from opd.errors import OutputError
 
 
 @cache
-def offline() -> bool:
-    """Return whether the hub is unreachable, asked once. If so, libraries only use their caches instead of retrying for a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # noqa: BLE001 - errors of the transport differ between versions of the hub's client
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        return True
-    return False
+def detect_offline() -> None:
+    """Make the libraries use their caches only if the hub is unreachable, where each would retry for a minute. Asks the hub once."""
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # noqa: BLE001 - errors of the transport differ between versions of the hub's client
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def expect(source: str) -> None:
-    """Find out whether the hub is reachable before `source` is loaded, unless it is a local folder."""
+    """Prepare for loading `source`: unless it is a local folder, find out whether the hub is reachable."""
     if not Path(source).is_dir():
-        offline()
+        detect_offline()
 
 
 def model_card(repository: str, revision: str | None) -> str:
     """Return the text of a model's README, or an empty text if it is not available."""
-    offline()
+    detect_offline()
     try:
         return Path(hf_hub_download(repository, "README.md", revision=revision)).read_text(encoding="utf-8", errors="replace")
     except Exception:  # noqa: BLE001 - see above; a repository may also have none

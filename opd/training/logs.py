@@ -95,7 +95,7 @@ def watchdog(minutes: float | None, file: Path, report: Callable[[str], None]) -
 
     Args:
         minutes: The limit; None watches nothing.
-        file: Where the stacks of all threads are written; removed if nothing happens.
+        file: Gets the stacks of all threads; removed if nothing happens.
         report: Called with the reason before the process ends. Not called if no Python code can run: then the exit code is 1.
     """
     if minutes is None:
