@@ -13,13 +13,13 @@ from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import to_config
-from opd.config.schema import Config
+from opd.config.schema import Config, removed
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.training import runner
 from opd.training.build import Given
+from opd.training.logs import evaluation_metrics
 from opd.training.loop import Evaluated, Event, StepDone
-from opd.training.tracking import tracked
 
 Model = str | Path | PreTrainedModel
 Reward = str | Callable[[str, str], float | None]
@@ -170,7 +170,7 @@ class OnPolicyDistillationTrainer:
                 self.state.global_step = event.step
                 self.state.log_history.append({"step": event.step, **event.metrics})
             case Evaluated():
-                self.state.log_history.append({"step": event.evaluation.step, **tracked(event.evaluation)})
+                self.state.log_history.append({"step": event.evaluation.step, **evaluation_metrics(event.evaluation)})
         for callback in self.callbacks:
             callback(event)
 
@@ -211,5 +211,5 @@ def from_options(options: Mapping[str, Any]) -> Config:
         try:
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{key}={value!r}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(removed(key, value) or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
     return to_config(config)

@@ -407,7 +407,7 @@ def test_opd_train_hands_over_to_the_runner(tmp_path: Path, monkeypatch: pytest.
         ("opd train ", {"model=", "teacher=", "experiment=", "seed=", "optim."}, {"hydra."}),
         ("opd train model=qw", {"model=qwen05b", "model=qwen3b"}, {"model=tiny"}),
         ("opd train teacher=q", {"teacher=qwen15b"}, {"teacher=tiny"}),
-        ("opd train optim.l", {"optim.lr="}, {"optim.eps="}),
+        ("opd train optim.l", {"optim.lr="}, {"optim.betas="}),
         ("opd train experiment=tiny -m seed=0,1 optim.w", {"optim.weight_decay=", "optim.warmup_steps="}, set()),
         ("opd train optim.lr=", {"optim.lr=1e-05"}, set()),
         ("opd train model.dtype=", {"model.dtype=auto", "model.dtype=bfloat16"}, set()),

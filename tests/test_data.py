@@ -1,4 +1,4 @@
-"""From rows to prompts: columns, templates, answers, what is dropped, and what is said when something is missing."""
+"""From rows to prompts: columns, templates, answers, prompts that are dropped, and errors for what is missing."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_gsm8k_is_read_from_a_local_copy_of_the_same_columns(tmp_path, tokenizer
     assert tokenizer.decode(prompts[1].ids) == "<|user|>What is 1 + 1?<|end|><|assistant|>"
 
 
-def test_messages_and_system_column_and_template_arguments(tmp_path, tokenizer):
+def test_messages_system_column_and_template_arguments_reach_the_template(tmp_path, tokenizer):
     rows = [
         {
             "prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
@@ -59,7 +59,8 @@ def test_messages_and_system_column_and_template_arguments(tmp_path, tokenizer):
         tokenizer.chat_template = tokenizer_template
 
 
-def test_long_prompts_are_dropped_and_counted_and_never_cut(tokenizer, caplog):
+def test_long_prompts_are_dropped_and_counted_and_never_truncated(tokenizer, caplog):
+    caplog.set_level("WARNING")
     rows = [{"prompt": "x" * length} for length in (5, 500, 6)]
     config = DataConfig(prompt="prompt", answer=None, max_prompt_tokens=20)
     prompts = encode_rows(rows, tokenizer, config, "training")
@@ -80,25 +81,28 @@ def test_long_prompts_are_dropped_and_counted_and_never_cut(tokenizer, caplog):
         ("  ", None, None),
     ],
 )
-def test_answers(value, after, expected):
+def test_the_reference_answer_follows_the_last_mark(value, after, expected):
     assert extract_answer(value, after) == expected
 
 
 @pytest.mark.parametrize(
-    ("row", "part"),
+    ("prompt", "kind"),
     [
-        ({"prompt": 3}, "holds int"),
-        ({"prompt": [{"role": "user"}]}, "holds list"),
-        ({"prompt": []}, "holds list"),
-        ({"prompt": None}, "holds NoneType"),
+        (3, "int"),
+        (None, "NoneType"),
+        ([], "list"),
+        (["text"], "list"),
+        ([{"role": "user"}], "list"),
+        ([{"role": "user", "content": 3}], "list"),
+        ({"role": "user", "content": "a"}, "dict"),
     ],
 )
-def test_a_prompt_that_is_neither_text_nor_messages_is_named(tokenizer, row, part):
-    with pytest.raises(DataError, match=part):
-        encode_rows([{"prompt": "fine"}, row], tokenizer, DataConfig(prompt="prompt", answer=None), "training")
+def test_a_prompt_that_is_neither_text_nor_messages_is_named_by_row_and_column(tokenizer, prompt, kind):
+    with pytest.raises(DataError, match=rf"row 1: data\.prompt=prompt: .*not {kind}"):
+        encode_rows([{"prompt": "fine"}, {"prompt": prompt}], tokenizer, DataConfig(prompt="prompt", answer=None), "training")
 
 
-def test_jsonl_and_parquet_hold_a_tenth_out(tmp_path):
+def test_jsonl_and_parquet_hold_out_a_tenth(tmp_path):
     import datasets
 
     rows = [{"prompt": f"p{i}", "answer": str(i)} for i in range(40)]
@@ -110,30 +114,34 @@ def test_jsonl_and_parquet_hold_a_tenth_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "error", "part"),
+    ("rows", "options", "option", "remedy"),
     [
-        ([{"text": "a"}] * 20, {}, DataError, "data.prompt=prompt: the training set has no such column; it has text"),
-        ([{"prompt": "a"}] * 20, {}, DataError, "data.answer=answer: the training set has no such column"),
-        ([], {"answer": None}, DataError, "train_path"),
-        ([{"prompt": "a"}] * 5, {"answer": None}, DataError, "too few to hold a tenth out"),
+        ([{"text": "a"}] * 20, {}, "data.prompt=prompt: the training set", "it has text: set data.prompt=COLUMN"),
+        ([{"prompt": "a"}] * 20, {}, "data.answer=answer: the training set", "data.answer=COLUMN, or data.answer=null"),
+        ([{"prompt": "a"}] * 20, {"answer": None, "system": "who"}, "data.system=who: the training set", "data.system=null"),
+        ([], {"answer": None}, "data.train_path=", "the file is empty"),
+        ([{"prompt": "a"}] * 5, {"answer": None}, "data.train_path=", "data.eval_path=FILE"),
     ],
 )
-def test_what_is_missing_in_a_file_is_named(tmp_path, rows, options, error, part):
-    with pytest.raises(error, match=part):
+def test_a_column_or_rows_that_are_missing_in_a_file_are_named(tmp_path, rows, options, option, remedy):
+    with pytest.raises(DataError) as refused:
         load_rows(files(tmp_path, rows, **options))
+    assert str(refused.value).startswith(option) and remedy in str(refused.value)
 
 
-def test_missing_files_and_unknown_datasets_say_how_to_go_on_offline(tmp_path):
+def test_errors_of_missing_or_broken_files_and_of_unknown_datasets_name_the_option(tmp_path):
     with pytest.raises(DataError, match=r"data\.train_path=no\.jsonl: there is no such file"):
         load_rows(DataConfig(source=Source.jsonl, train_path="no.jsonl"))
-    with pytest.raises(DataError, match="experiment=tiny needs no download"):
+    with pytest.raises(DataError, match=r"data\.path=openai/gsm8k .*data\.path=FOLDER.*data=jsonl.*experiment=tiny"):
         load_rows(DataConfig())
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
-    with pytest.raises(DataError, match="cannot be read as jsonl"):
+    with pytest.raises(DataError, match=r"data\.train_path=.*broken\.jsonl: cannot be read as jsonl"):
         load_rows(DataConfig(source=Source.jsonl, train_path=str(tmp_path / "broken.jsonl")))
+    with pytest.raises(ConfigError, match=r"data\.source=python: .*data=jsonl"):
+        load_rows(DataConfig(source=Source.python))
 
 
-def test_reasoning_gym_questions_are_made_from_the_seed_and_disjoint():
+def test_reasoning_gym_questions_depend_on_the_seed_and_the_sets_are_disjoint():
     pytest.importorskip("reasoning_gym")
     config = DataConfig(
         source=Source.gym, path="chain_sum", size=60, options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}

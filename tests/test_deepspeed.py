@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from test_processes import OPTIONS, ROOT, UNEVEN, alone, distance, gradient_norms, launch, weights
+from test_processes import OPTIONS, ROOT, TRAIN, UNEVEN, alone, distance, gradient_norms, launch, weights
 
 from opd.models.zero import is_installed
 
@@ -37,9 +37,11 @@ from pathlib import Path
 from opd import train
 from opd.models.sharding import ZeroPolicy
 from opd.teachers import LocalTeacher
+from opd.training import build
 from opd.training.loop import Trainer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+build.ADAM_EPS = 1e-3
 now = {"step": 0}
 forward, logp, begin, init = Qwen2MLP.forward, LocalTeacher.logp, Trainer.begin, Qwen2MLP.__init__
 students, weights, seen = [], [], set()
@@ -102,7 +104,7 @@ def two(stage, files, tmp_path_factory):
     """Two processes of two prompts, which cut different numbers of micro-batches."""
     folder = tmp_path_factory.mktemp("deepspeed") / "two"
     options = [*UNEVEN, "train.batch_size=2", "checkpoint.keep_last=9"]
-    done = launch(folder, [*by_launcher(files[stage]), "-m", "opd.train", *options])
+    done = launch(folder, [*by_launcher(files[stage]), TRAIN, *options])
     assert "(0.1 M parameters)" in done.stdout
     assert f"sharded (ZeRO-{stage}): each process holds {0.1 if stage == 2 else 0.05:.2f} M of the parameters" in done.stdout
     return folder
@@ -117,7 +119,7 @@ def test_two_processes_learn_what_one_does(one, two):
 def test_runs_go_on_bitwise_and_one_process_goes_on_from_them(one, two, stage, files, tmp_path, monkeypatch):
     half = f"resume={two / 'runs/run/checkpoints/step_000002'}"
     options = [*UNEVEN, "train.batch_size=2", half, *(["teacher.placement=sharded"] if stage == 3 else [])]
-    launch(tmp_path / "two", [*by_launcher(files[stage]), "-m", "opd.train", *options])
+    launch(tmp_path / "two", [*by_launcher(files[stage]), TRAIN, *options])
     assert distance(weights(tmp_path / "two"), weights(two)) == 0.0
     assert alone(tmp_path / "one", monkeypatch, [*OPTIONS, "train.batch_size=4", half]) == 0
     assert distance(weights(tmp_path / "one"), weights(one)) < 1e-6

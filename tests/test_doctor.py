@@ -221,7 +221,7 @@ def test_a_run_that_does_not_fit_is_told_before_its_models_are_loaded(doctor: An
 def test_a_missing_package_of_the_tracker(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.util import find_spec
 
-    monkeypatch.setattr("opd.training.tracking.find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest))
+    monkeypatch.setattr("opd.training.logs.find_spec", lambda name, *rest: None if name == "wandb" else find_spec(name, *rest))
     code, found, _ = doctor("track=wandb", "--prompts", "0")
     assert code == errors.NOT_READY and "pip install" in found["tracker"]["remedy"] + found["tracker"]["what"]
 

@@ -133,7 +133,7 @@ def test_export_of_checkpoints_has_their_own_weights_and_card(debug_run, tmp_pat
 def test_export_of_a_checkpoint_merges_its_adapters(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
-    options = ["lora=default", "lora.rank=4", "optim.lr=1e-2", "train.max_steps=2", "sampling.max_new_tokens_schedule={0:4,1:8}"]
+    options = ["lora=default", "lora.rank=4", "optim.lr=1e-2", "train.max_steps=2"]
     assert main([*DEBUG, "name=run", *options]) == 0
     folder = tmp_path / "runs" / "run"
     assert opd(["export", str(folder / "checkpoints/step_000002"), "--out", "out"]) == 0

@@ -13,7 +13,6 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate, micro_bat
 from opd.models.policy import completion_hidden, output_head, prepare_teacher
 from opd.objective import behaviour_logp
 from opd.samplers import Decoding, GenerateSampler
-from opd.samplers.continuous import ContinuousSampler
 from opd.teachers import LocalTeacher, place
 from opd.train import main
 from opd.training.overlap import Overlap
@@ -69,15 +68,6 @@ def test_a_static_cache_changes_no_sample_and_keeps_no_memory(device):
         assert torch.cuda.memory_allocated() == before
 
 
-@on_gpu
-@pytest.mark.parametrize("twin", [False, True])
-def test_continuous_batching_on_a_gpu_says_what_it_drew_from(twin):
-    model = model_on("cuda")
-    sampler = ContinuousSampler(model, (1,), 0, V, seed=0, twin=twin, memory_share=0.1)
-    rollouts = sampler.sample(requests(), DECODING, "train")
-    assert furthest(model, rollouts) < (0.1 if twin else 1e-4)
-
-
 def scored():
     rollouts = [Rollout(Request(Prompt(i, (2, 3 + i), "")), (5, 6 + i, 1), torch.zeros(3), FinishReason.stop) for i in range(6)]
     return micro_batches(rollouts, 100, 0)[0]
@@ -110,8 +100,7 @@ def test_a_teacher_in_main_memory_scores_while_the_student_samples(device):
     [
         [],
         ["sampling.dtype=auto", "model.dtype=bfloat16", "teacher.dtype=bfloat16"],
-        ["sampling.static_cache=true", "train.activation_checkpointing=true"],
-        ["sampling.engine=continuous"],
+        ["train.activation_checkpointing=true"],
         ["teacher.placement=offload", "ppo.estimator=exact"],
         ["teacher.placement=device", "teacher.device=cpu", "sampling.batch_size=4"],
         ["train.max_tokens_per_micro_batch=64", "checkpoint.background=true"],

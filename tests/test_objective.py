@@ -24,7 +24,6 @@ from opd.objective import (
     jsd,
     reverse_kl,
     sampled,
-    skew,
     topk,
     with_tail,
 )
@@ -62,7 +61,6 @@ DIVERGENCES = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "jsd": partial(jsd, beta=0.3),
-    "skew": partial(skew, alpha=0.1),
 }
 CASES = [("sampled", reverse_kl), *((estimator, d) for estimator in ("exact", "topk") for d in DIVERGENCES.values())]
 
@@ -245,7 +243,6 @@ def test_jsd_at_its_ends_and_in_the_middle():
     assert torch.allclose(jsd(a, b, 0.5), jsd(b, a, 0.5))
     assert torch.allclose(jsd(a, b, 1e-7) / 1e-7, forward_kl(a, b), rtol=1e-4)
     assert torch.allclose(jsd(a, b, 1 - 1e-7) / 1e-7, reverse_kl(a, b), rtol=1e-4)
-    assert torch.equal(skew(a, b, 0.0), reverse_kl(a, b))
 
 
 def test_without_a_tail_there_is_no_bucket_and_no_nan():

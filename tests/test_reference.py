@@ -65,13 +65,11 @@ OPTIONS = {
     "sampling.max_new_tokens": 8,
     "sampling.truncated": "keep",
     "sampling.batch_size": 64,
-    "sampling.static_cache": "false",
     "sampling.lag": 0,
     "ppo.estimator": "sampled",
     "ppo.divergence": "reverse_kl",
     "ppo.steps": 2,
     "ppo.clip_eps": 0.2,
-    "ppo.clip_eps_high": "null",
     "ppo.advantage_clip": 2.0,
     "ppo.importance_cap": 2.0,
     "ppo.reduction": "token",
@@ -103,7 +101,6 @@ OPTIONS = {
     "checkpoint.background": "false",
     "track.tool": "none",
     "track.rollouts_per_step": 100,
-    "track.alternatives": 0,
 }
 # Relative and absolute difference that is allowed between machines whose arithmetic differs.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4

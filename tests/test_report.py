@@ -67,9 +67,9 @@ def test_storing_rollouts_does_not_change_training(debug_run, tmp_path, monkeypa
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
-    assert main([*DEBUG, "name=run", "track.alternatives=0", "track.rollouts_per_step=1"]) == 0
+    assert main([*DEBUG, "name=run", "track.rollouts_per_step=0"]) == 0
     folder = tmp_path / "runs" / "run"
-    assert all(record["alternatives"] is None for record in stored(folder)) and len(stored(folder)) == 6
+    assert not stored(folder)
     one, other = (AutoModelForCausalLM.from_pretrained(path / "final").state_dict() for path in (debug_run, folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -212,10 +212,10 @@ def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished,
     [
         (["model.path=./nowhere"], 64, "there is no such folder"),
         (["model=qwen05b"], 64, "experiment=tiny needs no download"),
-        (["data.answer=solution"], 65, "has no such column"),
-        (["data.prompt=text"], 65, "has no such column; it has answer, prompt"),
+        (["data.answer=solution"], 65, "data.answer=COLUMN"),
+        (["data.prompt=text"], 65, "it has answer, prompt: set data.prompt=COLUMN"),
         (['data.answer_after="####"'], 65, "no evaluation prompt has an answer"),
-        (["data.max_prompt_tokens=2"], 65, "no training prompt is that short"),
+        (["data.max_prompt_tokens=2"], 65, "data.max_prompt_tokens=2"),
         (["eval.reward=os:system"], 64, "opd.reward"),
         (["eval.reward=nmber"], 64, "number"),
         (["track=wandb"], 64, "pip install 'opd[track]'"),
@@ -229,7 +229,7 @@ def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished,
 def test_a_mistake_ends_in_one_line_and_its_exit_code(tmp_path, monkeypatch, capfd, overrides, code, part):
     monkeypatch.chdir(tmp_path)
     if overrides == ["track=wandb"]:
-        monkeypatch.setattr("opd.training.tracking.find_spec", lambda name: None)
+        monkeypatch.setattr("opd.training.logs.find_spec", lambda name: None)
     assert main(["experiment=debug", "name=run", *overrides]) == code
     error = capfd.readouterr().err
     assert part in error and "Traceback" not in error

@@ -1,4 +1,4 @@
-"""The bundled tiny models are what their README says: small, ordinary to load, a teacher that can and a student that half can."""
+"""The bundled tiny models: small, loaded like any other model, a teacher that is right and a student that is half right."""
 
 import functools
 import unicodedata
@@ -31,7 +31,7 @@ def render(name: str, *messages: tuple[str, str]) -> str:
 
 
 def generated_accuracy(name: str, count: int = 600) -> float:
-    """Return the share of `count` eval questions for which `generate` writes the answer and stops right after it."""
+    """Return the share of `count` eval questions for which the model generates the answer and nothing after it."""
     model, tokenizer, questions = load_model(name), load_tokenizer(name), rows("eval")[:count]
     batch = tokenizer([render(name, ("user", row["prompt"])) for row in questions], padding=True, return_tensors="pt")
     tokens = model.generate(**batch, do_sample=False, max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
@@ -60,7 +60,7 @@ def test_rows_depend_on_the_seed_alone():
     assert rows("eval", seed=3) != rows("eval", seed=4)
 
 
-def test_rows_start_as_they_did_when_the_models_were_trained():
+def test_rows_are_the_same_as_when_the_models_were_trained():
     """The eval questions must stay the ones the bundled models have not seen."""
     assert [row["prompt"] for row in rows("eval")[:3]] == ["93+48=", "11+88=", "64+75="]
 
@@ -81,7 +81,7 @@ def test_weights_are_safetensors_only():
     assert weights == {f"{STUDENT}/model.safetensors", f"{TEACHER}/model.safetensors"}
 
 
-def test_readme_states_the_parameter_counts_of_the_models():
+def test_readme_has_the_parameter_counts_of_the_models():
     counts = {name: load_model(name).num_parameters() for name in (TEACHER, STUDENT)}
     assert 600_000 <= counts[TEACHER] <= 1_000_000
     assert 80_000 <= counts[STUDENT] <= 150_000
@@ -141,9 +141,9 @@ def test_finished_chat_ends_with_the_answer_and_its_end(name):
     assert text == "<|user|>27+85=<|end|><|assistant|>211<|end|>"
 
 
-def test_teacher_answers_held_out_questions_right():
+def test_teacher_answers_held_out_questions_correctly():
     assert generated_accuracy(TEACHER) >= 0.99
 
 
-def test_student_answers_about_half_of_the_held_out_questions_right():
+def test_student_answers_about_half_of_the_held_out_questions_correctly():
     assert 0.40 <= generated_accuracy(STUDENT) <= 0.70

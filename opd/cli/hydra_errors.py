@@ -22,7 +22,7 @@ from omegaconf.errors import (
 )
 
 from opd.config.compose import conf_dir
-from opd.config.schema import Config
+from opd.config.schema import Config, removed
 from opd.errors import ConfigError, OpdError, OutputError
 from opd.runs.text import one_line
 
@@ -74,6 +74,8 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 def unknown_option(key: str) -> str:
     """What to say to a key that is neither a group nor an option."""
+    if (message := removed(key)) is not None:
+        return message
     known = options()
     section, _, last = key.rpartition(".")
     namesakes = [name for name in known if name.rpartition(".")[2] == last]
@@ -91,6 +93,9 @@ def unknown_option(key: str) -> str:
 def wrong_value(error: ValidationError, override: str | None) -> str:
     key = re.sub(r"\[.*", "", error.full_key or "")
     given = override if override is not None else f"{key}={error.value}"
+    option, _, value = given.lstrip("+").partition("=")
+    if (message := removed(option, value)) is not None:
+        return message
     known = options()
     if key in known:
         return f"{given}: must be {expected(known[key])}"

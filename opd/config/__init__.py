@@ -1,1 +1,1 @@
-"""Floor 0: what can be configured, what combinations make sense, and where the YAML files are. Nothing here imports torch."""
+"""Typed options, their checks, and how they are composed from YAML files. Nothing here imports torch."""

@@ -1,1 +1,1 @@
-"""Floor 2: from rows of a dataset to token ids, and from token ids to batches."""
+"""From the rows of a dataset to token ids, from token ids to batches, and from completions to rewards."""

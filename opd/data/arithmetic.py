@@ -1,7 +1,6 @@
-"""The task `arithmetic`: two-digit addition, the answer written with its digits reversed (`27+85=` -> `211`).
+"""The task `arithmetic`: two-digit addition with the digits of the sum reversed (`27+85=` -> `211`).
 
-Units first, so that every carry is known by the time the digit it changes is written: one pass of a tiny model
-suffices, and the task is learnt in seconds.
+With the units first, every carry is known before the digit that it changes, so that a tiny model learns the task in seconds.
 """
 
 import itertools
@@ -11,10 +10,9 @@ EVAL_ROWS = 1000
 
 
 def rows(split: str, seed: int = 0) -> list[dict[str, str]]:
-    """Return the questions of `split` as rows `{"prompt": "27+85=", "answer": "211"}`.
+    """Return the questions of a split as rows such as `{"prompt": "27+85=", "answer": "211"}`.
 
-    All 8100 pairs of numbers 10..99 are shuffled from `seed`; the last 1000 are "eval", the other 7100 "train", so
-    the two never share a question under one seed. Raises ValueError on any other split.
+    All 8100 pairs of numbers 10..99 are shuffled with `seed`: the last 1000 are "eval", the other 7100 "train".
     """
     if split not in ("train", "eval"):
         raise ValueError(f"arithmetic: unknown split {split!r}; use 'train' or 'eval'")

@@ -1,8 +1,7 @@
-"""The process that untrusted rewards run in: `python -m opd.data.grading NAME TIME_LIMIT MEMORY_LIMIT_MB`, started by `opd.data.rewards`.
+"""The process that untrusted rewards run in: `python -m opd.data.grading DESCRIPTOR NAME TIME_LIMIT MEMORY_LIMIT_MB`.
 
-Imports the reward, says that it is ready, then answers one pair per line until its input ends. It outlives a killed parent by little
-more than the time limit: an idle child sees the end of its input, and a hanging one is ended by an alarm that needs no Python code to
-run (a reward that sets an alarm of its own takes this one away, and is ended by a living parent only).
+Started by `opd.data.rewards`, which describes the messages. It imports the reward, reports that it is ready, and answers requests until the
+parent closes the connection. An alarm that needs no Python code to run ends a reward that hangs after the parent was killed.
 """
 
 import difflib
@@ -15,118 +14,100 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 from opd import signals
 from opd.errors import ConfigError
+from opd.runs.text import one_line
 
-# (completion, answer) -> the reward, or None when the pair cannot be judged.
+# (completion, answer) -> the reward, or None when the pair cannot be graded.
 RewardFunction = Callable[[str, str], float | None]
 
 MARK = "__opd_reward__"  # the attribute that `@opd.reward` sets
-START_LIMIT = 60.0  # seconds the import of a reward may take; that of a large library from a cold disk is slow
-MEMORY_EXIT = 3  # the exit code when an answer ran into the memory limit
-GRACE = 1.0  # seconds after the parent's limit until the child's own alarm
-ERROR_LENGTH = 300  # characters; keeps a reply short enough for the pipe to take it in one piece
+START_LIMIT = 60.0  # seconds for the import of a reward; a large library on a cold disk is slow
+MEMORY_EXIT = 3  # the exit code when an answer hit the memory limit
+GRACE = 1.0  # seconds between the parent's limit and the child's own alarm
+ERROR_LENGTH = 300  # characters
 
-# What math-verify looks for before it reads a text as LaTeX.
+# What math-verify looks for before it parses a text as LaTeX.
 DELIMITED = re.compile(r"\\boxed|\\\(|\\\[|(?<!\\)\$.*(?<!\\)\$", re.DOTALL)
 
 
 def is_reward(value: object) -> bool:
-    """Returns whether `value` carries the mark of `@opd.reward`."""
+    """Return whether `value` is marked with `@opd.reward`."""
     return getattr(value, MARK, False) is True
 
 
-def one_line(error: BaseException) -> str:
-    """Returns the type and the message of an exception as one line of bounded length."""
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message}"[:ERROR_LENGTH]
+def describe(error: BaseException) -> str:
+    return f"{type(error).__name__}: {one_line(str(error))}"[:ERROR_LENGTH]
 
 
 def load_math() -> RewardFunction:
-    """Returns the `math` reward: 1.0 when math-verify finds the completion equal to the answer, else 0.0.
+    """Return the reward `math`: 1.0 where math-verify finds the completion equal to the answer, None where it cannot parse the answer.
 
-    An answer in which it finds nothing to compare with is None.
-
-    Raises ConfigError when math-verify cannot be imported. https://github.com/huggingface/Math-Verify
+    https://github.com/huggingface/Math-Verify. Raises `ConfigError` if it is not installed.
     """
     try:
         math_verify = importlib.import_module("math_verify")
     except ImportError as error:
-        raise ConfigError(f"reward `math` needs math-verify ({one_line(error)}): pip install 'opd[math]'") from None
-    # Its own limits are off, since the parent keeps the time, and it warns about that.
-    logging.getLogger("math_verify").setLevel(logging.ERROR)
+        raise ConfigError(f"reward `math` needs math-verify ({describe(error)}): pip install 'opd[math]'") from None
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
 
     def math(completion: str, answer: str) -> float | None:
         try:
-            # An answer without delimiters is all mathematics; undelimited, math-verify would see only the 3 in `2\sqrt{3}`.
+            # An answer without delimiters is all mathematics; without them math-verify would only see the 3 in `2\sqrt{3}`.
             gold = math_verify.parse(answer if DELIMITED.search(answer) else f"${answer}$", parsing_timeout=None)
             if not gold:
                 return None
             return float(math_verify.verify(gold, math_verify.parse(completion, parsing_timeout=None), timeout_seconds=None))
         except MemoryError:
             raise
-        except Exception:  # noqa: BLE001 - what math-verify cannot digest is not the answer
+        except Exception:  # noqa: BLE001 - a completion that makes math-verify fail is wrong
             return 0.0
 
     return math
 
 
 def load_user(name: str) -> RewardFunction:
-    """Returns the function that `module:function` names, without calling it; raises ConfigError when there is none or it is unmarked."""
+    """Return the function `module:function` without calling it. Raises `ConfigError` if it does not exist or is not marked."""
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except BaseException as error:  # noqa: BLE001 - an import may also call sys.exit
+    except BaseException as error:  # noqa: BLE001 - a module may also call sys.exit
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(
-                f"reward `{name}`: there is no module `{module_name}`; run from its folder, or install it (without `.py` in the name)"
-            ) from None
-        raise ConfigError(f"reward `{name}`: its module failed at import: {one_line(error)}") from None
-    try:
-        function = getattr(module, function_name)
-    except AttributeError:
+            remedy = "run opd from its folder, or install it (without `.py` in the name)"
+            raise ConfigError(f"reward `{name}`: there is no module `{module_name}`; {remedy}") from None
+        raise ConfigError(f"reward `{name}`: its module failed at import: {describe(error)}") from None
+    if not hasattr(module, function_name):
         close = difflib.get_close_matches(function_name, vars(module), n=1)
-        meant = f"did you mean `{module_name}:{close[0]}`?" if close else "check the name after the colon"
-        raise ConfigError(f"reward `{name}`: module `{module_name}` has no `{function_name}`; {meant}") from None
+        remedy = f"did you mean `{module_name}:{close[0]}`?" if close else "check the name after the colon"
+        raise ConfigError(f"reward `{name}`: module `{module_name}` has no `{function_name}`; {remedy}")
+    function: RewardFunction = getattr(module, function_name)
     if not is_reward(function):
         raise ConfigError(f"reward `{name}` is not marked as a reward and was not called; put `@opd.reward` on the function")
-    marked: RewardFunction = function
-    return marked
+    return function
 
 
-def checked(value: object) -> float | None:
-    """Returns a reward as a float or None; raises ValueError for anything but None and a finite number."""
-    if value is None:
-        return None
-    # The comparison is false for NaN, for infinity, and for a whole number that no float can hold.
-    if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    shown = str(value) if isinstance(value, float) else f"a value of type {type(value).__name__}"
-    raise ValueError(f"it returned {shown}, not a finite number or None")
-
-
-def judge(name: str, function: RewardFunction, completion: str, answer: str) -> dict[str, Any]:
-    """Returns the reply for one pair; raises MemoryError at the memory limit."""
+def grade(name: str, function: RewardFunction, completion: str, answer: str) -> dict[str, Any]:
+    """Return the reply for one pair. Raises `MemoryError` at the memory limit."""
     try:
-        value = function(completion, answer)
+        value: object = function(completion, answer)
+        # The comparison is false for NaN, infinity, and an integer that is too large for a float.
+        if value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
+            return {"reward": None if value is None else float(value)}
+        shown = str(value) if isinstance(value, float) else f"a value of type {type(value).__name__}"
+        problem = f"it returned {shown}, not a finite number or None"
     except MemoryError:
         raise
     except BaseException as error:  # noqa: BLE001 - a reward may also call sys.exit
-        return {"error": f"reward `{name}` failed on an answer: {one_line(error)}"}
-    try:
-        return {"reward": checked(value)}
-    except ValueError as error:
-        return {"error": f"reward `{name}` failed on an answer: {error}"}
+        problem = describe(error)
+    return {"error": f"reward `{name}` failed on an answer: {problem}"}
 
 
 def limit_memory(megabytes: int) -> None:
-    """Lets this process take `megabytes` MiB of address space more than it has now; does nothing outside Linux.
-
-    More than it has now, because the imports alone may map any amount: torch reserves gigabytes that it never touches.
-    """
+    """Allow this process `megabytes` MiB of address space more than it has now, since imports alone may reserve gigabytes. Linux only."""
     if sys.platform != "linux":
         return
     import resource
@@ -134,44 +115,12 @@ def limit_memory(megabytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + megabytes * 2**20
-    if hard != resource.RLIM_INFINITY:
-        limit = min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-
-
-def claim_pipes() -> tuple[BinaryIO, int]:
-    """Returns the requests and the descriptor of the replies, out of reach of the reward.
-
-    What the reward prints goes to standard error, also from C and from programs it starts, and it reads an empty standard input.
-    """
-    requests = os.fdopen(os.dup(0), "rb")
-    replies = os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    return requests, replies
-
-
-def send(replies: int, reply: dict[str, Any]) -> None:
-    """Writes one reply; ends the process quietly when the parent is gone."""
-    try:
-        os.write(replies, json.dumps(reply).encode() + b"\n")
-    except BrokenPipeError:
-        leave(0)
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process at once: threads that a reward has left behind would keep it alive."""
-    sys.stderr.flush()
-    os._exit(code)
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 @contextmanager
-def ended_after(seconds: float) -> Iterator[None]:
-    """Ends this process when the block takes longer than `seconds`, which matters when the parent is no longer there to do it."""
-    # With its default action the signal ends the process in the kernel, even inside one long C call.
+def time_limit(seconds: float) -> Iterator[None]:
+    """End this process when the block takes longer. With its default action the signal even ends a long C call."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -180,30 +129,39 @@ def ended_after(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def main(name: str, time_limit: float, memory_limit_mb: int) -> NoReturn:
-    """Serves one reward until the parent closes the pipe."""
-    signals.die_with_parent(signal.SIGKILL)
-    requests, replies = claim_pipes()
+def serve(connection: Connection, name: str, seconds: float, megabytes: int) -> None:
+    """Load the reward and answer requests. Raises `EOFError` or `OSError` when the parent is gone, `MemoryError` at the limit."""
+
+    def send(reply: dict[str, Any]) -> None:
+        connection.send_bytes(json.dumps(reply).encode())
+
     try:
-        with ended_after(START_LIMIT + GRACE):
+        with time_limit(START_LIMIT + GRACE):
             function = load_math() if name == "math" else load_user(name)
     except ConfigError as error:
-        send(replies, {"error": str(error)})
-        leave(0)
-    limit_memory(memory_limit_mb)
-    send(replies, {"ready": True})
+        send({"error": str(error)})
+        return
+    limit_memory(megabytes)
+    send({"ready": True})
+    while True:
+        completion, answer = json.loads(connection.recv_bytes())
+        with time_limit(seconds + GRACE):
+            reply = grade(name, function, completion, answer)
+        send(reply)
+
+
+def main(descriptor: int, name: str, seconds: float, megabytes: int) -> NoReturn:
+    signals.die_with_parent(signal.SIGKILL)
+    os.set_inheritable(descriptor, False)  # not for the programs that a reward starts
+    code = 0
     try:
-        for line in requests:
-            if not line.endswith(b"\n"):  # the parent went away in the middle of it
-                break
-            completion, answer = json.loads(line)
-            with ended_after(time_limit + GRACE):
-                reply = judge(name, function, completion, answer)
-            send(replies, reply)
+        serve(Connection(descriptor), name, seconds, megabytes)
     except MemoryError:
-        leave(MEMORY_EXIT)
-    leave(0)
+        code = MEMORY_EXIT
+    except (EOFError, OSError):
+        pass
+    os._exit(code)  # at once: threads that a reward has started would keep the process alive
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))

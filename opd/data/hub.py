@@ -1,4 +1,4 @@
-"""The Hugging Face hub, or its absence."""
+"""The Hugging Face hub, online or offline."""
 
 from functools import cache
 from pathlib import Path
@@ -10,36 +10,32 @@ from opd.errors import OutputError
 
 
 @cache
-def offline() -> bool:
-    """Whether the hub cannot be reached; asked once. The libraries then look into their caches alone, instead of trying for a minute."""
-    if constants.HF_HUB_OFFLINE:
-        return True
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # noqa: BLE001 - the transport's own errors, which differ between versions of the hub's client
-        constants.HF_HUB_OFFLINE = True
-        datasets.config.HF_HUB_OFFLINE = True
-        return True
-    return False
+def detect_offline() -> None:
+    """Make the libraries use their caches only if the hub is unreachable, where each would retry for a minute. Asks the hub once."""
+    if not constants.HF_HUB_OFFLINE:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+        except Exception:  # noqa: BLE001 - errors of the transport differ between versions of the hub's client
+            constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
 
 def expect(source: str) -> None:
-    """Prepare for loading `source`: a local folder needs nothing, a hub id an answer of the hub or the caches."""
+    """Prepare for loading `source`: unless it is a local folder, find out whether the hub is reachable."""
     if not Path(source).is_dir():
-        offline()
+        detect_offline()
 
 
 def model_card(repository: str, revision: str | None) -> str:
-    """The text of a model's README; empty where it cannot be had."""
-    offline()
+    """Return the text of a model's README, or an empty text if it is not available."""
+    detect_offline()
     try:
         return Path(hf_hub_download(repository, "README.md", revision=revision)).read_text(encoding="utf-8", errors="replace")
-    except Exception:  # noqa: BLE001 - as above, and a repository without one
+    except Exception:  # noqa: BLE001 - see above; a repository may also have none
         return ""
 
 
 def push(folder: Path, repository: str) -> str:
-    """Upload a model folder, to a private repository where there is none yet, and return its address. Raises `OutputError`."""
+    """Upload a model folder, to a new private repository if there is none, and return its address. Raises `OutputError`."""
     try:
         hub = HfApi()
         address = hub.create_repo(repository, private=True, exist_ok=True)

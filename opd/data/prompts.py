@@ -1,4 +1,4 @@
-"""Prompts as token ids, rendered by the model's own chat template."""
+"""Prompts as token ids, rendered with the model's own chat template."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from opd.signals import time_limit
 
 log = logging.getLogger(__name__)
 
-TEMPLATE_SECONDS = 20.0  # for one row; transformers runs templates in a sandbox, but lets them run for ever
+TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
 Message = dict[str, str]
@@ -23,11 +23,15 @@ Message = dict[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt that a completion is sampled for.
+    """A prompt to generate completions for.
 
-    sample_id: its row in the dataset, from which random numbers are derived. text: the prompt as a person reads it. answer: what is known
-    to be right, or None. get_reward: judges a completion of this prompt in place of the configured reward. teacher_ids: the prompt as the
-    teacher sees it, where it has a system message of its own.
+    Attributes:
+        sample_id: The row in the dataset; random numbers are derived from it.
+        ids: The prompt as the student sees it.
+        text: The last message, for people.
+        answer: The reference answer.
+        get_reward: Grades a completion's text, instead of the configured reward.
+        teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
     """
 
     sample_id: int
@@ -38,6 +42,7 @@ class Prompt:
     teacher_ids: tuple[int, ...] | None = None
 
     def for_teacher(self) -> "Prompt":
+        """Return the prompt to generate the teacher's completions with."""
         return replace(self, ids=self.seen_by_teacher)
 
     @property
@@ -48,95 +53,82 @@ class Prompt:
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str, teacher_system: str | None = None
 ) -> list[Prompt]:
-    """The prompts of all rows that fit into `data.max_prompt_tokens`; the others are counted in the log, never cut.
+    """Return the prompts of at most `data.max_prompt_tokens` tokens; the log has the number of the others.
 
-    Raises `DataError` where a prompt has no text or the chat template refuses it, and where no prompt is left.
+    Args:
+        which: "training" or "evaluation", for messages.
+        teacher_system: A system message that only the teacher sees.
+
+    Raises:
+        DataError: A prompt has no text, the chat template refuses it, or no prompt is short enough.
     """
-    longest = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
-    prompts = [encode_row(row, index, tokenizer, config, teacher_system, longest) for index, row in enumerate(rows)]
-    kept = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
-    if len(kept) < len(prompts):
-        log.warning(
-            "%d of %d %s prompts are longer than data.max_prompt_tokens=%d and left out",
-            len(prompts) - len(kept),
-            len(prompts),
-            which,
-            config.max_prompt_tokens,
-        )
-    if not kept:
+    # A longer text has more tokens than allowed and need not be tokenized to its end.
+    max_chars = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
+    prompts = [encode_row(row, index, tokenizer, config, teacher_system, max_chars) for index, row in enumerate(rows)]
+    short = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
+    limit = f"data.max_prompt_tokens={config.max_prompt_tokens}"
+    if not short:
         shortest = min(len(prompt.ids) for prompt in prompts)
-        raise DataError(
-            f"data.max_prompt_tokens={config.max_prompt_tokens}: no {which} prompt is that short; the shortest has {shortest} tokens"
-        )
-    return kept
+        raise DataError(f"{limit}: all {which} prompts are longer; the shortest has {shortest} tokens")
+    if len(short) < len(prompts):
+        log.warning(f"{limit}: {len(prompts) - len(short)} of {len(prompts)} {which} prompts are longer and were dropped")
+    return short
 
 
 def encode_row(
-    row: Row,
-    index: int,
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    teacher_system: str | None = None,
-    longest: int | None = None,
+    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher_system: str | None, max_chars: int
 ) -> Prompt:
-    """longest: characters beyond which a text has more tokens than are wanted, and is not read on."""
     messages = to_messages(row, index, config)
+    teacher_ids = None
     try:
         with time_limit(TEMPLATE_SECONDS):
-            ids = render(messages, tokenizer, config.chat_template_kwargs, longest)
-            teacher_ids = None
+            ids = render(messages, tokenizer, config.chat_template_kwargs, max_chars)
             if teacher_system is not None:
-                others = [message for message in messages if message["role"] != "system"]
-                teacher_ids = tuple(
-                    render([{"role": "system", "content": teacher_system}, *others], tokenizer, config.chat_template_kwargs)
-                )
+                system = {"role": "system", "content": teacher_system}
+                teacher_messages = [system, *(message for message in messages if message["role"] != "system")]
+                teacher_ids = tuple(render(teacher_messages, tokenizer, config.chat_template_kwargs))
     except (TemplateError, OverflowError) as error:
         raise DataError(f"row {index}: the chat template refuses the messages: {error}") from None
     except (TimeoutError, MemoryError) as error:
-        raise DataError(f"row {index}: the chat template or the tokenizer took too much: {error or 'no memory is left'}") from None
+        raise DataError(f"row {index}: the chat template or the tokenizer did not finish: {error or 'out of memory'}") from None
     if not ids:
-        raise DataError(f"row {index}: data.prompt={config.prompt} gives a prompt of no tokens")
+        raise DataError(f"row {index}: data.prompt={config.prompt}: the prompt has no tokens")
     answer = None if config.answer is None else extract_answer(row.get(config.answer), config.answer_after)
     return Prompt(index, tuple(ids), messages[-1]["content"], answer, row.get("get_reward"), teacher_ids)
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
-    """The row's chat: its list of messages, or its text as the user's, after the system message if there is one."""
+    """Return the row's chat: its list of messages or its text as the user's message, after its system message, if it has one."""
     prompt: Any = row.get(config.prompt)
     if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and prompt and all(is_message(message) for message in prompt):
-        messages = [{"role": message["role"], "content": message["content"]} for message in prompt]
-    else:
+        prompt = [{"role": "user", "content": prompt}]
+    try:
+        messages: list[Message] = [{"role": message["role"], "content": message["content"]} for message in prompt]
+        well_formed = bool(messages) and all(isinstance(text, str) for message in messages for text in message.values())
+    except (TypeError, KeyError):
+        well_formed = False
+    if not well_formed:
         raise DataError(
-            f"row {index}: data.prompt={config.prompt} holds {type(prompt).__name__}; it must be a text or a list of messages "
-            '{"role": "user", "content": "…"}'
+            f"row {index}: data.prompt={config.prompt}: must be a text or a list of messages "
+            f'{{"role": "user", "content": "…"}}, not {type(prompt).__name__}'
         )
     system = None if config.system is None else row.get(config.system)
     return messages if system is None else [{"role": "system", "content": str(system)}, *messages]
 
 
-def is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-
-
 def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], longest: int | None = None
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], max_chars: int | None = None
 ) -> list[int]:
-    """The ids of the chat up to where the assistant begins. A tokenizer without a chat template gets the bare texts, a line each."""
+    """Return the ids of a chat up to the start of the assistant's turn. Without a chat template the messages are lines of plain text."""
     if tokenizer.chat_template is None:
-        return list(tokenizer("\n".join(message["content"] for message in messages)[:longest])["input_ids"])
+        return list(tokenizer("\n".join(message["content"] for message in messages)[:max_chars])["input_ids"])
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs)
-    return list(tokenizer(text[:longest], add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text[:max_chars], add_special_tokens=False)["input_ids"])
 
 
 def extract_answer(value: Any, after: str | None) -> str | None:
-    """The answer as text: all of it, or what follows the last `after`; None where there is none."""
-    if value is None:
+    """Return the reference answer: the text, or what follows the last `after` in it; None if there is none."""
+    if value is None or (after is not None and after not in str(value)):
         return None
-    text = str(value)
-    if after is not None:
-        _, mark, text = text.rpartition(after)
-        if not mark:
-            return None
+    text = str(value) if after is None else str(value).rpartition(after)[2]
     return text.strip() or None

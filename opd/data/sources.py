@@ -1,4 +1,4 @@
-"""Rows of the configured dataset, as dictionaries, for training and for evaluation."""
+"""Load the rows of the configured dataset, as dictionaries, for training and for evaluation."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,44 +11,40 @@ from opd.errors import ConfigError, DataError
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
-LARGEST_HELD_OUT = 500
+MAX_HELD_OUT = 500  # rows
 
 
 def load_rows(config: DataConfig) -> tuple[Rows, Rows]:
-    """The training and the evaluation rows. Raises `DataError` where a file, split or column is missing or a set is empty."""
+    """Return the rows for training and for evaluation. Raises `DataError` if a file, split, column or all rows are missing."""
     train, evaluation = LOADERS[config.source](config)
     if len(evaluation) == 0:
-        raise DataError(f"the evaluation set of data.source={config.source.value} is empty; {where(config)}")
+        raise DataError(f"the evaluation set of data.source={config.source.value} is empty; {origin(config)}")
     return check_rows(train, evaluation, config)
 
 
 def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows, Rows]:
-    """The two sets. Raises `DataError` where there is nothing to train on or a first row lacks a column."""
+    """Return both sets. Raises `DataError` if there is nothing to train on or a column is missing."""
     if len(train) == 0:
-        raise DataError(f"the training set of data.source={config.source.value} is empty; {where(config)}")
+        raise DataError(f"the training set of data.source={config.source.value} is empty; {origin(config)}")
+    columns = {"prompt": config.prompt, "answer": config.answer, "system": config.system}
+    if config.source is Source.python:
+        del columns["answer"]  # rows may mix answers and `get_reward`
     for rows, which in ((train, "training"), (evaluation, "evaluation")):
-        if len(rows):
-            check_columns(rows[0], config, which)
+        for option, column in columns.items():
+            if len(rows) and column is not None and column not in rows[0]:
+                raise DataError(
+                    f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: set "
+                    f"data.{option}=COLUMN" + ("" if option == "prompt" else f", or data.{option}=null for none")
+                )
     return train, evaluation
 
 
-def where(config: DataConfig) -> str:
+def origin(config: DataConfig) -> str:
     if config.source is Source.python:
-        return "look at train_dataset"
+        return "check train_dataset"
     if config.source in (Source.jsonl, Source.parquet):
-        return f"look into data.train_path={config.train_path} and data.eval_path={config.eval_path}"
-    return f"look at data.path={config.path}, data.train_split={config.train_split}, data.eval_split={config.eval_split}"
-
-
-def check_columns(row: Row, config: DataConfig, which: str) -> None:
-    for option, column in (("prompt", config.prompt), ("answer", config.answer), ("system", config.system)):
-        optional = config.source is Source.python and option == "answer"  # rows of different kinds may be given side by side
-        if column is not None and column not in row and not optional:
-            remedy = "" if option == "prompt" else ", or null where there is none"
-            raise DataError(
-                f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(row))}: "
-                f"set data.{option}=COLUMN{remedy}"
-            )
+        return f"check data.train_path={config.train_path} and data.eval_path={config.eval_path}"
+    return f"check data.path={config.path}, data.train_split={config.train_split}, data.eval_split={config.eval_split}"
 
 
 def load_arithmetic(config: DataConfig) -> tuple[Rows, Rows]:
@@ -56,7 +52,7 @@ def load_arithmetic(config: DataConfig) -> tuple[Rows, Rows]:
 
 
 def load_gym(config: DataConfig) -> tuple[Rows, Rows]:
-    """`data.size` questions of a reasoning-gym task: the first half to train on; of the second half, those that are not in the first."""
+    """Generate `data.size` questions of a reasoning-gym task: the first half to train on, the new ones of the second to evaluate on."""
     try:
         import reasoning_gym
     except ImportError:
@@ -67,24 +63,23 @@ def load_gym(config: DataConfig) -> tuple[Rows, Rows]:
         rows = [{"question": entry["question"], "answer": str(entry["answer"])} for entry in questions]
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"data.path={config.path} data.options={config.options}: reasoning-gym says: {error}") from None
-    train = rows[: config.size // 2]
-    known = {row["question"] for row in train}
-    return train, [row for row in rows[config.size // 2 :] if row["question"] not in known]
+    train, rest = rows[: config.size // 2], rows[config.size // 2 :]
+    trained_on = {row["question"] for row in train}
+    return train, [row for row in rest if row["question"] not in trained_on]
 
 
 def load_files(config: DataConfig) -> tuple[Rows, Rows]:
-    """Local JSON Lines or Parquet files; without `data.eval_path` the tail of the training file is held out."""
+    """Read local JSON Lines or Parquet files. Without `data.eval_path` the tail of the training file is held out."""
     assert config.train_path is not None
-    train = read_file(config.train_path, "data.train_path", config.source)
+    rows = read_file(config.train_path, "data.train_path", config.source)
     if config.eval_path is not None:
-        return train, read_file(config.eval_path, "data.eval_path", config.source)
-    held_out = min(LARGEST_HELD_OUT, len(train) // 10)
-    if held_out == 0:
+        return rows, read_file(config.eval_path, "data.eval_path", config.source)
+    train = len(rows) - min(MAX_HELD_OUT, len(rows) // 10)
+    if train == len(rows):
         raise DataError(
-            f"data.train_path={config.train_path} has {len(train)} rows, too few to hold a tenth out for evaluation; "
-            "set data.eval_path=FILE"
+            f"data.train_path={config.train_path}: {len(rows)} rows are too few to hold out a tenth for evaluation; set data.eval_path=FILE"
         )
-    return train.select(range(len(train) - held_out)), train.select(range(len(train) - held_out, len(train)))
+    return rows.select(range(train)), rows.select(range(train, len(rows)))
 
 
 def read_file(path: str, option: str, source: Source) -> Any:
@@ -103,7 +98,7 @@ def read_file(path: str, option: str, source: Source) -> Any:
 
 
 def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
-    """Two splits of a dataset of the hub, or of a local folder in the same layout."""
+    """Load two splits of a dataset on the hub, or in a local folder with the same layout."""
     from datasets import load_dataset
 
     assert config.path is not None
@@ -113,13 +108,13 @@ def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data.path={config.path} data.subset={config.subset}: cannot be loaded ({reason}). Offline: a local copy as "
+            f"data.path={config.path} data.subset={config.subset}: cannot be loaded ({reason}). Offline: use a local copy with "
             "data.path=FOLDER, or data=jsonl data.train_path=FILE; experiment=tiny needs no download"
         ) from None
 
 
 def load_python(config: DataConfig) -> tuple[Rows, Rows]:
-    raise ConfigError("data.source=python is for rows that OnPolicyDistillationTrainer was given; take data=jsonl, parquet or hub")
+    raise ConfigError("data.source=python: is for the rows of OnPolicyDistillationTrainer; use data=jsonl, data=parquet or data=hub")
 
 
 LOADERS = {

@@ -9,7 +9,7 @@ import torch
 from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.doctor.footprint import Footprint
-from opd.training.tracking import check_tracker
+from opd.training.logs import check_tracker
 
 TIGHT = 0.85  # share of the free memory: estimates were seen to be up to 15 % too low
 GIB = 2**30

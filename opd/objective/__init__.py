@@ -1,6 +1,6 @@
 """The mathematics: pure functions of tensors, usable and tested without the rest of `opd`."""
 
-from opd.objective.divergences import forward_kl, jsd, kl, reverse_kl, skew, with_tail
+from opd.objective.divergences import forward_kl, jsd, kl, reverse_kl, with_tail
 from opd.objective.head import Head, chunk_rows, chunked_loss, chunked_stats
 from opd.objective.losses import (
     Clips,
@@ -35,7 +35,6 @@ __all__ = [
     "kl",
     "reverse_kl",
     "sampled",
-    "skew",
     "token_logp",
     "topk",
     "with_tail",

@@ -65,16 +65,6 @@ def jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> Tensor:
     return beta * kl(teacher_NV, mixture_NV) + (1 - beta) * kl(student_NV, mixture_NV)
 
 
-def skew(student_NV: Tensor, teacher_NV: Tensor, alpha: float) -> Tensor:
-    """Skewed reverse KL, KL(student ‖ (1 − α)·teacher + α·student), as in DistiLLM (Ko et al. 2024, arXiv 2402.03898).
-
-    Bounded by −log α where the teacher gives a token next to no mass. α = 0 is the reverse KL.
-    """
-    if alpha == 0:
-        return reverse_kl(student_NV, teacher_NV)
-    return kl(student_NV, log_mixture(student_NV, teacher_NV, alpha))
-
-
 def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
     """Return the log-probs (N, K + 1) of the ids `top_NK` and of one bucket for all other ids.
 
@@ -87,12 +77,11 @@ def with_tail(logp_NV: Tensor, top_NK: Tensor) -> Tensor:
     return torch.cat((kept_NK, rest_NV.logsumexp(-1, keepdim=True)), -1)
 
 
-def named_divergence(name: str, beta: float, alpha: float) -> Callable[[Tensor, Tensor], Tensor]:
+def named_divergence(name: str, beta: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Return the divergence called `name`, a function of the student's and the teacher's log-probs."""
     known: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "reverse_kl": reverse_kl,
         "forward_kl": forward_kl,
         "jsd": partial(jsd, beta=beta),
-        "skew": partial(skew, alpha=alpha),
     }
     return known[name]

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # as long as their number over all processes stays.
 MAY_CHANGE = (
     "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.max_tokens_per_micro_batch",
-    "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "eval.tasks", "sampling.guard", "sampling.vllm", "launch",
+    "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "sampling.guard", "sampling.vllm", "launch",
     "sweep", "teacher.placement", "teacher.device",
 )  # fmt: skip
 CHUNK = 2**24  # numbers that are summed at a time

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from opd.config.schema import Config, Engine, SamplingDtype, Truncated
-from opd.data.order import place, take
+from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import NumericError, Preempted
@@ -30,7 +30,7 @@ from opd.runs.outcome import is_detailed_step
 from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, restore, snapshot
 from opd.training.evaluate import Evaluation, Evaluator
-from opd.training.guard import Guard
+from opd.training.logs import Guard
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
 from opd.training.schedule import lr_factor
 from opd.training.step import NotFinite, Step
@@ -39,6 +39,7 @@ from opd.training.tokens import Tokens, concatenate, load_tokens
 log = logging.getLogger(__name__)
 
 NON_FINITE_LIMIT = 3  # steps in a row
+ALTERNATIVES = 5  # most probable tokens of the teacher that are stored at each token, in detailed steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ class Trainer:
                 return
             done = self.train_step()
             yield done
-            self.guard.look(done.step, done.metrics)
+            self.guard.check(done.step, done.metrics)
             self.check_copy(done.metrics["engine_gap"])
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
@@ -292,7 +293,7 @@ class Trainer:
 
     def sample_step(self, step: int) -> list[Rollout]:
         sampling = self.config.sampling
-        decoding = Decoding(sampling.temperature, sampling.new_tokens(step), sampling.top_p, sampling.top_k, sampling.batch_size)
+        decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
         return self.sampler.sample(self.requests(step), decoding, "train")
 
     def wait_for_ahead(self) -> None:
@@ -346,15 +347,15 @@ class Trainer:
 
         In the main process, in the steps of `is_detailed_step`; else nothing.
         """
-        k, sampling = self.config.track.alternatives, self.config.sampling
-        if not k or not is_detailed_step(self.step, self.max_steps):
+        if not is_detailed_step(self.step, self.max_steps):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
         alternatives = {}
         with self.scoring.teacher.ready():
             max_padding = padding_limit(self.device)
             for batch in micro_batches(stored, self.scoring.choices["max_tokens"], self.scoring.pad_id, self.scoring.packed, max_padding):
-                ids, logp = (values.cpu() for values in self.scoring.teacher.states(batch.teacher_inputs).top(k, sampling.temperature))
+                states = self.scoring.teacher.states(batch.teacher_inputs)
+                ids, logp = (values.cpu() for values in states.top(ALTERNATIVES, self.config.sampling.temperature))
                 lengths = [len(stored[index].trained) for index in batch.rollouts]
                 for index, own_ids, own_logp in zip(batch.rollouts, ids.split(lengths), logp.split(lengths), strict=True):
                     alternatives[index] = (own_ids, own_logp)
@@ -366,7 +367,7 @@ class Trainer:
         """Return the positions of this process's prompts of a step in the endless sequence of samples."""
         size = self.config.train.batch_size
         start = step * self.prompts_per_step + self.accelerator.process_index * size
-        return [place(number, self.trouble.left_out) for number in range(start, start + size)]
+        return [nth_position(number, self.trouble.left_out) for number in range(start, start + size)]
 
     def requests(self, step: int) -> list[Request]:
         """Return this process's share of a step's prompts, `sampling.n` times each."""

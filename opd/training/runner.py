@@ -47,11 +47,10 @@ from opd.training.display import Display, NoteHandler, describe_rewards
 from opd.training.evaluate import Evaluation
 from opd.training.export import save_model
 from opd.training.identity import check_content, check_same, identity
+from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
 from opd.training.metrics import rollout_records, sample_text
 from opd.training.summary import run_costs
-from opd.training.tracking import check_tracker, start_tracking, tracked
-from opd.training.watchdog import watched
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
     with ExitStack() as stack:
         stack.enter_context(signals.noted())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
-        background = config.checkpoint.background
+        background = accelerator.device.type == "cuda" if config.checkpoint.background is None else config.checkpoint.background
         checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, background)
         wanted = identity(config, accelerator)
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
@@ -105,7 +104,7 @@ def evaluate(config: Config, folder: Path, given: Given) -> dict[str, float]:
     with ExitStack() as stack:
         built = build(config, make_accelerator(config, folder), Checkpoints(folder, 1, keep_best=False), given, stack, None)
         evaluations = [event.evaluation for event in built.trainer.evaluate() if isinstance(event, Evaluated)]
-        return tracked(evaluations[0])
+        return evaluation_metrics(evaluations[0])
 
 
 def quiet_libraries() -> None:
@@ -273,7 +272,7 @@ def distil(
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
         stacks = run_folder.stacks_file(accelerator.process_index)
-        beat = stack.enter_context(watched(config.train.watchdog_minutes, stacks, run_folder.record_hang))
+        beat = stack.enter_context(watchdog(config.train.watchdog_minutes, stacks, run_folder.record_hang))
         evaluate_teacher(built, run_folder, history, display)
         stack.callback(display.end)
         display.begin(trainer.step)
@@ -343,7 +342,7 @@ def write_event(event: Event, config: Config, built: Built, run_folder: RunFolde
             display.show(event, sample_text(built.tokenizer, event.tokens.rollouts[0]) if config.track.rollouts_per_step else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
-            accelerator.log(tracked(event.evaluation), step=event.evaluation.step)
+            accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)
             display.show(event)
         case Rewound():
             log.warning("rewound to step %d; %d samples are left out from here on", event.step, len(event.left_out))

@@ -204,7 +204,7 @@ class Step:
         ppo, temperature, rows, ids_N = self.config.ppo, self.config.sampling.temperature, part.rows, part.batch.ids_N
         if ppo.estimator is not Estimator.sampled:
             assert part.teacher is not None
-            divergence = named_divergence(ppo.divergence.value, ppo.beta, ppo.alpha)
+            divergence = named_divergence(ppo.divergence.value, ppo.beta)
             if ppo.estimator is Estimator.topk:
                 return topk(ids_N, part.teacher, temperature, divergence, ppo.k)
             return exact(ids_N, part.teacher, temperature, divergence)
@@ -222,8 +222,7 @@ class Step:
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
             baseline=part.teacher,
         )
-        high = ppo.clip_eps if ppo.clip_eps_high is None else ppo.clip_eps_high
-        return sampled(facts, temperature, Clips(ppo.clip_eps, high, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
+        return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 
     def apply(self, tokens: Tokens, loss_sum: float, is_empty: bool) -> NotFinite | None:
         """Sum gradients over processes, clip and step; skip the step where anything is not finite in any process, or nothing is trained."""

@@ -20,8 +20,6 @@ CASES = {
     "random-signals": Case("SIGTERM, SIGINT, SIGUSR1 at random moments", stopping.random_terms, 2, 100),
     "stops": Case("stopped by a signal at every kind of place, twice", stopping.stops_of_one, 2, 100),
     "stops-of-two": Case("a signal to one of two processes", stopping.stops_of_two, 1, 20),
-    "stops-of-engine": Case("a signal at a step of continuous batching", stopping.stops_of_engine, 1, 20),
-    "stops-of-two-engines": Case("the same, to one of two processes with an engine each", stopping.stops_of_two_engines, 1, 10),
     "kills-in-save": Case("SIGKILL at each file operation of a save, before it and half-way", saving.kills_in_save, 50, 600),
     "disk-errors": Case("ENOSPC and EIO at each file operation of a save", saving.disk_errors, 100, 600),
     "full-disk": Case("a run on a full disk", saving.full_disks, 2, 20),

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,60 +166,6 @@ def stops_of_one(times: int, root: Path) -> Outcome:
 def stops_of_two(times: int, root: Path) -> Outcome:
     """The signal reaches one of two processes."""
     return stops(times, root, 2)
-
-
-def at_engine_step(place: int) -> Sabotage:
-    """Lets a run ask itself to stop at the `place`-th step of transformers' continuous batching, which works in a thread of its own.
-
-    That step ends when the engine is told to, as if it were a long one. The number of all steps is written down.
-    """
-    from transformers.generation.continuous_batching.continuous_api import BackgroundThreadStatus, ContinuousBatchingManager
-
-    def sabotage() -> None:
-        told, seen = threading.Event(), 0
-        generation_step, request_stop = ContinuousBatchingManager._generation_step, BackgroundThreadStatus.request_stop
-
-        def step(self: Any) -> None:
-            nonlocal seen
-            generation_step(self)
-            seen += 1
-            Path("steps.txt").write_text(str(seen))
-            if seen == place:
-                told.clear()
-                os.kill(os.getpid(), signal.SIGTERM)
-                told.wait(20)
-
-        def stop(self: Any, *args: Any, **kwargs: Any) -> None:
-            request_stop(self, *args, **kwargs)
-            told.set()
-
-        ContinuousBatchingManager._generation_step = step
-        BackgroundThreadStatus.request_stop = stop
-
-    return sabotage
-
-
-def stops_of_engine(times: int, root: Path, processes: int = 1) -> Outcome:
-    """Each try stops a new run at another step of the engine, amid a call that samples, and lets it go on to the end."""
-    outcome, words = Outcome(), (*RUN, "sampling.engine=continuous", "sampling.memory_share=0.03", "train.max_steps=3", "eval.kl_prompts=0")
-    counted = fresh(root, "counted")
-    assert {child.wait().code for child in start(counted, words, processes, at_engine_step(0))} == {0}
-    total = int((counted / "steps.txt").read_text())
-    for place in (1 + (2 * number + 1) * total // (2 * times) for number in range(times)):
-        folder = fresh(root, "engine")
-        ended = [child.wait() for child in start(folder, words, processes, at_engine_step(place))]
-        codes, steps = {child.code for child in ended}, int((folder / "steps.txt").read_text())
-        problem = None
-        if (codes, steps) != ({75}, place):
-            problem = f"exit codes {codes} after {steps} steps: {ended[-1].text.strip()[-300:]}"
-        outcome.add(f"step {place} of {total}", steps >= place, problem or end_alike(root, folder, words, processes))
-    outcome.note = f"{total} steps in a run, none after the signal; final weights bitwise equal"
-    return outcome
-
-
-def stops_of_two_engines(times: int, root: Path) -> Outcome:
-    """The signal reaches one of two processes, which have an engine each."""
-    return stops_of_engine(times, root, 2)
 
 
 def lost_launchers(times: int, root: Path) -> Outcome:

@@ -291,7 +291,7 @@ def refused_in_time(folder: Path, words: Sequence[str]) -> str | None:
         prompts.TEMPLATE_SECONDS = 1.0
 
     ended = start(folder, words, 1, shorter)[0].wait()
-    return None if ended.code == 65 and "took too much" in ended.text else f"exit code {ended.code}: {ended.text.strip()[-300:]}"
+    return None if ended.code == 65 and "did not finish" in ended.text else f"exit code {ended.code}: {ended.text.strip()[-300:]}"
 
 
 class Bomb:
@@ -314,7 +314,7 @@ DATA: dict[str, tuple[Callable[[Path], Any], list[str], int, str]] = {
     "no such column": (rows({"question": "1+1=", "answer": "2"}), [], 65, "has no such column"),
     "a prompt that is null": (rows(*GOOD, {"prompt": None, "answer": "2"}), [], 65, "row 12"),
     "a prompt that is a number": (rows(*({"prompt": i, "answer": "2"} for i in range(12))), [], 65, "row 0"),
-    "prompts over-long": (rows(*GOOD), ["data.max_prompt_tokens=2"], 65, "no training prompt is that short"),
+    "prompts over-long": (rows(*GOOD), ["data.max_prompt_tokens=2"], 65, "all training prompts are longer"),
     "null answers in training": (rows(*({**row, "answer": None} for row in GOOD)), [], 0, ""),
     "a row of 50 MB": (rows(*GOOD, {"prompt": "1" * 50_000_000, "answer": "2"}), [], 0, ""),
     "text that is HTML": (rows(*GOOD, {"prompt": "<script>alert(1)</script>", "answer": "<b>"}), [], 0, ""),

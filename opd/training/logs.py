@@ -1,0 +1,129 @@
+"""What watches a run from the side: trackers, the guard over the completions, and the watchdog for a run that hangs."""
+
+import faulthandler
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from opd.config.compose import to_dict
+from opd.config.schema import Config, GuardAction, SamplingConfig, Tracker
+from opd.errors import INTERNAL, ConfigError, NumericError
+from opd.runs.reader import flatten
+from opd.training.evaluate import Evaluation
+
+log = logging.getLogger(__name__)
+
+GUARD_STEPS = 10  # consecutive steps at or above a limit
+GUARD_LIMITS = {"truncated": 0.95, "repetition": 0.5}  # of these metrics
+GUARD_REMEDIES = {
+    "truncated": "raise sampling.max_new_tokens, lower optim.lr, or leave them out of the loss with sampling.truncated=mask",
+    "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
+}
+LAST_RESORT = 60.0  # seconds: faulthandler ends the process when another thread holds the GIL, so that the watchdog's thread cannot run
+CHECKS = 20  # how often the watchdog's thread checks within the limit
+
+
+def check_tracker(tool: Tracker) -> None:
+    """Raise `ConfigError` if the tracker's package is not installed."""
+    if tool is not Tracker.none and find_spec(tool.value) is None:
+        extra = "track" if tool in (Tracker.tensorboard, Tracker.wandb) else tool.value
+        raise ConfigError(f"track.tool={tool.value}: the package is not installed: pip install 'opd[{extra}]'")
+
+
+def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> None:
+    """Start the configured tracker through Accelerate, with all options under dotted names."""
+    if config.track.tool is Tracker.none:
+        return
+    options = {name: value if isinstance(value, int | float | str) else str(value) for name, value in flatten(to_dict(config)).items()}
+    arguments = {
+        "wandb": {"dir": str(folder), "name": config.name},
+        "trackio": {"name": config.name},
+        "mlflow": {"run_name": config.name},
+        "swanlab": {"experiment_name": config.name, "logdir": str(folder / "swanlab")},
+    }
+    accelerator.init_trackers(config.track.project, config=options, init_kwargs=arguments)
+
+
+def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
+    """Return an evaluation as metrics for the tracker."""
+    metrics = {} if evaluation.rewards is None else {"eval/reward": evaluation.rewards.mean, "eval/length": evaluation.rewards.length}
+    return metrics if evaluation.kl is None else {**metrics, "eval/kl": evaluation.kl}
+
+
+class Guard:
+    """Watch the completions for collapse. Each problem is reported once, and again only after it has gone away."""
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+        self.steps_above = dict.fromkeys(GUARD_LIMITS, 0)
+        self.gap_reported = False
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn of problems in a step's metrics, or raise `NumericError` with `sampling.guard=stop`."""
+        self.check_gap(step, metrics["engine_gap"])
+        for name, limit in GUARD_LIMITS.items() if self.config.guard is not GuardAction.none else ():
+            self.steps_above[name] = self.steps_above[name] + 1 if metrics[name] >= limit else 0
+            if self.steps_above[name] != GUARD_STEPS:
+                continue
+            problem = f"step {step}: {name}={metrics[name]:.2f}, at least {limit:g} for {GUARD_STEPS} steps: {GUARD_REMEDIES[name]}"
+            if self.config.guard is GuardAction.stop:
+                raise NumericError(f"{problem}; the last checkpoint is intact, and sampling.guard=warn continues from it")
+            log.warning(problem)
+
+    def check_gap(self, step: int, gap: float) -> None:
+        # With top-p, top-k or lag=1 the sampler's distribution is not the trainer's, and a gap is expected.
+        comparable = self.config.top_p == 1 and self.config.top_k == 0 and self.config.lag == 0
+        if comparable and gap > self.config.max_gap and not self.gap_reported:
+            log.warning(
+                f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.3f} nats on average, more than "
+                f"sampling.max_gap={self.config.max_gap:g}: it computes in bf16, or its weights are not the student's. Importance weights "
+                "correct for it up to ppo.importance_cap; sampling.engine=generate sampling.dtype=trainer has no gap"
+            )
+        self.gap_reported = gap > self.config.max_gap
+
+
+@contextmanager
+def watchdog(minutes: float | None, file: Path, report: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Yield a function that must be called at least every `minutes`, or the process ends with exit code 70.
+
+    Args:
+        minutes: The limit; None watches nothing.
+        file: Gets the stacks of all threads; removed if nothing happens.
+        report: Called with the reason before the process ends. Not called if no Python code can run: then the exit code is 1.
+    """
+    if minutes is None:
+        yield lambda: None
+        return
+    limit, last, over = 60 * minutes, time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        nonlocal last
+        last = time.monotonic()
+        faulthandler.dump_traceback_later(limit + LAST_RESORT, exit=True, file=stacks)
+
+    def watch() -> None:
+        while not over.wait(limit / CHECKS):
+            if time.monotonic() - last > limit:
+                faulthandler.dump_traceback(stacks)
+                try:
+                    report(f"train.watchdog_minutes={minutes:g}: no step, evaluation or checkpoint finished; see the stacks in {file}")
+                finally:
+                    os._exit(INTERNAL)
+
+    with file.open("w", encoding="utf-8") as stacks:
+        beat()
+        threading.Thread(target=watch, name="watchdog", daemon=True).start()
+        try:
+            yield beat
+        finally:
+            over.set()
+            faulthandler.cancel_dump_traceback_later()
+    if file.stat().st_size == 0:
+        file.unlink()
