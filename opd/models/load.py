@@ -37,6 +37,14 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def is_fast_in_bf16(device: torch.device) -> bool:
+    """Return whether the device multiplies bf16 matrices with instructions of its own."""
+    if device.type == "cuda":
+        return has_bf16(device)
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have it
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
     """Whether the student's matrix products run in bf16: as configured, or where the device has it."""
     return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and has_bf16(device))

@@ -5,14 +5,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 import torch
 
 from opd.config.schema import Engine, SamplingConfig, SamplingDtype
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import ConfigError, EngineError
-from opd.models import load as models
+from opd.models.load import is_fast_in_bf16
 from opd.models.policy import autocast, completion_hidden, output_head
 from opd.objective import TeacherStates
 from opd.samplers.base import Decoding
@@ -56,14 +55,6 @@ def candidates(config: SamplingConfig, device: torch.device, sharded: bool = Fal
         statics = [False, True]
     found = [Choice(engine, twin, static) for engine, twin, static in product(engines, twins, statics)]
     return [choice for choice in found if choice.engine is Engine.generate or not choice.static]
-
-
-def is_fast_in_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 matrices by instructions of its own."""
-    if device.type == "cuda":
-        return models.has_bf16(device)
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # the oldest torch that is allowed does not tell
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def choose(config: SamplingConfig, material: Material, requests: Sequence[Request]) -> Choice:

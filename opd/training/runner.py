@@ -12,7 +12,6 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -22,7 +21,7 @@ from opd import signals
 from opd.config.compose import to_dict
 from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
-from opd.models.accelerator import layerwise, make_accelerator, shards_weights
+from opd.models.accelerator import make_accelerator, shards_weights
 from opd.models.memory import estimate
 from opd.models.sharding import at_rest, gathered, is_sharded, strategy, weight, whole
 from opd.models.together import is_peer_failure, on_main_process, stop_all_processes
@@ -138,9 +137,8 @@ def distil(
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. forced: what differs from the run that goes on, and is done nevertheless."""
     if given.student is None and given.teacher is None:
-        zero = accelerator.distributed_type is DistributedType.DEEPSPEED
-        kind = (shards_weights(accelerator), layerwise(accelerator), zero)
-        memory = on_main_process(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, *kind))
+        sharded = shards_weights(accelerator)
+        memory = on_main_process(accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, sharded))
         Display(0, shown=accelerator.is_main_process).note(str(memory))
     with ExitStack() as stack:
         built = build(config, accelerator, checkpoints, given, stack, None if start is None else kept_choices(start.state, config))
