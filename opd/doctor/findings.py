@@ -1,4 +1,4 @@
-"""What the doctor finds: a line each, with what to do about it."""
+"""Findings of `opd doctor`: results of checks, each with a remedy where something is wrong."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,14 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """check: what was looked at. what: what was seen. remedy: what to do about it, "" where nothing has to be done."""
+    """The result of a check.
+
+    Attributes:
+        check: the subject of the check.
+        status: whether the run is ready in this respect; a warning does not stop it.
+        what: the facts.
+        remedy: what to do about them; empty if nothing.
+    """
 
     check: str
     status: Status
@@ -40,15 +47,15 @@ def fail(check: str, what: str, remedy: str) -> Finding:
     return Finding(check, Status.fail, what, remedy)
 
 
-def complaint(check: str, error: OpdError) -> Finding:
-    """A mistake that `opd train` would end with. Its message says what is wrong, then the remedy."""
-    what, _, remedy = str(error).partition("; ")
-    return fail(check, what, remedy)
-
-
 @dataclass(slots=True)
 class Report:
-    """findings: in the order they were made. figures: what was measured or computed, as JSON. rendered: a prompt as each model sees it."""
+    """All findings on a run.
+
+    Attributes:
+        findings: in the order of the checks.
+        figures: measured and estimated numbers, as JSON.
+        rendered: the first prompt as each model's chat template renders it.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -64,26 +71,23 @@ class Report:
     def add(self, *findings: Finding) -> None:
         self.findings.extend(findings)
 
-    def look(self, check: str, find: Callable[[], Sequence[Finding]]) -> bool:
-        """Add what `find` finds, or the mistake that it raises; returns whether it came to its end."""
-        with self.told(check) as mistakes:
+    def run(self, check: str, find: Callable[[], Sequence[Finding]]) -> bool:
+        """Add the findings of `find`, or the error that it raises; return whether it raised none."""
+        with self.catch(check) as errors:
             self.add(*find())
-        return not mistakes
+        return not errors
 
     @contextmanager
-    def told(self, check: str) -> Iterator[list[OpdError]]:
-        """A mistake inside becomes a finding, and is put into the list that this gives."""
-        mistakes: list[OpdError] = []
+    def catch(self, check: str) -> Iterator[list[OpdError]]:
+        """Turn an `OpdError` raised inside into a failed finding; yield the list that it is put into."""
+        errors: list[OpdError] = []
         try:
-            yield mistakes
+            yield errors
         except OpdError as error:
-            mistakes.append(error)
-            self.add(complaint(check, error))
+            errors.append(error)
+            what, _, remedy = str(error).partition("; ")  # error messages end with the remedy
+            self.add(fail(check, what, remedy))
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "ready": self.ready,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "figures": self.figures,
-            "rendered": self.rendered,
-        }
+        findings = [finding.to_dict() for finding in self.findings]
+        return {"ready": self.ready, "findings": findings, "figures": self.figures, "rendered": self.rendered}

@@ -1,58 +1,53 @@
-"""Whether the run fits the machine: memory, time, packages."""
+"""Checks of the machine: memory, time and installed packages."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
-from opd.doctor.footprint import Footprint
+from opd.models.memory import Memory, format_bytes
 from opd.training.logs import check_tracker
 
-TIGHT = 0.85  # share of the free memory: estimates were seen to be up to 15 % too low
-GIB = 2**30
+TIGHT = 0.85  # share of the free memory: measured peaks were up to 15 % above the estimate
 REMEDIES = {
     "activations": "lower train.max_tokens_per_micro_batch, or set train.activation_checkpointing=true",
     "KV cache": "lower sampling.batch_size and eval.batch_size",
     "logits": "lower sampling.batch_size and eval.batch_size",
-    "head chunks": "take lora=default, which leaves the output layer as it is",
-    "optimizer": "take lora=default, or a smaller student",
-    "gradients": "take lora=default, or a smaller student",
+    "bf16 copy": "set sampling.dtype=trainer",
+    "head chunks": "set lora=default, which does not train the output layer",
+    "optimizer": "set lora=default, or take a smaller student",
+    "gradients": "set lora=default, or take a smaller student",
     "student": "take a smaller student",
-    "teacher": "take teacher.dtype=bfloat16, or a smaller teacher",
+    "teacher": "set teacher.dtype=bfloat16, or take a smaller teacher",
 }
 
 
-def check_memory(footprint: Footprint, free: int, device: torch.device) -> list[Finding]:
-    """footprint: with what the process holds already. free: bytes that can still be had, without what it holds."""
-    held = footprint.resident["the process"]
-    need, phase = footprint.peak - held, largest_phase(footprint)
-    parts = {**footprint.resident, **phase}
-    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB)
-    what = f"about {footprint.peak / GIB:.2f} GiB a process on {device.type} ({told}), of {(free + held) / GIB:.2f} GiB"
-    heaviest = max((name for name in parts if name in REMEDIES), key=lambda name: parts[name])
-    if need > free:
-        return [fail("memory", what, f"{heaviest} are the most of it: {REMEDIES[heaviest]}")]
-    if need > TIGHT * free:
-        return [warn("memory", what, f"that is tight, and the estimate may be 15 % off: {REMEDIES[heaviest]}")]
+def check_memory(memory: Memory, free: int, device: torch.device) -> list[Finding]:
+    """Compare the estimate, less what the process uses already, with the `free` bytes of the device."""
+    in_use = memory.resident["the process"]
+    needed = memory.peak - in_use
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.parts.items() if size >= 0.005 * 2**30)
+    what = f"about {format_bytes(memory.peak)} a process on {device.type} ({parts}), of {format_bytes(free + in_use)}"
+    largest = max(memory.parts.keys() & REMEDIES.keys(), key=lambda name: memory.parts[name])
+    if needed > free:
+        return [fail("memory", what, f"the largest part is {largest}: {REMEDIES[largest]}")]
+    if needed > TIGHT * free:
+        return [warn("memory", what, f"this is tight, and the estimate may be 15 % off: {REMEDIES[largest]}")]
     return [ok("memory", what)]
 
 
-def largest_phase(footprint: Footprint) -> dict[str, int]:
-    return max(footprint.sampling, footprint.update, key=lambda parts: sum(parts.values()))
-
-
 def check_time(seconds: Mapping[str, float], config: Config, steps: int) -> list[Finding]:
-    """Extrapolated from a single step; evaluations and checkpoints come on top."""
-    a_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
-    shares = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
-    return [ok("time", f"about {a_step:.2g} s a step ({shares}), {spoken(a_step * steps)} for {steps:,} steps, evaluations not counted")]
+    """Extrapolate from one step to the run, without evaluations and checkpoints."""
+    per_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
+    parts = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items())
+    return [
+        ok("time", f"about {per_step:.2g} s a step ({parts}), {format_duration(per_step * steps)} for {steps:,} steps, without evaluations")
+    ]
 
 
-def spoken(seconds: float) -> str:
-    """A duration in words."""
+def format_duration(seconds: float) -> str:
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
@@ -60,15 +55,17 @@ def spoken(seconds: float) -> str:
 
 
 def check_packages(config: Config) -> list[Finding]:
-    """What the configured extras need. Raises `ConfigError` where the tracker's is missing."""
+    """Look for the packages that the options need. Raises `ConfigError` if the tracker's is missing."""
     check_tracker(config.track.tool)
-    found: list[Finding] = [ok("tracker", f"track.tool={config.track.tool.value}; metrics.jsonl is always written")]
-    wanted: dict[str, tuple[Any, str]] = {
+    gguf = "model.gguf_file" if config.model.gguf_file else "teacher.gguf_file"
+    needed = {
         "peft": (config.lora.rank > 0, f"lora.rank={config.lora.rank} needs it: pip install 'opd[lora]'"),
-        "gguf": (config.model.gguf_file or config.teacher.gguf_file, "model.gguf_file needs it: pip install 'opd[gguf]'"),
+        "gguf": (config.model.gguf_file or config.teacher.gguf_file, f"{gguf} needs it: pip install 'opd[gguf]'"),
         "math_verify": (config.eval.reward == "math", "eval.reward=math needs it: pip install 'opd[math]'"),
     }
-    for package, (needed, remedy) in wanted.items():
-        if needed and find_spec(package) is None:
-            found.append(fail("packages", f"{package} is not installed", remedy))
-    return found
+    missing = [
+        fail("packages", f"{package} is not installed", remedy)
+        for package, (wanted, remedy) in needed.items()
+        if wanted and find_spec(package) is None
+    ]
+    return [ok("tracker", f"track.tool={config.track.tool.value}; all metrics are in metrics.jsonl too"), *missing]

@@ -1,4 +1,4 @@
-"""The doctor's findings on a terminal."""
+"""Show the findings of `opd doctor` in a terminal."""
 
 from rich.console import Console
 from rich.table import Table
@@ -6,12 +6,12 @@ from rich.text import Text
 
 from opd.doctor.findings import Report, Status
 
-WIDTH = 130  # characters where there is no terminal to fit into
+WIDTH = 130  # characters, where the output is not a terminal
 MARKS = {Status.ok: ("ok", "green"), Status.warn: ("warn", "yellow"), Status.fail: ("FAIL", "bold red")}
 
 
 def show(report: Report, console: Console | None = None) -> None:
-    """A line a finding, its remedy below it, and a prompt as each model sees it where the two differ."""
+    """Print each finding with its remedy, then the first prompt as each model sees it."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
@@ -27,18 +27,14 @@ def show(report: Report, console: Console | None = None) -> None:
         table.add_row(Text(mark, style=style), Text(finding.check), text)
     console.print(table)
     if report.rendered:
-        console.print(side_by_side(report))
-    warned = len(report.of(Status.warn))
+        texts = {f"first prompt, {role}'s template": text for role, text in report.rendered.items()}
+        if len(set(texts.values())) == 1:
+            texts = {"first prompt": next(iter(texts.values()))}
+        prompts = Table(show_edge=False)
+        for title in texts:
+            prompts.add_column(title, overflow="fold", ratio=1)
+        prompts.add_row(*map(Text, texts.values()))
+        console.print(prompts)
     if report.ready:
-        console.print(Text(f"ready, {warned} to look at" if warned else "ready", style="bold green"))
-
-
-def side_by_side(report: Report) -> Table:
-    """The first prompt, rendered by each model's template."""
-    alike = len(set(report.rendered.values())) == 1
-    shown = {"first prompt": next(iter(report.rendered.values()))} if alike else report.rendered
-    table = Table(show_edge=False, title_justify="left")
-    for role in shown:
-        table.add_column(role if alike else f"first prompt, {role}'s template", overflow="fold", ratio=1)
-    table.add_row(*(Text(text) for text in shown.values()))
-    return table
+        warnings = len(report.of(Status.warn))
+        console.print(Text(f"ready, {warnings} to look at" if warnings else "ready", style="bold green"))

@@ -1,4 +1,4 @@
-"""Whether student and teacher speak about the same tokens, end alike, and read the same prompt."""
+"""Checks of tokenizers, chat templates and generation configs: do student and teacher read and end the same text?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,8 +12,8 @@ from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError
 from opd.models import load as models
 
-# What makes generate() draw from another distribution than the model's, and the value that does nothing.
-HIDDEN: Mapping[str, Any] = {
+# Settings with which generate() samples from another distribution than the model's, and the values that switch them off.
+PROCESSORS: Mapping[str, Any] = {
     "repetition_penalty": 1.0,
     "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
@@ -33,189 +33,151 @@ DECODING: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
-TURN = "opd looks where this turn ends"
+ANSWER = "the answer that opd looks for"
 
 
 def load_raw(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
-    """The tokenizer as its folder has it, before `models.load_tokenizer` gives it a padding token."""
+    """Load the tokenizer as it is stored, without the padding token that `models.load_tokenizer` adds."""
     tokenizer: PreTrainedTokenizerBase = models.load_with(AutoTokenizer.from_pretrained, config, role)
     return tokenizer
 
 
 def check_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Finding]:
-    """Raises `ConfigError` where a token has another id in the other."""
+    """Raise `ConfigError` if a token has different ids in the two tokenizers."""
     models.check_same_ids(student, teacher)
     return [ok("tokenizers", f"the same {len(student.get_vocab()):,} tokens have the same ids in student and teacher")]
 
 
-def check_pad(tokenizer: PreTrainedTokenizerBase, role: str) -> list[Finding]:
-    """tokenizer: as `load_raw` gives it."""
-    if tokenizer.pad_token_id is None:
-        return [
-            warn(
-                f"padding of the {role}",
-                f"the tokenizer has no padding token; {tokenizer.eos_token!r} stands in behind masks",
-                "harmless in opd; other programs that pad with the end-of-sequence token unlearn it: set pad_token in its "
-                "tokenizer_config.json",
-            )
-        ]
-    return [ok(f"padding of the {role}", f"{tokenizer.pad_token!r} ({tokenizer.pad_token_id})")]
+def check_pad(raw: PreTrainedTokenizerBase, role: str) -> list[Finding]:
+    """Look for a padding token in the tokenizer that `load_raw` returns."""
+    check = f"padding of the {role}"
+    if raw.pad_token_id is not None:
+        return [ok(check, f"{raw.pad_token!r} ({raw.pad_token_id})")]
+    what = f"the tokenizer has no padding token; opd uses {raw.eos_token!r}, always masked"
+    remedy = "harmless in opd; programs that mask by id do not train the model to stop: set pad_token in its tokenizer_config.json"
+    return [warn(check, what, remedy)]
 
 
 def check_eos(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, ours: Sequence[int], theirs: Sequence[int]
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, student_eos: Sequence[int], teacher_eos: Sequence[int]
 ) -> list[Finding]:
-    """ours, theirs: every id that ends a completion."""
-    names = [
-        ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ids) for tokenizer, ids in ((student, ours), (teacher, theirs))
-    ]
-    if set(ours) == set(theirs):
-        return [ok("end of sequence", f"both end at {names[0]}")]
-    return [
-        warn(
-            "end of sequence",
-            f"the student ends at {names[0]}, the teacher at {names[1]}; the teacher may never ask the student to stop",
-            "set eos_token_id alike in both generation_config.json, or take the teacher in its chat-tuned form",
-        )
-    ]
+    """Compare the ids that end a completion."""
+    student_names, teacher_names = (
+        ", ".join(f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})" for i in ids)
+        for tokenizer, ids in ((student, student_eos), (teacher, teacher_eos))
+    )
+    if set(student_eos) == set(teacher_eos):
+        return [ok("end of sequence", f"both end at {student_names}")]
+    what = f"the student ends at {student_names}, the teacher at {teacher_names}: the teacher may never favour the student's end"
+    remedy = "set the same eos_token_id in both generation_config.json, or take the chat-tuned teacher"
+    return [warn("end of sequence", what, remedy)]
 
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
-    """Whether the token that the chat template puts behind an answer ends a completion."""
+    """Check that the token with which the chat template ends an answer also ends a completion."""
     if tokenizer.chat_template is None:
         return []
     try:
-        chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": TURN}]
+        chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}]
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
     except (TemplateError, ValueError, TypeError):
-        return []  # a template that takes no answers says nothing about their end
-    behind = text.rpartition(TURN)[2].strip()
-    ids = tokenizer(behind, add_special_tokens=False)["input_ids"] if behind and TURN in text else []
+        return []  # a template without answers has no end of an answer
+    rest = text.rpartition(ANSWER)[2].strip()
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
     if not ids or ids[0] in eos:
         return []
-    token = tokenizer.convert_ids_to_tokens(ids[0])
-    return [
-        warn(
-            f"end of a turn of the {role}",
-            f"its chat template ends an answer with {token!r}, which does not end a completion",
-            f"completions run to their limit: add {ids[0]} to eos_token_id in its generation_config.json, or take the tuned model",
-        )
-    ]
+    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(ids[0])!r}, which does not end a completion"
+    remedy = f"completions run to their limit: add {ids[0]} to eos_token_id in its generation_config.json, or take the chat-tuned model"
+    return [warn(f"end of a turn of the {role}", what, remedy)]
 
 
 def check_templates(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, messages: Sequence[Message], config: Config
 ) -> tuple[list[Finding], dict[str, str]]:
-    """What the templates make of a real prompt, and the prompt as each renders it."""
-    kwargs = config.data.chat_template_kwargs
-    seen: dict[str, str] = {}
-    found: list[Finding] = []
+    """Check both chat templates on a real prompt.
+
+    Returns:
+        The findings, and the prompt as each template renders it, by role.
+    """
+    check, kwargs = "chat templates", config.data.chat_template_kwargs
+    rendered: dict[str, str] = {}
+    findings: list[Finding] = []
     for role, tokenizer in (("student", student), ("teacher", teacher)):
         try:
-            seen[role] = models.decode(tokenizer, render(messages, tokenizer, kwargs))
+            rendered[role] = models.decode(tokenizer, render(messages, tokenizer, kwargs))
         except (TemplateError, TypeError, ValueError) as error:
-            found.append(template_refuses(role, error))
+            what = f"the chat template of the {role} refuses the first prompt: {' '.join(str(error).split())}"
+            if role == "student":
+                findings.append(fail(check, what, "set data.system=null to leave out the system message, or change the chat template"))
+            else:
+                findings.append(warn(check, what, "the teacher reads the student's rendering: make sure that it knows this format"))
             continue
-        found += check_template(tokenizer, seen[role], messages, role, kwargs)
-    if len(seen) == 2 and seen["student"] == seen["teacher"]:
-        found.append(ok("chat templates", "student and teacher render the first prompt alike"))
-    elif len(seen) == 2:
-        found.append(
-            warn(
-                "chat templates",
-                "student and teacher render the first prompt differently (both below); the teacher scores the student's rendering",
-                "a teacher off its own format teaches less: give both the same chat template, the teacher's if it may be changed",
-            )
-        )
-    return found + check_switches(student, teacher, kwargs), seen
-
-
-def template_refuses(role: str, error: Exception) -> Finding:
-    what = f"the chat template of the {role} refuses the first prompt: {' '.join(str(error).split())}"
-    if role == "teacher":
-        return warn("chat templates", what, "the teacher reads the student's rendering; see that it is a format it knows")
-    return fail("chat templates", what, "leave out the system message (data.system=null), or take another chat template")
+        findings += check_template(tokenizer, rendered[role], messages, role, kwargs)
+    if len(rendered) == 2 and rendered["student"] == rendered["teacher"]:
+        findings.append(ok(check, "student and teacher render the first prompt alike"))
+    elif len(rendered) == 2:
+        what = "student and teacher render the first prompt differently (both below); the teacher scores the student's rendering"
+        remedy = "a teacher scores best in its own format: give both models the same chat template, the teacher's if possible"
+        findings.append(warn(check, what, remedy))
+    return findings + check_switches(student, teacher, kwargs), rendered
 
 
 def check_template(
     tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message], role: str, kwargs: Mapping[str, Any]
 ) -> list[Finding]:
-    """One model's rendering of the messages."""
-    check = f"chat template of the {role}"
+    """Check one model's rendering `text` of the messages."""
+    check, take_own = f"chat template of the {role}", "take the chat template from the model's own folder"
     if tokenizer.chat_template is None:
-        return [
-            warn(
-                check, "there is none: the prompt is given as bare text", "right for a base model; a chat model's folder lacks its template"
-            )
-        ]
-    found = []
-    wanted = messages[-1]["content"].strip()
-    if "".join(wanted.split()) not in "".join(text.split()):
-        found.append(
-            (fail if role == "student" else warn)(
-                check,
-                "what it renders does not hold the prompt's text",
-                "it is not this model's: take the template of the model's own folder",
-            )
-        )
+        return [warn(check, "there is none: the prompt is plain text", f"right for a base model; for a chat model, {take_own}")]
+    findings = []
+    if "".join(messages[-1]["content"].split()) not in "".join(text.split()):
+        make = fail if role == "student" else warn
+        findings.append(make(check, "the rendering does not contain the prompt's text", take_own))
     closed = tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
     opened = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
     if closed == opened:
-        found.append(
-            warn(
-                check,
-                "it does not open the assistant's turn (add_generation_prompt changes nothing)",
-                "the student would go on with the user's text: add the assistant's header to the template",
-            )
-        )
-    ids = tokenizer(str(opened), add_special_tokens=False)["input_ids"]
-    unknown = tokenizer.unk_token_id
-    if unknown is not None and unknown in ids:
-        found.append(warn(check, "it renders tokens that the tokenizer does not know", "take the template of the model's own folder"))
-    if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
-        found.append(warn(check, f"the prompt begins with {tokenizer.bos_token!r} twice", "take the second out of the chat template"))
-    return found
+        what = "it does not open the assistant's turn (add_generation_prompt changes nothing)"
+        findings.append(warn(check, what, "the student would continue the user's text: add the assistant's header to the template"))
+    ids = list(tokenizer(str(opened), add_special_tokens=False)["input_ids"])
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+        findings.append(warn(check, "the rendering contains tokens that are unknown to the tokenizer", take_own))
+    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+        findings.append(warn(check, f"the prompt begins with {tokenizer.bos_token!r} twice", "remove one of them from the chat template"))
+    return findings
 
 
 def check_switches(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> list[Finding]:
-    """The thinking switches that the templates know."""
-    ours, theirs = ([switch for switch in SWITCHES if switch in str(tokenizer.chat_template)] for tokenizer in (student, teacher))
-    if not ours and not theirs:
+    """Compare the thinking switches of the two chat templates."""
+    of_student, of_teacher = ([switch for switch in SWITCHES if switch in str(tokenizer.chat_template)] for tokenizer in (student, teacher))
+    if not of_student and not of_teacher:
         return []
-    told = ", ".join(f"{switch}={kwargs.get(switch, 'the default')}" for switch in sorted({*ours, *theirs}))
-    if ours != theirs:
-        return [
-            warn(
-                "thinking",
-                f"the student's template knows {', '.join(ours) or 'no switch'}, the teacher's {', '.join(theirs) or 'none'} ({told})",
-                "a teacher that thinks and a student that does not disagree from the first token: take two models of one kind",
-            )
-        ]
-    return [ok("thinking", f"both templates know {', '.join(ours)}: {told}; set by data.chat_template_kwargs")]
+    settings = ", ".join(f"{switch}={kwargs.get(switch, 'the default')}" for switch in sorted({*of_student, *of_teacher}))
+    if of_student == of_teacher:
+        return [ok("thinking", f"both templates have {', '.join(of_student)}: {settings}; set by data.chat_template_kwargs")]
+    what = (
+        f"the student's template has {', '.join(of_student) or 'no switch'}, the teacher's {', '.join(of_teacher) or 'none'} ({settings})"
+    )
+    remedy = "a thinking teacher and a student that does not think disagree from the first token: take two models of one kind"
+    return [warn("thinking", what, remedy)]
 
 
 def check_generation_config(config: ModelConfig, role: str, sampling: str) -> list[Finding]:
-    """What the model's own generation_config would have changed. sampling: how opd decodes, in words."""
+    """List settings of the model's generation_config, all of which opd ignores; `sampling` describes how opd samples."""
     check = f"generation_config of the {role}"
     try:
-        stored: GenerationConfig = models.load_with(GenerationConfig.from_pretrained, config, role)
+        stored = models.load_with(GenerationConfig.from_pretrained, config, role).to_dict()
     except ConfigError:
-        return [ok(check, "none; opd would not follow it either")]
-    hidden = changed(stored, HIDDEN)
-    decoding = changed(stored, DECODING) if stored.do_sample else []
-    if hidden:
-        return [
-            warn(
-                check,
-                f"{', '.join([*hidden, *decoding])}: opd follows none of it, other programs do",
-                "figures from elsewhere (model cards, generate()) may be of these settings; opd's are of the bare model on both sides",
-            )
-        ]
+        return [ok(check, "none; opd would ignore it")]
+    processors, decoding = (
+        [f"{name}={stored[name]}" for name, neutral in settings.items() if stored.get(name) not in (neutral, None)]
+        for settings in (PROCESSORS, DECODING)
+    )
+    if not stored.get("do_sample"):
+        decoding = []
+    if processors:
+        what = f"{', '.join([*processors, *decoding])}: opd ignores all of it, other programs do not"
+        remedy = "results from elsewhere (model cards, generate()) may depend on these settings; opd samples and scores both bare models"
+        return [warn(check, what, remedy)]
     if decoding:
-        return [ok(check, f"{', '.join(decoding)}: opd does not follow it, it samples at {sampling}")]
-    return [ok(check, "nothing in it that would change what is drawn")]
-
-
-def changed(stored: GenerationConfig, neutral: Mapping[str, Any]) -> list[str]:
-    values = stored.to_dict()
-    return [f"{name}={values[name]}" for name, nothing in neutral.items() if values.get(name) not in (nothing, None)]
+        return [ok(check, f"{', '.join(decoding)}: opd ignores it and samples at {sampling}")]
+    return [ok(check, "nothing that would change the samples")]

@@ -34,9 +34,7 @@ class LoadedModel:
     bf16: bool
 
     def sampler(self, pad_id: int, vocabulary: int, seed: int) -> GenerateSampler:
-        return GenerateSampler(
-            SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=self.bf16)
-        )
+        return GenerateSampler(SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=self.bf16))
 
     def teacher(self, vocabulary: int) -> LocalTeacher:
         return LocalTeacher(self.model, vocabulary, bf16=self.bf16)

@@ -38,7 +38,7 @@ def is_fast_in_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 matrices with instructions of its own."""
     if device.type == "cuda":
         return has_bf16(device)
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in the oldest supported torch
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have it
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

@@ -1,138 +1,291 @@
-"""The memory that weights take, told before any is loaded: from `config.json` alone."""
+"""Estimate the memory that one process of a run needs, before any weights are loaded.
 
+Parameters are counted on models without storage, built from `config.json` alone. What a layer saves for the backward pass is measured on
+copies of the student with one and two layers and random weights. The rest is arithmetic, in bytes.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from opd.config.schema import Config, ModelConfig, Placement, Quantization, TeacherConfig
-from opd.models.load import computes_in_bf16, load_with
-from opd.models.policy import add_adapters, decoder_layers
+from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, SamplingDtype, TeacherConfig
+from opd.data.order import take
+from opd.data.prompts import Prompt
+from opd.data.rollouts import split_by_tokens
+from opd.models.device import autocast, free_memory
+from opd.models.load import computes_in_bf16, is_fast_in_bf16, load_with
+from opd.models.policy import add_adapters, decoder_layers, padding_limit
+from opd.objective import chunk_rows
 
-BUCKET, LIVE = 0, 0
-
-MOMENTS = 2  # AdamW's, of each parameter that is trained
-NF4_BYTES = 0.5 + 4 / 64  # and a float32 scale for every 64 numbers
+FLOAT32, BFLOAT16 = 4, 2
+NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
+MOMENTS = 2  # AdamW's, for each trained parameter
+LOGITS_COPIES = 4  # float32 copies of a decoding batch's logits while its next tokens are drawn
+STEPS = 20  # steps whose prompts decide how large micro-batches become
+SHORT, LONG = 16, 1024  # tokens of the sequences on which a layer's activations are measured, at most
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes that one process holds on its device at most, besides activations, samples and the CUDA context.
+    """Bytes that one process needs on its device, by purpose, without the CUDA context.
 
-    weights, gradients, optimizer: the student's, at the moment when they take the most together. Sharded weights count twice where they are
-    whole for a while: as the share at rest and as what is gathered. teacher: its weights on the student's device. when: that moment.
+    Attributes:
+        resident: throughout the run.
+        sampling: in addition while sampling or evaluating.
+        update: in addition during the update.
     """
 
-    weights: int
-    gradients: int
-    optimizer: int
-    teacher: int
-    when: str = ""
+    resident: dict[str, int]
+    sampling: dict[str, int]
+    update: dict[str, int]
 
     @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.teacher
+    def largest_phase(self) -> tuple[str, dict[str, int]]:
+        phases = (("during the update", self.update), ("while sampling", self.sampling))
+        return max(phases, key=lambda phase: sum(phase[1].values()))
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """The bytes at the peak, by purpose."""
+        return {**self.resident, **self.largest_phase[1]}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"resident": self.resident, "sampling": self.sampling, "update": self.update, "peak": self.peak}
 
     def __str__(self) -> str:
-        student = self.total - self.teacher
-        moment = f", at most {self.when}" if self.when else ""
-        return (
-            f"memory of each process{moment}: student {size(student)} (weights {size(self.weights)}, gradients {size(self.gradients)}, "
-            f"optimizer {size(self.optimizer)}), teacher {size(self.teacher)}; activations and samples come on top"
-        )
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
+        rest = "" if "activations" in self.update else "; activations and samples are not included"
+        return f"memory of each process, largest {self.largest_phase[0]}: {format_bytes(self.peak)} ({parts}){rest}"
+
+
+def format_bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def estimate(
-    config: Config, processes: int, device: torch.device, sharded: bool = False, layerwise: bool = False, zero: bool = False
+    config: Config,
+    processes: int,
+    device: torch.device,
+    sharded: bool = False,
+    prompts: tuple[Sequence[Prompt], Sequence[Prompt]] | None = None,
+    in_use: int = 0,
 ) -> Memory:
-    """What `config` takes in each of so many processes. device: that of the student. sharded: its weights are, over all of them.
+    """Estimate what `config` needs in each process.
 
-    layerwise: and its gradients are computed with one layer's weights at a time. zero: by DeepSpeed, at its own settings.
+    Args:
+        processes: of the run.
+        device: the student's.
+        sharded: FSDP2 shards the student's weights, gradients and optimizer over all processes and gathers one layer at a time.
+        prompts: those to train and to evaluate on; without them activations and samples are left out.
+        in_use: bytes that the process uses already.
 
-    Raises `ConfigError` where a model's config cannot be read.
+    Raises:
+        ConfigError: a model's config cannot be read.
     """
-    student = empty(config.model, "model")
-    bf16 = computes_in_bf16(config.model.dtype, device)
+    student, teacher = empty_model(config.model, "model"), empty_model(config.teacher, "teacher")
+    parameters = count(student)
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, config.lora)
+    bf16 = computes_in_bf16(config.model.dtype, device)
     trained, weights = trained_bytes(student), weight_bytes(student, bf16)
-    share = 1 / processes if sharded else 0.0
-    optimizer = round(MOMENTS * trained * (share or 1.0))
-    teacher = 0 if config.shares_base else teacher_bytes(config.teacher, processes, device)
-    if zero:
-        held, optimizer = round(share * weights), round((1 + MOMENTS) * trained / processes)  # it updates a copy of its own
-        sampling = Memory(held + weights, 0, optimizer, teacher, "while sampling")
-        # Gradients are there until a bucket of them is full, which is copied to be reduced.
-        gradients = round(trained / processes) + 2 * min(trained, 4 * BUCKET)
-        update = Memory(held + min(weights, 4 * LIVE if sharded else weights), gradients, optimizer, teacher, "during the update")
-        return max(sampling, update, key=lambda memory: memory.total)
-    layerwise = sharded
-    if not layerwise:
-        return Memory(weights + round(share * weights), trained + round(share * trained), optimizer, teacher)
-    sampling = Memory(weights + round(share * weights), 0, optimizer, teacher, "while sampling")
-    # The next layer is gathered during a layer's backward pass; a gradient is copied once to be sent.
-    outside = [
-        weights - sum(weight_bytes(layer, bf16) for layer in decoder_layers(student)),
-        trained - sum(map(trained_bytes, decoder_layers(student))),
-    ]
-    largest = [max(weight_bytes(layer, bf16) for layer in decoder_layers(student)), max(map(trained_bytes, decoder_layers(student)))]
-    update = Memory(
-        weights=round(share * weights) + outside[0] + 2 * largest[0],
-        gradients=round(share * trained) + 2 * max(outside[1], largest[1]),
-        optimizer=optimizer,
-        teacher=teacher,
-        when="during the update",
-    )
-    return max(sampling, update, key=lambda memory: memory.total)
+    share = 1 / processes if sharded else 1.0
+    resident = {
+        "the process": in_use,
+        "student": round(share * weights),
+        "teacher": 0 if config.shares_base else teacher_bytes(config.teacher, teacher, processes, device),
+        "optimizer": round(share * MOMENTS * trained),
+    }
+    sampling, update = {}, {"gradients": trained}
+    if sharded:
+        blocks = decoder_layers(student)
+        rest = weights - sum(weight_bytes(block, bf16) for block in blocks)
+        trained_rest = trained - sum(map(trained_bytes, blocks))
+        sampling["gathered weights"] = weights
+        # The next layer is gathered during a layer's backward pass; a gradient is copied once to be sent.
+        update["gathered weights"] = rest + 2 * max(weight_bytes(block, bf16) for block in blocks)
+        update["gradients"] = round(share * trained) + 2 * max(trained_rest, *map(trained_bytes, blocks))
+    if prompts is not None:
+        sampling |= sampling_bytes(config, student, teacher, *prompts, device)
+        sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device) else 0
+        update |= update_bytes(config, student, prompts[0], device)
+    return Memory(resident, sampling, update)
 
 
-def trained_bytes(module: nn.Module) -> int:
-    return 4 * sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+def samples_with_copy(config: Config, device: torch.device) -> bool:
+    """Return whether this process samples with a bf16 copy of float32 weights."""
+    if config.sampling.engine is Engine.vllm:
+        return not config.sampling.by_server
+    if config.sampling.dtype is SamplingDtype.auto:
+        has_bf16_weights = config.lora.rank > 0 and computes_in_bf16(config.model.dtype, device)
+        return is_fast_in_bf16(device) and not has_bf16_weights
+    return config.sampling.dtype is SamplingDtype.bfloat16
 
 
-def weight_bytes(module: nn.Module, bf16: bool) -> int:
-    frozen = sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
-    return trained_bytes(module) + (2 if bf16 else 4) * frozen
+def sampling_bytes(
+    config: Config,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    train: Sequence[Prompt],
+    evaluation: Sequence[Prompt],
+    device: torch.device,
+) -> dict[str, int]:
+    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too."""
+    sampling, evaluated = config.sampling, config.eval
+    longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
+    of_student = cache_bytes(student, BFLOAT16 if samples_with_copy(config, device) else FLOAT32)
+    of_teacher = cache_bytes(teacher, BFLOAT16 if computes_in_bf16(config.teacher.dtype, device) else FLOAT32)
+    batches = [(min(sampling.batch_size, config.train.batch_size * sampling.n), sampling.max_new_tokens, of_student)]
+    if evaluated.reward is not None:
+        rows = min(evaluated.batch_size, evaluated.limit or len(evaluation), len(evaluation))
+        batches.append((rows, evaluated.max_new_tokens, max(of_student, of_teacher)))
+    if evaluated.kl_prompts:
+        rows = min(evaluated.kl_prompts, evaluated.batch_size, len(evaluation))
+        batches.append((rows, evaluated.kl_max_new_tokens, of_student))
+    vocabulary = student.config.get_text_config().vocab_size
+    return {
+        "KV cache": max(rows * (longest + new_tokens) * per_token for rows, new_tokens, per_token in batches),
+        "logits": LOGITS_COPIES * FLOAT32 * max(rows for rows, _, _ in batches) * vocabulary,
+    }
 
 
-def teacher_bytes(config: TeacherConfig, processes: int, device: torch.device) -> int:
-    """Of the teacher's weights, on the student's device."""
-    model = empty(config, "teacher")
-    width = 2 if computes_in_bf16(config.dtype, device) else 4
-    inside = sum(parameter.numel() for layer in decoder_layers(model) for parameter in layer.parameters())
-    outside = sum(parameter.numel() for parameter in model.parameters()) - inside
+def cache_bytes(model: PreTrainedModel, width: int) -> int:
+    """Return the bytes of one token's keys and values, of `width` bytes each number."""
+    text = model.config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_size * width)
+
+
+def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device) -> dict[str, int]:
+    """Return what the forward and backward pass of the largest micro-batch needs, apart from the gradients of the weights."""
+    text = student.config.get_text_config()
+    rows, width = largest_micro_batch(config, prompts, device)
+    per_token, constant = activations_of_layer(student.config, width, computes_in_bf16(config.model.dtype, device), config.lora)
+    layer = rows * width * per_token + constant
+    activations = text.num_hidden_layers * layer
+    if config.train.activation_checkpointing:
+        activations = text.num_hidden_layers * rows * width * text.hidden_size * FLOAT32 + layer
+    copies = 1 if config.ppo.estimator is Estimator.sampled else 3
+    chunk = min(head_rows(text.vocab_size, device), rows * config.sampling.max_new_tokens)
+    # The chunked head computes a gradient of its weight in addition to the accumulated one; a tied embedding computes another.
+    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
+    head = 0 if config.lora.rank else (2 if tied else 1) * FLOAT32 * text.vocab_size * text.hidden_size
+    return {"activations": round(activations), "head chunks": (copies + 1) * FLOAT32 * chunk * text.vocab_size + head}
+
+
+def head_rows(vocabulary: int, device: torch.device) -> int:
+    """Return how many tokens' logits exist at a time: in a twentieth of the free memory, at most 304 MiB (2 GiB on a GPU).
+
+    A CPU gains nothing from more than 256 of them, or 16 MiB of logits.
+    """
+    on_gpu = device.type == "cuda"
+    rows = chunk_rows(vocabulary, min(free_memory(device) // 20, 2**31 if on_gpu else 304 * 2**20))
+    return rows if on_gpu else min(rows, max(256, 2**24 // (4 * vocabulary)))
+
+
+def largest_micro_batch(config: Config, prompts: Sequence[Prompt], device: torch.device) -> tuple[int, int]:
+    """Return rows and width in tokens of the largest micro-batch of the first steps if all completions reach their limit."""
+    size, largest = config.train.batch_size, (0, 0)
+    for step in range(STEPS):
+        drawn = [prompts[index] for _, index in take(config.seed, len(prompts), step * size, size)]
+        lengths = [max(len(prompt.ids), len(prompt.seen_by_teacher)) + config.sampling.max_new_tokens for prompt in drawn]
+        lengths = [length for length in lengths for _ in range(config.sampling.n)]
+        groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, max_padding=padding_limit(device))
+        largest = max(largest, *((len(group), lengths[group[0]]) for group in groups), key=math.prod)
+    return largest
+
+
+def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfig) -> tuple[float, float]:
+    """Measure what one layer saves for the backward pass, in sequences of `tokens` tokens.
+
+    Returns:
+        Bytes for each token, and bytes whatever their number: autocast's copies of weights.
+    """
+    long = max(2 * SHORT, min(tokens, LONG))
+    measured = []
+    for number in (1, 2):
+        small = copy.deepcopy(settings)
+        text = small.get_text_config()
+        text.num_hidden_layers, text.vocab_size = number, 8
+        text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 0, 0
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:number]
+        with torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+        if lora.rank:
+            add_adapters(model.requires_grad_(False), lora)
+        measured.append([saved_bytes(model, length, bf16) for length in (SHORT, long)])
+    of_short, of_long = (two - one for one, two in zip(*measured, strict=True))
+    per_token = (of_long - of_short) / (long - SHORT)
+    return per_token, max(0.0, of_short - SHORT * per_token)
+
+
+def saved_bytes(model: PreTrainedModel, tokens: int, bf16: bool) -> int:
+    """Return the bytes that the model saves for the backward pass of one sequence, weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(model.device, bf16):
+        output = model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
+    del output
+    return sum(saved.values())
+
+
+def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int, device: torch.device) -> int:
+    """Return what the teacher's weights need on the student's device."""
+    width = BFLOAT16 if computes_in_bf16(config.dtype, device) else FLOAT32
+    blocks = decoder_layers(model)
+    inside = sum(map(count, blocks))
+    total = width * count(model)
     if config.quantization is not Quantization.none:
-        matrices = sum(
-            module.weight.numel() for layer in decoder_layers(model) for module in layer.modules() if isinstance(module, nn.Linear)
-        )
-        narrow = 1.0 if config.quantization is Quantization.int8 else NF4_BYTES
-        whole = round(narrow * matrices) + width * (inside - matrices + outside)
-    else:
-        whole = width * (inside + outside)
+        matrices = sum(module.weight.numel() for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+        total += round(((1 if config.quantization is Quantization.int8 else NF4) - width) * matrices)
     match config.placement:
         case Placement.same:
-            return whole
+            return total
         case Placement.device:
-            head: int = model.get_output_embeddings().weight.numel()
-            return whole if device.type == config.device else width * head
+            return total if device.type == config.device else width * model.get_output_embeddings().weight.numel()
         case Placement.sharded:
-            return whole + round(width * inside / processes)
+            return total + round(width * inside / processes)
         case Placement.offload:
-            sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in decoder_layers(model)]
-            coming = width * max(map(sum, pairwise([0, *sizes])))  # a layer beside the one that computes
-            return coming + (width * outside if device.type != "cpu" else whole)
+            arriving = width * max(map(sum, pairwise([0, *map(count, blocks)])))  # the next layer is copied while one computes
+            return arriving + (total if device.type == "cpu" else total - width * inside)
 
 
-def empty(config: ModelConfig, role: str) -> PreTrainedModel:
-    """The model without its numbers."""
+def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
+    """Return the model without storage for its weights."""
     settings = load_with(AutoConfig.from_pretrained, config, role)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return model
 
 
-def size(number: int) -> str:
-    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
+def count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def trained_bytes(module: nn.Module) -> int:
+    return FLOAT32 * sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def weight_bytes(module: nn.Module, bf16: bool) -> int:
+    frozen = sum(parameter.numel() for parameter in module.parameters() if not parameter.requires_grad)
+    return trained_bytes(module) + (BFLOAT16 if bf16 else FLOAT32) * frozen

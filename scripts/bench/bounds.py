@@ -1,4 +1,4 @@
-"""What the device can do at most, measured by the plainest operations that do it."""
+"""Upper bounds of the device, measured with plain operations."""
 
 import time
 from collections.abc import Callable
@@ -11,27 +11,27 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def quickest(work: Callable[[], object], device: str, times: int = 7) -> float:
-    """Seconds of the quickest of several calls."""
-    taken = []
+def fastest(work: Callable[[], object], device: str, times: int = 7) -> float:
+    """Return the seconds of the fastest of several calls."""
+    seconds = []
     for _ in range(times):
         synchronise(device)
         begin = time.perf_counter()
         work()
         synchronise(device)
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second that a sum reads: decoding reads all weights for each token it writes."""
+    """Return the bytes a second that a sum reads; decoding reads all weights for each token."""
     elements = 2**26 if device == "cpu" else 2**30
     values = torch.ones(elements, dtype=torch.float32 if device == "cpu" else torch.bfloat16, device=device)
-    return values.nbytes / quickest(values.sum, device)
+    return values.nbytes / fastest(values.sum, device)
 
 
 def matmul(device: str, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a square matrix product."""
+    """Return the floating-point operations a second of a square matrix product."""
     size = 2048 if device == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    return 2 * size**3 / quickest(lambda: left @ right, device)
+    return 2 * size**3 / fastest(lambda: left @ right, device)

@@ -1,10 +1,10 @@
-"""Models with random weights: speed and memory do not depend on what they say."""
+"""Models with random weights: speed and memory do not depend on the values."""
 
 from pathlib import Path
 
 
 def make_random_qwen(folder: Path) -> None:
-    """Models of the shapes of Qwen2.5-0.5B and 1.5B with random weights."""
+    """Save models in the shapes of Qwen2.5-0.5B and 1.5B to `folder`/student and `folder`/teacher."""
     import torch
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 

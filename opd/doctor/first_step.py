@@ -1,0 +1,131 @@
+"""Checks of the loaded models before any training: a trial step, and the rewards of student and teacher."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from opd.config.schema import Config, Truncated
+from opd.data.prompts import Prompt
+from opd.data.rollouts import Request, Rollout
+from opd.doctor.findings import Finding, fail, ok, warn
+from opd.samplers import Sampler
+from opd.teachers import LocalTeacher
+from opd.training.evaluate import Evaluator, exact_kl, interval
+from opd.training.loop import Trainer
+from opd.training.metrics import add_rollout_metrics
+
+SELF_PROMPTS = 4
+MAX_SELF_KL = {False: 1e-4, True: 2e-2}  # nats per token between a model and itself, in float32 and in bf16
+MAX_KL = 3.0  # nats per token; above it the reverse KL of single tokens is mostly noise
+MIN_ENTROPY = 0.02  # nats per token; below it the student's samples are nearly all the same
+MAX_TRUNCATED = 0.5  # share of completions; above it the student hardly learns to stop
+SHORT_STEP = 5.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step's rollouts, metrics, and seconds of sampling, scoring and updating."""
+
+    seconds: dict[str, float]
+    metrics: dict[str, float]
+    rollouts: list[Rollout]
+
+
+def trial_step(trainer: Trainer) -> Step:
+    """Run one step with one inner step at a learning rate of 0, and reset the optimizer's state; weights stay as they are.
+
+    A step below `SHORT_STEP` is repeated, because what only the first step does would be much of it.
+    """
+    optimizer = trainer.strategy.optimizer
+    for _ in range(2):
+        start = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        tokens = trainer.begin_step()
+        trainer.inner_step(tokens)
+        optimizer.state.clear()
+        if time.perf_counter() - start >= SHORT_STEP:
+            break
+    add_rollout_metrics(tokens, trainer.config.sampling.max_new_tokens)
+    return Step(dict(tokens.seconds), tokens.means.means(), tokens.rollouts)
+
+
+def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequence[Rollout], bf16: bool) -> list[Finding]:
+    """Check that the KL of some of the student's completions is 0 with the student as its own teacher."""
+    check = "teacher = student"
+    chosen = list({rollout.request.prompt.sample_id: rollout for rollout in rollouts}.values())[:SELF_PROMPTS]
+    with evaluator.precision():
+        teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16)
+        pad_id = evaluator.tokenizer.pad_token_id
+        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, evaluator.max_tokens, pad_id)
+    kl = total / tokens
+    what = f"KL {kl:.1e} nats/token on {len(chosen)} prompts"
+    if abs(kl) > MAX_SELF_KL[bf16]:
+        return [fail(check, what, "it must be 0, so scores of this model are wrong here: try model.dtype=float32 train.packing=false")]
+    return [ok(check, what)]
+
+
+def check_sampler(step: Step, config: Config) -> list[Finding]:
+    """Compare the sampler's log-probs with the trainer's."""
+    gap = step.metrics["engine_gap"]
+    truncated = config.sampling.top_p < 1 or config.sampling.top_k > 0
+    what = f"the sampler's log-probs are {gap:.1e} nats from the trainer's" + (", as expected with top-p or top-k" if truncated else "")
+    if gap > config.sampling.max_gap and not truncated:
+        return [warn("sampler", what, "set sampling.engine=generate sampling.dtype=trainer, which compute as the trainer does")]
+    return [ok("sampler", what)]
+
+
+def check_start(step: Step, config: Config) -> list[Finding]:
+    """Check the KL, entropy and truncation of the first step."""
+    kl, entropy, truncated = (step.metrics.get(name, 0.0) for name in ("reverse_kl", "entropy", "truncated"))
+    tokens = sum(len(rollout.completion) for rollout in step.rollouts)
+    limit, handling = config.sampling.max_new_tokens, config.sampling.truncated
+
+    check = "distance to the teacher"
+    what = f"reverse KL {kl:.3f} nats/token over {tokens:,} tokens of the first step, entropy {entropy:.3f}"
+    if kl > MAX_KL:
+        remedy = "the reverse KL is noisy: lower sampling.temperature or sampling.max_new_tokens, or set ppo.estimator=exact"
+        distance = warn(check, what, remedy)
+    elif entropy < MIN_ENTROPY:
+        distance = warn(check, what, "the student's samples hardly vary and there is little to correct: raise sampling.temperature")
+    else:
+        distance = ok(check, what)
+
+    check = "truncation"
+    what = f"{truncated:.0%} of the first step's completions reach the limit of {limit} tokens; the mean is {step.metrics['length']:.0f}"
+    if truncated <= MAX_TRUNCATED:
+        return [distance, ok(check, what)]
+    if handling is Truncated.keep:
+        return [distance, warn(check, what, "the student hardly learns to stop: raise sampling.max_new_tokens, or ask for shorter answers")]
+    make = fail if truncated == 1 else warn
+    return [distance, make(check, what, f"sampling.truncated={handling.value} does not train on them: raise sampling.max_new_tokens")]
+
+
+def answer_rewards(evaluator: Evaluator, sampler: Sampler, prompts: Sequence[Prompt], as_teacher: bool) -> list[float | None]:
+    """Return the rewards of one model's completions, decoded as in the run's evaluations."""
+    requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in prompts]
+    return evaluator.judge(sampler.sample(requests, evaluator.decoding, "evaluation"))
+
+
+def check_rewards(student: Sequence[float | None], teacher: Sequence[float | None]) -> list[Finding]:
+    """Compare student and teacher on the same prompts: is there a gap to close, and is the student ever right?"""
+    check = "rewards before training"
+    pairs = [(ours, theirs) for ours, theirs in zip(student, teacher, strict=True) if ours is not None and theirs is not None]
+    if not pairs:
+        return [fail(check, "no completion could be judged", "check eval.reward, data.answer and data.answer_after")]
+    count = len(pairs)
+    ours, theirs = (sum(column) / count for column in zip(*pairs, strict=True))
+    low, high = interval([theirs - ours for ours, theirs in pairs])
+    what = f"student {ours:.1%}, teacher {theirs:.1%} of {count} prompts; the difference {theirs - ours:+.1%} [{low:+.1%}, {high:+.1%}]"
+    if ours == theirs == 0:
+        remedy = "neither is ever right: check eval.max_new_tokens and eval.reward, and whether the teacher can do this task"
+        return [warn(check, what, remedy)]
+    if high < 0:
+        return [fail(check, what, "the teacher is worse than the student: take a better teacher, or another task")]
+    if theirs <= ours:
+        return [warn(check, what, "the teacher is not better than the student here: try more --prompts, or take a better teacher")]
+    if ours == 0:
+        return [warn(check, what, "the student is never right: start with SFT, or with a better student")]
+    return [ok(check, what)]
