@@ -2,7 +2,7 @@
 
 import sys
 
-from opd.cli import main
+from opd.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

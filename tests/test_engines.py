@@ -274,7 +274,7 @@ def test_a_signal_ends_the_engine_after_the_step_it_is_at_and_leaves_nothing_beh
 
     state = torch.get_rng_state()
     sampler = continuous(model, eos=())
-    with monkeypatch.context() as patch, signals.noted():
+    with monkeypatch.context() as patch, signals.deferred():
         patch.setattr(ContinuousBatchingManager, "_generation_step", step)
         patch.setattr(BackgroundThreadStatus, "request_stop", stop)
         with pytest.raises(Preempted, match="SIGTERM"):

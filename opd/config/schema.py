@@ -636,3 +636,7 @@ class Config:
         """Whether the teacher is the student's base with the adapter off, and no second copy is loaded."""
         mine = (self.model.path, self.model.revision, self.model.gguf_file)
         return self.lora.rank > 0 and mine == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)
+
+
+# Options of earlier versions, and what to use instead.
+REMOVED: dict[str, str] = {}

@@ -59,7 +59,7 @@ def train(config: Config, folder: Path, given: Given | None = None) -> dict[str,
     accelerator = make_accelerator(config, folder)
     run_folder = RunFolder(folder, writes=accelerator.is_main_process)
     with ExitStack() as stack:
-        stack.enter_context(signals.noted())
+        stack.enter_context(signals.deferred())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
         checkpoints = Checkpoints(
             run_folder.checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best, config.checkpoint.background

@@ -145,7 +145,7 @@ def compose(words: Sequence[str]) -> tuple[str | None, bool]:
 
     def work() -> None:
         secrets.refuse_in_words(words)
-        mistakes.refuse_choices(words)
+        mistakes.refuse_lists_of_choices(words)
         with hydra.initialize_config_dir(str(store.conf_dir()), version_base="1.3"):
             found = hydra.compose("config", list(words), return_hydra_config=True)
         HydraConfig.instance().set_config(found)
@@ -170,7 +170,7 @@ def through_the_command(words: Sequence[str]) -> tuple[str | None, bool]:
     said, printed = io.StringIO(), io.StringIO()
     quiet = ["hydra.output_subdir=null", "hydra/job_logging=errors", "hydra/hydra_logging=none"]
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
-        code = entry.launch(lambda config, folder: None, [*words, *quiet])
+        code = entry.run_verb(lambda config, folder: None, [*words, *quiet])
     text = said.getvalue()
     if code == 0:
         return None, True
