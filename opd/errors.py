@@ -39,7 +39,7 @@ class DataError(OpdError):
 
 
 class OutputError(OpdError):
-    """A folder that cannot be created or written, a full disk, unusable checkpoints."""
+    """A folder that is not writable, a full disk, unusable checkpoints."""
 
     exit_code = OUTPUT
 

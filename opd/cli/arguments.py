@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from opd import errors
 from opd.runs.text import one_line
@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         examples: Command lines for the help text, one per line.
     """
 
-    def __init__(self, verb: str, task: Callable[..., object], description: str = "", examples: str = "", add_help: bool = True) -> None:
+    def __init__(self, verb: str, task: Callable[..., Any], description: str = "", examples: str = "", add_help: bool = True) -> None:
         super().__init__(
             prog=f"opd {verb}",
             description=description,

@@ -7,12 +7,11 @@ line. The options of `opd train` come from Hydra's own completion.
 import argparse
 import re
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 
 from opd import errors
+from opd.cli import main
 from opd.cli.arguments import Parser, split_targets
-from opd.cli.main import VERBS
 
 BASH = r"""_opd() {
     local line=${COMP_LINE:0:COMP_POINT} IFS=$'\n' word
@@ -73,30 +72,24 @@ def query(line: str) -> list[str]:
     """Return the words that can replace the last word of `line`, which may be empty. There are none for a line that cannot be parsed."""
     words = line.split()
     last = words.pop() if words and not line[-1].isspace() else ""
-    if len(words) < 2:
-        candidates = list(VERBS) if words else []
-    elif words[1] not in VERBS:
-        candidates = []
+    if len(words) < 2 or words[1] not in main.VERBS:
+        candidates = list(main.VERBS) if len(words) == 1 else []
     else:
+        from opd.cli import ls
+
         verb, earlier = words[1], words[2:]
-        module, _, function = VERBS[verb].parser.partition(":")
-        parser: argparse.ArgumentParser = vars(import_module(module))[function]()
-        flags = long_flags(parser)
-        candidates = list(flags) if last.startswith("-") else []
+        flags = long_flags(main.make_parser(verb))
+        candidates = flags if last.startswith("-") else []
         if verb == "train":
-            candidates += config_words(earlier, last)
+            candidates = config_words(earlier, last)
         elif verb in WITH_CONFIG:
-            candidates += config_words(split_targets([word for word in earlier if word not in flags])[1], last)
+            candidates = [*candidates, *config_words(split_targets([word for word in earlier if word not in flags])[1], last)]
         elif verb == "ls":
-            from opd.cli.ls import KINDS
-
-            candidates += KINDS
+            candidates = [*candidates, *ls.KINDS]
         elif verb == "cp":
-            from opd.cli.hydra_errors import choices
-
-            candidates += [f"{group}/{name}" for group, names in choices().items() for name in names]
+            candidates = [*candidates, *ls.shipped_files()]
         elif verb == "completion":
-            candidates += SCRIPTS
+            candidates = [*candidates, *SCRIPTS]
     return [candidate for candidate in candidates if candidate.startswith(last)]
 
 

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,9 @@ WITHOUT_FOLDER = (*WITHOUT_FILES, "hydra.run.dir=.")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError, errors.OutputError, errors.Preempted)
 STOPPED = (errors.PREEMPTED, errors.INTERRUPTED)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
-FULL_ERROR = "HYDRA_FULL_ERROR"
 SWEEP_LAUNCHERS = ("joblib", "submitit")  # packages whose exceptions are about the processes of a sweep
 
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def command_line(words: Sequence[str]) -> Iterator[None]:
-    """Let Hydra, which reads `sys.argv`, see `words`, and raise errors instead of printing them. Both are restored on exit."""
-    argv, full_error = sys.argv, os.environ.get(FULL_ERROR)
-    sys.argv = [argv[0], *words]
-    os.environ[FULL_ERROR] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv
-        del os.environ[FULL_ERROR]
-        if full_error is not None:
-            os.environ[FULL_ERROR] = full_error
 
 
 def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
@@ -83,11 +67,12 @@ class Job:
         self.codes: list[int] = []
         self.reason = ""  # the last error message
         self.sweep: sweep.Sweep | None = None
+        self.is_sweeping = True
         self.members: list[sweep.Member] = []  # those that ran in this process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Register the schema with Hydra in the process that a sweep's launcher starts for a member."""
-        self.__dict__.update(state)
+        """Set up the process that a sweep's launcher (joblib, submitit) starts for a member."""
+        self.__dict__.update(state, is_sweeping=False)
         compose.register()
 
     def say(self, text: str) -> None:
@@ -115,6 +100,17 @@ class Job:
             traceback.print_exception(error)
             self.say(self.reason)
         return errors.INTERNAL
+
+    def report_stop(self, stop: SystemExit | KeyboardInterrupt) -> int:
+        """Print why the command stops, unless that was reported before, and return the exit code."""
+        if isinstance(stop, KeyboardInterrupt):
+            self.reason = "interrupted"
+            if self.rank == 0:
+                self.say(self.reason)
+            return errors.INTERRUPTED
+        if isinstance(stop.__cause__, errors.Preempted):  # from `signals.raised`
+            return self.report(stop.__cause__)
+        return errors.USAGE if stop.code == 1 else int(stop.code or errors.OK)  # Hydra exits with 1 for an unknown --package
 
     def run(self, composed: DictConfig) -> float | None:
         """Run the task; this is the function that Hydra calls. Only a request to stop is raised, so that a sweep continues after a failure.
@@ -144,31 +140,28 @@ class Job:
         assert self.sweep is not None
         if self.rank:
             return self.run(composed)
-        hydra_config, is_here = HydraConfig.get(), self.sweep.is_here
+        hydra_config = HydraConfig.get()
         folder = Path(hydra_config.runtime.output_dir)
         member = sweep.Member(self.sweep.key, int(hydra_config.job.num) + 1, [str(word) for word in hydra_config.overrides.task])
         title = sweep.title(self.sweep, member)
         print(title, flush=True)
         sweep.write_member(folder, member)
-        self.reason, value = "", None
-        stop: SystemExit | KeyboardInterrupt | None = None
+        self.reason, value, stopped = "", None, False
         with contextlib.ExitStack() as stack:
-            if not is_here:
+            if not self.is_sweeping:
                 screen = stack.enter_context((folder / sweep.SCREEN).open("w", encoding="utf-8"))
                 stack.enter_context(contextlib.redirect_stdout(screen))
             try:
                 value = self.run(composed)
                 code = self.codes[-1]
-            except SystemExit as error:
-                stop, code = error, int(error.code or errors.OK)
-            except KeyboardInterrupt as error:
-                stop, code, self.reason = error, errors.INTERRUPTED, "interrupted"
+            except (SystemExit, KeyboardInterrupt) as stop:
+                code, stopped = self.report_stop(stop), True
         member = member.ended(code, self.reason, value)
         self.members.append(member)
         sweep.write_member(folder, member)
-        if is_here and stop is not None:
-            raise stop  # the other members are not started
-        if not is_here:
+        if self.is_sweeping and stopped:
+            raise SystemExit(code)  # the other members are not started
+        if not self.is_sweeping:
             print(f"{title}: {member.status}", flush=True)
             if code == errors.PREEMPTED and signals.TIME_IS_UP in signals.received:
                 requeue()
@@ -218,12 +211,14 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
             raise errors.ConfigError(f"--multirun: opd {job.verb} takes one config at a time")
         overrides = [*parsed.overrides, *WITHOUT_FOLDER, f"hydra/help={job.verb}"]
     hydra_main = hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
-    with command_line([*flags, *overrides]):
-        if parsed.multirun and not (parsed.cfg or parsed.info):
-            job.sweep = hydra_errors.explained(lambda: sweep.plan(parsed, int(os.environ.get("WORLD_SIZE") or 1)))
-            run_sweep(job, hydra_main)
-        else:
-            hydra_errors.explained(hydra_main(job.run))
+    # Hydra reads `sys.argv`, and with this variable it raises errors instead of printing them. One process runs one command.
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    if parsed.multirun and not (parsed.cfg or parsed.info):
+        job.sweep = hydra_errors.explained(lambda: sweep.plan(parsed, int(os.environ.get("WORLD_SIZE") or 1)))
+        run_sweep(job, hydra_main)
+    else:
+        hydra_errors.explained(hydra_main(job.run))
 
 
 def run_verb(task: Task, words: Sequence[str], verb: str = "train") -> int:
@@ -232,18 +227,12 @@ def run_verb(task: Task, words: Sequence[str], verb: str = "train") -> int:
     Verbs other than `train` get no run folder and leave no files of Hydra's.
     """
     job = Job(task, verb)
-    logging.raiseExceptions = False  # a log that cannot be written, on a full disk, must not fill the screen with tracebacks
+    logging.raiseExceptions = False  # a log on a full disk must not fill the screen with tracebacks
     try:
         signals.follow_launcher()
         compose_and_run(job, words)
-    except KeyboardInterrupt:
-        if job.rank == 0:
-            job.say("interrupted")
-        return errors.INTERRUPTED
-    except SystemExit as stop:
-        if isinstance(stop.__cause__, errors.Preempted):  # between the members of a sweep
-            return job.report(stop.__cause__)
-        return errors.USAGE if stop.code == 1 else int(stop.code or errors.OK)  # Hydra exits with 1 for an unknown --package
+    except (SystemExit, KeyboardInterrupt) as stop:
+        return job.report_stop(stop)
     except Exception as error:  # noqa: BLE001 - any defect must end in a message and an exit code
         job.codes.append(job.report(error))
     if errors.PREEMPTED in job.codes:

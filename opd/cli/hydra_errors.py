@@ -12,14 +12,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationResolutionError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ValidationError,
-)
+from omegaconf import errors as omegaconf_errors
 
 from opd.config import schema
 from opd.config.compose import conf_dir
@@ -72,10 +65,10 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 
 def removed(word: str) -> str | None:
-    """Return the message for an option that older versions had, or for a value `option=value` of one; None for any other word."""
-    option, _, _ = word.partition("=")
-    remedy = schema.REMOVED.get(word) or next((schema.REMOVED[key] for key in schema.REMOVED if f"{option}.".startswith(f"{key}.")), None)
-    return remedy and f"{word}: was removed; {remedy}"
+    """Return the message for an option, or a value `option=value`, that older versions had; None for any other word."""
+    option = word.partition("=")[0]
+    remedies = [remedy for key, remedy in schema.REMOVED.items() if word == key or f"{option}.".startswith(f"{key}.")]
+    return f"{word}: was removed; {remedies[0]}" if remedies else None
 
 
 def unknown_option(key: str) -> str:
@@ -117,7 +110,7 @@ def unreadable_override(word: str) -> str:
     return f"{word}: cannot be parsed; put a value with special characters in two pairs of quotes: '{key}=\"{value}\"'"
 
 
-def wrong_value(error: ValidationError, override: str | None) -> str:
+def wrong_value(error: omegaconf_errors.ValidationError, override: str | None) -> str:
     key = re.sub(r"\[.*", "", error.full_key or "")
     word = override if override is not None else f"{key}={error.value}"
     known = options()
@@ -153,15 +146,15 @@ def explain(error: Exception) -> OpdError | None:
                 return ConfigError(missing_choice(link) + where)
             case OSError(filename=str()):
                 return OutputError(f"cannot create {link.filename}: {link.strerror}; choose another folder with hydra.run.dir=FOLDER")
-            case OmegaConfBaseException(full_key=None | ""):
+            case omegaconf_errors.OmegaConfBaseException(full_key=None | ""):
                 pass  # the next link has the same error with its key
-            case MissingMandatoryValue():
+            case omegaconf_errors.MissingMandatoryValue():
                 return ConfigError(f"{link.full_key} has no value; add {link.full_key}=VALUE" + where)
-            case ConfigKeyError() | ConfigAttributeError():
+            case omegaconf_errors.ConfigKeyError() | omegaconf_errors.ConfigAttributeError():
                 return ConfigError(unknown_option(str(link.full_key)) + where)
-            case InterpolationResolutionError():
+            case omegaconf_errors.InterpolationResolutionError():
                 return ConfigError(f"{link.full_key}: {first_line(link)}" + where)
-            case ValidationError():
+            case omegaconf_errors.ValidationError():
                 return ConfigError(wrong_value(link, override) + where)
             case yaml.YAMLError():
                 return ConfigError(f"not valid YAML: {one_line(str(link))}")
@@ -169,8 +162,8 @@ def explain(error: Exception) -> OpdError | None:
         match link:
             case HydraException() if "requires --multirun" in str(link) or "Ambiguous value" in str(link):
                 word = re.search(r"'(.+)'", str(link).splitlines()[0])
-                return ConfigError(f"{word[1] if word else 'an option'}: several values make a sweep, add -m; a list is written [a,b]")
-            case HydraException() | OmegaConfBaseException() | ValueError():
+                return ConfigError(f"{word[1] if word else 'an option'}: several values make a sweep, add -m; the syntax of a list is [a,b]")
+            case HydraException() | omegaconf_errors.OmegaConfBaseException() | ValueError():
                 cause = first_line(links[-1])
                 return ConfigError(first_line(link) + ("" if cause in str(link) else f": {cause}"))
     return None

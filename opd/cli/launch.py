@@ -24,12 +24,11 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from opd import signals
-from opd.config.schema import Config, Device
+from opd.config.schema import Config, Device, LaunchConfig
 from opd.errors import DATA, ENGINE, INTERNAL, INTERRUPTED, NUMERIC, OK, OUTPUT, PREEMPTED, USAGE, ConfigError, LaunchedRunFailed, OpdError
 from opd.runs.folder import SUMMARY
 from opd.runs.outcome import objective
 
-FREE_PORT = ("--main_process_port", "0")  # or two runs on one machine would share a port
 OF_THE_SWEEP = ("hydra.mode", "hydra.run.dir", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")
 REASONS = (USAGE, DATA, OUTPUT, ENGINE, NUMERIC, INTERRUPTED)  # exit codes that never follow from the failure of another worker
 
@@ -43,33 +42,21 @@ def run(config: Config, folder: Path) -> float | None:
     """Run in several processes and return the objective for sweepers.
 
     Raises:
-        ConfigError: Accelerate's config file cannot be used.
+        ConfigError: `launch.config_file` cannot be used.
         LaunchedRunFailed: The run failed or was asked to stop, and its processes have reported why.
     """
-    file, processes = config.launch.config_file, config.launch.processes
-    port = FREE_PORT if file is None else check_config_file(Path(file))
 
     def forward(number: int, frame: FrameType | None) -> None:
         signals.received.add(number)
         child.send_signal(number)
 
     with tempfile.TemporaryDirectory(prefix="opd-launch-") as place:
-        arguments = [
-            file or f"{place}/accelerate.yaml",
-            str(processes or ""),
-            config.device.value,
-            *port,
-            "-m",
-            "opd.train",
-            *overrides(folder),
-        ]
+        words = [config.device.value, *launch_arguments(config.launch, place), "-m", "opd.train", *overrides(folder)]
         sys.stdout.flush()
-        signal.pthread_sigmask(
-            signal.SIG_BLOCK, signals.ASKING
-        )  # child and workers inherit this, and unblock them when they can handle them
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)  # inherited by child and workers, until they can handle the signals
         try:
             # In a session of its own, or Ctrl-C in the terminal would reach it twice.
-            child = subprocess.Popen([sys.executable, "-m", "opd.cli.launch", *arguments], start_new_session=True)
+            child = subprocess.Popen([sys.executable, "-m", "opd.cli.launch", *words], start_new_session=True)
             with signals.handled(forward):
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
                 code = child.wait()
@@ -83,19 +70,25 @@ def run(config: Config, folder: Path) -> float | None:
     return objective(config.sweep, json.loads(summary.read_text())) if summary.is_file() else None
 
 
-def check_config_file(file: Path) -> Sequence[str]:
-    """Return the launcher's arguments for the port that this config file needs. Raises `ConfigError` for one that cannot be used."""
-    try:
-        content = yaml.safe_load(file.read_text())
-        needs_port = not content.get("main_process_port") and content.get("num_machines", 1) == 1
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"launch.config_file={file}: cannot be read ({' '.join(str(error).split())}); there are examples in scripts/accelerate/, and "
-            "`accelerate config` writes one"
-        ) from None
+def launch_arguments(launch: LaunchConfig, place: str) -> list[str]:
+    """Return the arguments of `accelerate launch`. Without a config file, `launch_workers` writes one in the folder `place`."""
+    file, content = launch.config_file, {}
+    if file is not None:
+        try:
+            content = dict(yaml.safe_load(Path(file).read_text()))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"launch.config_file={file}: {reason}; scripts/accelerate/ has examples, `accelerate config` writes one"
+            ) from None
     if content.get("distributed_type") == "DEEPSPEED":
-        raise ConfigError(f"launch.config_file={file}: DeepSpeed is not supported; use FSDP2, as scripts/accelerate/fsdp2_gpu8.yaml does")
-    return FREE_PORT if needs_port else ()
+        raise ConfigError(f"launch.config_file={file}: DeepSpeed is not supported; use FSDP2, as in scripts/accelerate/fsdp2_gpu8.yaml")
+    arguments = ["--config_file", file or f"{place}/accelerate.yaml"]
+    if launch.processes is not None:
+        arguments += ["--num_processes", str(launch.processes)]
+    if not content.get("main_process_port") and content.get("num_machines", 1) == 1:
+        arguments += ["--main_process_port", "0"]  # a free one: two runs on one machine must not share a port
+    return arguments
 
 
 def overrides(folder: Path) -> list[str]:
@@ -113,17 +106,11 @@ def overrides(folder: Path) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Start the workers and return the exit code of the run.
-
-    Args:
-        argv: Accelerate's config file, which is created if it does not exist; the number of processes or ""; the device; arguments of
-            `accelerate launch`.
-    """
+    """Start the workers and return the exit code of the run. `argv`: the device, and the arguments of `accelerate launch`."""
     signals.die_with_parent(signal.SIGTERM)
-    file, processes, device, *arguments = argv
     # torch elastic installs signal handlers in a main thread only; its own would leave the workers 30 seconds to save.
     with ThreadPoolExecutor(1) as pool:
-        code = pool.submit(launch_workers, Path(file), processes, Device[device], arguments)
+        code = pool.submit(launch_workers, Device[argv[0]], argv[1:])
         with signals.handled(forward_to_workers):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
             return code.result()
@@ -138,66 +125,53 @@ def forward_to_workers(number: int, frame: FrameType | None) -> None:
             worker.send_signal(number)
 
 
-def launch_workers(file: Path, processes: str, device: Device, arguments: Sequence[str]) -> int:
+def launch_workers(device: Device, arguments: Sequence[str]) -> int:
     """Call `accelerate launch` and return the exit code of the run."""
+    import torch
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
-    is_shipped = not file.exists()
+    parsed = launch_command_parser().parse_args(arguments)
+    file, processes = Path(parsed.config_file), parsed.num_processes
+    option = f"launch.config_file={file}" if file.exists() else f"launch.processes={processes}"
+    if not file.exists():
+        gpus = torch.cuda.device_count()
+        on_cpu = device is Device.cpu or (device is Device.auto and not torch.cuda.is_available())
+        if not on_cpu and processes > gpus:
+            print(f"opd: error: {option}: torch sees {gpus} GPUs here; use launch.processes={gpus} or device=cpu", file=sys.stderr)
+            return USAGE
+        content = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": on_cpu, "num_machines": 1}
+        file.write_text(yaml.safe_dump({**content, "num_processes": processes, "machine_rank": 0, "mixed_precision": "no"}))
     try:
-        if is_shipped:
-            write_ddp_config(file, int(processes), device)
-        count = ["--num_processes", processes] if processes else []
-        launch_command(launch_command_parser().parse_args(["--config_file", str(file), *count, *arguments]))
+        launch_command(parsed)
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
         return exit_code({rank: failure.exitcode for rank, failure in failures})
     except subprocess.CalledProcessError as error:  # a single process is started without torch elastic
         return exit_code({0: error.returncode})
-    except ConfigError as error:
-        print(f"opd: error: {error}", file=sys.stderr)
+    except Exception as error:  # noqa: BLE001 - Accelerate rejects a config with many kinds of exceptions
+        print(f"opd: error: {option}: Accelerate cannot start this: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE
-    except Exception as error:  # noqa: BLE001 - Accelerate reports a config that it cannot use with many kinds of exceptions
-        where = "launch.processes" if is_shipped else f"launch.config_file={file}"
-        print(f"opd: error: {where}: Accelerate cannot start this: {' '.join(str(error).split())}", file=sys.stderr)
-        return INTERNAL if is_shipped else USAGE
     return OK
-
-
-def write_ddp_config(file: Path, processes: int, device: Device) -> None:
-    """Write Accelerate's config for DDP on this machine. Raises `ConfigError` if there are not enough GPUs."""
-    import torch
-
-    gpus = torch.cuda.device_count()
-    on_cpu = device is Device.cpu or (device is Device.auto and not torch.cuda.is_available())
-    if not on_cpu and processes > gpus:
-        raise ConfigError(f"launch.processes={processes}: torch sees {gpus} GPUs here; use launch.processes={gpus} or device=cpu")
-    content = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": on_cpu, "num_machines": 1}
-    file.write_text(yaml.safe_dump({**content, "num_processes": processes, "machine_rank": 0, "mixed_precision": "no"}))
 
 
 def exit_code(failures: Mapping[int, int]) -> int:
     """Return the exit code of a run whose workers failed.
 
-    When a worker fails, the others lose a peer (70) or are asked to stop (75). So any other code is the reason for the failure.
-
     Args:
-        failures: The workers' exit codes by rank, the first failure first. Negative: the number of the signal that killed the worker.
+        failures: Exit codes by rank, the first failure first. Negative: the number of the signal that ended a worker.
     """
     by_signal = {-number: INTERRUPTED if number == signal.SIGINT else PREEMPTED for number in signals.ASKING}
-    codes = {rank: by_signal.get(code, code) for rank, code in failures.items()}  # a worker that is just starting cannot save
-    for code in codes.values():
-        if code in REASONS:
-            return code
-    for rank, code in codes.items():
-        if code < 0:
-            hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
-            print(f"opd: error: process {rank} of the run was killed by {signal.Signals(-code).name}{hint}", file=sys.stderr, flush=True)
-        if code != PREEMPTED:
-            return INTERNAL
-    return PREEMPTED
+    codes = {rank: by_signal.get(code, code) for rank, code in failures.items()}
+    # When a worker fails, the others lose a peer (70) or are asked to stop (75): any other code is the reason.
+    reason = next((code for code in codes.values() if code in REASONS), None)
+    rank, code = next(((rank, code) for rank, code in codes.items() if code != PREEMPTED), (0, PREEMPTED))
+    if reason is None and code < 0:
+        hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+        print(f"opd: error: process {rank} of the run was killed by {signal.Signals(-code).name}{hint}", file=sys.stderr, flush=True)
+    return reason or (PREEMPTED if code == PREEMPTED else INTERNAL)
 
 
 if __name__ == "__main__":

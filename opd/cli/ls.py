@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from opd.cli.arguments import Parser
+from opd.cli.hydra_errors import choices
 from opd.config.compose import conf_dir
 from opd.errors import ConfigError, DataError, OutputError
 from opd.runs.folder import LOCK, Status
@@ -138,38 +139,36 @@ def make_cp_parser() -> Parser:
 
 def copy_file(parsed: argparse.Namespace) -> None:
     """Copy the file, never over another one, and print how to use it."""
-    root, file = conf_dir().resolve(), find_file(parsed.file)
-    group, name = file.parent.name, parsed.name or f"my_{file.stem}"
-    if file.parent == root:
-        raise ConfigError(f"{parsed.file}: the main config cannot be replaced; copy an experiment, which can change every option")
+    group, _, stem = find_file(parsed.file).partition("/")
+    name, to = parsed.name or f"my_{stem}", parsed.to
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise ConfigError(f"--name {name}: letters, digits and . _ - only")
-    if parsed.to.resolve() != root and (root / group / f"{name}.yaml").exists():
+    if to.resolve() != conf_dir().resolve() and (conf_dir() / group / f"{name}.yaml").exists():
         raise ConfigError(f"--name {name}: a shipped {group} has this name and takes precedence; use another name")
-    target = parsed.to / group / f"{name}.yaml"
-    if not target.parent.resolve().is_relative_to(parsed.to.resolve()):
-        raise OutputError(f"{target.parent}: a link to outside of {parsed.to}; remove it or use another --to")
+    target = to / group / f"{name}.yaml"
+    if not target.parent.resolve().is_relative_to(to.resolve()):
+        raise OutputError(f"{target.parent}: a link to outside of {to}; remove it or use another --to")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with target.open("x", encoding="utf-8") as stream:
-            stream.write(file.read_text(encoding="utf-8"))
+            stream.write((conf_dir() / group / f"{stem}.yaml").read_text(encoding="utf-8"))
     except FileExistsError:
         raise OutputError(f"{target}: this file exists; nothing was overwritten. Use another --name or --to") from None
-    print(f"{target}: change it, then: opd train --config-dir {shlex.quote(str(parsed.to))} {group}={name}")
+    print(f"{target}: change it, then: opd train --config-dir {shlex.quote(str(to))} {group}={name}")
 
 
-def find_file(name: str) -> Path:
-    """Return the shipped file for `group/name`, or for a name that only one group has. Raises `ConfigError`."""
-    root = conf_dir().resolve()
-    files = {str(file.relative_to(root).with_suffix("")): file for file in sorted(root.rglob("*.yaml"))}
-    files = {key: file for key, file in files.items() if not key.startswith("hydra/")}
-    wanted = name.removesuffix(".yaml")
-    if wanted in files:
-        return files[wanted]
-    namesakes = [key for key in files if key.rpartition("/")[2] == wanted]
-    if len(namesakes) == 1:
-        return files[namesakes[0]]
-    if namesakes:
-        raise ConfigError(f"{name}: ambiguous; choose from {', '.join(namesakes)}")
-    in_group = [key for key in files if key.startswith(f"{wanted.partition('/')[0]}/")]
-    raise ConfigError(f"{name}: no such shipped file; " + (f"choose from {', '.join(in_group)}" if in_group else "opd ls lists them"))
+def shipped_files() -> list[str]:
+    """Return all choices as `group/name`."""
+    return [f"{group}/{name}" for group, names in choices().items() for name in names]
+
+
+def find_file(word: str) -> str:
+    """Return the `group/name` of a shipped file: `word` itself, or the only one with this name. Raises `ConfigError`."""
+    wanted = word.removesuffix(".yaml")
+    matches = [key for key in shipped_files() if wanted in (key, key.rpartition("/")[2])]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"{word}: ambiguous; choose from {', '.join(matches)}")
+    in_group = [key for key in shipped_files() if key.partition("/")[0] == wanted.partition("/")[0]]
+    raise ConfigError(f"{word}: no such shipped file; " + (f"choose from {', '.join(in_group)}" if in_group else "opd ls lists them"))

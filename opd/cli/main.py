@@ -5,13 +5,13 @@ import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from opd import __version__, errors
 
 
 class Verb(NamedTuple):
-    """`module:function` of `parser` returns a `Parser`, whose `run` takes the words after the verb."""
+    """`opd.module:function` of `parser` returns a `Parser`, whose `run` takes the words after the verb."""
 
     summary: str
     example: str
@@ -19,24 +19,24 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "train": Verb("distil a teacher into a student", "opd train model=qwen05b teacher=qwen15b", "opd.train:make_parser"),
-    "doctor": Verb("check a run without training", "opd doctor model=qwen05b teacher=qwen15b", "opd.cli.doctor:make_parser"),
-    "eval": Verb("evaluate a run or a model against its teacher", "opd eval runs/NAME eval.samples=8", "opd.cli.eval:make_parser"),
-    "sample": Verb(
-        "show answers of student and teacher side by side", "opd sample runs/NAME --prompt TEXT", "opd.cli.sample_score:make_sample_parser"
-    ),
-    "score": Verb(
-        "show the log-prob of each token under student and teacher",
-        "opd score runs/NAME --text TEXT",
-        "opd.cli.sample_score:make_score_parser",
-    ),
-    "ls": Verb("list models, data, experiments and runs", "opd ls runs", "opd.cli.ls:make_ls_parser"),
-    "cp": Verb("copy a shipped YAML file to change it", "opd cp experiment/tiny", "opd.cli.ls:make_cp_parser"),
-    "compare": Verb("rank runs, with the options that differ", "opd compare sweeps/first", "opd.cli.report:make_compare_parser"),
-    "report": Verb("show runs as one HTML file, token by token", "opd report runs/first", "opd.cli.report:make_report_parser"),
-    "export": Verb("save a run's model as a model folder", "opd export runs/first --out first", "opd.cli.export:make_parser"),
-    "completion": Verb("print tab completion for bash, zsh or fish", 'eval "$(opd completion bash)"', "opd.cli.completion:make_parser"),
+    "train": Verb("distil a teacher into a student", "opd train model=qwen05b teacher=qwen15b", "train:make_parser"),
+    "doctor": Verb("check a run without training", "opd doctor model=qwen05b teacher=qwen15b", "cli.doctor:make_parser"),
+    "eval": Verb("evaluate a run or a model against its teacher", "opd eval runs/NAME eval.samples=8", "cli.eval:make_parser"),
+    "sample": Verb("compare answers of student and teacher", "opd sample runs/NAME --prompt TEXT", "cli.sample_score:make_sample_parser"),
+    "score": Verb("compare their log-probs of a text's tokens", "opd score runs/NAME --text TEXT", "cli.sample_score:make_score_parser"),
+    "ls": Verb("list models, data, experiments and runs", "opd ls runs", "cli.ls:make_ls_parser"),
+    "cp": Verb("copy a shipped YAML file to change it", "opd cp experiment/tiny", "cli.ls:make_cp_parser"),
+    "compare": Verb("rank runs, with the options that differ", "opd compare sweeps/first", "cli.report:make_compare_parser"),
+    "report": Verb("show runs as one HTML file, token by token", "opd report runs/first", "cli.report:make_report_parser"),
+    "export": Verb("save a run's model as a model folder", "opd export runs/first --out first", "cli.export:make_parser"),
+    "completion": Verb("print tab completion for bash, zsh or fish", 'eval "$(opd completion bash)"', "cli.completion:make_parser"),
 }
+
+
+def make_parser(verb: str) -> Any:
+    """Import the module of `verb` and return its `Parser`."""
+    module, _, function = VERBS[verb].parser.partition(":")
+    return vars(import_module(f"opd.{module}"))[function]()
 
 
 def usage() -> str:
@@ -66,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"opd {__version__}" if first == "--version" else usage())
         return errors.OK
     if first in VERBS:
-        module, _, function = VERBS[first].parser.partition(":")
-        code: int = vars(import_module(module))[function]().run(rest)
+        code: int = make_parser(first).run(rest)
         return code
     if "=" in first:
         problem = f"{first}: name a verb first, for example opd train {first}"

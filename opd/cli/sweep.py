@@ -1,4 +1,4 @@
-"""Sweeps (`opd train -m`): what is about to run, and the outcome of each member.
+"""Sweeps (`opd train -m`): the plan, and the outcome of each member.
 
 Members may run in other processes or on other machines (joblib, submitit), so each leaves its outcome in a file in its folder.
 """
@@ -7,7 +7,6 @@ import argparse
 import json
 import logging
 import os
-import socket
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -36,10 +35,6 @@ WIDTH = 160  # of the table when the output is not a terminal
 NO_OUTCOME = "left no outcome: killed, out of memory, or still running"
 
 
-def this_process() -> tuple[str, int]:
-    return socket.gethostname(), os.getpid()
-
-
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """One call of `opd train -m`.
@@ -49,7 +44,6 @@ class Sweep:
         members: Their number at most; None if only the sweeper knows it.
         swept: The options in which members differ.
         key: Tells members of this call from those of earlier calls in the same folder.
-        process: The process that sweeps.
     """
 
     folder: Path
@@ -57,12 +51,6 @@ class Sweep:
     swept: frozenset[str]
     config: SweepConfig
     key: str = field(default_factory=lambda: os.urandom(8).hex())
-    process: tuple[str, int] = field(default_factory=this_process)
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this process sweeps, and was not started for one member."""
-        return self.process == this_process()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +131,7 @@ def write_member(folder: Path, member: Member) -> None:
         if member.status == Status.failed.value and not (folder / STATUS).is_file():
             write_json(folder / STATUS, {"status": member.status, "reason": member.reason, "exit_code": member.exit_code})
     except OSError as error:
-        log.error("%s cannot be written: %s", folder / MEMBER, error)
+        log.error("cannot write %s: %s", folder / MEMBER, error)
 
 
 def read_members(sweep: Sweep, known: Sequence[Member]) -> list[Member]:
@@ -166,7 +154,7 @@ def best_member(config: SweepConfig, members: Sequence[Member]) -> Member | None
 
 
 def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
-    """Print a table with the outcome of each member, the best one, and what is left to do."""
+    """Print a table with the outcome of each member, the best member, and how to resume."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=WIDTH)
