@@ -21,11 +21,9 @@ LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and a
 ORPHAN_SECONDS = 120.0  # time to save for a worker whose launcher died
 PR_SET_PDEATHSIG = 1
 
-Handler = Callable[[int, FrameType | None], object]
-
 pending: list[signal.Signals] = []  # received by the current run
 received: set[int] = set()  # received since the process started
-_launcher: list[int] = []  # process id, in a worker of a launcher
+_launcher: list[int] = []  # its process id, in a worker
 
 
 def requested() -> bool:
@@ -40,7 +38,7 @@ def check(in_any_thread: bool = False) -> None:
 
 
 @contextmanager
-def handled(handler: Handler, numbers: Sequence[signal.Signals] = ASKING) -> Iterator[bool]:
+def handled(handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = ASKING) -> Iterator[bool]:
     """Install `handler` for `numbers` and restore the earlier handlers on exit. Yields False, and does nothing, outside the main thread.
 
     SIGHUP stays ignored under nohup. Otherwise it means that the terminal is gone, where writing would now fail with EIO.
@@ -113,10 +111,15 @@ def time_limit(seconds: float) -> Iterator[None]:
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def is_worker() -> bool:
+    """Return whether a launcher started this process as one of several."""
+    return any(name in os.environ for name in LAUNCHED)
+
+
 def follow_launcher() -> None:
-    """In a worker of a launcher, ask the run to stop when the launcher dies, whatever kills it."""
+    """In a worker, ask the run to stop when the launcher dies, whatever kills it."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # `opd.cli.launch` starts workers with these signals blocked
-    if any(name in os.environ for name in LAUNCHED):
+    if is_worker():
         _launcher[:] = [os.getppid()]
         die_with_parent(signal.SIGTERM)
 

@@ -73,23 +73,23 @@ def test_a_damaged_run_folder_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_a_verb_with_plain_arguments_ends_every_mistake_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def task(parsed: argparse.Namespace) -> int:
+    def task(parsed: argparse.Namespace) -> None:
         if parsed.word == "file":
             raise FileNotFoundError(2, "No such file", "x.txt")
         if parsed.word == "data":
             raise errors.DataError("row 3:\n no answer")
-        return 3 // int(parsed.word)
+        assert 3 // int(parsed.word)
 
-    parser = arguments.parser("try", "tries", "opd try 1")
+    parser = arguments.Parser("try", task, "tries", "opd try 1")
     parser.add_argument("word")
-    codes = {word: arguments.launch(parser, task, [word]) for word in ("1", "file", "data", "0")}
+    codes = {word: parser.run([word]) for word in ("1", "file", "data", "0")}
     said = capsys.readouterr().err.splitlines()
-    assert codes == {"1": 3, "file": errors.OUTPUT, "data": errors.DATA, "0": errors.INTERNAL}
+    assert codes == {"1": errors.OK, "file": errors.OUTPUT, "data": errors.DATA, "0": errors.INTERNAL}
     assert said[:2] == ["opd: error: x.txt: No such file", "opd: error: row 3: no answer"]
     assert said[-1].startswith("opd: internal error: ZeroDivisionError")
-    assert arguments.launch(parser, task, ["1", "--no-such"]) == errors.USAGE
+    assert parser.run(["1", "--no-such"]) == errors.USAGE
     assert "--no-such" in capsys.readouterr().err
-    assert arguments.launch(parser, task, ["--help"]) == 0
+    assert parser.run(["--help"]) == 0
     assert "  opd try 1" in capsys.readouterr().out
 
 

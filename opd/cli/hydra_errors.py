@@ -66,9 +66,7 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
 
 def removed(word: str) -> str | None:
     """Return the message for an option, or a value `option=value`, that older versions had; None for any other word."""
-    option = word.partition("=")[0]
-    remedies = [remedy for key, remedy in schema.REMOVED.items() if word == key or f"{option}.".startswith(f"{key}.")]
-    return f"{word}: was removed; {remedies[0]}" if remedies else None
+    return f"{word}: was removed; {schema.REMOVED[word]}" if word in schema.REMOVED else None
 
 
 def unknown_option(key: str) -> str:
@@ -112,9 +110,10 @@ def unreadable_override(word: str) -> str:
 
 def wrong_value(error: omegaconf_errors.ValidationError, override: str | None) -> str:
     key = re.sub(r"\[.*", "", error.full_key or "")
-    word = override if override is not None else f"{key}={error.value}"
+    word = f"{key}={error.value}"
     known = options()
-    return removed(word) or f"{word}: {f'must be {describe_type(known[key])}' if key in known else first_line(error)}"
+    problem = f"must be {describe_type(known[key])}" if key in known else first_line(error)
+    return removed(word) or f"{override or word}: {problem}"
 
 
 def first_line(error: BaseException) -> str:

@@ -35,7 +35,7 @@ REASONS = (USAGE, DATA, OUTPUT, ENGINE, NUMERIC, INTERRUPTED)  # exit codes that
 
 def is_requested(config: Config) -> bool:
     """Return whether to start workers; a worker never starts others."""
-    return config.launch.several and not any(name in os.environ for name in signals.LAUNCHED)
+    return config.launch.several and not signals.is_worker()
 
 
 def run(config: Config, folder: Path) -> float | None:
