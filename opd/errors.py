@@ -1,7 +1,7 @@
-"""What a user is told when something is wrong, and the exit code that says so to a launcher.
+"""Errors with an exit code, and the exit codes a launcher or scheduler sees.
 
-Every mistake a user can make is one of these: one line with what, where and the remedy. Anything else that is raised is a defect of
-`opd` and ends in exit code 70.
+Every mistake a user can make, and every failure from outside, is an `OpdError`: one line with what is wrong, where, and the remedy. Any
+other exception is a defect of `opd` and ends with exit code 70.
 """
 
 OK = 0
@@ -23,39 +23,39 @@ class OpdError(Exception):
 
 
 class ConfigError(OpdError):
-    """Wrong command line or config, a model that cannot be had, incompatible tokenizers."""
+    """Wrong command line or config, a model that is not available, incompatible tokenizers."""
 
     exit_code = USAGE
 
 
 class InsufficientMemory(ConfigError):
-    """The memory of one process's device does not suffice: perhaps in that process alone."""
+    """Out of memory on one process's device; other processes may have enough."""
 
 
 class DataError(OpdError):
-    """A data file or column that is missing, an empty set, no answers where rewards are asked for."""
+    """A missing data file or column, an empty data set, no answers although rewards need them."""
 
     exit_code = DATA
 
 
 class OutputError(OpdError):
-    """A folder that cannot be made or written, a full disk, checkpoints that cannot be used."""
+    """A folder that is not writable, a full disk, unusable checkpoints."""
 
     exit_code = OUTPUT
 
 
 class Preempted(OpdError):
-    """A signal asked the run to stop; the same command goes on from where it stopped."""
+    """A signal asked the run to stop; the same command resumes it."""
 
     exit_code = PREEMPTED
 
 
 class RewardError(DataError):
-    """A reward of the user's own failed on an answer: perhaps in one process alone."""
+    """A user's reward function failed on a completion, perhaps in one process only."""
 
 
 class EngineError(OpdError):
-    """An inference engine or server that refuses, does not answer in time, or answers what cannot be."""
+    """An inference engine or server that refuses, times out, or returns an impossible answer."""
 
     exit_code = ENGINE
 
@@ -67,11 +67,11 @@ class NumericError(OpdError):
 
 
 class PeerError(OpdError):
-    """Another process of the run is gone, and has said why."""
+    """Another process of the run ended; that process has reported the reason."""
 
 
 class LaunchedRunFailed(OpdError):
-    """A run that a launcher started ended badly; its processes have told the user why."""
+    """A run in processes of its own failed; those processes have reported the reason."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__(f"ended with exit code {exit_code}")
@@ -79,6 +79,6 @@ class LaunchedRunFailed(OpdError):
 
 
 class NotReady(OpdError):
-    """`opd doctor` found what keeps the run from working."""
+    """`opd doctor` found something that prevents the run."""
 
     exit_code = NOT_READY

@@ -1,124 +1,134 @@
-"""Signals that ask a run to stop: noted when they arrive, acted on at the next point where nothing is lost.
+"""Signals that ask a run to stop: recorded on arrival, acted on at the next point where nothing is lost.
 
-They reach a whole process, so what has arrived is kept for the whole process too. Whoever works for long asks `check` now and then.
+A signal reaches the whole process, so the record is global. Long-running code calls `check` now and then.
 """
 
 import ctypes
 import os
 import signal
+import stat
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
 
 from opd.errors import PREEMPTED, Preempted
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-TIME_IS_UP = signal.SIGUSR2  # submitit has SLURM send it some time before that of a job is
-LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # torchrun and its like set the first, accelerate launch of one process the second
-ORPHAN_SECONDS = 120.0  # how long a process whose launcher is gone may take to save
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+TIME_IS_UP = signal.SIGUSR2  # submitit has SLURM send it shortly before a job's time limit
+LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and alike; by `accelerate launch` for a single process
+ORPHAN_SECONDS = 120.0  # time to save for a worker whose launcher died
 PR_SET_PDEATHSIG = 1
 
-arrived: list[signal.Signals] = []
-seen: set[int] = set()  # all that ever asked this process to stop
+pending: list[signal.Signals] = []  # received by the current run
+received: set[int] = set()  # received since the process started
+_launcher: list[int] = []  # its process id, in a worker
 
 
 def requested() -> bool:
-    """Whether this process was asked to stop."""
-    return bool(arrived)
+    """Return whether the current run was asked to stop."""
+    return bool(pending)
 
 
 def check(in_any_thread: bool = False) -> None:
-    """Raises `Preempted` when this process was asked to stop; in other threads than the main one only if `in_any_thread`."""
-    if arrived and (in_any_thread or threading.current_thread() is threading.main_thread()):
-        raise Preempted(f"stopped by {arrived[0].name}")
+    """Raise `Preempted` if the current run was asked to stop; outside the main thread only if `in_any_thread`."""
+    if pending and (in_any_thread or threading.current_thread() is threading.main_thread()):
+        raise Preempted(f"stopped by {pending[0].name}")
 
 
 @contextmanager
-def noted() -> Iterator[None]:
-    """Within it the signals that ask to stop are noted; a second SIGINT raises KeyboardInterrupt. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, note) for number in ASKING}
-    arrived.clear()
+def handled(handler: Callable[[int, FrameType | None], object], numbers: Sequence[signal.Signals] = ASKING) -> Iterator[bool]:
+    """Install `handler` for `numbers` and restore the earlier handlers on exit. Yields False, and does nothing, outside the main thread.
+
+    SIGHUP stays ignored under nohup. Otherwise it means that the terminal is gone, where writing would now fail with EIO.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            for descriptor in (1, 2):
+                with suppress(OSError):
+                    if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        handler(number, frame)
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    handlers = {number: signal.getsignal(number) for number in numbers if in_main_thread and not (nohup and number == signal.SIGHUP)}
+    for number in handlers:
+        signal.signal(number, handle)
     try:
-        yield
+        yield in_main_thread
     finally:
-        arrived.clear()
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def note(number: int, frame: FrameType | None) -> None:
-    """The handler. A process whose launcher is gone is not asked twice: it has `ORPHAN_SECONDS` left."""
-    if number == signal.SIGINT and signal.SIGINT in arrived:
-        raise KeyboardInterrupt
-    arrived.append(signal.Signals(number))
-    seen.add(number)
-    if is_orphan():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action ends the process also inside a call that never returns
-        signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
+        for number, earlier in handlers.items():
+            signal.signal(number, signal.SIG_DFL if earlier is None else earlier)
 
 
 @contextmanager
-def raised() -> Iterator[None]:
-    """Within it, and outside of `noted`, all of them but SIGINT raise SystemExit at once, from `Preempted`, so that no `except Exception`
-    goes on. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def deferred() -> Iterator[None]:
+    """Record the signals that ask to stop, for `check`. A second SIGINT raises KeyboardInterrupt."""
+
+    def record(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and signal.SIGINT in pending:
+            raise KeyboardInterrupt
+        pending.append(signal.Signals(number))
+        received.add(number)
+        if _launcher and os.getppid() != _launcher[0]:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the default action also ends a process inside a call that never returns
+            signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
+
+    pending.clear()
+    try:
+        with handled(record):
+            yield
+    finally:
+        pending.clear()
+
+
+def raised() -> AbstractContextManager[object]:
+    """Raise SystemExit from `Preempted`, which no `except Exception` catches, on every signal that asks to stop except SIGINT."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(PREEMPTED) from Preempted(f"stopped by {signal.Signals(number).name}")
 
-    before = {number: signal.signal(number, stop) for number in ASKING if number != signal.SIGINT}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    return handled(stop, [number for number in ASKING if number != signal.SIGINT])
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError within it, once it has taken so long in Python. Does nothing outside the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Raise TimeoutError once the block has run for `seconds`. Does nothing outside the main thread."""
 
     def late(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"it took more than {seconds:g} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with handled(late, [signal.SIGALRM]) as in_main_thread:
+        if in_main_thread:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            if in_main_thread:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-_parent: list[int] = []  # the launcher, where there is one
-
-
-def is_orphan() -> bool:
-    return bool(_parent) and os.getppid() != _parent[0]
+def is_worker() -> bool:
+    """Return whether a launcher started this process as one of several."""
+    return any(name in os.environ for name in LAUNCHED)
 
 
 def follow_launcher() -> None:
-    """Lets a process that a launcher started be asked to stop when the launcher dies, however it dies; Linux alone can do that."""
-    if any(name in os.environ for name in LAUNCHED):
-        _parent[:] = [os.getppid()]
+    """In a worker, ask the run to stop when the launcher dies, whatever kills it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # `opd.cli.launch` starts workers with these signals blocked
+    if is_worker():
+        _launcher[:] = [os.getppid()]
         die_with_parent(signal.SIGTERM)
 
 
 def die_with_parent(number: signal.Signals) -> None:
-    """Lets the kernel send this process `number` when its parent dies. Does nothing outside Linux."""
+    """Have the kernel send `number` to this process when its parent dies. Linux only; does nothing elsewhere."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(number), 0, 0, 0)
-    if os.getppid() != parent:  # it died before that
+    if os.getppid() != parent:  # it died before prctl took effect
         os._exit(PREEMPTED)

@@ -1,26 +1,31 @@
-"""Distil a teacher into a student: `opd train`, `python -m opd.train` and `accelerate launch -m opd.train` are this."""
+"""Distil a teacher into a student: `opd train`, `python -m opd.train` and `accelerate launch -m opd.train` run this module."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opd.cli import hydra_app as entry
 from opd.cli import launch
+from opd.cli.hydra_app import FlagParser, run_verb
 from opd.config.schema import Config
 
 
 def train(config: Config, folder: Path) -> float | None:
-    """Run what `config` says in `folder`, here or in processes of its own; returns the objective for sweepers."""
-    if launch.wanted(config):
+    """Train as configured, in this process or in processes of its own, and return the objective for sweepers."""
+    if launch.is_requested(config):
         return launch.run(config, folder)
-    from opd.training import runner  # torch is imported here and not before: help, --cfg and completion do without
+    from opd.training import runner  # imports torch, which --help, --cfg and completion do not need
 
     return runner.run(config, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compose the config from overrides and run it; returns the exit code."""
-    return entry.launch(train, sys.argv[1:] if argv is None else argv)
+    """Compose the config from overrides, train, and return the exit code."""
+    return run_verb(train, sys.argv[1:] if argv is None else argv)
+
+
+def make_parser() -> FlagParser:
+    """Return the parser of `opd train`, which has no flags besides Hydra's."""
+    return FlagParser("train", lambda config, folder, flags: train(config, folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A sweep tells what it does, goes on where it was broken off, survives its members, and gives sweepers what they look for."""
+"""Sweeps: plan, members and their outcomes, resuming, objectives for sweepers, members in other processes (joblib, submitit)."""
 
 import contextlib
 import importlib.util
@@ -17,9 +17,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from opd import errors
-from opd.cli import hydra_app as entry
-from opd.cli import sweep
+from opd.cli import hydra_app, sweep
+from opd.config import compose
 from opd.config.schema import METRICS, Config, Direction, SweepConfig
+from opd.runs.outcome import objective
 from opd.runs.reader import find_runs, open_run
 from opd.training import runner
 from opd.training.identity import differences
@@ -30,8 +31,10 @@ DEBUG = ["experiment=debug", "train.max_steps=2", "checkpoint.every=1", "eval.st
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opd"])
     for name in ("RANK", "WORLD_SIZE", "HYDRA_FULL_ERROR"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -41,28 +44,28 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def members(folder: str = "sweeps/s") -> dict[str, dict[str, object]]:
-    """What the members' files say, by the last part of their folders' names."""
+    """The members' files, by the names of their folders."""
     return {file.parent.name: json.loads(file.read_text()) for file in sorted(Path(folder).glob(f"*/{sweep.MEMBER}"))}
 
 
 def planned(*words: str, processes: int = 1) -> sweep.Sweep:
-    return sweep.plan(entry.parse(["-m", *words]), processes)
+    return sweep.plan(hydra_app.parse(["-m", *words]), processes)
 
 
-def nothing(config: Config, folder: Path) -> float:
+def succeed(config: Config, folder: Path) -> float:
     return 1.0
 
 
-# What is said
+# Titles, table and outcomes
 
 
-def test_each_member_is_announced_and_the_table_tells_what_became_of_it(capfd: pytest.CaptureFixture[str]) -> None:
+def test_sweep_prints_a_title_per_member_and_a_table_of_outcomes(capfd: pytest.CaptureFixture[str]) -> None:
     def task(config: Config, folder: Path) -> float | None:
         if config.seed == 1:
             raise errors.DataError("no data:\n none")
         return None if config.seed == 2 else float(config.seed)
 
-    assert entry.launch(task, ["-m", "seed=0,1,2,3", "optim.lr=0.1", "name=s"]) == errors.DATA
+    assert hydra_app.run_verb(task, ["-m", "seed=0,1,2,3", "optim.lr=0.1", "name=s"]) == errors.DATA
     shown = capfd.readouterr()
     lines = shown.out.splitlines()
     assert [line for line in lines if line.startswith("member")] == [f"member {number} of 4: seed={number - 1}" for number in (1, 2, 3, 4)]
@@ -70,32 +73,34 @@ def test_each_member_is_announced_and_the_table_tells_what_became_of_it(capfd: p
     assert rows == {
         "seed=0": "│ done │ 0 │",
         "seed=1": "│ failed │ – │ no data: none",
-        "seed=2": "│ done │ – │ nothing to compare was measured",
+        "seed=2": "│ done │ – │ no objective was measured",
         "seed=3": "│ done │ 3 │",
     }
     assert "best: seed=3 (maximizes objective)" in shown.out
-    assert "3 of 4 done" in shown.out and "the same command goes on" in shown.out
+    assert "3 of 4 done" in shown.out and "the same command resumes" in shown.out
     assert shown.err == "opd: error: no data: none\n"
 
 
-def test_a_whole_sweep_has_nothing_left_to_go_on_with(capfd: pytest.CaptureFixture[str]) -> None:
-    assert entry.launch(nothing, ["-m", "seed=0,1"]) == errors.OK
-    assert "goes on" not in capfd.readouterr().out
+def test_complete_sweep_does_not_offer_to_resume(capfd: pytest.CaptureFixture[str]) -> None:
+    assert hydra_app.run_verb(succeed, ["-m", "seed=0,1"]) == errors.OK
+    assert "resumes" not in capfd.readouterr().out
 
 
-def test_a_sweep_that_is_asked_to_stop_says_what_is_done_and_that_the_same_command_goes_on(capfd: pytest.CaptureFixture[str]) -> None:
+def test_preempted_sweep_offers_to_resume(capfd: pytest.CaptureFixture[str]) -> None:
     def task(config: Config, folder: Path) -> float:
         if config.seed == 0:
             raise errors.DataError("no data")
         raise errors.Preempted("stopped by SIGTERM")
 
-    assert entry.launch(task, ["-m", "seed=0,1,2", "name=s"]) == errors.PREEMPTED, "whatever failed before: it is to be started again"
+    assert hydra_app.run_verb(task, ["-m", "seed=0,1,2", "name=s"]) == errors.PREEMPTED, (
+        "also after a failure"
+    )
     shown = capfd.readouterr().out
-    assert "0 of 3 done" in shown and "the same command goes on" in shown and "member 3" not in shown
+    assert "0 of 3 done" in shown and "the same command resumes" in shown and "member 3" not in shown
     assert [member["status"] for member in members().values()] == ["failed", "preempted"]
 
 
-def test_a_signal_between_members_ends_the_sweep_alike(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_signal_between_members_ends_the_sweep(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     titled = sweep.title
 
     def title(*arguments: object) -> str:
@@ -105,23 +110,23 @@ def test_a_signal_between_members_ends_the_sweep_alike(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(sweep, "title", title)
     before = signal.getsignal(signal.SIGTERM)
-    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
+    assert hydra_app.run_verb(succeed, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
     assert signal.getsignal(signal.SIGTERM) is before
     shown = capfd.readouterr()
     assert shown.err == "opd: stopped by SIGTERM\n"
-    assert "1 of 3 done" in shown.out and "the same command goes on" in shown.out
+    assert "1 of 3 done" in shown.out and "the same command resumes" in shown.out
 
 
-def test_a_stopped_member_of_another_process_counts_before_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = [sweep.Member("", number, [], exit_code=code) for number, code in enumerate((0, errors.DATA, errors.PREEMPTED), 1)]
-    monkeypatch.setattr(sweep, "members", lambda what, known: told)
-    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
-    told.pop()
-    assert entry.launch(nothing, ["-m", "seed=0,1,2"]) == errors.DATA
+def test_exit_code_of_a_preempted_member_wins_over_that_of_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = [sweep.Member("", number, [], exit_code=code) for number, code in enumerate((0, errors.DATA, errors.PREEMPTED), 1)]
+    monkeypatch.setattr(sweep, "read_members", lambda plan, known: stored)
+    assert hydra_app.run_verb(succeed, ["-m", "seed=0,1,2"]) == errors.PREEMPTED
+    stored.pop()
+    assert hydra_app.run_verb(succeed, ["-m", "seed=0,1,2"]) == errors.DATA
 
 
-def test_a_member_that_never_was_a_run_is_a_failed_one_and_an_earlier_run_stays_what_it_is(capfd: pytest.CaptureFixture[str]) -> None:
-    assert entry.launch(nothing, ["-m", "optim.lr=-1", "name=s"]) == errors.USAGE
+def test_member_that_fails_early_is_a_failed_run_but_an_earlier_run_keeps_its_status(capfd: pytest.CaptureFixture[str]) -> None:
+    assert hydra_app.run_verb(succeed, ["-m", "optim.lr=-1", "name=s"]) == errors.USAGE
     [run] = find_runs([Path("sweeps/s")])
     assert run.status == "failed" and "must be above 0" in run.reason and run.exit_code == errors.USAGE
 
@@ -132,27 +137,26 @@ def test_a_member_that_never_was_a_run_is_a_failed_one_and_an_earlier_run_stays_
     def refuses(config: Config, folder: Path) -> float:
         raise errors.ConfigError("another run")
 
-    assert entry.launch(refuses, ["-m", "seed=5", "name=s"]) == errors.USAGE
+    assert hydra_app.run_verb(refuses, ["-m", "seed=5", "name=s"]) == errors.USAGE
     assert open_run(done.parent).status == "done"
     assert "another run" in capfd.readouterr().out
 
 
-def test_members_of_an_earlier_call_are_not_those_of_this_one(capfd: pytest.CaptureFixture[str]) -> None:
+def test_members_of_an_earlier_call_are_not_counted(capfd: pytest.CaptureFixture[str]) -> None:
     for seeds in ("0,1,2", "1,7"):
-        assert entry.launch(nothing, ["-m", f"seed={seeds}", "name=s"]) == errors.OK
+        assert hydra_app.run_verb(succeed, ["-m", f"seed={seeds}", "name=s"]) == errors.OK
     assert "2 of 2 done" in capfd.readouterr().out.rpartition("member 1")[2]
 
 
-def test_a_member_of_another_process_that_said_nothing_has_failed() -> None:
-    what = sweep.Sweep(Path("sweeps/s"), 2, frozenset(["seed"]), SweepConfig(), process=("elsewhere", 1))
-    assert not what.is_here
+def test_member_without_an_outcome_has_failed() -> None:
+    plan = sweep.Sweep(Path("sweeps/s"), 2, frozenset(["seed"]), SweepConfig())
     Path("sweeps/s/a").mkdir(parents=True)
-    sweep.tell(Path("sweeps/s/a"), sweep.Member(what.key, 1, ["seed=0"]))
-    [member] = sweep.members(what, [])
-    assert (member.status, member.exit_code, member.reason) == ("failed", errors.INTERNAL, sweep.SILENT)
+    sweep.write_member(Path("sweeps/s/a"), sweep.Member(plan.key, 1, ["seed=0"]))
+    [member] = sweep.read_members(plan, [])
+    assert (member.status, member.exit_code, member.reason) == ("failed", errors.INTERNAL, sweep.NO_OUTCOME)
 
 
-# What is known before it begins
+# The plan
 
 
 @pytest.mark.parametrize(
@@ -166,15 +170,15 @@ def test_a_member_of_another_process_that_said_nothing_has_failed() -> None:
         (["seed=0,1", "hydra.sweeper.max_batch_size=1"], 2, {"seed"}),
     ],
 )
-def test_the_number_of_members_and_what_they_differ_in(words: list[str], count: int, swept: set[str]) -> None:
+def test_plan_knows_the_number_of_members_and_the_swept_options(words: list[str], count: int, swept: set[str]) -> None:
     Path("own/experiment").mkdir(parents=True)
     Path("own/experiment/mine.yaml").write_text("# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 0,1\n")
-    entry.store.register()
+    compose.register()
     plan = planned(*words)
     assert (plan.members, plan.swept) == (count, swept)
     seen = []
     if count <= 2:
-        assert entry.launch(lambda config, folder: seen.append(folder), ["-m", *words]) == errors.OK
+        assert hydra_app.run_verb(lambda config, folder: seen.append(folder), ["-m", *words]) == errors.OK
         assert len(seen) == count
 
 
@@ -190,17 +194,17 @@ def test_the_number_of_members_and_what_they_differ_in(words: list[str], count: 
         (["hydra/launcher=submitit_slurm"], "opd[submitit]"),
     ],
 )
-def test_what_no_member_could_do_is_refused_before_the_first(
+def test_impossible_sweep_is_refused_before_its_first_member(
     words: list[str], remedy: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
-    assert entry.launch(nothing, ["-m", "seed=0,1", *words]) == errors.USAGE
+    assert hydra_app.run_verb(succeed, ["-m", "seed=0,1", *words]) == errors.USAGE
     shown = capfd.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1 and remedy in shown.err
     assert not Path("sweeps").exists()
 
 
-def test_a_metric_that_these_options_do_not_measure_is_refused() -> None:
+def test_metric_that_is_not_measured_is_refused() -> None:
     for metric, off in (("gap_closed", {"reward": None}), ("eval_kl_after", {"kl_prompts": 0})):
         direction = METRICS[metric] or Direction.maximize
         part = {"sweep": {"metric": metric, "direction": direction.value}, "eval": off}
@@ -208,34 +212,50 @@ def test_a_metric_that_these_options_do_not_measure_is_refused() -> None:
             OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), part))
 
 
-def test_only_the_simple_sweep_may_run_in_several_processes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry.store.register()
+def test_launched_processes_may_use_the_basic_sweeper_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    compose.register()
     monkeypatch.setattr(sweep, "find_spec", lambda name: object())
     assert planned("seed=0,1", processes=2).members == 2
-    with pytest.raises(errors.ConfigError, match="2 times at once"):
+    with pytest.raises(errors.ConfigError, match="opd train -m"):
         planned("seed=0,1", "hydra/launcher=joblib", processes=2)
 
 
-# What it looks for
+# The objective
+
+
+@pytest.mark.parametrize(
+    ("metric", "reward", "kl", "expected"),
+    [
+        ("auto", 0.5, 2.0, 0.5),
+        ("auto", 0.0, 2.0, 0.0),
+        ("auto", None, 2.0, -2.0),
+        ("auto", None, None, None),
+        ("eval_kl_after", 0.5, 2.0, 2.0),
+        ("eval_kl_after", 0.5, None, None),
+    ],
+)
+def test_objective_comes_from_the_summary(metric: str, reward: float | None, kl: float | None, expected: float | None) -> None:
+    direction = METRICS.get(metric) or Direction.maximize
+    assert objective(SweepConfig(metric=metric, direction=direction), {"reward_after": reward, "eval_kl_after": kl}) == expected
 
 
 @pytest.mark.parametrize(("direction", "best"), [(Direction.maximize, 3), (Direction.minimize, 2)])
-def test_the_best_is_never_one_without_an_objective(direction: Direction, best: int) -> None:
+def test_best_member_has_an_objective(direction: Direction, best: int) -> None:
     config = SweepConfig(metric="steps", direction=direction)
     values = [None, 1.0, 5.0, 5.0]
     ended = [sweep.Member("", number, [], objective=value) for number, value in enumerate(values, 1)]
-    found = sweep.best(config, ended)
-    assert found is not None and found.number == best
-    assert sweep.best(config, ended[:1]) is None
+    winner = sweep.best_member(config, ended)
+    assert winner is not None and winner.number == best
+    assert sweep.best_member(config, ended[:1]) is None
 
 
-def test_what_a_sweep_looks_for_changes_no_run_and_no_folder() -> None:
-    held = {"sweep": {"metric": "auto", "direction": "maximize"}, "seed": 0}
-    assert not differences(held, {"sweep": {"metric": "gap_closed", "direction": "maximize"}, "seed": 0})
-    assert not differences({"seed": 0}, held), "nor in a run of before there were such options"
+def test_sweep_metric_changes_neither_the_run_nor_its_folder() -> None:
+    stored = {"sweep": {"metric": "auto", "direction": "maximize"}, "seed": 0}
+    assert not differences(stored, {"sweep": {"metric": "gap_closed", "direction": "maximize"}, "seed": 0})
+    assert not differences({"seed": 0}, stored), "nor in a run from before these options existed"
     seen = []
     for more in ([], ["sweep.metric=gap_closed"]):
-        assert entry.launch(lambda config, folder: seen.append(folder.name), ["-m", "seed=1", *more]) == errors.OK
+        assert hydra_app.run_verb(lambda config, folder: seen.append(folder.name), ["-m", "seed=1", *more]) == errors.OK
     assert seen == 2 * ["seed=1"]
 
 
@@ -243,24 +263,24 @@ def test_what_a_sweep_looks_for_changes_no_run_and_no_folder() -> None:
 
 KILLED = """
 import os, signal, sys
-from opd.cli import hydra_app as entry
+from opd.cli import hydra_app
 from opd.training import runner
 from opd.runs.folder import RunFolder
 
-append = RunFolder.append
+add = RunFolder.add_metrics
 
-def append_and_die(self, name, line):
-    if name == "metrics.jsonl" and "seed=1" in self.path.name and line["step"] == 2:
+def add_metrics(self, line):
+    if "seed=1" in self.path.name and line["step"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    append(self, name, line)
+    add(self, line)
 
-RunFolder.append = append_and_die
-sys.exit(entry.launch(runner.run, sys.argv[1:]))
+RunFolder.add_metrics = add_metrics
+sys.exit(hydra_app.run_verb(runner.run, sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_leaves_out_what_is_done_and_goes_on_with_what_was_broken_off(capfd: pytest.CaptureFixture[str]) -> None:
+def test_killed_sweep_skips_finished_members_and_resumes_the_killed_one(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["-m", *DEBUG, "seed=0,1"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -269,7 +289,7 @@ def test_a_killed_sweep_leaves_out_what_is_done_and_goes_on_with_what_was_broken
     before = (folders[0] / "summary.json").stat().st_mtime_ns
     capfd.readouterr()
 
-    assert entry.launch(runner.run, words) == errors.OK
+    assert hydra_app.run_verb(runner.run, words) == errors.OK
     first, second = capfd.readouterr().out.partition("sweep\n")[0].split("\nmember ")
     assert "nothing to do" in first and "step 2/2" not in first
     assert "going on after step 1" in second and "step 2/2" in second and "step 1/2" not in second
@@ -295,14 +315,14 @@ def opd(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @installed("hydra_optuna_sweeper")
-def test_optuna_makes_the_metric_small_and_a_failed_member_is_never_the_best() -> None:
+def test_optuna_minimizes_the_metric_and_ignores_failed_members() -> None:
     options = ["sweep.metric=eval_kl_after", "sweep.direction=minimize"]
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=interval(-1.2e-3,0.8e-3)", *options]
     first = opd(*DEBUG, *search)
     assert first.returncode == errors.USAGE, first.stderr
-    told = list(members().values())
-    values = {word: member["objective"] for member in told for word in member["overrides"] if word.startswith("optim.lr=")}
-    assert {member["status"] for member in told} == {"done", "failed"}
+    stored = list(members().values())
+    values = {word: member["objective"] for member in stored for word in member["overrides"] if word.startswith("optim.lr=")}
+    assert {member["status"] for member in stored} == {"done", "failed"}
     assert all((float(word.partition("=")[2]) <= 0) == (value is None) for word, value in values.items())
     found = OmegaConf.load("sweeps/s/optimization_results.yaml")
     assert found.best_value == min(value for value in values.values() if value is not None)
@@ -311,11 +331,11 @@ def test_optuna_makes_the_metric_small_and_a_failed_member_is_never_the_best() -
 
     again = opd(*DEBUG, *search)
     assert again.stdout.count("nothing to do") == sum(value is not None for value in values.values())
-    assert len(members()) == len(told), "the same command proposes the same members"
+    assert len(members()) == len(stored), "the same command proposes the same members"
 
 
 @installed("hydra_optuna_sweeper")
-def test_optuna_without_any_member_that_ended_well_ends_with_the_members_exit_code() -> None:
+def test_optuna_with_failed_members_only_ends_with_their_exit_code() -> None:
     failed = opd(
         "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra/sweeper/sampler=random", "optim.lr=interval(-2.0,-1.0)", "name=s"
     )
@@ -325,7 +345,7 @@ def test_optuna_without_any_member_that_ended_well_ends_with_the_members_exit_co
 
 DIES = """
 import os, signal, sys
-from opd.cli import hydra_app as entry
+from opd.cli import hydra_app
 
 def task(config, folder):
     if config.seed == 1:
@@ -333,18 +353,18 @@ def task(config, folder):
     return 1.0
 
 if __name__ == "__main__":
-    sys.exit(entry.launch(task, sys.argv[1:]))
+    sys.exit(hydra_app.run_verb(task, sys.argv[1:]))
 """
 
 
 @installed("hydra_joblib_launcher")
-def test_a_member_whose_process_dies_is_told_in_one_line() -> None:
+def test_member_whose_process_dies_is_one_line() -> None:
     Path("dies.py").write_text(DIES)
     words = ["-m", "seed=0,1", "name=s", "hydra/launcher=joblib"]
     died = subprocess.run([sys.executable, "dies.py", *words], capture_output=True, text=True, timeout=120)
     assert died.returncode == errors.INTERNAL
     assert died.stderr.count("opd: ") == 1 and "joblib ended the sweep: A worker process" in died.stderr and "Traceback" not in died.stderr
-    assert "seed=1 │ failed" in died.stdout and "did not say how it ended" in died.stdout
+    assert "seed=1 │ failed" in died.stdout and "left no outcome" in died.stdout
 
 
 @pytest.mark.parametrize(
@@ -355,7 +375,7 @@ def test_a_member_whose_process_dies_is_told_in_one_line() -> None:
     ],
 )
 @pytest.mark.slow
-def test_members_in_processes_of_their_own_tell_how_they_ended(launcher: str) -> None:
+def test_members_in_other_processes_store_their_outcome(launcher: str) -> None:
     done = opd(*DEBUG, f"hydra/launcher={launcher}", "model=tiny", "optim.lr=1e-4,-1")
     assert done.returncode == errors.USAGE, done.stderr
     good, bad = sorted(members().values(), key=lambda member: str(member["status"]))
@@ -369,18 +389,18 @@ def test_members_in_processes_of_their_own_tell_how_they_ended(launcher: str) ->
 
 
 @pytest.mark.parametrize(("handler", "exits"), [(lambda *_: sys.exit(-1), True), (lambda *_: 1 // 0, False), (signal.SIG_DFL, False)])
-def test_a_member_whose_time_is_up_is_left_to_submitit(handler: object, exits: bool) -> None:
-    """Which ends the process when it has queued the member again, and raises when it does not; without it nothing happens."""
+def test_member_at_its_time_limit_is_left_to_submitit(handler: object, exits: bool) -> None:
+    """Submitit's handler exits after queueing the member again, and raises if it refuses; without submitit nothing happens."""
     before = signal.signal(signal.SIGUSR2, handler)  # type: ignore[arg-type]
     try:
         with pytest.raises(SystemExit) if exits else contextlib.nullcontext():
-            entry.queue_again()
+            hydra_app.requeue()
     finally:
         signal.signal(signal.SIGUSR2, before)
 
 
 def cluster() -> bool:
-    """Whether a cluster of SLURM takes jobs here, and keeps account of them, as submitit asks."""
+    """Whether a SLURM cluster with accounting, which submitit needs, takes jobs here."""
     return shutil.which("sbatch") is not None and subprocess.run(["sacct"], capture_output=True, timeout=60).returncode == 0
 
 
@@ -391,7 +411,7 @@ JOBS = ("hydra/launcher=submitit_slurm", "hydra.launcher.gpus_per_node=0", "hydr
 @pytest.mark.slow
 @on_slurm
 @installed("hydra_submitit_launcher")
-def test_jobs_of_slurm_tell_how_they_ended() -> None:
+def test_slurm_jobs_store_their_outcome() -> None:
     done = opd(*DEBUG, *JOBS, "model=tiny", "optim.lr=1e-4,-1")
     assert done.returncode == errors.USAGE, done.stderr
     assert "must be above 0" in done.stdout and "1 of 2 done" in done.stdout
@@ -402,7 +422,7 @@ def test_jobs_of_slurm_tell_how_they_ended() -> None:
 @on_slurm
 @installed("hydra_submitit_launcher")
 @pytest.mark.parametrize(("number", "code"), [("TERM", errors.PREEMPTED), ("USR2", errors.OK)])
-def test_a_job_of_slurm_saves_when_it_is_cancelled_and_is_queued_again_when_its_time_is_up(number: str, code: int) -> None:
+def test_slurm_job_saves_when_cancelled_and_is_queued_again_at_its_time_limit(number: str, code: int) -> None:
     """SIGUSR2 tells a job that its time is up; submitit believes it of one that has less than ten minutes."""
     words = [*DEBUG, *JOBS, "seed=1", "hydra.launcher.timeout_min=5", "train.max_steps=60", "checkpoint.every=1000"]
     command = [sys.executable, "-m", "opd", "train", "-m", *words, "hydra.launcher.max_num_timeout=1"]
@@ -414,9 +434,9 @@ def test_a_job_of_slurm_saves_when_it_is_cancelled_and_is_queued_again_when_its_
         time.sleep(0.1)
     [job] = {path.name.partition("_")[0] for path in Path("sweeps/s/.submitit").iterdir() if path.is_dir()}
     subprocess.run(["scancel", *(["-s", "USR2"] if number == "USR2" else []), job], timeout=60, check=True)
-    told, complaints = sweeping.communicate(timeout=400)  # SLURM lets a job that is queued again wait for two minutes
+    output, complaints = sweeping.communicate(timeout=400)  # SLURM lets a job that is queued again wait for two minutes
     assert sweeping.returncode == code, complaints
-    assert code == errors.OK or "stopped by SIGTERM; the same command goes on" in told
+    assert code == errors.OK or "stopped by SIGTERM" in output
     assert opd(*words).returncode == errors.OK
     screen = metrics[0].with_name(sweep.SCREEN).read_text()
     assert open_run(metrics[0].parent).status == "done" and ("going on after step" in screen or "nothing to do" in screen)

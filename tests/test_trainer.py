@@ -781,7 +781,7 @@ def test_a_signal_stops_sampler_and_scoring_thread(make_model, tmp_path, monkeyp
     def signalled(*args):
         asked.append(args)
         if len(asked) == 2 * batch + 1:
-            monkeypatch.setattr(signals, "arrived", [signal.SIGTERM])
+            monkeypatch.setattr(signals, "pending", [signal.SIGTERM])
         return logp(*args)
 
     monkeypatch.setattr(trainer.batches.teacher, "logp", signalled)

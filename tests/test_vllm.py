@@ -228,7 +228,7 @@ def test_a_signal_ends_a_call_after_the_step_it_is_at(model, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
         return original()
 
-    with monkeypatch.context() as patch, signals.noted():
+    with monkeypatch.context() as patch, signals.deferred():
         patch.setattr(engine, "step", step)
         with pytest.raises(Preempted, match="SIGTERM"):
             sampler.sample(long_requests(), DECODING, "train")

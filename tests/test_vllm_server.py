@@ -308,7 +308,7 @@ sys.exit(train.main(sys.argv[1:]))
 def test_a_stop_breaks_off_what_is_waited_for_and_not_what_is_sampled_ahead(make_sampler, monkeypatch):
     """Only the weights before the update could sample it again."""
     sampler = make_sampler()
-    monkeypatch.setattr(signals, "arrived", [signal.SIGTERM])
+    monkeypatch.setattr(signals, "pending", [signal.SIGTERM])
     with pytest.raises(Preempted):
         sampler.sample(REQUESTS, DECODING, "train")
     with ThreadPoolExecutor(1) as background:

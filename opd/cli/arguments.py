@@ -1,4 +1,4 @@
-"""What every verb with plain arguments does: read them, do the task, and turn what goes wrong into one line and an exit code."""
+"""The command line of a verb: its arguments, its task, and how a failure becomes one line and an exit code."""
 
 import argparse
 import contextlib
@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from opd import errors
 from opd.runs.text import one_line
@@ -17,73 +17,71 @@ WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` where argparse would print its usage and leave."""
+    """The arguments of `opd VERB`, and the task that gets them.
+
+    Args:
+        examples: Command lines for the help text, one per line.
+    """
+
+    def __init__(self, verb: str, task: Callable[..., Any], description: str = "", examples: str = "", add_help: bool = True) -> None:
+        super().__init__(
+            prog=f"opd {verb}",
+            description=description,
+            epilog="\n".join(f"  {line}" for line in ("examples:", *examples.splitlines())),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=add_help,
+        )
+        self.verb = verb
+        self.task = task
 
     def error(self, message: str) -> NoReturn:
         raise errors.ConfigError(f"{message}; {self.prog} --help shows the arguments")
 
-
-def parser(verb: str, does: str, example: str) -> Parser:
-    """For `opd VERB`: add its arguments. example: one command line or several, a line each."""
-    return Parser(
-        prog=f"opd {verb}",
-        description=does,
-        epilog="\n".join(f"  {line}" for line in ("examples:", *example.splitlines())),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
-def own(verb: str) -> Parser:
-    """For the flags that `opd VERB` has besides the config's options and Hydra's."""
-    return Parser(prog=f"opd {verb}", add_help=False, allow_abbrev=False)
-
-
-def launch(arguments: Parser, task: Callable[[argparse.Namespace], int], words: Sequence[str]) -> int:
-    """Call `task` with what `words` say, and return its exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd ls | head -1` ends without a complaint
-    try:
-        return task(arguments.parse_args(words))
-    except SystemExit as stop:
-        return int(stop.code or errors.OK)
-    except KeyboardInterrupt:
-        return errors.INTERRUPTED
-    except errors.OpdError as error:
-        message, code = f"error: {error}", error.exit_code
-    except OSError as error:
-        message, code = f"error: {error.filename or 'file'}: {error.strerror}", errors.OUTPUT
-    except Exception as error:  # noqa: BLE001 - whatever it is, it ends in a message and an exit code
-        traceback.print_exception(error)
-        message, code = f"internal error: {type(error).__name__}: {error}", errors.INTERNAL
-    with contextlib.suppress(BrokenPipeError):
-        print(f"opd: {one_line(message)}", file=sys.stderr, flush=True)
-    return code
+    def run(self, words: Sequence[str]) -> int:
+        """Parse `words`, run the task and return the exit code."""
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd ls | head -1` must not end in a traceback
+        try:
+            self.task(self.parse_args(words))
+            return errors.OK
+        except SystemExit as stop:
+            return int(stop.code or errors.OK)
+        except KeyboardInterrupt:
+            return errors.INTERRUPTED
+        except errors.OpdError as error:
+            message, code = f"error: {error}", error.exit_code
+        except OSError as error:
+            message, code = f"error: {error.filename or 'file'}: {error.strerror}", errors.OUTPUT
+        except Exception as error:  # noqa: BLE001 - any defect must end in a message and an exit code
+            traceback.print_exception(error)
+            message, code = f"internal error: {type(error).__name__}: {error}", errors.INTERNAL
+        with contextlib.suppress(OSError):
+            print(f"opd: {one_line(message)}", file=sys.stderr, flush=True)
+        return code
 
 
-def count(word: str) -> int:
-    """A whole number from 0 on, as argparse takes types."""
+def non_negative_int(word: str) -> int:
     if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 0 on")
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 0")
     return int(word)
 
 
-def some(word: str) -> int:
-    """A whole number from 1 on, as argparse takes types."""
+def positive_int(word: str) -> int:
     if not word.isdecimal() or int(word) == 0:
-        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{word!r} is not a whole number of at least 1")
     return int(word)
 
 
-def targets(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that name what to look at, and those that are left for Hydra: flags with their values, and overrides.
+def split_targets(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split `words` into targets (a run, a model) and Hydra's words: overrides, and flags with their values.
 
-    A target has no `=`, or is a folder all the same, as those of a sweep's members are.
+    A target contains no `=`, unless it is an existing folder: those of sweep members do.
     """
-    named, rest, value = [], [], False
+    targets, hydra_words, is_value = [], [], False
     for word in words:
-        if not value and not word.startswith(("-", "+", "~")) and ("=" not in word or Path(word).is_dir()):
-            named.append(word)
+        if not is_value and not word.startswith(("-", "+", "~")) and ("=" not in word or Path(word).is_dir()):
+            targets.append(word)
         else:
-            rest.append(word)
-        value = word in WITH_VALUE
-    return named, rest
+            hydra_words.append(word)
+        is_value = word in WITH_VALUE
+    return targets, hydra_words

@@ -1,27 +1,23 @@
-"""Tab completion: `eval "$(opd completion bash)"` in ~/.bashrc, and the same for zsh and fish.
+"""`opd completion`: tab completion for bash, zsh and fish.
 
-The scripts ask `opd completion --query LINE`, with the line up to the cursor, for the words that can stand at its end, one per line.
-After `opd train` these come from Hydra's own completion of groups, choices and options.
+The shell scripts call `opd completion --query LINE`, with the line up to the cursor, for the words that can stand at its end, one per
+line. The options of `opd train` come from Hydra's own completion.
 """
 
+import argparse
 import re
-import shlex
-import signal
-import sys
-from collections.abc import Sequence
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
 
 from opd import errors
-from opd.cli import main as cli
-from opd.cli.arguments import targets
+from opd.cli import main
+from opd.cli.arguments import Parser, split_targets
 
 BASH = r"""_opd() {
     local line=${COMP_LINE:0:COMP_POINT} IFS=$'\n' word
     COMPREPLY=($("${COMP_WORDS[0]}" completion --query "$line" 2>/dev/null))
     word=${line##*[[:space:]]}
-    word=${word%"${word##*[$COMP_WORDBREAKS]}"}  # readline replaces only what stands behind the last of these characters
+    word=${word%"${word##*[$COMP_WORDBREAKS]}"}  # readline only replaces what follows the last of these
     COMPREPLY=("${COMPREPLY[@]#"$word"}")
     [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=./] ]] && compopt -o nospace
 }
@@ -48,107 +44,89 @@ end
 complete -c opd -f -a '(__opd_complete)'"""
 
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-WITH_CONFIG = ("train", "doctor", "eval", "sample", "score")  # verbs that take options
-USAGE = """Usage: opd completion bash|zsh|fish
+WITH_CONFIG = ("doctor", "eval", "sample", "score")  # and train: verbs that take options
+DESCRIPTION = """Print a script that completes words with the tab key. For every new terminal, put the line of your shell into
+~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish."""
+EXAMPLES = """eval "$(opd completion bash)"
+eval "$(opd completion zsh)"
+opd completion fish | source"""
 
-Prints a script for the shell. Once, for this terminal:
-  eval "$(opd completion bash)"
-  eval "$(opd completion zsh)"
-  opd completion fish | source
-For every new terminal, put the line into ~/.bashrc, ~/.zshrc or ~/.config/fish/config.fish."""
+
+def make_parser() -> Parser:
+    parser = Parser("completion", print_script_or_words, DESCRIPTION, EXAMPLES)
+    parser.add_argument("shell", nargs="?", metavar="bash|zsh|fish")
+    parser.add_argument("--query", metavar="LINE", help="print the words that can complete LINE")
+    return parser
+
+
+def print_script_or_words(parsed: argparse.Namespace) -> None:
+    if parsed.query is not None:
+        print("\n".join(query(parsed.query)))
+    elif parsed.shell in SCRIPTS:
+        print(SCRIPTS[parsed.shell])
+    else:
+        raise errors.ConfigError(f"completion {parsed.shell or ''}: choose from {', '.join(SCRIPTS)}")
 
 
 def query(line: str) -> list[str]:
-    """The words that can stand in place of the last one of `line`, which may be empty. A line that cannot be read has none."""
+    """Return the words that can replace the last word of `line`, which may be empty. There are none for a line that cannot be parsed."""
     words = line.split()
     last = words.pop() if words and not line[-1].isspace() else ""
-    if len(words) < 2:
-        candidates = [*cli.VERBS] if words else []
+    if len(words) < 2 or words[1] not in main.VERBS:
+        candidates = list(main.VERBS) if len(words) == 1 else []
     else:
-        own = flags(words[1])
-        candidates = [*arguments(words[1], [word for word in words[2:] if word not in own], last), *(own if last.startswith("-") else ())]
+        from opd.cli import ls
+
+        verb, earlier = words[1], words[2:]
+        flags = long_flags(main.make_parser(verb))
+        candidates = flags if last.startswith("-") else []
+        if verb == "train":
+            candidates = config_words(earlier, last)
+        elif verb in WITH_CONFIG:
+            candidates = [*candidates, *config_words(split_targets([word for word in earlier if word not in flags])[1], last)]
+        elif verb == "ls":
+            candidates = [*candidates, *ls.KINDS]
+        elif verb == "cp":
+            candidates = [*candidates, *ls.shipped_files()]
+        elif verb == "completion":
+            candidates = [*candidates, *SCRIPTS]
     return [candidate for candidate in candidates if candidate.startswith(last)]
 
 
-def arguments(verb: str, before: list[str], last: str) -> list[str]:
-    """What can stand at `last` behind the words `before`, besides the verb's own flags."""
-    if verb in WITH_CONFIG:
-        return option_words(before if verb == "train" else targets(before)[1], last)
-    if verb == "ls":
-        from opd.cli.ls import KINDS
-
-        return list(KINDS)
-    if verb == "cp":
-        from opd.cli.hydra_errors import choices
-
-        return [f"{group}/{name}" for group, names in choices().items() for name in names]
-    return [*SCRIPTS] if verb == "completion" else []
+def long_flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
 
 
-def flags(verb: str) -> list[str]:
-    """The verb's own flags; none of a word that is no verb."""
-    if verb not in cli.VERBS:
-        return []
-    parser = vars(import_module(cli.VERBS[verb].target.partition(":")[0])).get("parser")
-    return [] if parser is None else [option for action in parser()._actions for option in action.option_strings if option.startswith("--")]
-
-
-def option_words(before: list[str], last: str) -> list[str]:
-    """What Hydra, and the types of the options, know about the argument `last` of `opd train` after the arguments `before`."""
+def config_words(earlier: list[str], last: str) -> list[str]:
+    """Return what can replace the word `last` after the words `earlier`: Hydra's flags, groups and choices, options and their values."""
     from hydra._internal.utils import get_args_parser
     from hydra.errors import HydraException
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
     from omegaconf.errors import OmegaConfBaseException
 
-    from opd.config import compose as store
+    from opd.cli.hydra_errors import options
+    from opd.config import compose
 
     parser = get_args_parser()
     if last.startswith("-"):
-        return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        return long_flags(parser)
     key, equals, _ = last.partition("=")
-    if equals and (values := option_values(key)):
-        return [f"{key}={value}" for value in values]
+    kind = options().get(key)
+    if equals and kind is bool:
+        return [f"{key}=true", f"{key}=false"]
+    if equals and isinstance(kind, type) and issubclass(kind, Enum):
+        return [f"{key}={member.name}" for member in kind]
     try:
-        parsed = parser.parse_intermixed_args(before)
+        parsed = parser.parse_intermixed_args(earlier)
     except SystemExit:
         return []
-    extra = Path(parsed.config_dir) if parsed.config_dir is not None else None
-    plugin = DefaultCompletionPlugin(store.loader(extra))
-    store.register([] if extra is None else [extra])
+    config_dir = Path(parsed.config_dir) if parsed.config_dir is not None else None
+    plugin = DefaultCompletionPlugin(compose.loader(config_dir))
+    compose.register([] if config_dir is None else [config_dir])
     try:
-        found = plugin._query("config", " ".join([*(["-m"] if parsed.multirun else []), *parsed.overrides, last]))
+        words = plugin._query("config", " ".join([*(["-m"] if parsed.multirun else []), *parsed.overrides, last]))
     except (HydraException, OmegaConfBaseException, ValueError):
         return []
     if equals:
-        return [word for word in found if not word.endswith("=")]  # Hydra offers betas=0= for a list
-    return [word for word in found if last.lstrip("+~").startswith("h") or not re.match(r"[+~]?hydra\b", word)]
-
-
-def option_values(key: str) -> list[str]:
-    """All values of an option that has a few; empty for the others."""
-    from opd.cli.hydra_errors import options
-
-    kind = options().get(key)
-    if kind is bool:
-        return ["true", "false"]
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return [member.name for member in kind]
-    return []
-
-
-def main(argv: Sequence[str]) -> int:
-    """Print the script of a shell, or the answer to one of its queries; returns the exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd completion bash | head -1` ends without a complaint
-    match list(argv):
-        case ["--query", line]:
-            print("\n".join(query(line)))
-            return errors.OK
-        case [shell] if shell in SCRIPTS:
-            print(SCRIPTS[shell])
-            return errors.OK
-        case ["--help" | "-h"]:
-            print(USAGE)
-            return errors.OK
-        case _:
-            print(f"opd: error: completion {shlex.join(argv)}: name one of {', '.join(SCRIPTS)}", file=sys.stderr)
-            return errors.USAGE
+        return [word for word in words if not word.endswith("=")]  # Hydra offers betas=0= for a list
+    return [word for word in words if last.lstrip("+~").startswith("h") or not re.match(r"[+~]?hydra\b", word)]

@@ -1,36 +1,31 @@
-"""Look whether a run is ready: `opd doctor`."""
+"""`opd doctor`: check whether a run is ready, without training."""
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from opd import errors
-from opd.cli import arguments
-from opd.cli import hydra_app as entry
+from opd.cli.arguments import non_negative_int
+from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
 
 
-def main(words: Sequence[str]) -> int:
-    """Compose the config from overrides, examine it, show what was found; returns the exit code."""
-    return entry.launch_with_flags(parser(), examine, words)
+def make_parser() -> FlagParser:
+    parser = FlagParser("doctor", examine)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--prompts", type=non_negative_int, default=32)
+    return parser
 
 
-def parser() -> arguments.Parser:
-    own = arguments.own("doctor")
-    own.add_argument("--json", action="store_true")
-    own.add_argument("--prompts", type=arguments.count, default=32)
-    return own
-
-
-def examine(config: Config, folder: Path, given: argparse.Namespace) -> None:
+def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
+    """Examine the composed config and print the findings. Raises `NotReady` if a check failed."""
     from opd import doctor
     from opd.doctor.show import show
-    from opd.training import runner  # torch is imported here and not before
+    from opd.training import runner  # imports torch, which --help does not need
 
     runner.quiet_libraries()
-    report = doctor.examine(config, given.prompts)
-    if given.json:
+    report = doctor.examine(config, flags.prompts)
+    if flags.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
         show(report)

@@ -1,49 +1,43 @@
-"""Judge a run or a model: `opd eval`."""
+"""`opd eval`: evaluate a run or a model against its teacher and a baseline."""
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from opd.cli import arguments
-from opd.cli import hydra_app as entry
+from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
 from opd.runs.folder import check_output_path, write_output
 
 
-def main(words: Sequence[str]) -> int:
-    """Compose the config, find the models, judge them, show and keep the result; returns the exit code."""
-    return entry.launch_with_flags(parser(), judge, words, "another one to judge it against is --baseline")
+def make_parser() -> FlagParser:
+    parser = FlagParser("eval", evaluate, "compare it with another one with --baseline")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--teacher")
+    parser.add_argument("--baseline")
+    parser.add_argument("--out", type=Path)
+    return parser
 
 
-def parser() -> arguments.Parser:
-    own = arguments.own("eval")
-    own.add_argument("--json", action="store_true")
-    own.add_argument("--teacher")
-    own.add_argument("--baseline")
-    own.add_argument("--out", type=Path)
-    return own
-
-
-def judge(config: Config, folder: Path, given: argparse.Namespace) -> None:
+def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
+    """Evaluate the models, print the result, and store it in the run folder or in `--out`."""
     from opd.evaluation import judge
     from opd.evaluation.show import show_evaluation
     from opd.evaluation.target import find_target
-    from opd.models import distributed  # torch is imported here and not before
-    from opd.training import runner
+    from opd.models import distributed
+    from opd.training import runner  # imports torch, which --help does not need
 
     runner.quiet_libraries()
-    if given.out is not None:
-        check_output_path(given.out)
-    target = find_target(given.target, config, given.teacher, given.baseline)
-    evaluation = judge.judge(target, folder)
+    if flags.out is not None:
+        check_output_path(flags.out)
+    target = find_target(flags.target, config, flags.teacher, flags.baseline)
+    result = judge.judge(target, folder)
     if not distributed.in_main_process():
         return
-    out = given.out or (judge.unused_result_file(target.run) if target.run is not None else None)
-    content = json.dumps(evaluation, indent=2, ensure_ascii=False)
-    if given.json:
+    out = flags.out or (judge.unused_result_file(target.run) if target.run is not None else None)
+    content = json.dumps(result, indent=2, ensure_ascii=False)
+    if flags.json:
         print(content)
     else:
-        show_evaluation(evaluation, out)
+        show_evaluation(result, out)
     if out is not None:
         write_output(out, f"{content}\n")

@@ -1,124 +1,178 @@
-"""`launch.processes`: this process starts `accelerate launch` with its own overrides, passes signals on, and ends as the run does.
+"""`launch.processes` and `launch.config_file`: run in several processes, which Accelerate's launcher starts.
 
-In a sweep it composes all members and starts a launcher for each: a sweeper proposes once a member, not once a process.
+`run` is called in the process of `opd train`. It starts this module as a child process with the same overrides, forwards signals to it, and
+ends with its exit code. The child (`main`) starts the workers from a thread, while its main thread forwards signals to them. A sweep
+composes its members in the parent and launches each of them, so that a sweeper proposes once per member, not once per process.
 """
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
+import psutil
+import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from opd import signals
-from opd.cli import launched
-from opd.config.schema import Config
-from opd.errors import INTERNAL, INTERRUPTED, OK, PREEMPTED, ConfigError, LaunchedRunFailed
+from opd.config.schema import Config, Device, LaunchConfig
+from opd.errors import DATA, ENGINE, INTERNAL, INTERRUPTED, NUMERIC, OK, OUTPUT, PREEMPTED, USAGE, ConfigError, LaunchedRunFailed, OpdError
+from opd.runs.folder import SUMMARY
 from opd.runs.outcome import objective
 
 OF_THE_SWEEP = ("hydra.mode", "hydra.run.dir", "hydra.sweep", "hydra.launcher", "hydra/launcher", "hydra/sweeper")
+REASONS = (USAGE, DATA, OUTPUT, ENGINE, NUMERIC, INTERRUPTED)  # exit codes that never follow from the failure of another worker
 
 
-def wanted(config: Config) -> bool:
-    """Whether processes are to be started: not by those that a launcher started."""
-    return config.launch.several and not any(name in os.environ for name in signals.LAUNCHED)
+def is_requested(config: Config) -> bool:
+    """Return whether to start workers; a worker never starts others."""
+    return config.launch.several and not signals.is_worker()
 
 
 def run(config: Config, folder: Path) -> float | None:
-    """Run in processes of its own and return the objective for sweepers. Raises `LaunchedRunFailed` when the run did not end well."""
-    file = config.launch.config_file
-    if file is not None and not Path(file).is_file():
-        raise ConfigError(f"launch.config_file={file}: there is no such file; scripts/accelerate/ has some, `accelerate config` writes one")
-    sys.stdout.flush()
+    """Run in several processes and return the objective for sweepers.
+
+    Raises:
+        ConfigError: `launch.config_file` cannot be used.
+        LaunchedRunFailed: The run failed or was asked to stop, and its processes have reported why.
+    """
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        signals.received.add(number)
+        child.send_signal(number)
+
     with tempfile.TemporaryDirectory(prefix="opd-launch-") as place:
-        code = started(command(config, folder), Path(place))
+        words = [config.device.value, *launch_arguments(config.launch, place), "-m", "opd.train", *overrides(folder)]
+        sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)  # inherited by child and workers, until they can handle the signals
+        try:
+            # In a session of its own, or Ctrl-C in the terminal would reach it twice.
+            child = subprocess.Popen([sys.executable, "-m", "opd.cli.launch", *words], start_new_session=True)
+            with signals.handled(forward):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
+                code = child.wait()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
+    if code < 0:
+        raise OpdError(f"the launcher of the run's processes was killed by {signal.Signals(-code).name}")
     if code != OK:
         raise LaunchedRunFailed(code)
-    summary = folder / "summary.json"
-    return objective(config.sweep, json.loads(summary.read_text())) if summary.is_file() else None  # the first node has it
+    summary = folder / SUMMARY  # only the first node has it
+    return objective(config.sweep, json.loads(summary.read_text())) if summary.is_file() else None
 
 
-def command(config: Config, folder: Path) -> list[str]:
-    """The launcher's command line: how many processes, on what, by which file, and what each is to run."""
-    launch = config.launch
-    return [
-        *(sys.executable, "-m", "opd.cli.launcher", str(launch.processes or ""), config.device.value, launch.config_file or ""),
-        *("-m", "opd.train", *words(folder)),
-    ]
+def launch_arguments(launch: LaunchConfig, place: str) -> list[str]:
+    """Return the arguments of `accelerate launch`. Without a config file, `launch_workers` writes one in the folder `place`."""
+    file, content = launch.config_file, {}
+    if file is not None:
+        try:
+            content = dict(yaml.safe_load(Path(file).read_text()))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(
+                f"launch.config_file={file}: {reason}; scripts/accelerate/ has examples, `accelerate config` writes one"
+            ) from None
+    if content.get("distributed_type") == "DEEPSPEED":
+        raise ConfigError(f"launch.config_file={file}: DeepSpeed is not supported; use FSDP2, as in scripts/accelerate/fsdp2_gpu8.yaml")
+    arguments = ["--config_file", file or f"{place}/accelerate.yaml"]
+    if launch.processes is not None:
+        arguments += ["--num_processes", str(launch.processes)]
+    if not content.get("main_process_port") and content.get("num_machines", 1) == 1:
+        arguments += ["--main_process_port", "0"]  # a free one: two runs on one machine must not share a port
+    return arguments
 
 
-def words(folder: Path) -> list[str]:
-    """The overrides that compose in every process what was composed here, for the run folder `folder`."""
+def overrides(folder: Path) -> list[str]:
+    """Return the command line with which each worker composes the current config, for the run folder `folder`."""
     hydra = HydraConfig.get()
-    own = [path.path for path in hydra.runtime.config_sources if path.provider == "command-line"]
+    config_dirs = [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
+    quoted_folder = str(folder).replace("'", "\\'")
     return [
-        *(word for path in own for word in ("--config-dir", path)),
+        *(word for path in config_dirs for word in ("--config-dir", path)),
         *("--config-name", str(hydra.job.config_name)),
         *hydra.overrides.task,
         *(word for word in hydra.overrides.hydra if not word.lstrip("+~").startswith(OF_THE_SWEEP)),
-        f"hydra.run.dir={quoted(str(folder))}",
+        f"hydra.run.dir='{quoted_folder}'",
     ]
 
 
-def quoted(text: str) -> str:
-    """A value as Hydra reads it, whatever characters it has."""
-    escaped = text.replace("'", "\\'")
-    return f"'{escaped}'"
+def main(argv: Sequence[str]) -> int:
+    """Start the workers and return the exit code of the run. `argv`: the device, and the arguments of `accelerate launch`."""
+    signals.die_with_parent(signal.SIGTERM)
+    # torch elastic installs signal handlers in a main thread only; its own would leave the workers 30 seconds to save.
+    with ThreadPoolExecutor(1) as pool:
+        code = pool.submit(launch_workers, Device[argv[0]], argv[1:])
+        with signals.handled(forward_to_workers):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
+            return code.result()
 
 
-def started(words: Sequence[str], folder: Path) -> int:
-    """Run the launcher until it ends, and return the exit code of the run. folder: where its processes leave theirs."""
-    asked: list[int] = []
-    environment = {**os.environ, launched.FOLDER: str(folder)}
-    # Out of the terminal's reach: a Ctrl-C comes here, and from here once to each process.
-    launcher = subprocess.Popen(words, env=environment, start_new_session=True)
-    with passed_on(launcher, folder, asked):
-        returned = launcher.wait()
-    return outcome(returned, launched.processes(folder), asked)
+def forward_to_workers(number: int, frame: FrameType | None) -> None:
+    workers = psutil.Process().children()
+    if not workers:  # before the first of them is started, nothing is to be saved
+        os._exit(INTERRUPTED if number == signal.SIGINT else PREEMPTED)
+    for worker in workers:
+        with suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
 
 
-@contextmanager
-def passed_on(launcher: "subprocess.Popen[bytes]", folder: Path, asked: list[int]) -> Iterator[None]:
-    """Within it the signals that ask a run to stop go to its processes, or, before there are any, to the launcher; `asked` notes them."""
+def launch_workers(device: Device, arguments: Sequence[str]) -> int:
+    """Call `accelerate launch` and return the exit code of the run."""
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        signals.seen.add(number)
-        running = [process.pid for process in launched.processes(folder) if process.code is None]
-        for pid in running or [launcher.pid]:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number if running else signal.SIGTERM)
-
-    before = {number: signal.signal(number, pass_on) for number in signals.ASKING}
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    parsed = launch_command_parser().parse_args(arguments)
+    file, processes = Path(parsed.config_file), parsed.num_processes
+    option = f"launch.config_file={file}" if file.exists() else f"launch.processes={processes}"
+    if not file.exists():
+        gpus = torch.cuda.device_count()
+        on_cpu = device is Device.cpu or (device is Device.auto and not torch.cuda.is_available())
+        if not on_cpu and processes > gpus:
+            print(f"opd: error: {option}: torch sees {gpus} GPUs here; use launch.processes={gpus} or device=cpu", file=sys.stderr)
+            return USAGE
+        content = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": on_cpu, "num_machines": 1}
+        file.write_text(yaml.safe_dump({**content, "num_processes": processes, "machine_rank": 0, "mixed_precision": "no"}))
     try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        launch_command(parsed)
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode))
+        return exit_code({rank: failure.exitcode for rank, failure in failures})
+    except subprocess.CalledProcessError as error:  # a single process is started without torch elastic
+        return exit_code({0: error.returncode})
+    except Exception as error:  # noqa: BLE001 - Accelerate rejects a config with many kinds of exceptions
+        print(f"opd: error: {option}: Accelerate cannot start this: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE
+    return OK
 
 
-def outcome(returned: int, processes: Sequence[launched.Process], asked: Sequence[int]) -> int:
-    """The exit code of a run: that of the process that failed first. returned: the launcher's; asked: the signals that were passed on.
+def exit_code(failures: Mapping[int, int]) -> int:
+    """Return the exit code of a run whose workers failed.
 
-    The others of a run that failed were told to stop and say so: theirs counts only if none has another.
+    Args:
+        failures: Exit codes by rank, the first failure first. Negative: the number of the signal that ended a worker.
     """
-    if returned == OK:
-        return OK
-    failed = [process.code for process in processes if process.code not in (None, OK, PREEMPTED)]
-    if failed:
-        return int(failed[0] or INTERNAL)
-    if asked and (not processes or any(process.code is None for process in processes)):
-        return INTERRUPTED if asked[0] == signal.SIGINT else PREEMPTED
-    gone = [process.number for process in processes if process.code is None]
-    if gone:
-        print(f"opd: error: process {gone[0]} of the run was killed, by lack of memory perhaps", file=sys.stderr, flush=True)
-        return INTERNAL
-    if processes:
-        return PREEMPTED
-    return returned if returned > 1 else INTERNAL
+    by_signal = {-number: INTERRUPTED if number == signal.SIGINT else PREEMPTED for number in signals.ASKING}
+    codes = {rank: by_signal.get(code, code) for rank, code in failures.items()}
+    # When a worker fails, the others lose a peer (70) or are asked to stop (75): any other code is the reason.
+    reason = next((code for code in codes.values() if code in REASONS), None)
+    rank, code = next(((rank, code) for rank, code in codes.items() if code != PREEMPTED), (0, PREEMPTED))
+    if reason is None and code < 0:
+        hint = ", perhaps because memory ran out" if code == -signal.SIGKILL else ""
+        print(f"opd: error: process {rank} of the run was killed by {signal.Signals(-code).name}{hint}", file=sys.stderr, flush=True)
+    return reason or (PREEMPTED if code == PREEMPTED else INTERNAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

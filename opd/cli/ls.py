@@ -1,68 +1,124 @@
-"""What there is: `opd ls`."""
+"""`opd ls` and `opd cp`: list the shipped YAML files and the runs of a folder; copy a shipped file."""
 
 import argparse
 import json
-from collections.abc import Sequence
+import os
+import re
+import shlex
+import socket
 from pathlib import Path
 from typing import Any
 
-from opd import errors
-from opd.cli import arguments, catalogue
+import yaml
+
+from opd.cli.arguments import Parser
+from opd.cli.hydra_errors import choices
+from opd.config.compose import conf_dir
+from opd.errors import ConfigError, DataError, OutputError
+from opd.runs.folder import LOCK, Status
+from opd.runs.reader import Run, find_runs
 
 GROUPS = {"models": ("model", "teacher"), "data": ("data",), "experiments": ("experiment",)}
 RUNS = "runs"
 KINDS = (*GROUPS, RUNS)
-EXAMPLES = "opd ls\nopd ls runs --json\nopd ls runs sweeps/lr"
-COLUMNS = ("path", "status", "steps", "reward before", "after", "gap closed", "KL after")
+RUN_FOLDERS = ("runs", "sweeps")  # where `opd train` puts runs
+RUN_COLUMNS = ("path", "status", "steps", "reward before", "after", "gap closed", "KL after")
+WIDTH = 160  # of the tables when the output is not a terminal
 
 
-def main(argv: Sequence[str]) -> int:
-    """List what is asked for; returns the exit code."""
-    return arguments.launch(parser(), show, argv)
+def make_ls_parser() -> Parser:
+    description = "List shipped models, data sets and experiments, and the runs of a folder with their status."
+    parser = Parser("ls", print_list, description, "opd ls\nopd ls runs --json\nopd ls runs sweeps/lr")
+    parser.add_argument("what", nargs="*", help=f"{', '.join(KINDS)}, or folders with runs; default: everything")
+    parser.add_argument("--json", action="store_true", help="JSON instead of tables")
+    return parser
 
 
-def parser() -> arguments.Parser:
-    own = arguments.parser("ls", "List shipped models, data and experiments, and the runs of a folder with their status.", EXAMPLES)
-    own.add_argument("what", nargs="*", help=f"{', '.join(KINDS)}, or folders with runs; all of it without")
-    own.add_argument("--json", action="store_true", help="JSON instead of tables")
-    return own
-
-
-def show(parsed: argparse.Namespace) -> int:
+def print_list(parsed: argparse.Namespace) -> None:
     kinds = [word for word in parsed.what if word in KINDS]
-    paths = [Path(word) for word in parsed.what if word not in KINDS]
-    if paths and RUNS not in kinds:
+    folders = [Path(word) for word in parsed.what if word not in KINDS]
+    if folders and RUNS not in kinds:
         kinds.append(RUNS)
     listed: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds or KINDS:
         if kind == RUNS:
-            listed[kind] = [catalogue.describe(run) for run in catalogue.runs_in(paths)]
+            listed[kind] = [describe_run(run) for run in list_runs(folders)]
         else:
-            listed[kind] = [choice.to_dict() for group in GROUPS[kind] for choice in catalogue.choices(group)]
+            listed[kind] = [describe_file(file) for group in GROUPS[kind] for file in sorted((conf_dir() / group).glob("*.yaml"))]
     if parsed.json:
         print(json.dumps(listed, indent=2, ensure_ascii=False))
     else:
-        draw(listed)
-    return errors.OK
+        print_tables(listed)
 
 
-def draw(listed: dict[str, list[dict[str, Any]]]) -> None:
+def describe_file(file: Path) -> dict[str, Any]:
+    """Return a shipped file's name, the model or data it names, and the first sentence of its comment."""
+    text = file.read_text(encoding="utf-8")
+    head = re.match(r"(#.*\n)*", text)
+    comments = [line.removeprefix("#").strip() for line in (head[0] if head else "").splitlines() if not line.startswith("# @package")]
+    content = yaml.safe_load(text) or {}
+    path = content.get("path") or content.get("source")
+    about = re.split(r"(?<=\.) ", " ".join(comments))[0]
+    return {"group": file.parent.name, "name": file.stem, "path": path if isinstance(path, str) else None, "about": about}
+
+
+def list_runs(folders: list[Path]) -> list[Run]:
+    """Return the runs in `folders`; by default those in runs/ and sweeps/, if there are any."""
+    if folders:
+        return find_runs(folders)
+    runs = []
+    for folder in RUN_FOLDERS:
+        try:
+            runs += find_runs([Path(folder)])
+        except DataError:  # no such folder, or no run in it
+            continue
+    return runs
+
+
+def describe_run(run: Run) -> dict[str, Any]:
+    summary = run.summary or {}
+    metrics = run.metrics
+    return {
+        "path": str(run.path),
+        "status": "killed" if was_killed(run) else run.status,
+        "reason": run.reason,
+        "steps": int(metrics[-1]["step"]) if metrics else 0,
+        "of": run.config.get("train", {}).get("max_steps"),
+        **{key: summary.get(key) for key in ("reward_before", "reward_after", "gap_closed", "eval_kl_after")},
+    }
+
+
+def was_killed(run: Run) -> bool:
+    """Return whether a run has the status `running`, but its process on this machine is gone."""
+    file = run.path / LOCK
+    owner = re.match(r"process (\d+) on (.+)", file.read_text() if file.is_file() else "")
+    if run.status != Status.running.value or owner is None or owner[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = max(console.width, 160)
+        console.width = max(console.width, WIDTH)
     for kind, rows in listed.items():
         table = Table(title=kind, title_justify="left", show_edge=False)
-        columns = COLUMNS if kind == RUNS else ("name", "", "")
-        for column in columns:
+        for column in RUN_COLUMNS if kind == RUNS else ("name", "", ""):
             table.add_column(column, overflow="fold")
         for row in rows:
             cells = run_cells(row) if kind == RUNS else [f"{row['group']}={row['name']}", row["path"] or "", row["about"]]
             table.add_row(*(Text(cell) for cell in cells))
-        console.print(table if rows else Text(f"{kind}: none in {'/ and '.join(catalogue.FOLDERS)}/ here"))
+        console.print(table if rows else Text(f"{kind}: none in {'/ and '.join(RUN_FOLDERS)}/ here"))
 
 
 def run_cells(row: dict[str, Any]) -> list[str]:
@@ -70,3 +126,49 @@ def run_cells(row: dict[str, Any]) -> list[str]:
     shares = ["–" if row[key] is None else f"{row[key]:.1%}" for key in ("reward_before", "reward_after", "gap_closed")]
     kl = "–" if row["eval_kl_after"] is None else f"{row['eval_kl_after']:.4f}"
     return [row["path"], row["status"], steps, *shares, kl]
+
+
+def make_cp_parser() -> Parser:
+    description = "Copy a shipped YAML file into a folder of yours, to change it and use it with --config-dir."
+    parser = Parser("cp", copy_file, description, "opd cp experiment/tiny\nopd cp optim/adamw --name slow --to ./conf")
+    parser.add_argument("file", help="group/name, or a name that only one group has (opd ls)")
+    parser.add_argument("--to", type=Path, default=Path("conf"), help="the folder (./conf)")
+    parser.add_argument("--name", help="name of the copy (my_NAME); a shipped file takes precedence over one of the same name")
+    return parser
+
+
+def copy_file(parsed: argparse.Namespace) -> None:
+    """Copy the file, never over another one, and print how to use it."""
+    group, _, stem = find_file(parsed.file).partition("/")
+    name, to = parsed.name or f"my_{stem}", parsed.to
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"--name {name}: letters, digits and . _ - only")
+    if to.resolve() != conf_dir().resolve() and (conf_dir() / group / f"{name}.yaml").exists():
+        raise ConfigError(f"--name {name}: a shipped {group} has this name and takes precedence; use another name")
+    target = to / group / f"{name}.yaml"
+    if not target.parent.resolve().is_relative_to(to.resolve()):
+        raise OutputError(f"{target.parent}: a link to outside of {to}; remove it or use another --to")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with target.open("x", encoding="utf-8") as stream:
+            stream.write((conf_dir() / group / f"{stem}.yaml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise OutputError(f"{target}: this file exists; nothing was overwritten. Use another --name or --to") from None
+    print(f"{target}: change it, then: opd train --config-dir {shlex.quote(str(to))} {group}={name}")
+
+
+def shipped_files() -> list[str]:
+    """Return all choices as `group/name`."""
+    return [f"{group}/{name}" for group, names in choices().items() for name in names]
+
+
+def find_file(word: str) -> str:
+    """Return the `group/name` of a shipped file: `word` itself, or the only one with this name. Raises `ConfigError`."""
+    wanted = word.removesuffix(".yaml")
+    matches = [key for key in shipped_files() if wanted in (key, key.rpartition("/")[2])]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ConfigError(f"{word}: ambiguous; choose from {', '.join(matches)}")
+    in_group = [key for key in shipped_files() if key.partition("/")[0] == wanted.partition("/")[0]]
+    raise ConfigError(f"{word}: no such shipped file; " + (f"choose from {', '.join(in_group)}" if in_group else "opd ls lists them"))

@@ -1,36 +1,63 @@
-"""`opd report`: runs as one HTML file."""
+"""`opd report` and `opd compare`: several runs as one HTML file, or ranked in a table."""
 
 import argparse
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 
-from opd import errors
-from opd.cli import arguments
-from opd.report import render_report
+from rich.console import Console
+
+from opd.cli.arguments import Parser
+from opd.config.schema import Direction
+from opd.report import compare, render_report
 from opd.runs.folder import REPORT, check_output_path, write_output
 from opd.runs.reader import find_runs
 
+REPORT_DESCRIPTION = (
+    """Write runs as one self-contained HTML file: results, curves, and where student and teacher differ, token by token."""
+)
+REPORT_EXAMPLES = """opd report runs/first
+opd report runs/first runs/second --out both.html
+opd report sweeps/lr --out sweep.html"""
+COMPARE_DESCRIPTION = "Rank runs by a metric, with the options that differ between them. opd report draws their curves side by side."
+COMPARE_EXAMPLES = """opd compare sweeps/first
+opd compare runs/a runs/b --metric eval_kl_after
+opd compare runs --csv > runs.csv"""
 
-def main(words: Sequence[str]) -> int:
-    """Write the report and say where it is; returns the exit code."""
-    return arguments.launch(parser(), write, words)
 
-
-def parser() -> arguments.Parser:
-    own = arguments.parser(
-        "report",
-        "Write runs as one HTML file that needs nothing else: the result, curves, and where student and teacher differ, token by token.",
-        "opd report runs/first\nopd report runs/first runs/second --out both.html\nopd report sweeps/lr --out sweep.html",
+def make_report_parser() -> Parser:
+    parser = Parser("report", write_report, REPORT_DESCRIPTION, REPORT_EXAMPLES)
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of several; all are shown side by side"
     )
-    own.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of them; several stand side by side")
-    own.add_argument("--out", type=Path, metavar="FILE", help=f"RUN/{REPORT} for one run, ./{REPORT} for several, if left out")
-    return own
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: RUN/{REPORT} for one run, ./{REPORT} for several")
+    return parser
 
 
-def write(parsed: argparse.Namespace) -> int:
+def write_report(parsed: argparse.Namespace) -> None:
     runs = find_runs(parsed.runs)
     out: Path = parsed.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
     check_output_path(out)
     write_output(out, render_report(runs))
     print(out)
-    return errors.OK
+
+
+def make_compare_parser() -> Parser:
+    parser = Parser("compare", print_comparison, COMPARE_DESCRIPTION, COMPARE_EXAMPLES)
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run folder, or a folder of several (runs/, a sweep)")
+    parser.add_argument("--metric", choices=sorted(compare.RANKS), help="default: reward_after, or eval_kl_after for runs without rewards")
+    parser.add_argument("--direction", choices=[direction.value for direction in Direction], help="default: the metric's better direction")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything as JSON")
+    form.add_argument("--csv", action="store_true", help="print one line per run as CSV")
+    return parser
+
+
+def print_comparison(parsed: argparse.Namespace) -> None:
+    comparison = compare.compare(find_runs(parsed.folders), parsed.metric, parsed.direction and Direction[parsed.direction])
+    if parsed.json:
+        print(compare.as_json(comparison))
+    elif parsed.csv:
+        sys.stdout.write(compare.as_csv(comparison))
+    else:
+        console = Console(highlight=False)
+        compare.show(comparison, console if console.is_terminal else Console(highlight=False, width=compare.WIDTH))

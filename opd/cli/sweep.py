@@ -1,15 +1,14 @@
-"""Sweeps: what `opd train -m` is about to do, what it looks for, and what became of each member.
+"""Sweeps (`opd train -m`): the plan, and the outcome of each member.
 
-Members may run in other processes or on other machines (joblib, submitit), so each leaves how it ended in a file in its folder.
+Members may run in other processes or on other machines (joblib, submitit), so each leaves its outcome in a file in its folder.
 """
 
 import argparse
 import json
 import logging
 import os
-import socket
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opd.config import compose as store
+from opd.config import compose
 from opd.config.schema import AUTO, Direction, SweepConfig
 from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
 from opd.runs.folder import STATUS, Status, write_json
@@ -31,17 +30,19 @@ log = logging.getLogger(__name__)
 
 SCREEN = "screen.txt"
 EXTRAS = {"hydra_optuna_sweeper": "optuna", "hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
-WIDTH = 160  # columns of the table where there is no terminal
-SILENT = "did not say how it ended: killed, out of memory, or still running"
-LAUNCHERS = ("joblib", "submitit")  # what they raise is about their processes
+WIDTH = 160  # of the table when the output is not a terminal
+NO_OUTCOME = "left no outcome: killed, out of memory, or still running"
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
     """One call of `opd train -m`.
 
-    folder: has a folder a member. members: how many there will be at most, None where only the sweeper knows. swept: the options that
-    members differ in. key: tells this call's members from those of earlier calls in the same folder. process: the one that sweeps.
+    Attributes:
+        folder: Contains one folder per member.
+        members: Their number at most; None if only the sweeper knows it.
+        swept: The options in which members differ.
+        key: Tells members of this call from those of earlier calls in the same folder.
     """
 
     folder: Path
@@ -49,19 +50,16 @@ class Sweep:
     swept: frozenset[str]
     config: SweepConfig
     key: str = field(default_factory=lambda: os.urandom(8).hex())
-    process: tuple[str, int] = field(default_factory=lambda: this_process())
-
-    @property
-    def is_here(self) -> bool:
-        """Whether this process is the one that sweeps, and not one for a member alone."""
-        return self.process == this_process()
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member as a call of `opd train -m` left it. number: from 1, in the order in which they were proposed.
+    """One member of a sweep, as stored in its folder.
 
-    objective: what the sweep looks at; None where the member did not end well, or it was not measured.
+    Attributes:
+        sweep: The key of its sweep.
+        number: From 1, in the order in which members were proposed.
+        objective: None if the member did not end well, or its metric was not measured.
     """
 
     sweep: str
@@ -72,20 +70,35 @@ class Member:
     reason: str = ""
     objective: float | None = None
 
-
-def this_process() -> tuple[str, int]:
-    return socket.gethostname(), os.getpid()
+    def ended(self, code: int, reason: str, objective: float | None) -> "Member":
+        """Return this member with its outcome."""
+        status = {OK: Status.done, PREEMPTED: Status.preempted}.get(code, Status.failed)
+        if code == OK and objective is None:
+            reason = reason or "no objective was measured"
+        return replace(self, status=status.value, exit_code=code, reason=reason, objective=objective)
 
 
 def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
-    """What Hydra is about to do with a command line. Raises `ConfigError` for what no member could do.
+    """Return what Hydra is about to do with a command line. Raises `ConfigError` for what no member could do.
 
-    processes: how many a launcher started, each of which sweeps.
+    Args:
+        parsed: Hydra's arguments.
+        processes: How many processes a launcher started; each of them sweeps.
     """
-    loader = store.loader(Path(parsed.config_dir) if parsed.config_dir is not None else None)
+    loader = compose.loader(Path(parsed.config_dir) if parsed.config_dir is not None else None)
     composed = loader.load_configuration(parsed.config_name or "config", list(parsed.overrides), RunMode.MULTIRUN)
     for part in ("sweeper", "launcher"):
-        check_plugin(part, str(composed.hydra.runtime.choices[f"hydra/{part}"]), str(composed.hydra[part]._target_), processes)
+        name, target = str(composed.hydra.runtime.choices[f"hydra/{part}"]), str(composed.hydra[part]._target_)
+        package = target.partition("hydra_plugins.")[2].partition(".")[0]
+        if package and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.{package}")):
+            extra = (
+                f"the extra {EXTRAS[package]}: pip install 'opd[{EXTRAS[package]}]'" if package in EXTRAS else f"the package of {package}"
+            )
+            raise ConfigError(f"hydra/{part}={name} needs {extra}")
+        if processes > 1 and name != "basic":
+            raise ConfigError(
+                f"hydra/{part}={name}: {processes} processes would each run their own sweep; start it once, with opd train -m"
+            )
     config = OmegaConf.to_object(composed.sweep) if "sweep" in composed else SweepConfig()
     assert isinstance(config, SweepConfig)
     sweeper = composed.hydra.sweeper
@@ -99,84 +112,65 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     return Sweep(Path(composed.hydra.sweep.dir), members, swept, config)
 
 
-def check_plugin(part: str, name: str, target: str, processes: int) -> None:
-    """Raises `ConfigError` where the sweeper or launcher is not installed, or cannot be what several processes use at once."""
-    package = target.partition("hydra_plugins.")[2].partition(".")[0]
-    if package and not (find_spec("hydra_plugins") and find_spec(f"hydra_plugins.{package}")):
-        extra = f"the extra {EXTRAS[package]}: pip install 'opd[{EXTRAS[package]}]'" if package in EXTRAS else f"the package of {package}"
-        raise ConfigError(f"hydra/{part}={name} needs {extra}")
-    if processes > 1 and name != "basic":
-        raise ConfigError(
-            f"hydra/{part}={name}: a launcher of processes started this sweep {processes} times at once, and each would go its own way; "
-            "start it once, with opd train -m"
-        )
-
-
 def title(sweep: Sweep, member: Member) -> str:
-    """What is said when a member begins."""
+    """Return the line that is printed when a member starts."""
     of = f" of {sweep.members}" if sweep.members is not None else ""
     return f"member {member.number}{of}: {label(sweep, member)}"
 
 
 def label(sweep: Sweep, member: Member) -> str:
-    """The overrides in which members differ; all of them where the sweeper does not say."""
+    """Return the overrides in which members differ; all overrides if only the sweeper knows them."""
     return " ".join([word for word in member.overrides if word.partition("=")[0] in sweep.swept] or member.overrides)
 
 
-def tell(folder: Path, member: Member) -> None:
-    """Leave in the member's folder how it is. One that failed before it was a run is a failed run from now on."""
+def write_member(folder: Path, member: Member) -> None:
+    """Store a member in its folder. One that failed before its run began becomes a failed run."""
     try:
         write_json(folder / MEMBER, asdict(member))
         if member.status == Status.failed.value and not (folder / STATUS).is_file():
             write_json(folder / STATUS, {"status": member.status, "reason": member.reason, "exit_code": member.exit_code})
     except OSError as error:
-        log.error("%s cannot be written: %s", folder / MEMBER, error)
+        log.error("cannot write %s: %s", folder / MEMBER, error)
 
 
-def ended(member: Member, code: int, reason: str, value: float | None) -> Member:
-    """`member` once it has ended."""
-    status = {OK: Status.done, PREEMPTED: Status.preempted}.get(code, Status.failed)
-    unmeasured = "nothing to compare was measured" if value is None and code == OK else ""
-    return Member(member.sweep, member.number, member.overrides, status.value, code, reason or unmeasured, value)
-
-
-def members(sweep: Sweep, known: Sequence[Member]) -> list[Member]:
-    """Those of this call, in order. known: those that this process ran itself. One of another process that did not end has failed."""
-    found: dict[int, Member] = {}
+def read_members(sweep: Sweep, known: Sequence[Member]) -> list[Member]:
+    """Return the members of this call in order: those `known`, which ran in this process, and those stored by other processes."""
+    members: dict[int, Member] = {}
     for file in sweep.folder.glob(f"*/{MEMBER}"):
-        said = json.loads(file.read_text(encoding="utf-8"))
-        if said.get("sweep") == sweep.key:
-            member = Member(**said)
-            found[member.number] = member if member.exit_code is not None else ended(member, INTERNAL, SILENT, None)
-    return [member for _, member in sorted((found | {member.number: member for member in known}).items())]
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored.get("sweep") == sweep.key:
+            member = Member(**stored)
+            members[member.number] = member if member.exit_code is not None else member.ended(INTERNAL, NO_OUTCOME, None)
+    members |= {member.number: member for member in known}
+    return [members[number] for number in sorted(members)]
 
 
-def best(config: SweepConfig, ended: Sequence[Member]) -> Member | None:
-    """The first member that nothing is better than; None where no objective was measured."""
+def best_member(config: SweepConfig, members: Sequence[Member]) -> Member | None:
+    """Return the first member with the best objective; None if no objective was measured."""
     sign = 1.0 if config.direction is Direction.maximize else -1.0
-    measured = [(sign * member.objective, -member.number, member) for member in ended if member.objective is not None]
+    measured = [(sign * member.objective, -member.number, member) for member in members if member.objective is not None]
     return max(measured)[2] if measured else None
 
 
-def show(sweep: Sweep, all_members: Sequence[Member], console: Console | None = None) -> None:
-    """The closing table: what became of each member, and what is left to do."""
-    console = console or Console(highlight=False)
+def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
+    """Print a table with the outcome of each member, the best member, and how to resume."""
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(file=console.file, highlight=False, width=WIDTH)
-    winner = best(sweep.config, all_members)
+        console = Console(highlight=False, width=WIDTH)
+    best = best_member(sweep.config, members)
     metric = "objective" if sweep.config.metric == AUTO else sweep.config.metric
     table = Table(title="sweep", title_justify="left", show_edge=False)
     for column in ("member", "status", metric, "reason"):
         table.add_column(column, justify="right" if column == metric else "left", overflow="fold")
-    for member in all_members:
+    for member in members:
         value = "–" if member.objective is None else f"{member.objective:.6g}"
-        style = "bold" if member is winner else ""
+        style = "bold" if member is best else ""
         table.add_row(Text(label(sweep, member)), Text(member.status), Text(value), Text(member.reason), style=style)
     console.print(table)
-    done = sum(member.status == Status.done.value for member in all_members)
+    done = sum(member.status == Status.done.value for member in members)
     total = f" of {sweep.members}" if sweep.members is not None else ""
     console.print(Text(f"{done}{total} done; each member's folder is in {sweep.folder}"), soft_wrap=True)
-    if winner is not None:
-        console.print(Text(f"best: {label(sweep, winner)} ({sweep.config.direction.value}s {metric})"), soft_wrap=True)
-    if any(member.status != Status.done.value for member in all_members) or len(all_members) < (sweep.members or 0):
-        console.print("the same command goes on: it leaves out what is done and tries the rest again")
+    if best is not None:
+        console.print(Text(f"best: {label(sweep, best)} ({sweep.config.direction.value}s {metric})"), soft_wrap=True)
+    if done < max(len(members), sweep.members or 0):
+        console.print("the same command resumes the sweep: it skips what is done and tries the rest again")

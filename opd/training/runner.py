@@ -78,7 +78,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
     accelerator = make_accelerator(config, folder)
     run_folder = RunFolder(folder, writes=accelerator.is_main_process)
     with ExitStack() as stack:
-        stack.enter_context(signals.noted())
+        stack.enter_context(signals.deferred())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
         background = accelerator.device.type == "cuda" if config.checkpoint.background is None else config.checkpoint.background
         checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, background)

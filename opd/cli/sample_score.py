@@ -1,0 +1,81 @@
+"""`opd sample` and `opd score`: answers of student and teacher side by side, and their log-probs of a text's tokens."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from opd import errors
+from opd.cli.arguments import positive_int
+from opd.cli.hydra_app import FlagParser
+from opd.config.schema import Config
+from opd.runs.folder import check_output_path, write_output
+
+
+def make_sample_parser() -> FlagParser:
+    parser = FlagParser("sample", sample, "prompts are given with --prompt TEXT")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--file")
+    parser.add_argument("--teacher")
+    parser.add_argument("-n", "--samples", type=positive_int, default=1)
+    return parser
+
+
+def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
+    """Print the answers of both models to each prompt: from `--prompt`, `--file`, or the terminal."""
+    from rich.console import Console
+
+    from opd.evaluation import sample_score
+    from opd.evaluation.show import completion_table
+    from opd.evaluation.target import NONE, find_target
+    from opd.training import runner  # imports torch, which --help does not need
+
+    runner.quiet_libraries()
+    target = find_target(flags.target, config, flags.teacher)
+    models = sample_score.load_pair(target.config, with_teacher=flags.teacher != NONE)
+    console = Console(highlight=False)
+    if not flags.prompt and flags.file is None and sys.stdin.isatty():
+        console.print("one prompt per line; an empty line ends")
+    for prompt in sample_score.read_prompts(flags.prompt, flags.file, input):
+        answers = sample_score.sample(models, prompt, flags.samples)
+        if flags.json:
+            print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), flush=True)
+        else:
+            console.print(completion_table(prompt, answers))
+
+
+def make_score_parser() -> FlagParser:
+    parser = FlagParser("score", score, "the text is given with --text TEXT")
+    parser.add_argument("--json", action="store_true")
+    for flag in ("--text", "--file", "--prompt", "--teacher"):
+        parser.add_argument(flag)
+    parser.add_argument("--html", type=Path)
+    return parser
+
+
+def score(config: Config, folder: Path, flags: argparse.Namespace) -> None:
+    """Print the log-probs of a text's tokens under both models, as coloured text, JSON or a page."""
+    from rich.console import Console
+
+    from opd.evaluation import sample_score
+    from opd.evaluation.show import score_page, score_parts
+    from opd.evaluation.target import find_target
+    from opd.training import runner  # imports torch, which --help does not need
+
+    runner.quiet_libraries()
+    if (flags.text is None) == (flags.file is None):
+        raise errors.ConfigError("give one text: --text TEXT or --file FILE (- reads standard input)")
+    if flags.html is not None:
+        check_output_path(flags.html)
+    text = flags.text if flags.text is not None else sample_score.read_text("/dev/stdin" if flags.file == "-" else flags.file)
+    target = find_target(flags.target, config, flags.teacher)
+    scores = sample_score.score(sample_score.load_pair(target.config), text, flags.prompt)
+    if flags.html is not None:
+        write_output(flags.html, score_page(scores, f"{target.name} and {target.config.teacher.path}"))
+    if flags.json:
+        print(json.dumps(scores.to_dict(), ensure_ascii=False))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for part in score_parts(scores):
+            console.print(part)
