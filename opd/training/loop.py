@@ -209,7 +209,7 @@ class Trainer:
         """With sampling.dtype=auto, stop sampling with a bf16 copy whose log-probs are too far from the trainer's."""
         sampling, sampler = self.config.sampling, self.sampler
         comparable = sampling.top_p == 1 and sampling.top_k == 0
-        if sampling.dtype is not SamplingDtype.auto or not comparable or gap <= sampling.max_gap:
+        if sampling.dtype is not SamplingDtype.auto or not comparable or not gap > sampling.max_gap:  # also where it is not finite
             return
         if isinstance(sampler, GenerateSampler) and sampler.copy is not None:
             sampler.drop_copy()
@@ -330,7 +330,8 @@ class Trainer:
         for index, rollout in enumerate(rollouts):
             length = len(rollout.completion)
             count = 0 if index in dropped else length if prefix is None else min(prefix, length)
-            masked.append(rollout if count == length else replace(rollout, mask=(True,) * count + (False,) * (length - count)))
+            mask = rollout.mask or (True,) * length
+            masked.append(rollout if count == length else replace(rollout, mask=mask[:count] + (False,) * (length - count)))
         return masked
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
@@ -442,8 +443,7 @@ class Trainer:
                 "or set model.dtype=float32; the last checkpoint is untouched"
             )
         places = self.trouble.places
-        self.resume(target)
-        self.ahead = None  # it may hold samples that are left out from here on
+        self.resume(target, restart_step=True)  # rollouts in the checkpoint may be of samples that are left out from here on
         self.trouble.left_out = sorted({*self.trouble.left_out, *places})
         self.trouble.rewound_to = self.step
         self.evaluated = self.step
