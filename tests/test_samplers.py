@@ -1,4 +1,4 @@
-"""What every sampling engine guarantees, one suite for all of them; then what is particular to `generate`, and the rule that picks one."""
+"""The guarantees of every sampling engine in one suite; then tests of `generate`, and of the rule that picks an engine."""
 
 import math
 import signal

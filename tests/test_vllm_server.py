@@ -142,7 +142,7 @@ def test_only_the_main_process_sends_weights(make_sampler, server):
 
 
 def send_sharded_weights(rank, folder, url):
-    """One of two processes: tied and separate heads, adapters, and a folder that cannot be written."""
+    """One of two processes: tied and separate heads, adapters, and a read-only folder."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     for name, tied, bf16, adapted in (("tied", True, True, False), ("apart", False, False, False), ("adapted", False, False, True)):
