@@ -302,7 +302,7 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
     assert list((tmp_path / "runs" / "run").rglob("events.out.tfevents.*"))
 
 
-def test_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
+def test_the_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
     from opd import OnPolicyDistillationTrainer
     from opd.config.compose import PACKAGE
     from opd.errors import ConfigError, DataError
@@ -332,7 +332,7 @@ def test_python_trainer_takes_modules_and_rewards_of_rows(tmp_path):
             OnPolicyDistillationTrainer("a", "b", rows, use_accelerate=False)
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_export(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     from opd.config.compose import PACKAGE
