@@ -10,7 +10,7 @@ from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig
 from opd.errors import ConfigError
 from opd.models import load as models
-from opd.models import policy as forward
+from opd.models import policy
 
 TINY = PACKAGE / "assets" / "tiny-student"
 SMALL = {
@@ -36,24 +36,24 @@ SMALL = {
     ],
     ids=["gemma2", "cohere", "granite"],
 )
-def test_output_head_makes_the_models_own_logits(model):
+def test_output_head_gives_the_logits_of_the_model(model):
     torch.manual_seed(0)
     model = model().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.5)
         ids = torch.randint(3, 31, (2, 9))
-        found = forward.output_head(model).logits(forward.last_hidden(model.base_model, ids).flatten(0, 1)).view(2, 9, -1)
-        assert torch.allclose(found, model(ids).logits, atol=1e-5)
-    forward.check_head(model, "model")
+        logits = policy.output_head(model).logits(policy.last_hidden(model.base_model, ids).flatten(0, 1)).view(2, 9, -1)
+        assert torch.allclose(logits, model(ids).logits, atol=1e-5)
+    policy.check_head(model, "model")
 
 
-def test_an_architecture_with_other_logits_is_refused(make_model):
+def test_architecture_with_other_logits_is_refused(make_model):
     model = make_model()
     original = model.forward
     model.forward = lambda *args, **kwargs: shifted(original(*args, **kwargs))
     with pytest.raises(ConfigError, match="in a way that opd does not know"):
-        forward.check_head(model, "model")
+        policy.check_head(model, "model")
 
 
 def shifted(output):
@@ -69,7 +69,7 @@ def test_heads_padded_to_different_widths_are_cut_to_the_narrower(make_model):
         models.shared_vocabulary(tokenizer, make_model(size - 1), make_model(size))
 
 
-def test_other_token_ids_are_refused_with_the_first_of_them_named():
+def test_teacher_with_other_token_ids_is_refused_with_the_first_differences():
     ours, theirs = AutoTokenizer.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
     models.check_same_ids(ours, theirs)
     theirs.add_tokens(["<extra>"])
@@ -77,7 +77,7 @@ def test_other_token_ids_are_refused_with_the_first_of_them_named():
         models.check_same_ids(ours, theirs)
 
 
-def test_permuted_ids_of_a_vocabulary_of_the_same_size_are_refused(tmp_path):
+def test_permuted_token_ids_are_refused(tmp_path):
     shutil.copytree(TINY, tmp_path / "swapped")
     file = tmp_path / "swapped" / "tokenizer.json"
     text = file.read_text().replace('"A": 32', '"A": X').replace('"B": 33', '"B": 32').replace('"A": X', '"A": 33')
@@ -89,27 +89,22 @@ def test_permuted_ids_of_a_vocabulary_of_the_same_size_are_refused(tmp_path):
         models.check_same_ids(AutoTokenizer.from_pretrained(TINY), theirs)
 
 
-def test_every_end_of_sequence_token_the_model_knows_is_found(make_model):
+def test_end_of_sequence_ids_of_config_generation_config_and_tokenizer_are_used(make_model):
     tokenizer = AutoTokenizer.from_pretrained(TINY)
     model = make_model(300)
     model.generation_config.eos_token_id = [5, 7]
     assert models.eos_ids(model, tokenizer) == tuple(sorted({1, 5, 7, tokenizer.eos_token_id}))
 
 
-def test_differences_between_student_and_teacher_are_told():
+def test_differences_between_student_and_teacher_are_listed():
     ours, theirs = AutoTokenizer.from_pretrained(TINY), AutoTokenizer.from_pretrained(TINY)
     assert models.pair_differences(ours, theirs, ((1,), (1,))) == []
     theirs.chat_template, theirs.pad_token = "{{ messages }}", "<|end|>"
-    found = models.pair_differences(ours, theirs, ((1,), (2,)))
-    assert (
-        len(found) == 3
-        and "'<|pad|>', teacher '<|end|>'" in found[2]
-        and "chat templates" in found[0]
-        and "never ask the student to stop" in found[1]
-    )
+    template, end, padding = models.pair_differences(ours, theirs, ((1,), (2,)))
+    assert "chat templates" in template and "end-of-sequence" in end and "'<|pad|>', teacher '<|end|>'" in padding
 
 
-def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeypatch):
+def test_model_that_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.path=\./nowhere: there is no such folder"):
         models.load_tokenizer(ModelConfig(path="./nowhere"), "model")
     monkeypatch.chdir(tmp_path)
@@ -127,13 +122,13 @@ def test_what_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_device_that_is_not_there_is_refused():
+def test_missing_device_is_refused():
     with pytest.raises(ConfigError, match=r"device=cuda: torch .* sees no such device"):
         models.find_device(Device.cuda)
     assert models.find_device(Device.cpu).type == "cpu"
 
 
-def test_student_weights_are_float32_and_the_teachers_follow_dtype():
+def test_student_weights_are_float32_and_teacher_weights_follow_dtype():
     cpu = torch.device("cpu")
     bundled = ModelConfig(path="bundled:tiny-student", dtype=Dtype.bfloat16)
     assert models.load_model(bundled, "model", cpu).dtype == torch.float32

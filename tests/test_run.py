@@ -1,4 +1,4 @@
-"""Whole runs: the run folder, going on, refusing, and what a user's mistake ends in."""
+"""Whole runs: the run folder, resuming, refusals, and exit codes of mistakes."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def finished(tmp_path_factory) -> Path:
     return root / "runs" / "run"
 
 
-def test_the_run_folder_holds_what_is_promised(finished):
+def test_run_folder_has_the_documented_files(finished):
     names = {path.name for path in finished.iterdir()}
     assert names >= {
         ".hydra",
@@ -69,7 +69,7 @@ def test_the_run_folder_holds_what_is_promised(finished):
     assert not list(finished.rglob("*.pkl")) and not list(finished.rglob("*.pt")) and not list(finished.rglob("*.bin"))
 
 
-def test_stored_rollouts_carry_three_log_probs_a_token(finished):
+def test_stored_rollouts_have_three_log_probs_per_token(finished):
     records = lines(finished / "rollouts" / "step_000001.jsonl")
     assert len(records) == 2
     for record in records:
@@ -93,7 +93,7 @@ def test_final_is_a_plain_model_folder(finished):
     assert "bundled:tiny-teacher" in card and "| reward |" in card
 
 
-def test_a_finished_run_says_so_and_changes_nothing(finished, monkeypatch, capfd):
+def test_finished_run_is_not_repeated_and_its_files_stay(finished, monkeypatch, capfd):
     monkeypatch.chdir(finished.parent.parent)
     before = {path: path.stat().st_mtime_ns for path in (finished / "final").iterdir()}
     assert main([*DEBUG, "name=run"]) == 0
@@ -101,7 +101,7 @@ def test_a_finished_run_says_so_and_changes_nothing(finished, monkeypatch, capfd
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "final").iterdir()}
 
 
-def test_another_method_in_the_same_folder_is_refused_with_the_difference(finished, monkeypatch, capfd):
+def test_changed_option_in_the_same_folder_is_refused_with_old_and_new_value(finished, monkeypatch, capfd):
     monkeypatch.chdir(finished.parent.parent)
     composed = {file.name: file.read_text() for file in (finished / ".hydra").iterdir()}
     assert main([*DEBUG, "name=run", "optim.lr=2e-4"]) == 64
@@ -111,11 +111,11 @@ def test_another_method_in_the_same_folder_is_refused_with_the_difference(finish
     assert main([*DEBUG, "name=run", "eval.limit=8"]) == 64
     assert "eval.limit was 16, is 8" in capfd.readouterr().err
     assert json.loads((finished / "status.json").read_text())["status"] == "done"
-    assert composed == {file.name: file.read_text() for file in (finished / ".hydra").iterdir()}, "they tell of the run that is there"
+    assert composed == {file.name: file.read_text() for file in (finished / ".hydra").iterdir()}, "they describe the run in the folder"
 
 
 def stop_after(monkeypatch, step: int) -> None:
-    """Let a run die as if killed, right after `step` was saved."""
+    """Let a run end as if killed, right after `step` was saved."""
     from opd.training import runner
     from opd.training.loop import Trainer
 
@@ -131,7 +131,7 @@ def stop_after(monkeypatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("step", [2, 3, 5])
-def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(finished, tmp_path, monkeypatch, capfd, step):
+def test_interrupted_run_resumes_to_the_same_weights_and_log(finished, tmp_path, monkeypatch, capfd, step):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_after(patch, step)
@@ -139,14 +139,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(finished, tmp_pa
     folder = tmp_path / "runs" / "run"
     assert json.loads((folder / "status.json").read_text())["status"] == "failed"
     assert main([*DEBUG, "name=run"]) == 0
-    assert "going on after step" in capfd.readouterr().out
+    assert "resuming after step" in capfd.readouterr().out
     assert same(final_weights(folder), final_weights(finished))
     strip = lambda path: [{k: v for k, v in line.items() if "time" not in k and "per_second" not in k} for line in lines(path)]  # noqa: E731
     assert strip(folder / "metrics.jsonl") == strip(finished / "metrics.jsonl")
     assert strip(folder / "evaluations.jsonl") == strip(finished / "evaluations.jsonl")
 
 
-def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_a_new_one(tmp_path, monkeypatch):
+def test_logs_of_a_run_without_a_checkpoint_are_cleared_by_a_new_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
@@ -156,7 +156,7 @@ def test_a_run_that_died_before_its_first_checkpoint_leaves_nothing_to_a_new_one
     assert [(line["model"], line["rewards"]["count"]) for line in evaluations] == [("teacher", 8), ("student", 8), ("student", 8)]
 
 
-def test_a_finished_run_without_its_checkpoints_is_still_finished(finished, tmp_path, monkeypatch, capfd):
+def test_finished_run_without_checkpoints_is_still_finished(finished, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "runs" / "run")
     shutil.rmtree(tmp_path / "runs" / "run" / "checkpoints")
@@ -165,13 +165,14 @@ def test_a_finished_run_without_its_checkpoints_is_still_finished(finished, tmp_
     assert main([*DEBUG, "name=run", "optim.lr=1"]) == 64
 
 
-def test_another_number_of_prompts_a_step_is_refused(finished, monkeypatch, capfd):
+def test_changed_number_of_prompts_per_step_is_refused(finished, monkeypatch, capfd):
     monkeypatch.chdir(finished.parent.parent)
     assert main([*DEBUG, "name=run", "train.batch_size=8"]) == 64
-    assert "prompts a step were 4, are 8" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert "prompts per step were 4, are 8" in error and "train.batch_size" in error
 
 
-def test_a_run_can_go_on_from_a_named_checkpoint(finished, tmp_path, monkeypatch):
+def test_run_resumes_from_a_named_checkpoint(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = finished / "checkpoints" / "step_000004"
     assert main([*DEBUG, "name=other", f"resume={start}"]) == 0
@@ -180,7 +181,7 @@ def test_a_run_can_go_on_from_a_named_checkpoint(finished, tmp_path, monkeypatch
     assert summary["steps"] == 6 and summary["graded_tokens"] == json.loads((finished / "summary.json").read_text())["graded_tokens"]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(finished, tmp_path, monkeypatch, capfd):
+def test_damaged_checkpoint_is_set_aside_and_the_previous_one_is_used(finished, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
@@ -195,7 +196,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(finished, 
     assert same(final_weights(folder), final_weights(finished))
 
 
-def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished, tmp_path, monkeypatch, capfd):
+def test_run_with_damaged_checkpoints_only_is_refused_and_nothing_is_deleted(finished, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, tmp_path / "runs" / "run")
     (tmp_path / "runs" / "run" / "status.json").write_text('{"status": "failed"}')
@@ -226,7 +227,7 @@ def test_when_all_checkpoints_are_bad_nothing_is_deleted_or_begun_anew(finished,
         ),
     ],
 )
-def test_a_mistake_ends_in_one_line_and_its_exit_code(tmp_path, monkeypatch, capfd, overrides, code, part):
+def test_mistake_is_one_line_with_its_exit_code(tmp_path, monkeypatch, capfd, overrides, code, part):
     monkeypatch.chdir(tmp_path)
     if overrides == ["track=wandb"]:
         monkeypatch.setattr("opd.training.logs.find_spec", lambda name: None)
@@ -236,7 +237,7 @@ def test_a_mistake_ends_in_one_line_and_its_exit_code(tmp_path, monkeypatch, cap
     assert len(error.strip().splitlines()) == 1
 
 
-def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, capfd):
+def test_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "run").write_text("a file in the way")
@@ -245,7 +246,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(tmp_pa
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_without_answers_the_kl_is_what_is_evaluated(tmp_path, monkeypatch):
+def test_without_answers_only_the_kl_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10, 60)))
     data = ["data=jsonl", "data.train_path=p.jsonl", "data.answer=null", "eval=kl", "eval.kl_max_new_tokens=8"]
@@ -254,7 +255,7 @@ def test_without_answers_the_kl_is_what_is_evaluated(tmp_path, monkeypatch):
     assert summary["reward_after"] is None and summary["gap_closed"] is None and summary["eval_kl_after"] > 0
 
 
-def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+def test_custom_reward(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("import opd\n\n@opd.reward\ndef always(completion, answer):\n    return 0.25\n")
     monkeypatch.chdir(tmp_path)
     assert main([*DEBUG, "name=run", "eval.reward=mine:always"]) == 0
@@ -269,16 +270,16 @@ def test_other_objectives_and_bf16_run(tmp_path, monkeypatch, options):
     assert main([*DEBUG, "name=run", "train.max_steps=2", *options]) == 0
 
 
-def test_a_step_that_is_not_finite_is_logged_as_null_and_survived(tmp_path, monkeypatch):
+def test_non_finite_step_is_skipped_and_logged_as_null(tmp_path, monkeypatch):
     from opd.teachers import LocalTeacher
 
     monkeypatch.chdir(tmp_path)
     calls = []
     original = LocalTeacher.logp
 
-    def logp(self, batch, temperature):
+    def logp(self, inputs, ids_N, temperature):
         calls.append(1)
-        return original(self, batch, temperature) * (float("nan") if len(calls) == 2 else 1.0)
+        return original(self, inputs, ids_N, temperature) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(LocalTeacher, "logp", logp)
     assert main([*DEBUG, "name=run", "train.max_steps=3", "ppo.steps=1"]) == 0
@@ -288,7 +289,7 @@ def test_a_step_that_is_not_finite_is_logged_as_null_and_survived(tmp_path, monk
     assert json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["reverse_kl_last"] is not None
 
 
-def test_a_sweep_runs_every_member(tmp_path, monkeypatch):
+def test_sweep_runs_every_member(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["-m", *DEBUG, "train.max_steps=1", "optim.lr=1e-4,2e-4", "name=sweep"]) == 0
     assert len(list((tmp_path / "sweeps" / "sweep").glob("*/summary.json"))) == 2
@@ -302,7 +303,7 @@ def test_tensorboard_gets_the_metrics(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
-def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_path, monkeypatch):
+def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_export(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     from opd.config.compose import PACKAGE
 
@@ -330,8 +331,8 @@ def test_adapters_share_the_base_with_the_teacher_and_are_merged_in_the_end(tmp_
     assert first["model"] == "student" and first["kl"] > 0.01  # the teacher's own prompt makes it another distribution
 
 
-def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monkeypatch):
-    """`opd train` as typed, with folders in the place of what the hub holds: padded heads of different widths, GSM8K's own columns."""
+def test_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monkeypatch):
+    """Folders instead of the hub, output heads padded to different widths, the columns of GSM8K; but no bf16 copy, on any processor."""
     from opd.config.compose import PACKAGE
 
     monkeypatch.chdir(tmp_path)
@@ -349,7 +350,7 @@ def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monke
             for i in range(8)
         ]
         (tmp_path / "gsm8k" / "main" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["model.path=student", "teacher.path=teacher", "data.path=gsm8k/main", "data.subset=null"]
+    options = ["model.path=student", "teacher.path=teacher", "data.path=gsm8k/main", "data.subset=null", "sampling.dtype=trainer"]
     short = ["train.max_steps=2", "sampling.max_new_tokens=6", "eval.max_new_tokens=6", "eval.kl_max_new_tokens=4", "eval.kl_prompts=4"]
     assert main([*options, *short, "device=cpu"]) == 0
     folder = tmp_path / "runs" / "student-from-teacher-on-gsm8k"
@@ -359,7 +360,7 @@ def test_the_default_job_runs_on_local_copies_of_model_and_gsm8k(tmp_path, monke
     assert AutoModelForCausalLM.from_pretrained(folder / "final").get_output_embeddings().weight.shape[0] == 264
 
 
-def test_tokens_that_were_not_scored_are_null_in_the_stored_rollouts(tmp_path, monkeypatch):
+def test_untrained_tokens_have_null_scores_in_the_stored_rollouts(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([*DEBUG, "name=run", "ppo.loss_prefix=2", "train.max_steps=1"]) == 0
     folder = tmp_path / "runs" / "run"
@@ -372,7 +373,7 @@ def test_tokens_that_were_not_scored_are_null_in_the_stored_rollouts(tmp_path, m
             assert all(value is not None for value in record[name][:scored])
 
 
-def test_a_run_goes_on_with_halved_micro_batches_until_another_size_is_asked_for(tmp_path, monkeypatch, capfd):
+def test_resumed_run_keeps_halved_micro_batches_until_another_size_is_configured(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     forward, options = Policy.forward, [*DEBUG, "train.max_steps=2", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.steps=0"]
     with pytest.MonkeyPatch.context() as patch:
@@ -386,14 +387,14 @@ def test_a_run_goes_on_with_halved_micro_batches_until_another_size_is_asked_for
         assert main([*options, "name=first", "train.max_tokens_per_micro_batch=60"]) == 0
     first = f"resume={tmp_path / 'runs/first/checkpoints/step_000001'}"
 
-    def went_on(name: str, asked: int) -> tuple[int, str]:
+    def resume(name: str, asked: int) -> tuple[int, str]:
         capfd.readouterr()
         assert main([*options, f"name={name}", first, f"train.max_tokens_per_micro_batch={asked}"]) == 0
         state = json.loads((tmp_path / f"runs/{name}/checkpoints/step_000002/state.json").read_text())
         return state["choices"]["max_tokens"], capfd.readouterr().out
 
-    size, said = went_on("same", 60)
-    assert size == 30 and "micro-batches of 30 tokens" in said and "train.max_tokens_per_micro_batch=60" in said
+    size, output = resume("same", 60)
+    assert size == 30 and "micro-batches of 30 tokens" in output and "train.max_tokens_per_micro_batch=60" in output
     for asked in (50, 80):
-        size, said = went_on(f"other{asked}", asked)
-        assert size == asked and "micro-batches of" not in said
+        size, output = resume(f"other{asked}", asked)
+        assert size == asked and "micro-batches of" not in output

@@ -27,7 +27,7 @@ def weights() -> Path:
     return folder
 
 
-def test_a_gguf_file_is_the_model_it_was_made_from(weights):
+def test_gguf_file_gives_the_logits_of_the_model_it_was_converted_from(weights):
     gguf = ModelConfig(path=str(weights / "gguf"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     plain = ModelConfig(path=str(weights / "teacher"))
     ids = torch.arange(100, 140)[None]
@@ -38,7 +38,7 @@ def test_a_gguf_file_is_the_model_it_was_made_from(weights):
     assert ours == theirs
 
 
-def test_a_few_steps_on_real_weights(weights, tmp_path, monkeypatch, capfd):
+def test_few_steps_on_real_weights_reduce_the_kl(weights, tmp_path, monkeypatch, capfd):
     pytest.importorskip("reasoning_gym")
     monkeypatch.chdir(tmp_path)
     options = [f"model.path={weights / 'student'}", f"teacher.path={weights / 'teacher'}", "name=run", "device=cpu"]

@@ -1,8 +1,7 @@
-"""Sampling with real vLLM: the configured distribution of the weights of the moment, and nothing of the process disturbed."""
+"""Sampling with real vLLM, beyond the suite that all engines share (test_samplers.py)."""
 
 import gc
 import json
-import math
 import os
 import random
 import shutil
@@ -18,18 +17,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_samplers import change_weights, completions, gaps, long_requests
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
 from opd.config.compose import PACKAGE
 from opd.config.schema import LoraConfig, ModelConfig
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, Request, collate
+from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.models import load as models
-from opd.models.policy import add_adapters, completion_hidden, output_head
-from opd.objective import behaviour_logp
-from opd.samplers import Decoding, GenerateSampler
+from opd.models.policy import add_adapters, output_head
+from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
 
@@ -40,81 +39,55 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = 160  # tokens of a prompt: more than a block of the prefix cache
 DECODING = Decoding(temperature=0.8, max_new_tokens=12)
 
 
 @pytest.fixture
 def model(make_model):
-    return make_model(hidden=64)  # a CPU's attention kernels begin at 32 a head
+    return make_model(hidden=64)  # vLLM's attention on a CPU needs heads of at least 32
 
 
-def engine_of(model, eos=(1,), vocabulary=23, seed=0, bf16=False):
-    return VllmSampler(model, eos, vocabulary, seed, bf16, longest=LONG + 40, batch_size=16, memory_share=0.1)
+def spec_of(model, eos=(1,), vocabulary=23, **kwargs):
+    return SamplerSpec(
+        model=model, eos=eos, pad_id=0, vocabulary=vocabulary, seed=0, bf16=False, **{"longest": 200, "batch_size": 16, **kwargs}
+    )
 
 
-def long_requests(n=2, vocabulary=23):
-    generator = torch.Generator().manual_seed(5)
-    prompts = [Prompt(i, tuple(torch.randint(2, vocabulary, (LONG,), generator=generator).tolist()), "") for i in range(4)]
-    return [Request(prompt, attempt=attempt) for prompt in prompts for attempt in range(n)]
+def engine_of(model, **kwargs):
+    return VllmSampler(spec_of(model, **kwargs), bf16=False, memory_share=0.1)
 
 
-def completions(rollouts):
-    return [rollout.completion for rollout in rollouts]
-
-
-def gap(model, rollouts, decoding, vocabulary=None):
-    """The largest distance of a token's log-prob from that of a plain forward pass of the trainer's model."""
-    worst = 0.0
-    for rollout in rollouts:
-        batch = collate([rollout], [0], pad_id=0)
-        with torch.no_grad():
-            logits = output_head(model, vocabulary).logits(completion_hidden(model.base_model, batch.inputs))
-        expected = behaviour_logp(logits, decoding.temperature, decoding.top_k, decoding.top_p).gather(-1, batch.target_N[:, None])[:, 0]
-        worst = max(worst, float((rollout.behaviour_logp - expected).abs().max()))
-    return worst
-
-
-def change(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(9)), alpha=0.2)
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_log_probs_are_those_of_the_students_weights_of_the_moment(make_model, tied):
-    """Before and after an update; long prompts, so that keys and values kept from the old weights would show."""
-    model = make_model(hidden=64, tie_word_embeddings=tied)
-    sampler, requests = engine_of(model), long_requests()
-    for decoding in (DECODING, Decoding(0.8, 12, top_k=4), Decoding(0.8, 12, top_p=0.7), Decoding(1.5, 12, top_p=0.9, top_k=8)):
-        assert gap(model, sampler.sample(requests, decoding, "train"), decoding) < 1e-4
-    change(model)
-    assert gap(model, sampler.sample(requests, DECODING, "train"), DECODING) > 1  # the update is one that shows
+def test_weights_change_at_a_refresh_only(model):
+    """With long prompts, so that keys and values cached for the old weights would show."""
+    sampler = engine_of(model)
+    sampler.sample(long_requests(), DECODING, "train")
+    change_weights(model)
+    assert gaps(model, sampler.sample(long_requests(), DECODING, "train"), DECODING).max() > 1
     sampler.refresh()
-    assert gap(model, sampler.sample(requests, DECODING, "train"), DECODING) < 1e-4
+    assert gaps(model, sampler.sample(long_requests(), DECODING, "train"), DECODING).max() < 1e-4
 
 
-def test_the_bundled_teacher_can_be_a_student():
+def test_bundled_teacher_can_be_a_student():
     folder = PACKAGE / "assets" / "tiny-teacher"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
     requests = [Request(Prompt(0, tuple(tokenizer("12 + 34 =")["input_ids"]), ""), attempt=attempt) for attempt in range(8)]
-    vocabulary = output_head(model).vocabulary
-    rollouts = engine_of(model, models.eos_ids(model, tokenizer), vocabulary).sample(requests, Decoding(1.0, 12), "train")
-    assert gap(model, rollouts, Decoding(1.0, 12)) < 1e-4
+    sampler = engine_of(model, eos=models.eos_ids(model, tokenizer), vocabulary=output_head(model).vocabulary)
+    decoding = Decoding(1.0, 12)
+    assert gaps(model, sampler.sample(requests, decoding, "train"), decoding).max() < 1e-4
 
 
-def test_a_model_that_vllm_cannot_run_is_refused():
+def test_model_that_vllm_cannot_run_is_refused():
     model = models.load_model(ModelConfig(path="bundled:tiny-student"), "model", torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"cannot run Qwen2ForCausalLM: .*head_dim=16.*sampling\.engine=generate"):
-        engine_of(model, (256,), 261)
+    with pytest.raises(ConfigError, match=r"Qwen2ForCausalLM: .*head_dim=16.*sampling\.engine=generate"):
+        engine_of(model, eos=(256,), vocabulary=261)
 
 
 def test_more_tokens_than_the_model_has_positions_are_refused(model):
-    with pytest.raises(ConfigError, match=r"max_model_len \(5000\) is greater than .*the longest prompt and the most new tokens"):
-        VllmSampler(model, (1,), 23, 0, False, longest=5000, batch_size=2, memory_share=0.1)
+    with pytest.raises(ConfigError, match=r"\(5000\) is greater than .*the longest prompt and the most new tokens"):
+        engine_of(model, longest=5000, batch_size=2)
 
 
-def test_adapters_are_merged_into_what_vllm_gets(make_model):
+def test_adapters_are_merged_into_the_weights_of_the_engine(make_model):
     pytest.importorskip("peft")
     model = make_model(hidden=64)
     add_adapters(model, LoraConfig(rank=4))
@@ -125,77 +98,13 @@ def test_adapters_are_merged_into_what_vllm_gets(make_model):
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert gap(model, sampler.sample(long_requests(), DECODING, "train"), DECODING) > 0.1
+    assert gaps(model, sampler.sample(long_requests(), DECODING, "train"), DECODING).max() > 0.1
     sampler.refresh()
-    assert gap(model, sampler.sample(long_requests(), DECODING, "train"), DECODING) < 1e-4
+    assert gaps(model, sampler.sample(long_requests(), DECODING, "train"), DECODING).max() < 1e-4
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (1.6, 0, 1.0), (0.6, 0, 1.0), (1.3, 5, 1.0), (1.3, 0, 0.8)])
-def test_samples_follow_the_models_distribution(model, temperature, top_k, top_p):
-    """Chi-square of 4,000 first tokens against the model's own probabilities; the bound is 8 standard deviations away."""
-    drawn = engine_of(model).sample(
-        [Request(Prompt(i, (5, 7, 9), "")) for i in range(4000)], Decoding(temperature, 1, top_p=top_p, top_k=top_k), "train"
-    )
-    with torch.no_grad():
-        logp = behaviour_logp(model(torch.tensor([[5, 7, 9]])).logits[:, -1], temperature, top_k, top_p)[0]
-    expected = logp.double().exp() * len(drawn)
-    counts = torch.bincount(torch.tensor([rollout.completion[0] for rollout in drawn]), minlength=23).double()
-    kept = expected > 0
-    assert not counts[~kept].any() and int(kept.sum()) > 3
-    freedom = int(kept.sum()) - 1
-    assert float(((counts - expected)[kept] ** 2 / expected[kept]).sum()) < freedom + 8 * math.sqrt(2 * freedom)
-
-
-def test_greedy_is_the_students_own(model):
-    rollouts = engine_of(model).sample(long_requests(1), Decoding(0.0, 12), "evaluation")
-    own = GenerateSampler(model, (1,), 0, 23, 0, False).sample(long_requests(1), Decoding(0.0, 12), "evaluation")
-    assert completions(rollouts) == completions(own)
-    assert not torch.cat([rollout.behaviour_logp for rollout in rollouts]).any()
-
-
-def test_every_end_of_sequence_token_stops_and_is_kept(model):
-    model.generation_config.eos_token_id = 3  # of no account, like all that it holds
-    rollouts = engine_of(model, eos=(1, 6, 17)).sample(long_requests(8), Decoding(1.5, 30), "train")
-    assert {rollout.completion[-1] for rollout in rollouts if rollout.finish_reason is FinishReason.stop} == {1, 6, 17}
-    for rollout in rollouts:
-        assert not set(rollout.completion[:-1]) & {1, 6, 17}
-        assert len(rollout.behaviour_logp) == len(rollout.completion)
-
-
-def test_a_completion_without_end_is_cut_and_says_so(model):
-    rollouts = engine_of(model, eos=()).sample(long_requests(), DECODING, "train")
-    assert {len(rollout.completion) for rollout in rollouts} == {12}
-    assert {rollout.finish_reason for rollout in rollouts} == {FinishReason.length}
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_ids_beyond_the_shared_vocabulary_are_never_drawn(make_model, tied):
-    model = make_model(hidden=64, tie_word_embeddings=tied)
-    requests = long_requests(8, vocabulary=9)
-    whole = engine_of(model, vocabulary=23).sample(requests, Decoding(2.0, 12), "train")
-    assert max(max(completion) for completion in completions(whole)) >= 9  # it would
-    sampler = engine_of(model, vocabulary=9)
-    for temperature in (2.0, 0.0):
-        rollouts = sampler.sample(requests, Decoding(temperature, 12), "train")
-        assert max(max(completion) for completion in completions(rollouts)) < 9
-    assert gap(model, sampler.sample(requests, DECODING, "train"), DECODING, vocabulary=9) < 1e-4
-
-
-def test_random_numbers_come_from_seed_epoch_sample_and_attempt(model):
-    base = Request(Prompt(3, (5, 7, 9), ""), epoch=0, attempt=0)
-    variants = [base, Request(base.prompt, 1, 0), Request(base.prompt, 0, 1), Request(Prompt(4, (5, 7, 9), ""), 0, 0)]
-    sampler = engine_of(model, eos=())
-    drawn = completions(sampler.sample(variants, DECODING, "train"))
-    drawn += completions(sampler.sample([base], DECODING, "evaluation"))
-    assert completions(sampler.sample(variants[::-1], DECODING, "train"))[::-1] == drawn[:4]
-    assert completions(sampler.sample([base], DECODING, "train")) == drawn[:1]
-    drawn += completions(engine_of(model, eos=(), seed=1).sample([base], DECODING, "train"))
-    assert len(set(drawn)) == len(drawn)
-    assert completions(engine_of(model, eos=()).sample([base], DECODING, "train")) == drawn[:1]
-
-
-def test_the_process_keeps_its_random_numbers_threads_and_switches(model):
+def test_random_numbers_threads_and_defaults_of_the_process_are_restored(model):
     def state():
         return (
             random.getstate(),
@@ -216,7 +125,7 @@ def test_the_process_keeps_its_random_numbers_threads_and_switches(model):
     assert not torch.distributed.is_initialized()
 
 
-def test_a_signal_ends_a_call_after_the_step_it_is_at(model, monkeypatch):
+def test_signal_ends_sampling_after_the_current_engine_step(model, monkeypatch):
     sampler, steps = engine_of(model, eos=()), []
     undisturbed = completions(sampler.sample(long_requests(), DECODING, "train"))
     engine = sampler.engine.llm_engine
@@ -238,7 +147,7 @@ def test_a_signal_ends_a_call_after_the_step_it_is_at(model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory):
-    """The bundled teacher with noise on its weights: a student of a shape that vLLM runs on a CPU."""
+    """Return a student of a shape that vLLM runs on a CPU: the bundled teacher with noise on its weights."""
     folder, source = tmp_path_factory.mktemp("student"), PACKAGE / "assets" / "tiny-teacher"
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(0)
@@ -261,18 +170,18 @@ def metrics(folder):
     return [{name: value for name, value in line.items() if not name.startswith(("time/", "tokens_per"))} for line in lines]
 
 
-def test_a_run_from_end_to_end(student_folder, tmp_path):
-    """The engine agrees with the trainer at every step. A run that goes on does what it would have done; so does a member of a sweep."""
+def test_run_with_vllm_resumes_and_sweeps(student_folder, tmp_path):
+    """The engine agrees with the trainer at every step; a resumed run and a sweep member log what the uninterrupted run logs."""
     done = opd(tmp_path, f"model.path={student_folder}", "name=one")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""  # vLLM has nothing to say on the screen
+    assert done.stderr == ""  # no output of vLLM
     run = tmp_path / "runs" / "one"
     steps = metrics(run)
     assert len(steps) == 6 and max(step["engine_gap"] for step in steps) < 1e-4
     shutil.rmtree(run / "checkpoints" / "step_000006")
     (run / "status.json").write_text((run / "status.json").read_text().replace("done", "failed"))
     done = opd(tmp_path, f"model.path={student_folder}", "name=one")
-    assert done.returncode == 0 and "going on after step 4" in done.stdout
+    assert done.returncode == 0 and "resuming after step 4" in done.stdout
     assert metrics(run) == steps
     done = opd(tmp_path, f"model.path={student_folder}", "seed=0,1", "--multirun", "hydra.sweep.dir=sweep", "hydra.sweep.subdir=${seed}")
     assert done.returncode == 0, done.stderr
@@ -307,7 +216,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_run_that_is_stopped_amid_sampling_goes_on_as_if_it_had_not_been(student_folder, tmp_path):
+def test_run_that_is_stopped_while_sampling_resumes_bitwise(student_folder, tmp_path):
     options = [f"model.path={student_folder}", "train.max_steps=3", "eval.limit=4", "eval.kl_prompts=4"]
     assert opd(tmp_path, *options, "name=straight").returncode == 0
     command = [sys.executable, "-c", STOPPED, "experiment=debug", "sampling.engine=vllm", *options, "name=stopped"]
@@ -317,7 +226,7 @@ def test_a_run_that_is_stopped_amid_sampling_goes_on_as_if_it_had_not_been(stude
     straight, stopped = tmp_path / "runs" / "straight", tmp_path / "runs" / "stopped"
     saved = [path.name for path in (stopped / "checkpoints").glob("step_*")]
     done = opd(tmp_path, *options, "name=stopped")
-    assert done.returncode == 0 and "going on after step" in done.stdout
+    assert done.returncode == 0 and "resuming after step" in done.stdout
     assert saved and metrics(stopped) == metrics(straight)
     assert (stopped / "final" / "model.safetensors").read_bytes() == (straight / "final" / "model.safetensors").read_bytes()
 
@@ -332,7 +241,7 @@ def launch(cwd, processes, student_folder, *options, sharded=False):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
-def test_one_process_of_a_launcher_works(student_folder, tmp_path):
+def test_single_process_of_a_launcher_works(student_folder, tmp_path):
     done = launch(tmp_path, 1, student_folder)
     assert done.returncode == 0, done.stderr
     assert len(metrics(tmp_path / "runs" / "one")) == 6
@@ -344,24 +253,25 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
-from opd.samplers import Decoding
+from opd.samplers import Decoding, SamplerSpec
 from opd.samplers.vllm import VllmSampler
 
 accelerator = Accelerator(cpu=True)
 model = AutoModelForCausalLM.from_pretrained("student", dtype=torch.float32).eval()
 requests = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(2 + accelerator.process_index)]
-written = []
+sampled = []
+spec = SamplerSpec(model=model, eos=(256,), pad_id=257, vocabulary=261, seed=0, bf16=False, longest=60, batch_size=4)
 for _ in range(2):
-    sampler = VllmSampler(model, (256,), 261, 0, False, longest=60, batch_size=4, memory_share=0.05)
-    written.append([rollout.completion for rollout in sampler.sample(requests, Decoding(1.0, 12), "train")])
+    sampler = VllmSampler(spec, bf16=False, memory_share=0.05)
+    sampled.append([rollout.completion for rollout in sampler.sample(requests, Decoding(1.0, 12), "train")])
     del sampler
-    assert float(accelerator.reduce(torch.ones(1))) == 2  # what the processes share is still there
-assert written[0] == written[1] and len(written[0]) == len(requests)
+    assert float(accelerator.reduce(torch.ones(1))) == 2  # the run's process group still works
+assert sampled[0] == sampled[1] and len(sampled[0]) == len(requests)
 torch.distributed.destroy_process_group()
 """
 
 
-def test_engines_of_several_processes_come_and_go_and_sample_what_each_is_asked(student_folder, tmp_path):
+def test_engines_of_two_processes_can_be_started_again_and_sample_different_numbers_of_requests(student_folder, tmp_path):
     (tmp_path / "student").symlink_to(student_folder)
     (tmp_path / "two.py").write_text(TWO)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "two.py"]
@@ -370,8 +280,8 @@ def test_engines_of_several_processes_come_and_go_and_sample_what_each_is_asked(
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_each_of_several_processes_has_an_engine_of_its_own(student_folder, tmp_path, sharded):
-    """A learning rate at which weights of a step before would show."""
+def test_each_of_two_processes_has_an_engine_with_the_current_weights(student_folder, tmp_path, sharded):
+    """With a learning rate at which weights of the step before would show."""
     options = ["optim.lr=1e-2", "train.max_steps=4", "eval.limit=4", "eval.kl_prompts=4"]
     done = launch(tmp_path, 2, student_folder, *options, sharded=sharded)
     assert done.returncode == 0, done.stderr
@@ -381,7 +291,7 @@ def test_each_of_several_processes_has_an_engine_of_its_own(student_folder, tmp_
 
 @pytest.fixture(scope="module")
 def server(student_folder, tmp_path_factory):
-    """A real server as the README starts it, with a smaller cache."""
+    """A real server, started as opd/samplers/README.md says, with a smaller cache."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -411,44 +321,44 @@ def answers(url):
         return False
 
 
-def server_sampler(model, url, eos=(256,), vocabulary=261, **kwargs):
-    settings = {"longest": 200, "connections": 8, "timeout": 60.0, "weights_folder": None, **kwargs}
-    return VllmServerSampler(model, eos, vocabulary, 0, False, url=url, **settings)
+def server_sampler(model, url, **kwargs):
+    spec = spec_of(model, **{"eos": (256,), "vocabulary": 261, "batch_size": 8, **kwargs})
+    return VllmServerSampler(spec, False, url, timeout=60.0)
 
 
-def test_a_server_samples_with_the_students_weights_of_the_moment(student_folder, server):
+def test_server_samples_with_the_weights_sent_last(student_folder, server):
     model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()
     sampler, requests = server_sampler(model, server), long_requests(vocabulary=250)
     for decoding in (DECODING, Decoding(0.8, 12, top_k=4), Decoding(1.2, 12, top_p=0.7)):
-        assert gap(model, sampler.sample(requests, decoding, "train"), decoding) < 1e-4
-    change(model)
-    assert gap(model, sampler.sample(requests, DECODING, "train"), DECODING) > 1
+        assert gaps(model, sampler.sample(requests, decoding, "train"), decoding).max() < 1e-4
+    change_weights(model)
+    assert gaps(model, sampler.sample(requests, DECODING, "train"), DECODING).max() > 1
     sampler.refresh()
     first = sampler.sample(requests, DECODING, "train")
-    assert gap(model, first, DECODING) < 1e-4
+    assert gaps(model, first, DECODING).max() < 1e-4
     assert completions(sampler.sample(requests[::-1], DECODING, "train"))[::-1] == completions(first)
     greedy = completions(sampler.sample(requests, Decoding(0.0, 12), "train"))
-    assert greedy == completions(GenerateSampler(model, (256,), 257, 261, 0, False).sample(requests, Decoding(0.0, 12), "train"))
+    assert greedy == completions(GenerateSampler(spec_of(model, eos=(256,), vocabulary=261)).sample(requests, Decoding(0.0, 12), "train"))
     assert {rollout.finish_reason for rollout in sampler.sample(requests, Decoding(1.0, 5), "train")} >= {FinishReason.length}
 
 
-def test_a_server_keeps_ends_and_leaves_out_what_the_teacher_lacks(student_folder, server):
+def test_server_keeps_end_of_sequence_tokens_and_never_draws_ids_beyond_the_vocabulary(student_folder, server):
     model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()
     requests = long_requests(8, vocabulary=60)
     rollouts = server_sampler(model, server, eos=tuple(range(40, 60)), vocabulary=64).sample(requests, Decoding(2.0, 30), "train")
     assert max(max(completion) for completion in completions(rollouts)) < 64
-    assert gap(model, rollouts, Decoding(2.0, 30), vocabulary=64) < 1e-4
+    assert gaps(model, rollouts, Decoding(2.0, 30), vocabulary=64).max() < 1e-4
     ended = [rollout for rollout in rollouts if rollout.finish_reason is FinishReason.stop]
     assert ended and all(40 <= rollout.completion[-1] < 60 for rollout in ended)
 
 
-def test_a_server_that_takes_too_few_tokens_is_refused(student_folder, server):
+def test_server_with_too_short_a_context_is_refused(student_folder, server):
     model = AutoModelForCausalLM.from_pretrained(student_folder, dtype=torch.float32).eval()
-    with pytest.raises(EngineError, match="it takes 256 tokens, this run 4096: start it with --max-model-len 4096"):
+    with pytest.raises(EngineError, match="--max-model-len 4096"):
         server_sampler(model, server, longest=4096)
 
 
-def test_a_run_with_a_server(student_folder, server, tmp_path):
+def test_run_with_a_server(student_folder, server, tmp_path):
     done = opd(tmp_path, f"model.path={student_folder}", f"sampling.vllm.url={server}", "name=one", "sampling.vllm.weights_folder=w")
     assert done.returncode == 0, done.stderr
     steps = metrics(tmp_path / "runs" / "one")
@@ -457,8 +367,8 @@ def test_a_run_with_a_server(student_folder, server, tmp_path):
 
 
 @pytest.mark.parametrize(("lag", "sharded"), [(0, False), (1, False), (0, True), (1, True)])
-def test_two_processes_share_a_server_which_has_the_weights_before_either_asks(student_folder, server, tmp_path, lag, sharded):
-    """A learning rate at which weights of a step before would show; with a lag they are to."""
+def test_two_processes_share_a_server_with_the_current_weights(student_folder, server, tmp_path, lag, sharded):
+    """With a learning rate at which weights of the step before would show; with a lag, they are used."""
     options = [f"sampling.vllm.url={server}", f"sampling.lag={lag}", "optim.lr=1e-2", "eval.steps=2"]
     done = launch(tmp_path, 2, student_folder, *options, sharded=sharded)
     assert done.returncode == 0, done.stderr

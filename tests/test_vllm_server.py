@@ -1,21 +1,19 @@
-"""The client of a vLLM server: what it sends, and one clear line for each way in which a server can fail. Needs no vLLM."""
+"""The client of a vLLM server: what it sends, and one line for each way in which a server can fail. Needs no vLLM."""
 
-import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_model
+from fake_vllm import FakeServer, completion, running
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -26,9 +24,9 @@ from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ENGINE, ConfigError, EngineError, OutputError, Preempted
-from opd.models import fsdp2
-from opd.models.policy import Policy, add_adapters
-from opd.samplers import Decoding
+from opd.models.distributed import Fsdp2
+from opd.models.policy import Policy, add_adapters, decoder_layers
+from opd.samplers import Decoding, SamplerSpec
 from opd.samplers import vllm as vllm_module
 from opd.samplers.vllm_server import VllmServerSampler
 
@@ -37,85 +35,29 @@ REQUESTS = [Request(Prompt(i, (5, 7, 9 + i), "")) for i in range(3)]
 DECODING = Decoding(0.8, 4, top_p=0.9, top_k=7)
 
 
-def completion(ids=(4, 5, 6, 1), logp=(-0.5, -0.25, -1.0, -2.0)):
-    return {"choices": [{"token_ids": ids, "logprobs": {"token_logprobs": logp}}]}
-
-
-class FakeServer(ThreadingHTTPServer):
-    """Answers as told: a path's answer is a value for JSON, or a function that gets the handler and the body."""
-
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.asked = []
-        self.answers = {
-            "/version": {"version": "0.32.0"},
-            "/v1/models": {"data": [{"id": "student", "max_model_len": 64}]},
-            "/is_sleeping": {"is_sleeping": False},
-            "/v1/completions": self.complete,
-            "/collective_rpc": {"results": [None]},
-            "/reset_prefix_cache": {"success": True},
-        }
-        self.completion = completion()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def complete(self, handler, body):
-        probe = body["top_k"] == 1
-        handler.reply(completion([3] * 8, [0.0] * 8) if probe else self.completion)
-
-    def bodies(self, path):
-        return [body for asked, body in self.asked if asked == path]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        size = int(self.headers.get("Content-Length", 0))
-        body = json.loads(self.rfile.read(size)) if size else None
-        self.server.asked.append((self.path, body))
-        answer = self.server.answers.get(self.path, lambda handler, body: handler.send_error(404))
-        if callable(answer):
-            answer(self, body)
-        else:
-            self.reply(answer)
-
-    do_POST = do_GET
-
-    def reply(self, answer, status=200, length=None):
-        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data) if length is None else length))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
+def spec_of(model, **kwargs):
+    return SamplerSpec(
+        model=model, **{"eos": (1, 2), "pad_id": 0, "vocabulary": 23, "seed": 7, "bf16": False, "longest": 32, "batch_size": 2, **kwargs}
+    )
 
 
 @pytest.fixture
 def server():
-    fake = FakeServer()
-    threading.Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield fake
-    fake.shutdown()
-    fake.server_close()
+    with running(FakeServer()) as fake:
+        yield fake
 
 
 @pytest.fixture
 def make_sampler(make_model, server):
-    def make(vocabulary=23, model=None, **kwargs):
-        settings = {"url": server.url, "longest": 32, "connections": 2, "timeout": 5.0, "weights_folder": None, **kwargs}
-        return VllmServerSampler(model or make_model(tie_word_embeddings=True), (1, 2), vocabulary, 7, False, **settings)
+    def make(model=None, url=None, timeout=5.0, weights_folder=None, **kwargs):
+        spec = spec_of(model or make_model(tie_word_embeddings=True), **kwargs)
+        return VllmServerSampler(spec, False, url or server.url, timeout, weights_folder)
 
     return make
 
 
 def failure(action):
-    """The one line of the `EngineError` that it raises."""
+    """Return the message of the `EngineError` that it raises: a single line."""
     with pytest.raises(EngineError) as caught:
         action()
     assert caught.value.exit_code == ENGINE == 76
@@ -123,7 +65,7 @@ def failure(action):
     return str(caught.value)
 
 
-def test_it_asks_for_exactly_the_decoding_and_takes_ids_as_they_were_drawn(make_sampler, server):
+def test_request_has_exactly_the_decoding_and_ids_are_taken_as_drawn(make_sampler, server):
     rollouts = make_sampler().sample(REQUESTS, DECODING, "train")
     assert [rollout.completion for rollout in rollouts] == [(4, 5, 6, 1)] * 3
     assert [rollout.finish_reason for rollout in rollouts] == [FinishReason.stop] * 3
@@ -141,14 +83,14 @@ def test_it_asks_for_exactly_the_decoding_and_takes_ids_as_they_were_drawn(make_
     assert server.bodies("/v1/completions")[-1]["allowed_token_ids"] == list(range(9))
 
 
-def test_greedy_tokens_are_certain_and_a_completion_may_be_cut(make_sampler, server):
+def test_greedy_log_probs_are_zero_and_a_completion_may_be_truncated(make_sampler, server):
     server.completion = completion([4, 5, 6, 7])
     (rollout,) = make_sampler().sample(REQUESTS[:1], Decoding(0.0, 4), "train")
     assert rollout.finish_reason is FinishReason.length
     assert not rollout.behaviour_logp.any()
 
 
-def test_weights_go_once_for_each_refresh_with_the_tied_head_by_its_name(make_sampler, make_model, server, tmp_path):
+def test_weights_are_sent_once_for_each_refresh_with_the_tied_head_under_its_name(make_sampler, make_model, server, tmp_path):
     model = make_model(tie_word_embeddings=True)
     sampler = make_sampler(model=model, weights_folder=str(tmp_path / "w"))
     for _ in range(2):
@@ -175,47 +117,45 @@ BAD_COMPLETIONS = {
     "text for ids": (completion(ids=["a", "b", "c", "d"]), "lacks token ids or log-probs"),
     "NaN": (completion(logp=[-0.5, math.nan, -1.0, -2.0]), "lacks token ids or log-probs"),
     "infinite": (completion(logp=[-0.5, -math.inf, -1.0, -2.0]), "lacks token ids or log-probs"),
-    "a probability above 1": (completion(logp=[-0.5, 0.3, -1.0, -2.0]), "log-probs that are not any"),
-    "fewer log-probs than ids": (completion(logp=[-0.5, -1.0]), "log-probs that are not any"),
-    "too short": (completion(ids=[4, 5], logp=[-0.5, -1.0]), "broke off: 2 tokens of at most 4"),
-    "nothing": (completion(ids=[], logp=[]), "broke off: 0 tokens"),
-    "too long": (completion(ids=[4] * 5, logp=[-1.0] * 5), "broke off: 5 tokens of at most 4"),
-    "on behind the end": (completion(ids=[4, 1, 4, 4], logp=[-1.0] * 4), "broke off"),
-    "an id that the teacher lacks": (completion(ids=[4, 30, 4, 4], logp=[-1.0] * 4), "drew id 30"),
+    "a probability above 1": (completion(logp=[-0.5, 0.3, -1.0, -2.0]), "invalid log-probs"),
+    "fewer log-probs than ids": (completion(logp=[-0.5, -1.0]), "invalid log-probs"),
+    "too short": (completion(ids=[4, 5], logp=[-0.5, -1.0]), "2 tokens of at most 4"),
+    "nothing": (completion(ids=[], logp=[]), "0 tokens of at most 4"),
+    "too long": (completion(ids=[4] * 5, logp=[-1.0] * 5), "5 tokens of at most 4"),
+    "tokens after the end of sequence": (completion(ids=[4, 1, 4, 4], logp=[-1.0] * 4), "end-of-sequence at [1]"),
+    "an id that the teacher does not have": (completion(ids=[4, 30, 4, 4], logp=[-1.0] * 4), "drew id 30"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_COMPLETIONS)
-def test_a_completion_that_cannot_be_is_one_line(make_sampler, server, case):
+def test_impossible_completion_is_an_engine_error_of_one_line(make_sampler, server, case):
     server.completion, expected = BAD_COMPLETIONS[case]
     assert expected in failure(lambda: make_sampler().sample(REQUESTS, DECODING, "train"))
 
 
-def test_one_of_several_processes_sends_the_weights(make_sampler, server):
-    sampler = make_sampler(leads=False)
+def test_only_the_main_process_sends_weights(make_sampler, server):
+    sampler = make_sampler(is_main=False)
     sampler.sync_weights(lambda send: None)
     sampler.refresh()
     sampler.sample(REQUESTS, DECODING, "train")
     assert not server.bodies("/collective_rpc") and len(server.bodies("/v1/completions")) == 1 + len(REQUESTS)
 
 
-def work(rank, folder, url):
-    """One of two processes: layers shared out, handed over tied and not, with adapters and without, to what can be written and what not."""
+def send_sharded_weights(rank, folder, url):
+    """One of two processes: tied and separate heads, adapters, and a read-only folder."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     for name, tied, bf16, adapted in (("tied", True, True, False), ("apart", False, False, False), ("adapted", False, False, True)):
         model = student(tied, adapted)
-        settings = {"url": url, "longest": 32, "connections": 2, "timeout": 5.0, "leads": rank == 0, "sharded": True}
-        sampler = VllmServerSampler(model, (1, 2), 23, 7, bf16, **settings, weights_folder=str(folder / name))
-        nowhere = VllmServerSampler(model, (1, 2), 23, 7, bf16, **settings, weights_folder="/proc/opd")
+        spec = spec_of(model, is_main=rank == 0, sharded=True)
+        sampler, unwritable = (VllmServerSampler(spec, bf16, url, 5.0, path) for path in (str(folder / name), "/proc/opd"))
         policy = Policy(model, 23)
-        for layer in layers(model):
+        for layer in decoder_layers(model):
             fully_shard(layer)
-        fully_shard(policy)
-        fsdp2.settle(policy, layerwise=True)
+        Fsdp2(None, fully_shard(policy), None)
         sampler.sync_weights(lambda send: send() if rank == 0 else None)
         with pytest.raises(OutputError) if rank == 0 else nullcontext():
-            nowhere.sync_weights(lambda send: send() if rank == 0 else None)
+            unwritable.sync_weights(lambda send: send() if rank == 0 else None)
         assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
         torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -232,15 +172,11 @@ def student(tied, adapted):
     return model
 
 
-def layers(model):
-    return [module for module in model.modules() if type(module).__name__ == "Qwen2DecoderLayer"]
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft asks in transformers' old words
-def test_weights_that_two_processes_share_go_to_the_server_whole_and_stay_shared(server, tmp_path):
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
+def test_sharded_weights_are_sent_in_full_and_stay_sharded(server, tmp_path):
     pytest.importorskip("peft")
-    torch.multiprocessing.spawn(work, (tmp_path, server.url), nprocs=2)
+    torch.multiprocessing.spawn(send_sharded_weights, (tmp_path, server.url), nprocs=2)
     assert len(server.bodies("/collective_rpc")) == 3
     for name, tied, dtype in (("tied", True, torch.bfloat16), ("apart", False, torch.float32)):
         sent, model = load_file(tmp_path / name / "model.safetensors"), student(tied, adapted=False)
@@ -256,57 +192,50 @@ def test_weights_that_two_processes_share_go_to_the_server_whole_and_stay_shared
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "lag", "lora"), [("fsdp2", 0, False), ("fsdp2", 1, False), ("fsdp2", 0, True), ("zero3", 0, False), ("zero3", 1, True)]
-)
-def test_a_run_with_sharded_weights_lets_a_server_sample_without_gathering_them(server, tmp_path, strategy, lag, lora):
-    """The last thing that is handed over is what the run ends with."""
-    if strategy == "zero3":
-        pytest.importorskip("deepspeed")
+@pytest.mark.parametrize(("lag", "lora"), [(0, False), (1, False), (0, True)])
+def test_sharded_run_samples_with_a_server_without_gathering_weights(server, tmp_path, lag, lora):
+    """The weights that are sent last are those that the run ends with."""
     server.completion = completion([17, 18, 256], [-0.5, -0.25, -1.0])
     server.answers["/v1/models"] = {"data": [{"id": "student", "max_model_len": 4096}]}
-    (tmp_path / "run.py").write_text(GATHERED)
-    config = ROOT / f"scripts/accelerate/{strategy}_cpu2.yaml"
+    (tmp_path / "run.py").write_text(NOTE_GATHERING)
+    config = ROOT / "scripts/accelerate/fsdp2_cpu2.yaml"
     command = ["accelerate", "launch", "--main_process_port", "0", "--config_file", str(config), "run.py", "experiment=debug", "device=cpu"]
     command += ["name=run", "sampling.engine=vllm", f"sampling.vllm.url={server.url}", "sampling.vllm.weights_folder=w"]
-    command += [
-        f"sampling.lag={lag}",
-        "train.max_steps=3",
-        "eval.steps=0",
-        "eval.kl_prompts=4",
-        *(["lora=default", "optim.lr=1e-2"] if lora else []),
-    ]
+    command += [f"sampling.lag={lag}", "train.max_steps=3", "eval.steps=0", "eval.kl_prompts=4"]
+    command += ["lora=default", "optim.lr=1e-2"] if lora else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(server.bodies("/collective_rpc")) == 4 - lag  # before each of three steps, one of them ahead, and to be evaluated at the end
-    assert (tmp_path / "gathered.txt").read_text().split() == ["kl", "kl"]
-    sent, ended = load_file(tmp_path / "w/model.safetensors"), load_file(tmp_path / "runs/run/final/model.safetensors")
-    assert all(torch.allclose(sent[name], tensor, atol=1e-6 * lora) for name, tensor in ended.items()) and sent.keys() >= ended.keys()
+    # At first and after each of three updates; with a lag, the second step samples with the first weights.
+    assert len(server.bodies("/collective_rpc")) == 4 - lag
+    callers = (tmp_path / "callers.txt").read_text().split()
+    assert callers.count("scoring_ready") == 2 and "sampler_ready" not in callers
+    sent, final = load_file(tmp_path / "w/model.safetensors"), load_file(tmp_path / "runs/run/final/model.safetensors")
+    assert all(torch.allclose(sent[name], tensor, atol=1e-6 * lora) for name, tensor in final.items()) and sent.keys() >= final.keys()
 
 
-# Notes what weights are gathered for, but for building and for layers in turn.
-GATHERED = """
+# Writes down which functions gather weights.
+NOTE_GATHERING = """
 import os, sys
 from pathlib import Path
 from opd import train
-from opd.training import loop as trainer
+from opd.models.distributed import Fsdp2
 
-whole = trainer.whole
+gathered_weights = Fsdp2.gathered_weights
 
-def noted(module):
+def noted(self):
     if os.environ["RANK"] == "0":
-        with Path("gathered.txt").open("a") as file:
-            file.write(f"{'kl' if sys._getframe(3).f_code.co_name == 'kl' else sys._getframe(1).f_code.co_name}\\n")
-    return whole(module)
+        with Path("callers.txt").open("a") as file:
+            print(sys._getframe(1).f_code.co_name, file=file)
+    return gathered_weights(self)
 
-trainer.whole = noted
+Fsdp2.gathered_weights = noted
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_stop_breaks_off_what_is_waited_for_and_not_what_is_sampled_ahead(make_sampler, monkeypatch):
-    """Only the weights before the update could sample it again."""
+def test_stop_signal_ends_sampling_in_the_main_thread_but_not_sampling_ahead(make_sampler, monkeypatch):
+    """Rollouts sampled ahead are saved: the weights that could sample them again are gone."""
     sampler = make_sampler()
     monkeypatch.setattr(signals, "pending", [signal.SIGTERM])
     with pytest.raises(Preempted):
@@ -333,18 +262,23 @@ BAD_ANSWERS = {
     "hangs": (hang, "no answer to /v1/completions within 0.3 s; see its log, or raise sampling.vllm.timeout"),
     "hangs up": (hang_up, "no answer to /v1/completions"),
     "breaks off": (break_off, "no answer to /v1/completions"),
-    "says no JSON": (lambda handler, body: handler.reply(b"<html>"), "its answer to /v1/completions is not JSON: <html>"),
+    "answers without JSON": (lambda handler, body: handler.reply(b"<html>"), "its answer to /v1/completions is not JSON: <html>"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_ANSWERS)
-def test_a_server_that_fails_while_it_samples_is_one_line(make_sampler, server, case):
+def test_server_that_fails_while_it_samples_is_an_engine_error_of_one_line(make_sampler, server, case):
     sampler = make_sampler(timeout=0.3)
     server.answers["/v1/completions"], expected = BAD_ANSWERS[case]
-    start = time.monotonic()
-    line = failure(lambda: sampler.sample(REQUESTS * 20, DECODING, "train"))
+    line = failure(lambda: sampler.sample(REQUESTS, DECODING, "train"))
     assert line.startswith(f"sampling.vllm.url={server.url}: ") and expected in line
-    assert time.monotonic() - start < 2  # the requests that wait are not tried
+
+
+def test_waiting_requests_are_not_sent_after_a_failure(make_sampler, server):
+    sampler = make_sampler(timeout=0.3)
+    server.answers["/v1/completions"] = hang
+    failure(lambda: sampler.sample(REQUESTS * 20, DECODING, "train"))
+    assert len(server.bodies("/v1/completions")) < 10  # of 60, two at a time
 
 
 UNFIT = {
@@ -356,18 +290,18 @@ UNFIT = {
         lambda handler, body: handler.reply(completion([3] * 8, [0.0] * 7 + [-0.1])),
         "start it with --logprobs-mode processed_logprobs",
     ),
-    "no models": ("/v1/models", {"data": []}, "tells no model"),
+    "no models": ("/v1/models", {"data": []}, "names no served model"),
 }
 
 
 @pytest.mark.parametrize("case", UNFIT)
-def test_a_server_that_does_not_do_is_refused_before_the_first_step(make_sampler, server, case):
+def test_unsuitable_server_is_refused_before_the_first_step(make_sampler, server, case):
     path, answer, expected = UNFIT[case]
     server.answers[path] = answer
     assert expected in failure(make_sampler)
 
 
-def test_a_server_that_is_not_there_is_one_line(make_sampler):
+def test_server_that_does_not_run_is_an_engine_error_of_one_line(make_sampler):
     line = failure(lambda: make_sampler(url="http://127.0.0.1:9"))
     assert line.startswith("sampling.vllm.url=http://127.0.0.1:9: no answer to /version") and "is it running?" in line
 
@@ -380,23 +314,25 @@ def test_a_server_that_is_not_there_is_one_line(make_sampler):
         ("/reset_prefix_cache", None, "did not drop the cache of the old weights"),
     ],
 )
-def test_weights_that_do_not_arrive_stop_the_run(make_sampler, server, path, answer, expected):
+def test_weights_that_are_not_loaded_stop_the_run(make_sampler, server, path, answer, expected):
     sampler = make_sampler()
     server.answers[path] = answer
     assert expected in failure(lambda: sampler.sample(REQUESTS, DECODING, "train"))
     assert len(server.bodies("/v1/completions")) == 1  # the probe alone
 
 
-def test_a_weights_folder_that_cannot_be_written_is_named(make_sampler):
+def test_weights_folder_that_cannot_be_written_is_an_output_error(make_sampler):
     with pytest.raises(OutputError, match=r"sampling\.vllm\.weights_folder: /proc/opd"):
         make_sampler(weights_folder="/proc/opd").sample(REQUESTS, DECODING, "train")
 
 
-@pytest.mark.parametrize(("found", "fine"), [("0.32.0+cpu", True), ("0.32.1", True), ("0.31.9", False), ("0.320.0", False), ("1.0", False)])
-def test_only_the_tested_version_of_vllm_is_used(monkeypatch, found, fine):
-    monkeypatch.setattr(vllm_module, "version", lambda name: found)
-    if fine:
+@pytest.mark.parametrize(
+    ("installed", "is_tested"), [("0.32.0+cpu", True), ("0.32.1", True), ("0.31.9", False), ("0.320.0", False), ("1.0", False)]
+)
+def test_only_the_tested_version_of_vllm_is_used(monkeypatch, installed, is_tested):
+    monkeypatch.setattr(vllm_module, "version", lambda name: installed)
+    if is_tested:
         vllm_module.check_installed()
     else:
-        with pytest.raises(ConfigError, match=rf"this is vLLM {found}; opd is tested with 0\.32\.x"):
+        with pytest.raises(ConfigError, match=rf"this is vLLM {installed}; opd is tested with 0\.32\.x"):
             vllm_module.check_installed()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from opd.data.rollouts import Inputs
 from opd.models.device import autocast
-from opd.models.distributed import unsharded
+from opd.models.distributed import full_tensor, unsharded
 from opd.models.policy import adapters_disabled, output_head, predicting_hidden
 from opd.objective import TeacherStates
 
@@ -44,8 +44,9 @@ class LocalTeacher:
         self.device = device or model.device
         self.gather = ready
         head = output_head(model, vocabulary, rows, torch.bfloat16 if bf16 else model.dtype)
-        bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
-        self.head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)  # the objective compares it with the student's
+        # The objective reads it outside of `ready`, beside the student's: in full, and on the student's device.
+        bias_V = None if head.bias_V is None else full_tensor(head.bias_V).to(self.device)
+        self.head = replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V)
 
     @torch.no_grad()
     def states(self, inputs: Inputs) -> TeacherStates:
