@@ -1,10 +1,10 @@
 """The guard: warns once of completions that no longer end or repeat themselves, and of a sampler that is not the trainer's model."""
 
 import pytest
+from opd.training.guard import Guard
 from training_helpers import config, make_trainer
 
 from opd.errors import NumericError
-from opd.training.guard import Guard
 
 
 def metrics(**values: float) -> dict[str, float]:

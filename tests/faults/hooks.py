@@ -20,6 +20,8 @@ import torch
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
+from opd.training.batches import Batches
+from opd.training.update import NotFinite, Update
 from torch import nn
 
 from opd import signals
@@ -29,10 +31,8 @@ from opd.data import prompts
 from opd.models.policy import Policy
 from opd.teachers import LocalTeacher
 from opd.training import checkpoint, loop, update
-from opd.training.batches import Batches
 from opd.training.checkpoint import Checkpoints, Snapshot, model_tensors, optimizer_tensors, snapshot
 from opd.training.loop import Trainer
-from opd.training.update import NotFinite, Update
 
 FIRED = Path("fired.txt")  # in the working folder of the run
 
