@@ -16,7 +16,7 @@ from opd.models.policy import add_adapters
 from opd.runs.folder import FINAL
 from opd.runs.outcome import achieved
 from opd.runs.reader import Run, is_run, open_run
-from opd.training.checkpoint import Checkpoint, read, restore_weights, verify
+from opd.training.checkpoint import Checkpoint, model_tensors, read, restore_weights, verify
 from opd.training.final import export
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -67,7 +67,7 @@ def at_checkpoint(folder: Path) -> Loaded:
     tokenizer = models.load_tokenizer(config.model, "model")
     model = models.load_model(config.model, "model", torch.device("cpu"))
     adapters = add_adapters(model, config.lora) if config.lora.rank else None
-    restore_weights(checkpoint, model)
+    restore_weights(checkpoint, model_tensors(model))
     return config, model if adapters is None else adapters.merge_and_unload(), tokenizer, so_far(checkpoint)
 
 
