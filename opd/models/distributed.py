@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import AutocastKwargs, DistributedType, FullyShardedDataParallelPlugin, broadcast, broadcast_object_list
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, broadcast_object_list
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -25,6 +25,7 @@ from opd.config.schema import Config, Tracker
 from opd.data.rollouts import Inputs
 from opd.errors import ConfigError, OpdError, Preempted
 from opd.models import load
+from opd.models.masters import MasterWeights
 from opd.models.policy import Policy
 from opd.objective.means import Means
 
@@ -43,9 +44,6 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     AcceleratorState._reset_state()  # the next run of a sweep may compute in another dtype
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if load.computes_in_bf16(config.model.dtype, device) else "no",
-        # Weights are used once per pass, so a cache of their bf16 casts only takes memory.
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
         log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
         project_dir=folder,
     )
@@ -178,15 +176,33 @@ class Strategy:
         accelerator: Accelerate's handle.
         policy: The student, prepared by `prepare`.
         optimizer: Its optimizer, prepared too.
+        masters: Float32 weights that the optimizer updates, where the student computes in bf16.
     """
 
     name = ""
     is_sharded = False
 
-    def __init__(self, accelerator: Accelerator, policy: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, accelerator: Accelerator, policy: nn.Module, optimizer: Optimizer, masters: MasterWeights | None = None) -> None:
         self.accelerator = accelerator
         self.policy = policy
         self.optimizer = optimizer
+        self.masters = masters
+
+    def trained(self) -> list[Tensor]:
+        """Return the parameters that the optimizer updates."""
+        if self.masters is not None:
+            return list(self.masters.masters)
+        return [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+
+    def step(self) -> None:
+        """Take an optimizer step."""
+        self.optimizer.step()
+        self.update_module()
+
+    def update_module(self) -> None:
+        """Give the module the weights of its masters, where it has some."""
+        if self.masters is not None:
+            self.masters.update_module()
 
     def gathered_weights(self) -> AbstractContextManager[None]:
         """Hold all weights in every process for the block, so that computing with them needs no collectives. All processes enter."""
@@ -202,8 +218,8 @@ class Strategy:
     def clip_gradients(self, max_norm: float) -> float:
         """Sum gradients over processes, clip them to the norm, and return the norm before clipping."""
         if self.accelerator.num_processes > 1:
-            all_reduce_gradients([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
-        return float(full_tensor(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm)))
+            all_reduce_gradients(self.trained())
+        return float(full_tensor(self.accelerator.clip_grad_norm_(self.trained(), max_norm)))
 
     def held_parameters(self) -> int:
         """Return how many parameters this process holds between computations."""
@@ -246,16 +262,16 @@ class Fsdp2(Strategy):
         return float(full_tensor(self.accelerator.clip_grad_norm_(self.policy.parameters(), max_norm)))
 
 
-def prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer) -> Strategy:
+def prepare(accelerator: Accelerator, policy: Policy, optimizer: Optimizer, masters: MasterWeights | None = None) -> Strategy:
     """Prepare student and optimizer for the processes of the run and return the strategy."""
     if shards_weights(accelerator):
         return Fsdp2(accelerator, *accelerator.prepare(policy, optimizer))
     # Not wrapped in DDP, which would hold a second copy of all gradients: gradients are summed once a step.
     module = accelerator.prepare_model(policy, evaluation_mode=True)
     if accelerator.num_processes > 1:
-        for parameter in module.parameters():
+        for parameter in (*module.parameters(), *(masters.masters if masters is not None else ())):
             broadcast(parameter.data)  # modules that a caller passes in may differ
-    return Strategy(accelerator, module, accelerator.prepare_optimizer(optimizer))
+    return Strategy(accelerator, module, accelerator.prepare_optimizer(optimizer), masters)
 
 
 def all_reduce_gradients(parameters: Sequence[Tensor]) -> None:

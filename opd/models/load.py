@@ -44,7 +44,7 @@ def is_fast_in_bf16(device: torch.device) -> bool:
 
 def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
     """Return whether the student's matrix products run in bf16: as configured, else where the device computes bf16 natively."""
-    return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and has_bf16(device))
+    return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and is_fast_in_bf16(device))
 
 
 def locate(config: ModelConfig, role: str) -> str:

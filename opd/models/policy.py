@@ -6,6 +6,7 @@ Shapes: `B` sequences, `T` positions, `N` trained tokens, `V` vocabulary, `H` hi
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,6 +41,24 @@ def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedM
     nn.Module.to(model, device).eval().requires_grad_(False)
     check_head(model, "teacher")
     return model
+
+
+def fuse_layers(model: PreTrainedModel) -> bool:
+    """Replace norms, rotary embedding and SwiGLU of a model on a GPU by Liger's kernels; return whether that was done.
+
+    It is done where the package liger-kernel is installed and knows the architecture. The rotary embedding is replaced for all models of
+    the family in this process, so that none of them may compute on a CPU.
+    """
+    if model.device.type != "cuda" or find_spec("liger_kernel") is None:
+        return False
+    from liger_kernel.transformers import monkey_patch
+
+    if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return False
+    monkey_patch._apply_liger_kernel_to_instance(
+        model=model, rope=True, rms_norm=True, swiglu=True, geglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    return True
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 TokenStats = dict[str, Tensor]
-# (logits_CV in float32, the rows of the chunk) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
+# (logits_CV in any dtype, the rows of the chunk) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
 
@@ -59,23 +59,29 @@ class Head:
             return F.linear(hidden_NH.to(dtype), weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype))
 
     def shape(self, raw_NV: Tensor) -> Tensor:
-        """Apply scale and soft cap, in float32 at least."""
-        logits_NV = raw_NV if raw_NV.dtype == torch.float64 else raw_NV.float()
-        if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
-        if self.softcap is not None:
-            logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
-        return logits_NV
+        """Apply scale and soft cap, in float32 at least; without either, the product is returned as it is."""
+        if self.scale == 1.0 and self.softcap is None:
+            return raw_NV
+        logits_NV = at_least_float32(raw_NV) * self.scale
+        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Return the logits (N, V) as the model itself computes them."""
-        return self.shape(self.raw(hidden_NH))
+        """Return the logits (N, V) as the model itself computes them, in float32 at least."""
+        return at_least_float32(self.shape(self.raw(hidden_NH)))
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def matmul_dtype(weight: Tensor) -> torch.dtype:
     """Return autocast's dtype for matrix products where it is on, else the weight's."""
     kind = weight.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def accumulator_dtype(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def chunks(total: int, size: int) -> list[slice]:
@@ -93,7 +99,7 @@ def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N:
     Args:
         hidden_NH: Final hidden states at the positions that predict the trained tokens.
         head: The output layer.
-        token_loss: Called once per chunk with its float32 logits; returns losses and detached statistics, each of shape (C,).
+        token_loss: Called once per chunk with its logits; returns losses and detached statistics, each of shape (C,).
         weight_N: Weight of each token's loss, 1 if omitted.
 
     Returns:
@@ -111,7 +117,7 @@ def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N:
 @torch.no_grad()
 def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats]) -> TokenStats:
     """Return per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
-    seen = [token_stats(head.logits(hidden_NH[part]), part) for part in chunks(hidden_NH.shape[0], head.chunk)]
+    seen = [token_stats(head.shape(head.raw(hidden_NH[part])), part) for part in chunks(hidden_NH.shape[0], head.chunk)]
     return {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]} if seen else {}
 
 
@@ -142,7 +148,8 @@ class _ChunkedLoss(torch.autograd.Function):
         size, dtype = head.vocabulary, head.dtype or matmul_dtype(weight_VH)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
-        grad_weight_VH = torch.empty_like(weight_VH) if needs_weight else None
+        # The sum over chunks is float32: rounding it to bf16 at each chunk would bias training.
+        grad_weight_VH = torch.empty_like(weight_VH, dtype=accumulator_dtype(weight_VH)) if needs_weight else None
         if grad_weight_VH is not None:
             grad_weight_VH[size:].zero_()
         grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and needs_bias else None
@@ -165,6 +172,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     first = part.start == 0  # overwrites; the others add
                     if dtype == grad_weight_VH.dtype:
                         grad_weight_VH[:size].addmm_(grad_CV.T, hidden_CH, beta=0 if first else 1)
+                    elif grad_CV.is_cuda and not first:
+                        torch.addmm(grad_weight_VH[:size], grad_CV.T, hidden_CH, out_dtype=torch.float32, out=grad_weight_VH[:size])
                     elif first:
                         grad_weight_VH[:size] = grad_CV.T @ hidden_CH
                     else:

@@ -10,13 +10,15 @@ Shapes: `N` trained tokens, `C` tokens of a chunk, `R` rows, `V` vocabulary, `H`
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd.objective.divergences import reverse_kl, with_tail
-from opd.objective.head import Head, TokenLoss, TokenStats, chunked_stats, chunks
+from opd.objective.head import Head, TokenLoss, TokenStats, at_least_float32, chunked_stats, chunks
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,8 +34,8 @@ class Clips:
 
 
 def scaled_logp(logits_CV: Tensor, temperature: float) -> Tensor:
-    """Return log-probs (C, V) at the temperature."""
-    return (logits_CV / temperature).log_softmax(-1)
+    """Return log-probs (C, V) at the temperature, in float32 at least."""
+    return (at_least_float32(logits_CV) / temperature).log_softmax(-1)
 
 
 def entropy(logp_CV: Tensor) -> Tensor:
@@ -47,8 +49,39 @@ def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float, overwrit
     Args:
         overwrite: Let the backward pass write the gradient over the logits, which nothing else may need.
     """
-    logp_C, entropy_C = _TokenLogp.apply(logits_CV, target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
+    if logits_CV.is_cuda and has_kernels():
+        logp_C, entropy_C = _FusedTokenLogp.apply(logits_CV, target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
+    else:
+        logp_C, entropy_C = _TokenLogp.apply(at_least_float32(logits_CV), target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
     return logp_C, entropy_C
+
+
+@cache
+def has_kernels() -> bool:
+    """Return whether Triton is installed, as it is with every CUDA build of torch."""
+    return find_spec("triton") is not None
+
+
+class _FusedTokenLogp(torch.autograd.Function):
+    """`_TokenLogp` as two kernels that work on logits of any dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
+        from opd.objective import kernels
+
+        logp_C, entropy_C, normaliser_C = kernels.forward(logits_CV, target_C, temperature)
+        ctx.save_for_backward(logits_CV, target_C, normaliser_C)
+        ctx.temperature, ctx.overwrite = temperature, overwrite
+        ctx.mark_non_differentiable(entropy_C)
+        return logp_C, entropy_C
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        from opd.objective import kernels
+
+        logits_CV, target_C, normaliser_C = ctx.saved_tensors
+        target_CV = logits_CV.detach() if ctx.overwrite else logits_CV.clone()
+        return kernels.backward(target_CV, target_C, normaliser_C, grad_outputs[0].contiguous(), ctx.temperature), None, None, None
 
 
 class _TokenLogp(torch.autograd.Function):

@@ -31,7 +31,7 @@ class PackedLinear(nn.Linear):
 
 
 class Bf16Copy:
-    """`with copy as model:` yields a copy of `source` in bf16 with its current weights; outside of it the copy takes no memory.
+    """`with copy as model:` yields a copy of `source` in bf16 with its current weights; outside of it the copy takes no memory on a CPU.
 
     Tied weights stay tied; buffers, such as rotary frequencies, keep their dtype.
     """
@@ -56,14 +56,18 @@ class Bf16Copy:
 
     def __enter__(self) -> PreTrainedModel:
         for target, weight in zip(self.model.parameters(), self.source.parameters(), strict=True):
-            target.data = weight.detach().to(torch.bfloat16)
+            if target.numel():
+                target.data.copy_(weight.detach())
+            else:
+                target.data = weight.detach().to(torch.bfloat16)
         for layer in self.packed:
             layer.pack()
         return self.model
 
     def __exit__(self, *error: object) -> None:
         for weight in self.model.parameters():
-            weight.data = weight.data.new_empty(0)
+            if not weight.is_cuda:  # a captured decode step needs the addresses
+                weight.data = weight.data.new_empty(0)
         for layer in (*self.packed, self.packed_head):
             if layer is not None:
                 layer.packed = None

@@ -1,7 +1,8 @@
 """Sampling with the model itself: one prefill per prompt, a KV cache, and rows that leave the batch when they are finished.
 
 transformers' `generate` is not used because a sample here must not depend on the batch it falls into: each draws its own random numbers,
-derived from (seed, epoch, sample id, attempt), and prompts of different lengths share a batch.
+derived from (seed, epoch, sample id, attempt), and prompts of different lengths share a batch. On a GPU the decode step is captured once
+and replayed (`opd.samplers.line`); elsewhere the cache grows.
 
 Shapes: `P` prompts, `B` sequences of the batch, `T` positions, `V` vocabulary.
 """
@@ -24,7 +25,10 @@ from opd.models.policy import output_head
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
 from opd.samplers.bf16_copy import Bf16Copy
-from opd.samplers.caches import GrowingCache, StaticStep, can_capture, keys_and_values
+from opd.samplers.line import DecodeLines, can_capture, keys_and_values
+
+TRAIN = "train"  # the stream of training
+FINISHED_SHARE = 0.25  # of a batch's rows from which a smaller batch is worth copying the cache
 
 
 class GenerateSampler:
@@ -39,7 +43,8 @@ class GenerateSampler:
         self.spec = spec
         self.model = spec.model
         self.copy = Bf16Copy(spec.model) if bf16_copy else None
-        self.static = can_capture(spec.model) and not spec.sharded
+        self.captures = can_capture(spec.model) and not spec.sharded
+        self.lines: DecodeLines | None = None  # those of training, kept for the run
         self.eos = torch.tensor(list(spec.eos), device=spec.model.device)
 
     def refresh(self) -> None:
@@ -50,7 +55,7 @@ class GenerateSampler:
 
     def drop_copy(self) -> None:
         """Sample with the trainer's weights from now on."""
-        self.copy, self.model = None, self.spec.model
+        self.copy, self.model, self.lines = None, self.spec.model, None
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
@@ -70,11 +75,12 @@ class GenerateSampler:
         cache, logits_PV, mask_PT = self.prefill([group[0].prompt for group in groups])
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
         cache.batch_select_indices(copies)
-        mask_BT = mask_PT[copies]
-        kv: GrowingCache | StaticStep = GrowingCache(self.next_logits, cache, mask_BT)
-        if self.static and decoding.max_new_tokens > 1:
-            kv = StaticStep(self.next_logits, self.model.config, keys_and_values(cache), mask_BT, decoding.max_new_tokens - 1)
-        ids_BT, logp_BT = self.decode(kv, logits_PV[copies], self.uniforms(requests, decoding, stream), decoding)
+        batch = (mask_PT[copies], logits_PV[copies], self.uniforms(requests, decoding, stream))
+        if self.captures:
+            lines = self.decode_lines(cache, batch[1], batch[0].shape[1], decoding, stream)
+            ids_BT, logp_BT = lines.generate(keys_and_values(cache), *batch)
+        else:
+            ids_BT, logp_BT = self.decode(cache, *batch, decoding)
         eos = self.eos.tolist()
         rollouts = []
         for request, ids, logp_T in zip(requests, ids_BT.tolist(), logp_BT.unbind(), strict=True):
@@ -112,7 +118,20 @@ class GenerateSampler:
             rows.append(torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(rows).to(self.model.device)
 
-    def decode(self, kv: GrowingCache | StaticStep, logits_BV: Tensor, uniforms_BT: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
+    def decode_lines(self, cache: DynamicCache, logits_BV: Tensor, width: int, decoding: Decoding, stream: str) -> DecodeLines:
+        """Return lines that hold the batch; those of training stay for the run, others for one call."""
+        rows = max(len(logits_BV), decoding.batch_size if stream == TRAIN else 0)
+        width = max(width, self.spec.longest - decoding.max_new_tokens if stream == TRAIN else 0)
+        if self.lines is not None and stream == TRAIN and self.lines.decoding == decoding and self.lines.fits(rows, width):
+            return self.lines
+        lines = DecodeLines(self.model, self.next_logits, decoding, self.eos, keys_and_values(cache), logits_BV, rows, width)
+        if stream == TRAIN:
+            self.lines = lines
+        return lines
+
+    def decode(
+        self, cache: DynamicCache, mask_BT: Tensor, logits_BV: Tensor, uniforms_BT: Tensor, decoding: Decoding
+    ) -> tuple[Tensor, Tensor]:
         """Return sampled ids (B, max_new_tokens), -1 after the end of sequence, and their log-probs, both on the CPU."""
         total, limit = uniforms_BT.shape
         device = logits_BV.device
@@ -129,11 +148,13 @@ class GenerateSampler:
             alive = int(live_B.sum())
             if alive == 0 or step + 1 == limit:
                 break
-            if alive <= (1 - kv.finished_share) * len(rows_B):
+            if alive <= (1 - FINISHED_SHARE) * len(rows_B):
                 stay = live_B.nonzero()[:, 0]
-                kv = kv.select(stay)
-                rows_B, live_B, next_B = rows_B[stay], live_B[stay], next_B[stay]
-            logits_BV = kv.step(next_B)
+                cache.batch_select_indices(stay)
+                rows_B, live_B, next_B, mask_BT = rows_B[stay], live_B[stay], next_B[stay], mask_BT[stay]
+            positions_B1 = mask_BT.sum(-1, keepdim=True)
+            mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(next_B), 1)), -1)
+            logits_BV = self.next_logits(next_B[:, None], mask_BT, positions_B1, cache)
         return ids_BT.cpu(), logp_BT.cpu()
 
 

@@ -1,7 +1,7 @@
 """From a typed config to everything a run needs: models, data, sampler, teacher, evaluator, trainer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +21,8 @@ from opd.errors import ConfigError, DataError
 from opd.models import load
 from opd.models.device import autocast, free_memory
 from opd.models.distributed import on_main_process, prepare, shards_weights
-from opd.models.policy import Policy, add_adapters, prepare_student, prepare_teacher, uses_packing
+from opd.models.masters import MasterWeights
+from opd.models.policy import Policy, add_adapters, fuse_layers, prepare_student, prepare_teacher, uses_packing
 from opd.objective import chunk_rows
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, uses_bf16_copy
 from opd.samplers.vllm import check_installed
@@ -77,6 +79,7 @@ def build(
         check_installed()
     device, sharded = accelerator.device, shards_weights(accelerator)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
+    autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
     teacher_tokenizer = tokenizer if given.teacher is not None else load.load_tokenizer(config.teacher, "teacher")
     load.check_same_ids(tokenizer, teacher_tokenizer)
@@ -84,7 +87,8 @@ def build(
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
     torch.manual_seed(config.seed)
-    student, adapters = build_student(config, given, device, bf16)
+    student, adapters = build_student(config, given, device, autocasts)
+    masters = MasterWeights(student) if bf16 and not sharded else None
     teacher_model = student if config.shares_base else build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
@@ -94,7 +98,7 @@ def build(
         pad_id=tokenizer.pad_token_id,
         vocabulary=vocabulary,
         seed=config.seed,
-        bf16=bf16,
+        bf16=autocasts,
         longest=longest_sequence(config, [*train_prompts, *eval_prompts]),
         batch_size=config.sampling.batch_size,
         is_main=accelerator.is_main_process,
@@ -107,14 +111,15 @@ def build(
     checkpointing = config.train.activation_checkpointing
     if checkpointing is None:
         checkpointing = device.type == "cpu" and not config.train.compile  # on a CPU it is faster too: memory stays in the cache
-    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=sharded and bf16)
-    strategy = prepare(accelerator, policy, make_optimizer(config, student))
+    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
+    trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
+    strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
     teacher = LocalTeacher(
         teacher_model,
         vocabulary,
         adapters if config.shares_base else None,
         choices["head_rows"],
-        bf16=config.shares_base and bf16,
+        bf16=config.shares_base and autocasts,
         device=device,
         ready=strategy.gathered_weights if config.shares_base else None,
     )
@@ -123,7 +128,7 @@ def build(
         strategy=strategy,
         student=student,
         sampler=sampler,
-        evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, bf16),
+        evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts),
         checkpoints=checkpoints,
         prompts=train_prompts,
         scoring=Step(
@@ -143,7 +148,7 @@ def build(
         pad_id=tokenizer.pad_token_id,
         vocabulary=vocabulary,
         seed=config.seed,
-        bf16=config.shares_base and bf16,
+        bf16=config.shares_base and autocasts,
         sharded=sharded,
     )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
@@ -158,6 +163,8 @@ def build_student(config: Config, given: Given, device: torch.device, bf16: bool
         raise ConfigError("model and teacher_model are the same module, but the teacher must not change: load it twice")
     model = given.student or load.load_model(config.model, "model", device)
     student = prepare_student(model, device, bf16, frozen=config.lora.rank > 0)
+    if can_fuse(config):
+        fuse_layers(student)
     return student, add_adapters(student, config.lora) if config.lora.rank else None
 
 
@@ -168,7 +175,15 @@ def build_teacher(config: Config, given: Given, accelerator: Accelerator) -> Pre
         )
     device = loading_device(config.teacher, accelerator.device, accelerator.num_processes, shards_weights(accelerator))
     computes_on = device if config.teacher.placement is Placement.device else accelerator.device
-    return prepare_teacher(given.teacher or load.load_model(config.teacher, "teacher", computes_on), device)
+    teacher = prepare_teacher(given.teacher or load.load_model(config.teacher, "teacher", computes_on), device)
+    if can_fuse(config):
+        fuse_layers(teacher)
+    return teacher
+
+
+def can_fuse(config: Config) -> bool:
+    """Return whether Liger's kernels may be used: not where the teacher computes on another device than the student."""
+    return config.teacher.placement is not Placement.device
 
 
 def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) -> dict[str, Any]:
@@ -253,10 +268,9 @@ def make_evaluator(
     )
 
 
-def make_optimizer(config: Config, student: PreTrainedModel) -> AdamW:
+def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> AdamW:
     """Return AdamW in one fused kernel, with weight decay on matrices only."""
     optim = config.optim
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},

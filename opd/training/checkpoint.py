@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from opd.errors import ConfigError, OutputError
 from opd.models.distributed import gather_tensors, shard_like
+from opd.models.masters import MasterWeights
 from opd.runs import folder as files
 
 log = logging.getLogger(__name__)
@@ -278,24 +279,30 @@ def digest(file: Path) -> str:
 
 
 def snapshot(
-    model: nn.Module, optimizer: Optimizer, state: dict[str, Any], tables: Mapping[str, dict[str, Tensor]] | None = None, keep: bool = True
+    weights: dict[str, Tensor],
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    tables: Mapping[str, dict[str, Tensor]] | None = None,
+    keep: bool = True,
 ) -> Snapshot:
     """Return the current state to save; tensors are those in use, not copies. Sharded ones are gathered, which is collective.
 
     Args:
+        weights: As `model_tensors` returns them.
         state: With `step` and `inner`.
         tables: Further tensors by file name.
         keep: Whether this process needs the gathered tensors.
     """
-    tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(optimizer)}
+    tensors = {MODEL: weights, OPTIMIZER: optimizer_tensors(optimizer)}
     gathered = {name: gather_tensors(parts, keep) for name, parts in tensors.items()}
     return Snapshot({**gathered, **(tables or {})}, {**state, "format": FORMAT})
 
 
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return trained parameters and saved buffers; a tied one appears once."""
+def model_tensors(model: nn.Module, masters: MasterWeights | None = None) -> dict[str, Tensor]:
+    """Return trained parameters, or their float32 masters, and saved buffers; a tied one appears once."""
     persistent = model.state_dict().keys()
-    trained = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = model.named_parameters() if masters is None else masters.named_parameters()
+    trained = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
     return {**trained, **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
 
 
@@ -305,9 +312,9 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     return {f"{number}.{name}": tensor for number, entries in sorted(state.items()) for name, tensor in sorted(entries.items())}
 
 
-def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+def restore(checkpoint: Checkpoint, weights: dict[str, Tensor], optimizer: Optimizer) -> None:
     """Restore weights and optimizer bit for bit, without holding more than one tensor of the file."""
-    restore_weights(checkpoint, model)
+    restore_weights(checkpoint, weights)
     file = checkpoint.path / OPTIMIZER
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -320,9 +327,8 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> N
 
 
 @torch.no_grad()
-def restore_weights(checkpoint: Checkpoint, model: nn.Module) -> None:
-    """Raises `OutputError` where the weights are another model's."""
-    tensors = model_tensors(model)
+def restore_weights(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Copy the weights into `tensors`. Raises `OutputError` where they are another model's."""
     if tensor_names(checkpoint.path / MODEL) != tensors.keys():
         raise OutputError(f"{checkpoint.path}: holds the weights of another model")
     for name, tensor in tensors.items():

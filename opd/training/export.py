@@ -23,7 +23,7 @@ from opd.runs.folder import FINAL
 from opd.runs.outcome import achieved
 from opd.runs.reader import Run, is_run, open_run
 from opd.runs.text import format_number, format_percent, format_reward, one_line
-from opd.training.checkpoint import read, restore_weights, verify
+from opd.training.checkpoint import model_tensors, read, restore_weights, verify
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NEW_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -144,7 +144,7 @@ def _load_checkpoint(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase
     config = to_config(restore_config(checkpoint.state["config"]))
     model = models.load_model(config.model, "model", torch.device("cpu"))
     adapters = add_adapters(model, config.lora) if config.lora.rank else None
-    restore_weights(checkpoint, model)
+    restore_weights(checkpoint, model_tensors(model))
     run = Run(checkpoint.path.parent.parent)
     metrics = [line for line in run.metrics if line["step"] <= checkpoint.step]
     summary = achieved(metrics, run.evaluations, checkpoint.step) | {"steps": checkpoint.step, "checkpoint": checkpoint.path.name}

@@ -28,7 +28,7 @@ from opd.models.policy import padding_limit
 from opd.objective import group_normalised
 from opd.runs.outcome import is_detailed_step
 from opd.samplers import Decoding, GenerateSampler, Sampler
-from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, restore, snapshot
+from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, model_tensors, restore, snapshot
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
@@ -396,7 +396,8 @@ class Trainer:
             "trouble": asdict(self.trouble),
         }
         files = {name: table for name, table in tables.items() if table is not None}
-        taken: Snapshot = snapshot(self.student, self.strategy.optimizer, state, files, self.accelerator.is_main_process)
+        weights = model_tensors(self.student, self.strategy.masters)
+        taken: Snapshot = snapshot(weights, self.strategy.optimizer, state, files, self.accelerator.is_main_process)
         on_main_process(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
         return Saved(self.step)
 
@@ -413,7 +414,8 @@ class Trainer:
         """Restore the moment of the checkpoint. `restart_step`: begin the step that it is in the middle of again."""
         self.wait_for_ahead()
         self.ahead = None
-        restore(checkpoint, self.student, self.strategy.optimizer)
+        restore(checkpoint, model_tensors(self.student, self.strategy.masters), self.strategy.optimizer)
+        self.strategy.update_module()
         self.sampler.refresh()
         self.step = checkpoint.step
         self.trouble = Trouble(**checkpoint.state["trouble"])

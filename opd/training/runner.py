@@ -377,6 +377,8 @@ def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, buil
 def final_weights(built: Built) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
     """Return the student without adapters and, where weights are sharded, all of them, in the main process."""
     trainer, is_main = built.trainer, built.trainer.accelerator.is_main_process
+    if trainer.strategy.masters is not None:
+        trainer.strategy.masters.restore_module()
     sharded = trainer.strategy.is_sharded
     if built.adapters is None:
         return trainer.student, gather_tensors(model_tensors(trainer.student), keep=is_main) if sharded else None

@@ -234,7 +234,7 @@ class Step:
             norm = math.nan
         is_taken = is_sound and not is_empty and math.isfinite(norm)
         if is_taken:
-            optimizer.step()
+            self.strategy.step()
             tokens.means.add("optim/grad_norm", norm, 1.0)
         optimizer.zero_grad()
         tokens.means.add("optim/skipped", 0.0 if is_taken else 1.0, 1.0)
