@@ -161,7 +161,7 @@ def explain(error: Exception) -> OpdError | None:
         match link:
             case HydraException() if "requires --multirun" in str(link) or "Ambiguous value" in str(link):
                 word = re.search(r"'(.+)'", str(link).splitlines()[0])
-                return ConfigError(f"{word[1] if word else 'an option'}: several values make a sweep, add -m; the syntax of a list is [a,b]")
+                return ConfigError(f"{word[1] if word else 'an option'}: several values make a sweep, add -m; a list is [a,b]")
             case HydraException() | omegaconf_errors.OmegaConfBaseException() | ValueError():
                 cause = first_line(links[-1])
                 return ConfigError(first_line(link) + ("" if cause in str(link) else f": {cause}"))
