@@ -31,9 +31,9 @@ def requested() -> bool:
     return bool(pending)
 
 
-def check(in_any_thread: bool = False) -> None:
-    """Raise `Preempted` if the current run was asked to stop; outside the main thread only if `in_any_thread`."""
-    if pending and (in_any_thread or threading.current_thread() is threading.main_thread()):
+def check() -> None:
+    """Raise `Preempted`, in the main thread only, if the current run was asked to stop."""
+    if pending and threading.current_thread() is threading.main_thread():
         raise Preempted(f"stopped by {pending[0].name}")
 
 

@@ -65,7 +65,7 @@ def print_script_or_words(parsed: argparse.Namespace) -> None:
     elif parsed.shell in SCRIPTS:
         print(SCRIPTS[parsed.shell])
     else:
-        raise errors.ConfigError(f"completion {parsed.shell or ''}: choose from {', '.join(SCRIPTS)}")
+        raise errors.ConfigError(f"{parsed.shell or 'no shell'}: choose from {', '.join(SCRIPTS)}")
 
 
 def query(line: str) -> list[str]:

@@ -78,9 +78,7 @@ def launch_arguments(launch: LaunchConfig, place: str) -> list[str]:
             content = dict(yaml.safe_load(Path(file).read_text()))
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError(
-                f"launch.config_file={file}: {reason}; scripts/accelerate/ has examples, `accelerate config` writes one"
-            ) from None
+            raise ConfigError(f"launch.config_file={file}: {reason}; use one from scripts/accelerate/ or `accelerate config`") from None
     if content.get("distributed_type") == "DEEPSPEED":
         raise ConfigError(f"launch.config_file={file}: DeepSpeed is not supported; use FSDP2, as in scripts/accelerate/fsdp2_gpu8.yaml")
     arguments = ["--config_file", file or f"{place}/accelerate.yaml"]

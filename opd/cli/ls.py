@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from opd.cli.arguments import Parser
 from opd.cli.hydra_errors import choices
@@ -104,10 +107,6 @@ def was_killed(run: Run) -> bool:
 
 
 def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
