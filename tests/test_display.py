@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from opd.training import record
+from opd.training import metrics
 from opd.training.display import Display, NoteHandler
 from opd.training.evaluate import Evaluation, Rewards
 from opd.training.loop import Evaluated, StepDone
@@ -40,10 +40,9 @@ def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:
 
 
 def test_a_sample_is_one_harmless_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "decode", lambda tokenizer, ids, **options: HOSTILE)
+    monkeypatch.setattr(metrics, "decode", lambda tokenizer, ids, **options: HOSTILE)
     rollout = SimpleNamespace(request=SimpleNamespace(prompt=SimpleNamespace(text="say\n  a")), completion=(1,))
-    assert record.sample_text(None, [SimpleNamespace(rollout=rollout)]) == "say a → a␛[31mb␇⟨U+202E⟩c d"
-    assert record.sample_text(None, []) == ""
+    assert metrics.sample_text(None, rollout) == "say a → a␛[31mb␇⟨U+202E⟩c d"
 
 
 def test_without_a_terminal_the_first_and_last_steps_and_every_evaluation_get_a_line(screen: io.StringIO) -> None:

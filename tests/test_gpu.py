@@ -32,18 +32,18 @@ def no_cudnn_attention():
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def sampler_on(device, static, **kwargs):
+def sampler_on(device, captured, **kwargs):
     sampler = GenerateSampler(spec_of(random_model().to(device), bf16=kwargs.pop("bf16", False)), **kwargs)
-    sampler.static = static
+    sampler.captures = captured
     return sampler
 
 
 @devices
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("captured", [False, True])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "copy"])
-def test_log_probs_are_those_of_a_forward_pass(device, static, precision):
-    """With a static cache every batch shrinks several times, and on a GPU each new size is captured."""
-    sampler = sampler_on(device, static, bf16=precision == "autocast", bf16_copy=precision == "copy")
+def test_log_probs_are_those_of_a_forward_pass(device, captured, precision):
+    """The decode line shrinks several times, and on a GPU each new size is captured."""
+    sampler = sampler_on(device, captured, bf16=precision == "autocast", bf16_copy=precision == "copy")
     rollouts = sampler.sample(requests(4), DECODING, "train")
     assert len(set(map(len, completions(rollouts)))) > 5
     with autocast(torch.device(device), precision == "autocast"):
@@ -55,13 +55,13 @@ def test_log_probs_are_those_of_a_forward_pass(device, static, precision):
 
 
 @devices
-def test_static_cache_gives_the_samples_of_the_growing_one_and_frees_its_memory(device):
-    growing, static = sampler_on(device, False), sampler_on(device, True)
+def test_the_decode_line_gives_the_samples_of_the_growing_cache_and_keeps_its_memory(device):
+    growing, captured = sampler_on(device, False), sampler_on(device, True)
     expected = completions(growing.sample(requests(4), DECODING, "train"))
-    assert completions(static.sample(requests(4), DECODING, "train")) == expected
+    assert completions(captured.sample(requests(4), DECODING, "train")) == expected
     if device == "cuda":
         before = torch.cuda.memory_allocated()
-        static.sample(requests(4), DECODING, "train")
+        captured.sample(requests(4), DECODING, "train")
         assert torch.cuda.memory_allocated() == before
 
 

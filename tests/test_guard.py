@@ -1,10 +1,10 @@
 """The guard: warns once of completions that no longer end or repeat themselves, and of a sampler that is not the trainer's model."""
 
 import pytest
-from opd.training.guard import Guard
 from training_helpers import config, make_trainer
 
 from opd.errors import NumericError
+from opd.training.logs import Guard
 
 
 def metrics(**values: float) -> dict[str, float]:
@@ -17,7 +17,7 @@ def metrics(**values: float) -> dict[str, float]:
 def test_the_guard_warns_once_after_ten_bad_steps_and_again_after_a_good_one(caplog, name, limit, remedy):
     guard = Guard(config().sampling)
     for step in range(1, 31):
-        guard.look(step, metrics(**{name: limit - 0.01 if step == 16 else limit}))
+        guard.check(step, metrics(**{name: limit - 0.01 if step == 16 else limit}))
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 10", "step 26"]
     assert name in caplog.text and remedy in caplog.text
 
@@ -29,7 +29,7 @@ def test_the_guard_warns_once_after_ten_bad_steps_and_again_after_a_good_one(cap
 def test_a_gap_between_sampler_and_trainer_is_warned_of_once(caplog, options, warned):
     guard = Guard(config(**options).sampling)
     for step in range(3):
-        guard.look(step, metrics(engine_gap=0.2))
+        guard.check(step, metrics(engine_gap=0.2))
     assert len(caplog.records) == int(warned)
 
 
@@ -42,7 +42,7 @@ def test_the_loop_shows_the_guard_every_step(tmp_path, monkeypatch):
         if step == 3:
             raise NumericError("stop")
 
-    monkeypatch.setattr(trainer.guard, "look", stop_at_step_3)
+    monkeypatch.setattr(trainer.guard, "check", stop_at_step_3)
     with pytest.raises(NumericError):
         list(trainer.run())
     assert seen == [(1, True), (2, True), (3, True)] and trainer.step == 3

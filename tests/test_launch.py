@@ -20,7 +20,7 @@ from opd import errors
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import launch
 from opd.config.schema import Device, LaunchConfig
-from opd.models import fsdp2
+from opd.models import distributed
 from opd.training.identity import differences
 
 TWO = ["experiment=debug", "device=cpu", "name=run", "launch.processes=2", "train.batch_size=2", "eval.limit=4", "eval.kl_prompts=2"]
@@ -180,7 +180,7 @@ def test_accelerate_understands_the_shipped_config_files(name, strategy, machine
 def test_unsupported_fsdp_settings_are_refused(environment, refusal, monkeypatch):
     for name, value in {**environment, "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}.items():
         monkeypatch.setenv(name, value)
-    assert refusal in (fsdp2.check_settings(FullyShardedDataParallelPlugin()) or "")
+    assert refusal in (distributed.check_fsdp_settings(FullyShardedDataParallelPlugin()) or "")
 
 
 @pytest.mark.parametrize(

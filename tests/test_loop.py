@@ -21,7 +21,7 @@ from training_helpers import (
 
 from opd import signals
 from opd.config.schema import OptimConfig, Schedule
-from opd.data.order import place, take
+from opd.data.order import nth_position, take
 from opd.errors import ConfigError, NumericError, Preempted
 from opd.training.build import resumed_choices
 from opd.training.checkpoint import read
@@ -122,8 +122,8 @@ def test_every_sample_comes_once_an_epoch_and_in_another_order_each():
 
 def test_positions_left_out_are_skipped_and_no_other_is():
     left_out = [2, 3, 7]
-    assert [place(number, left_out) for number in range(6)] == [0, 1, 4, 5, 6, 8]
-    assert [place(number, []) for number in range(3)] == [0, 1, 2]
+    assert [nth_position(number, left_out) for number in range(6)] == [0, 1, 4, 5, 6, 8]
+    assert [nth_position(number, []) for number in range(3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("left_out", [[], [1, 6, 13]])

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-from opd.runs.files import read_lines, write_json
 
 from opd import errors
 from opd.cli import arguments
 from opd.runs import outcome
+from opd.runs.folder import read_lines, write_json
 from opd.runs.reader import find_runs, open_run
 
 

@@ -23,7 +23,7 @@ from opd.objective import behaviour_logp, chunked_stats, draw
 from opd.objective.losses import token_logp
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, make_sampler, uses_bf16_copy
 from opd.samplers.bf16_copy import Bf16Copy, PackedLinear, can_pack
-from opd.samplers.caches import can_capture
+from opd.samplers.line import can_capture
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
 
@@ -81,9 +81,9 @@ class Engine:
     def sampler(self, model, **kwargs):
         spec = spec_of(model, **{"longest": 200, "batch_size": 16, **kwargs})
         match self.name:
-            case "generate" | "generate static":
+            case "generate" | "generate captured":
                 sampler = GenerateSampler(spec)
-                sampler.static = self.name == "generate static"
+                sampler.captures = self.name == "generate captured"
                 return sampler
             case "generate bf16 copy":
                 return GenerateSampler(spec, bf16_copy=True)
@@ -114,7 +114,7 @@ needs_vllm = [
 ]
 
 
-@pytest.fixture(params=["generate", "generate static", "generate bf16 copy", pytest.param("vllm", marks=needs_vllm), "vllm server"])
+@pytest.fixture(params=["generate", "generate captured", "generate bf16 copy", pytest.param("vllm", marks=needs_vllm), "vllm server"])
 def engine(request):
     with ExitStack() as stack:
         yield Engine(request.param, stack)
@@ -312,19 +312,19 @@ def test_behaviour_logp_equals_the_score_at_the_temperature(make_model):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_static_cache_gives_the_samples_of_the_growing_one(model, attention):
+def test_the_decode_line_gives_the_samples_of_the_growing_cache(model, attention):
     model.set_attn_implementation(attention)
-    growing, static = GenerateSampler(spec_of(model)), GenerateSampler(spec_of(model))
-    static.static = True
+    growing, captured = GenerateSampler(spec_of(model)), GenerateSampler(spec_of(model))
+    captured.captures = True
     decoding = Decoding(1.2, 40, batch_size=9)
-    expected, rollouts = (sampler.sample(requests(4), decoding, "train") for sampler in (growing, static))
+    expected, rollouts = (sampler.sample(requests(4), decoding, "train") for sampler in (growing, captured))
     assert completions(rollouts) == completions(expected)
     assert len({len(completion) for completion in completions(rollouts)}) > 5  # batches shrank several times
     for one, other in zip(expected, rollouts, strict=True):
         assert torch.allclose(one.behaviour_logp, other.behaviour_logp, atol=1e-4)
 
 
-def test_static_steps_compute_at_the_same_addresses(model):
+def test_steps_of_the_line_compute_at_the_same_addresses(model):
     """A CUDA graph replays addresses."""
     addresses = []
 
@@ -336,7 +336,7 @@ def test_static_steps_compute_at_the_same_addresses(model):
 
     model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     sampler = GenerateSampler(spec_of(model, eos=NO_END))
-    sampler.static = True
+    sampler.captures = True
     sampler.sample(requests(), DECODING, "train")
     assert len(addresses) == 11 and all(step == addresses[0] for step in addresses)
 
@@ -350,7 +350,7 @@ def test_decode_step_is_captured_on_a_gpu_where_all_layers_attend_to_the_whole_p
 
 def test_sharded_weights_are_not_captured(model, monkeypatch):
     monkeypatch.setattr("opd.samplers.generate.can_capture", lambda model: True)
-    assert GenerateSampler(spec_of(model)).static and not GenerateSampler(spec_of(model, sharded=True)).static
+    assert GenerateSampler(spec_of(model)).captures and not GenerateSampler(spec_of(model, sharded=True)).captures
 
 
 # The bf16 copy of `generate`.
