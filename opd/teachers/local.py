@@ -44,7 +44,7 @@ class LocalTeacher:
         self.device = device or model.device
         self.gather = ready
         head = output_head(model, vocabulary, rows, torch.bfloat16 if bf16 else model.dtype)
-        # The objective reads it outside of `ready`, beside the student's: in full, and on the student's device.
+        # The objective reads it outside of `ready`, together with the student's: in full, and on its device.
         bias_V = None if head.bias_V is None else full_tensor(head.bias_V).to(self.device)
         self.head = replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V)
 
