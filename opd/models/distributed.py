@@ -100,13 +100,6 @@ def global_sum(accelerator: Accelerator, value: float) -> float:
     return float(accelerator.reduce(torch.tensor([value], dtype=torch.float64, device=accelerator.device), "sum"))
 
 
-def global_max(accelerator: Accelerator, value: int) -> int:
-    """Return the largest value of all processes."""
-    if accelerator.num_processes == 1:
-        return value
-    return int(accelerator.gather(torch.tensor([value], device=accelerator.device)).max())
-
-
 def global_quantile(accelerator: Accelerator, values: Tensor, q: float) -> float:
     """Return the quantile of the values of all processes."""
     values = values.float()
@@ -223,7 +216,8 @@ class Strategy:
 
     def held_parameters(self) -> int:
         """Return how many parameters this process holds between computations."""
-        return sum(local_tensor(parameter).numel() for parameter in self.policy.parameters())
+        parameters = self.policy.parameters()
+        return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).numel() for tensor in parameters)
 
 
 class Fsdp2(Strategy):
@@ -252,7 +246,7 @@ class Fsdp2(Strategy):
         return unsharded(self.policy)
 
     def passes(self, micro_batches: int) -> int:
-        return global_max(self.accelerator, micro_batches)
+        return int(self.accelerator.gather(torch.tensor([micro_batches], device=self.accelerator.device)).max())
 
     def empty_pass(self) -> None:
         loss = self.policy(one_token(self.policy), lambda hidden_NH, head: hidden_NH.sum() * 0.0 + head.weight_VH[0, 0] * 0.0)
@@ -326,10 +320,6 @@ def one_token(policy: nn.Module) -> Inputs:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the tensor gathered from its shards, in every process; one that is not sharded is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

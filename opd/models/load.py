@@ -30,14 +30,10 @@ def find_device(device: Device) -> torch.device:
     return torch.device(device.value)
 
 
-def has_bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def is_fast_in_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 matrices with instructions of its own."""
     if device.type == "cuda":
-        return has_bf16(device)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have it
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 

@@ -46,11 +46,6 @@ def forward_kl(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
     return kl(teacher_NV, student_NV)
 
 
-def log_mixture(a_NV: Tensor, b_NV: Tensor, share: float) -> Tensor:
-    """Return log(share a + (1 - share) b) for 0 < share < 1."""
-    return torch.logaddexp(a_NV + math.log(share), b_NV + math.log1p(-share))
-
-
 def jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> Tensor:
     """Return the generalised Jensen-Shannon divergence with m = beta teacher + (1 - beta) student.
 
@@ -61,7 +56,7 @@ def jsd(student_NV: Tensor, teacher_NV: Tensor, beta: float) -> Tensor:
         return forward_kl(student_NV, teacher_NV)
     if beta == 1:
         return reverse_kl(student_NV, teacher_NV)
-    mixture_NV = log_mixture(teacher_NV, student_NV, beta)
+    mixture_NV = torch.logaddexp(teacher_NV + math.log(beta), student_NV + math.log1p(-beta))
     return beta * kl(teacher_NV, mixture_NV) + (1 - beta) * kl(student_NV, mixture_NV)
 
 

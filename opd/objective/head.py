@@ -80,10 +80,6 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def accumulator_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
-
-
 def chunks(total: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -149,7 +145,7 @@ class _ChunkedLoss(torch.autograd.Function):
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden_NH = torch.empty_like(hidden_NH) if needs_hidden else None
         # The sum over chunks is float32: rounding it to bf16 at each chunk would bias training.
-        grad_weight_VH = torch.empty_like(weight_VH, dtype=accumulator_dtype(weight_VH)) if needs_weight else None
+        grad_weight_VH = torch.empty_like(weight_VH, dtype=torch.promote_types(weight_VH.dtype, torch.float32)) if needs_weight else None
         if grad_weight_VH is not None:
             grad_weight_VH[size:].zero_()
         grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and needs_bias else None

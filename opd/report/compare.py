@@ -150,11 +150,8 @@ def as_csv(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["rank", "run", "status", "reason", *options, *names, *bounds])
     for row in comparison.rows:
-        given = [_all_digits(row.options[name]) if name in row.options else None for name in options]
+        shown = {name: repr(value) if isinstance(value, float) else format_value(value) for name, value in row.options.items()}
+        given = [shown.get(name) for name in options]
         ends = [end for name in intervals for end in row.values[name] or (None, None)]
         writer.writerow([row.rank, row.run.path, row.run.status, row.run.reason, *given, *(row.values[name] for name in names), *ends])
     return text.getvalue()
-
-
-def _all_digits(value: Any) -> str:
-    return repr(value) if isinstance(value, float) else format_value(value)

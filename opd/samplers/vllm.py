@@ -66,7 +66,8 @@ class VllmSampler:
         self.sleeps = self.device.type == "cuda"
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        stop_engine()
+        while running:
+            running.pop()()
         with isolated(self.device), silenced():
             self.engine = start_engine(spec, bf16, memory_share)
         running.append(weakref.finalize(self, shut_down, self.engine))
@@ -211,11 +212,6 @@ def cache_bytes(spec: SamplerSpec, bf16: bool) -> int:
 
 # Ends the engine of this process, if it has one: two would share vLLM's process-wide state and end together.
 running: list[Callable[[], object]] = []
-
-
-def stop_engine() -> None:
-    while running:
-        running.pop()()
 
 
 def shut_down(engine: Any) -> None:
