@@ -14,14 +14,15 @@ from transformers import GenerationConfig
 
 from opd import signals
 from opd.api import from_options
-from opd.config.schema import LoraConfig
+from opd.config.schema import LoraConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import Preempted
+from opd.models.load import uses_bf16_copy
 from opd.models.policy import add_adapters, output_head, predicting_hidden
 from opd.objective import behaviour_logp, chunked_stats, draw
 from opd.objective.losses import token_logp
-from opd.samplers import Decoding, GenerateSampler, SamplerSpec, make_sampler, uses_bf16_copy
+from opd.samplers import Decoding, GenerateSampler, SamplerSpec, make_sampler
 from opd.samplers.bf16_copy import Bf16Copy, PackedLinear, can_pack
 from opd.samplers.line import can_capture
 from opd.samplers.vllm import VllmSampler
@@ -245,7 +246,7 @@ def test_stop_signal_raises_preempted_and_the_sampler_stays_usable(engine, model
     sampler = engine.sampler(model, eos=NO_END)
     undisturbed = completions(sampler.sample(requests(), DECODING, "train"))
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "arrived", [signal.SIGTERM])
+        patch.setattr(signals, "pending", [signal.SIGTERM])
         with pytest.raises(Preempted, match="SIGTERM"):
             sampler.sample(requests(), DECODING, "train")
     assert completions(sampler.sample(requests(), DECODING, "train")) == undisturbed
@@ -258,9 +259,12 @@ def test_stop_signal_raises_preempted_and_the_sampler_stays_usable(engine, model
     ("dtype", "is_fast", "expected"),
     [("auto", True, True), ("auto", False, False), ("trainer", True, False), ("bfloat16", False, True)],
 )
-def test_bf16_copy_is_used_as_configured_or_where_the_device_is_fast_in_bf16(model, monkeypatch, dtype, is_fast, expected):
-    monkeypatch.setattr("opd.samplers.is_fast_in_bf16", lambda device: is_fast)
-    assert uses_bf16_copy(from_options({"sampling.dtype": dtype}), spec_of(model)) is expected
+def test_bf16_copy_is_used_as_configured_or_where_the_device_is_fast_in_bf16(monkeypatch, dtype, is_fast, expected):
+    monkeypatch.setattr("opd.models.load.is_fast_in_bf16", lambda device: is_fast)
+    rule = SamplingDtype[dtype]
+    assert uses_bf16_copy(rule, torch.device("cpu"), is_bf16=False) is expected
+    # A captured step reads bf16 weights where they are.
+    assert uses_bf16_copy(rule, torch.device("cuda"), is_bf16=True) is (expected and dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("engine_name", ["auto", "generate"])
@@ -330,7 +334,7 @@ def test_steps_of_the_line_compute_at_the_same_addresses(model):
 
     def note(module, args, kwargs):
         if kwargs["input_ids"].shape[1] == 1:
-            inputs = [kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")]
+            inputs = [kwargs[name] for name in ("attention_mask", "position_ids")]
             cached = [tensor for layer in kwargs["past_key_values"].layers for tensor in (layer.keys, layer.values)]
             addresses.append([tensor.data_ptr() for tensor in (*inputs, *cached)])
 
@@ -338,7 +342,7 @@ def test_steps_of_the_line_compute_at_the_same_addresses(model):
     sampler = GenerateSampler(spec_of(model, eos=NO_END))
     sampler.captures = True
     sampler.sample(requests(), DECODING, "train")
-    assert len(addresses) == 11 and all(step == addresses[0] for step in addresses)
+    assert len(addresses) == 12 and all(step == addresses[0] for step in addresses)
 
 
 def test_decode_step_is_captured_on_a_gpu_where_all_layers_attend_to_the_whole_past(model, make_model):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import Device, Dtype, ModelConfig, Quantization, TeacherConfig
+from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig
 from opd.data import hub
 from opd.errors import ConfigError
 from opd.models.policy import output_head
@@ -33,9 +33,19 @@ def find_device(device: Device) -> torch.device:
 def is_fast_in_bf16(device: torch.device) -> bool:
     """Return whether the device multiplies bf16 matrices with instructions of its own."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have it
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def uses_bf16_copy(dtype: SamplingDtype, device: torch.device, is_bf16: bool) -> bool:
+    """Return whether `generate` samples with a bf16 copy: as configured, else where the device multiplies bf16 matrices natively.
+
+    A GPU needs none where the trainer's weights are bf16 already (`is_bf16`); a CPU gains from the layout of the copy.
+    """
+    if dtype is SamplingDtype.auto:
+        return is_fast_in_bf16(device) and not (is_bf16 and device.type == "cuda")
+    return dtype is SamplingDtype.bfloat16
 
 
 def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:

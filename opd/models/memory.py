@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, SamplingDtype, TeacherConfig
+from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
-from opd.models.device import autocast, free_memory
-from opd.models.load import computes_in_bf16, is_fast_in_bf16, load_with
+from opd.models.device import free_memory
+from opd.models.load import computes_in_bf16, load_with, uses_bf16_copy
 from opd.models.policy import add_adapters, decoder_layers, padding_limit
 from opd.objective import chunk_rows
 
@@ -100,6 +100,8 @@ def estimate(
         add_adapters(student, config.lora)
     bf16 = computes_in_bf16(config.model.dtype, device)
     trained, weights = trained_bytes(student), weight_bytes(student, bf16)
+    if bf16 and not sharded:
+        weights += trained * BFLOAT16 // FLOAT32  # the float32 masters are beside the bf16 module
     share = 1 / processes if sharded else 1.0
     resident = {
         "the process": in_use,
@@ -124,13 +126,10 @@ def estimate(
 
 
 def samples_with_copy(config: Config, device: torch.device) -> bool:
-    """Return whether this process samples with a bf16 copy of float32 weights."""
+    """Return whether this process samples with a copy of the weights in bf16, of `generate` or of vLLM."""
     if config.sampling.engine is Engine.vllm:
         return not config.sampling.by_server
-    if config.sampling.dtype is SamplingDtype.auto:
-        has_bf16_weights = config.lora.rank > 0 and computes_in_bf16(config.model.dtype, device)
-        return is_fast_in_bf16(device) and not has_bf16_weights
-    return config.sampling.dtype is SamplingDtype.bfloat16
+    return uses_bf16_copy(config.sampling.dtype, device, computes_in_bf16(config.model.dtype, device))
 
 
 def sampling_bytes(
@@ -144,7 +143,8 @@ def sampling_bytes(
     """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too."""
     sampling, evaluated = config.sampling, config.eval
     longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
-    of_student = cache_bytes(student, BFLOAT16 if samples_with_copy(config, device) else FLOAT32)
+    in_bf16 = samples_with_copy(config, device) or computes_in_bf16(config.model.dtype, device)
+    of_student = cache_bytes(student, BFLOAT16 if in_bf16 else FLOAT32)
     of_teacher = cache_bytes(teacher, BFLOAT16 if computes_in_bf16(config.teacher.dtype, device) else FLOAT32)
     batches = [(min(sampling.batch_size, config.train.batch_size * sampling.n), sampling.max_new_tokens, of_student)]
     if evaluated.reward is not None:
@@ -172,11 +172,12 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     """Return what the forward and backward pass of the largest micro-batch needs, apart from the gradients of the weights."""
     text = student.config.get_text_config()
     rows, width = largest_micro_batch(config, prompts, device)
-    per_token, constant = activations_of_layer(student.config, width, computes_in_bf16(config.model.dtype, device), config.lora)
+    bf16 = computes_in_bf16(config.model.dtype, device)
+    per_token, constant = activations_of_layer(student.config, width, bf16, config.lora)
     layer = rows * width * per_token + constant
     activations = text.num_hidden_layers * layer
     if config.train.activation_checkpointing:
-        activations = text.num_hidden_layers * rows * width * text.hidden_size * FLOAT32 + layer
+        activations = text.num_hidden_layers * rows * width * text.hidden_size * (BFLOAT16 if bf16 else FLOAT32) + layer
     copies = 1 if config.ppo.estimator is Estimator.sampled else 3
     chunk = min(head_rows(text.vocab_size, device), rows * config.sampling.max_new_tokens)
     # The chunked head computes a gradient of its weight in addition to the accumulated one; a tied embedding computes another.
@@ -211,7 +212,7 @@ def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfi
     """Measure what one layer saves for the backward pass, in sequences of `tokens` tokens.
 
     Returns:
-        Bytes for each token, and bytes whatever their number: autocast's copies of weights.
+        Bytes for each token, and bytes whatever their number.
     """
     long = max(2 * SHORT, min(tokens, LONG))
     measured = []
@@ -226,13 +227,14 @@ def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfi
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
         if lora.rank:
             add_adapters(model.requires_grad_(False), lora)
-        measured.append([saved_bytes(model, length, bf16) for length in (SHORT, long)])
+        model.to(torch.bfloat16 if bf16 else torch.float32)
+        measured.append([saved_bytes(model, length) for length in (SHORT, long)])
     of_short, of_long = (two - one for one, two in zip(*measured, strict=True))
     per_token = (of_long - of_short) / (long - SHORT)
     return per_token, max(0.0, of_short - SHORT * per_token)
 
 
-def saved_bytes(model: PreTrainedModel, tokens: int, bf16: bool) -> int:
+def saved_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Return the bytes that the model saves for the backward pass of one sequence, weights left out."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, int] = {}
@@ -243,7 +245,7 @@ def saved_bytes(model: PreTrainedModel, tokens: int, bf16: bool) -> int:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(model.device, bf16):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     del output
     return sum(saved.values())

@@ -3,29 +3,16 @@
 import logging
 from collections.abc import Sequence
 
-import torch
-
 from opd.config.schema import Config, Engine, SamplingDtype
 from opd.data.prompts import Prompt
-from opd.models.load import is_fast_in_bf16
 from opd.samplers.base import Decoding, Sampler, SamplerSpec
 from opd.samplers.generate import GenerateSampler
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
 
-__all__ = ["Decoding", "GenerateSampler", "Sampler", "SamplerSpec", "longest_sequence", "make_sampler", "uses_bf16_copy"]
+__all__ = ["Decoding", "GenerateSampler", "Sampler", "SamplerSpec", "longest_sequence", "make_sampler"]
 
 log = logging.getLogger(__name__)
-
-
-def uses_bf16_copy(config: Config, spec: SamplerSpec) -> bool:
-    """Return whether `generate` samples with a bf16 copy: as configured, else where the device multiplies bf16 matrices natively.
-
-    A GPU needs none where the trainer's weights are bf16 already; a CPU gains from the layout of the copy.
-    """
-    if config.sampling.dtype is SamplingDtype.auto:
-        return is_fast_in_bf16(spec.model.device) and not (spec.model.dtype == torch.bfloat16 and spec.model.device.type == "cuda")
-    return config.sampling.dtype is SamplingDtype.bfloat16
 
 
 def make_sampler(config: Config, spec: SamplerSpec, bf16_copy: bool) -> Sampler:

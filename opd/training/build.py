@@ -24,7 +24,7 @@ from opd.models.distributed import on_main_process, prepare, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.policy import Policy, add_adapters, fuse_layers, prepare_student, prepare_teacher, uses_packing
 from opd.objective import chunk_rows
-from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, uses_bf16_copy
+from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher, loading_device, place
 from opd.training.checkpoint import Checkpoints
@@ -199,7 +199,9 @@ def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) ->
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,
-        "bf16_copy": on_main_process(accelerator, lambda: uses_bf16_copy(config, spec)),
+        "bf16_copy": on_main_process(
+            accelerator, lambda: load.uses_bf16_copy(config.sampling.dtype, spec.model.device, spec.model.dtype == torch.bfloat16)
+        ),
     }
 
 
