@@ -223,7 +223,7 @@ def test_a_signal_while_sampling_stops_the_run_with_a_checkpoint_from_before_the
     def signalled(*args):
         calls.append(trainer.step)
         if trainer.step == 1:
-            monkeypatch.setattr(signals, "arrived", [signal.SIGTERM])
+            monkeypatch.setattr(signals, "pending", [signal.SIGTERM])
         return next_logits(*args)
 
     trainer.sampler.next_logits = signalled

@@ -12,9 +12,7 @@ from opd.report import compare, render_report
 from opd.runs.folder import REPORT, check_output_path, write_output
 from opd.runs.reader import find_runs
 
-REPORT_DESCRIPTION = (
-    """Write runs as one self-contained HTML file: results, curves, and where student and teacher differ, token by token."""
-)
+REPORT_DESCRIPTION = "Write runs as one self-contained HTML file: results, curves, and how student and teacher differ, token by token."
 REPORT_EXAMPLES = """opd report runs/first
 opd report runs/first runs/second --out both.html
 opd report sweeps/lr --out sweep.html"""
