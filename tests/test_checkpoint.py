@@ -21,6 +21,7 @@ from opd.training.checkpoint import (
     Checkpoints,
     Snapshot,
     load_file,
+    model_tensors,
     read,
     restore,
     snapshot,
@@ -37,7 +38,7 @@ def make_snapshot(step: int, inner: int = 0) -> Snapshot:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     optimizer.step()
     tables = {TOKENS: {"ids": torch.arange(3)}} if inner else None
-    return snapshot(model, optimizer, {"step": step, "inner": inner, "tokens": {"inner": inner} if inner else None}, tables)
+    return snapshot(model_tensors(model), optimizer, {"step": step, "inner": inner, "tokens": {"inner": inner} if inner else None}, tables)
 
 
 def test_moments_are_in_order_also_between_inner_steps(tmp_path):
@@ -159,12 +160,12 @@ def test_restored_tensors_do_not_change_with_their_files(tmp_path):
     checkpoints.save(saved)
     model = nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
-    restore(checkpoints.newest(), model, optimizer)
+    restore(checkpoints.newest(), model_tensors(model), optimizer)
     for name in (MODEL, OPTIMIZER):
         file = checkpoints.path(3) / name
         with file.open("r+b") as stream:
             stream.write(bytes(file.stat().st_size))
-    restored = snapshot(model, optimizer, {"step": 3, "inner": 0}).files
+    restored = snapshot(model_tensors(model), optimizer, {"step": 3, "inner": 0}).files
     assert len(restored[OPTIMIZER]) == 3  # of the weight; the bias had no gradient
     assert all(torch.equal(saved.files[name][key], tensor) for name in restored for key, tensor in restored[name].items())
 

@@ -84,7 +84,7 @@ def make_trainer(
     student = student or random_model(VOCABULARY, seed=1)
     teacher = (teacher or random_model(VOCABULARY, seed=2, hidden=24)).requires_grad_(False)
     policy = Policy(student, VOCABULARY, 7, bool(settings.train.activation_checkpointing), settings.train.compile)
-    strategy = prepare(Accelerator(cpu=True), policy, make_optimizer(settings, student))
+    strategy = prepare(Accelerator(cpu=True), policy, make_optimizer(settings, list(student.parameters())))
     choices = {"max_tokens": settings.train.max_tokens_per_micro_batch, "bf16_copy": bf16_copy}
     return Trainer(
         config=settings,

@@ -20,19 +20,20 @@ import torch
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
-from opd.training.batches import Batches
-from opd.training.update import NotFinite, Update
 from torch import nn
 
 from opd import signals
 from opd.cli import hydra_app, hydra_errors
 from opd.config import compose, secrets
 from opd.data import prompts
+from opd.models.distributed import Strategy
 from opd.models.policy import Policy
 from opd.teachers import LocalTeacher
-from opd.training import checkpoint, loop, update
+from opd.training import checkpoint, loop, step
 from opd.training.checkpoint import Checkpoints, Snapshot, model_tensors, optimizer_tensors, snapshot
 from opd.training.loop import Trainer
+from opd.training.step import NotFinite, Step
+from opd.training.tokens import Tokens
 
 FIRED = Path("fired.txt")  # in the working folder of the run
 
@@ -83,19 +84,20 @@ def corrupt_numbers(kind: str, hit: Callable[[int], bool], record: Path = Path("
         record: gets one line an update: "applied" or "skipped", and whether weights and optimizer "changed".
     """
     count = 0
-    apply, logp, loss = Update.apply, LocalTeacher.logp, update.chunked_loss
+    apply, logp, loss = Step.apply, LocalTeacher.logp, step.chunked_loss
 
-    def tensors(self: Update) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in (model_tensors(self.policy) | optimizer_tensors(self.optimizer)).items()}
+    def tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
+        current = model_tensors(strategy.policy) | optimizer_tensors(strategy.optimizer)
+        return {name: tensor.clone() for name, tensor in current.items()}
 
-    def patched_apply(self: Update, *args: Any, **kwargs: Any) -> NotFinite | None:
+    def patched_apply(self: Step, *args: Any, **kwargs: Any) -> NotFinite | None:
         nonlocal count
         count += 1
         if hit(count) and kind == "gradient":
-            next(iter(self.policy.parameters())).grad.view(-1)[0] = math.inf
-        before = tensors(self)
+            next(iter(self.strategy.policy.parameters())).grad.view(-1)[0] = math.inf
+        before = tensors(self.strategy)
         problem = apply(self, *args, **kwargs)
-        after = tensors(self)
+        after = tensors(self.strategy)
         same = before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         with record.open("a") as file:
             file.write(f"{'skipped' if problem else 'applied'} {'unchanged' if same else 'changed'}\n")
@@ -111,25 +113,23 @@ def corrupt_numbers(kind: str, hit: Callable[[int], bool], record: Path = Path("
         value, stats = loss(*args, **kwargs)
         return (value * math.nan if hit(count + 1) and kind == "loss" else value), stats
 
-    Update.apply = patched_apply  # type: ignore[method-assign]
+    Step.apply = patched_apply  # type: ignore[method-assign]
     LocalTeacher.logp = patched_logp  # type: ignore[method-assign]
-    update.chunked_loss = patched_loss
+    step.chunked_loss = patched_loss
 
 
 def lose_teacher_scores(epoch: int, samples: Callable[[int], bool]) -> None:
     """Make the teacher's log-probs of some samples (by id) NaN in one epoch."""
-    score = Batches.scored
+    score = Step.score
 
-    def patched(self: Batches, current: Any) -> Any:
-        parts = score(self, current)
-        for batch, scores in parts:
-            for index, rollout in enumerate(current.learnt):
-                if rollout.request.epoch == epoch and samples(rollout.request.prompt.sample_id):
-                    FIRED.touch()
-                    scores.logp_N[batch.sequence_N == index] = math.nan
-        return parts
+    def patched(self: Step, tokens: Tokens) -> None:
+        score(self, tokens)
+        for index, rollout in enumerate(tokens.rollouts):
+            if rollout.request.epoch == epoch and samples(rollout.request.prompt.sample_id):
+                FIRED.touch()
+                tokens.columns["teacher_logp"][tokens.rollout_N == index] = math.nan
 
-    Batches.scored = patched  # type: ignore[method-assign]
+    Step.score = patched  # type: ignore[method-assign]
 
 
 def left_out_samples(path: Path) -> list[int]:
@@ -157,7 +157,7 @@ def snapshot_of(step: int) -> Snapshot:
             parameter.grad = torch.zeros_like(parameter)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     optimizer.step()
-    return snapshot(model, optimizer, {"step": step, "inner": 0, "round": None})
+    return snapshot(model_tensors(model), optimizer, {"step": step, "inner": 0, "tokens": None})
 
 
 # Every call by which a save changes the disk.
