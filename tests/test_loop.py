@@ -410,3 +410,18 @@ def test_a_bf16_copy_is_kept_if_it_is_close_or_asked_for_or_the_gap_says_nothing
     trainer = make_trainer(tmp_path, bf16_copy=True, **options)
     trainer.check_copy(gap)
     assert trainer.sampler.copy is not None and trainer.scoring.choices["bf16_copy"] is True
+
+
+def test_the_loop_shows_the_guard_every_step(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    seen = []
+
+    def stop_at_step_3(step, step_metrics):
+        seen.append((step, step_metrics.keys() >= {"truncated", "repetition", "engine_gap"}))
+        if step == 3:
+            raise NumericError("stop")
+
+    monkeypatch.setattr(trainer.guard, "check", stop_at_step_3)
+    with pytest.raises(NumericError):
+        list(trainer.run())
+    assert seen == [(1, True), (2, True), (3, True)] and trainer.step == 3

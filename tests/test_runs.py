@@ -1,6 +1,7 @@
-"""Run folders are read whole, at any moment of their life, and what is not one is refused in one line."""
+"""Run folders: safe writes, reads at any moment of a run, its outcome, and how numbers are shown."""
 
 import argparse
+import errno
 import json
 from pathlib import Path
 
@@ -8,8 +9,10 @@ import pytest
 
 from opd import errors
 from opd.cli import arguments
-from opd.runs import outcome
-from opd.runs.folder import read_lines, write_json
+from opd.config.schema import METRICS as SUMMARY_METRICS
+from opd.config.schema import Direction, SweepConfig
+from opd.runs import outcome, text
+from opd.runs.folder import EVALUATIONS, METRICS, RunFolder, Status, read_lines, write_json
 from opd.runs.reader import find_runs, open_run
 
 
@@ -21,7 +24,7 @@ def make(folder: Path, status: str = "done", **files: object) -> Path:
     return folder
 
 
-def test_a_run_is_what_its_files_say(tmp_path: Path) -> None:
+def test_open_run_reads_all_files(tmp_path: Path) -> None:
     folder = make(tmp_path / "first", run={"config": {"optim": {"lr": 0.1}}}, summary={"steps": 3})
     (folder / ".hydra").mkdir()
     (folder / ".hydra/overrides.yaml").write_text("- optim.lr=0.1\n- name=first\n")
@@ -32,47 +35,47 @@ def test_a_run_is_what_its_files_say(tmp_path: Path) -> None:
     run = open_run(folder)
     assert (run.name, run.status, run.reason, run.exit_code) == ("first", "done", "why", 0)
     assert run.config == {"optim": {"lr": 0.1}} and run.overrides == ["optim.lr=0.1", "name=first"] and run.summary == {"steps": 3}
-    assert [line["step"] for line in run.metrics()] == [1, 2] and run.evaluations() == []
+    assert [line["step"] for line in run.metrics] == [1, 2] and run.evaluations == []
     assert run.rollout_steps() == [3, 12] and run.rollouts(12) == [{}]
 
 
-def test_a_member_that_failed_before_it_was_a_run_tells_its_options(tmp_path: Path) -> None:
+def test_a_sweep_member_that_failed_early_has_its_overrides(tmp_path: Path) -> None:
     assert open_run(make(tmp_path / "member", "failed", member={"overrides": ["optim.lr=-1"]})).overrides == ["optim.lr=-1"]
 
 
-def test_the_summary_of_an_earlier_run_in_the_folder_is_not_that_of_one_that_is_not_done(tmp_path: Path) -> None:
+def test_the_summary_of_an_earlier_run_in_the_folder_is_ignored(tmp_path: Path) -> None:
     assert open_run(make(tmp_path / "again", "failed", summary={"steps": 3})).summary is None
 
 
-def test_a_line_may_hold_what_other_programs_take_for_the_end_of_one(tmp_path: Path) -> None:
+def test_json_lines_may_hold_unicode_line_separators(tmp_path: Path) -> None:
     texts = ["a\u2028b", "c\x85d", "e\x0bf"]
     file = tmp_path / "lines.jsonl"
     file.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
     assert [line["text"] for line in read_lines(file)] == texts
 
 
-def test_runs_are_found_below_folders_each_once(tmp_path: Path) -> None:
+def test_find_runs_searches_folders_and_returns_each_run_once(tmp_path: Path) -> None:
     first, second = make(tmp_path / "sweep/lr=1"), make(tmp_path / "sweep/lr=2")
-    make(first / "checkpoints/inner")  # below a run nothing is another one
+    make(first / "checkpoints/inner")  # not searched: it is inside a run
     assert [run.path for run in find_runs([tmp_path / "sweep", second])] == [first, second]
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
-def test_a_folder_without_runs_is_refused(tmp_path: Path, name: str) -> None:
+def test_find_runs_refuses_folders_without_runs(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(errors.DataError, match=name):
         find_runs([tmp_path / name])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '"x"'])
-def test_a_damaged_run_folder_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("content", ["{", "[]", '"x"'])
+def test_a_damaged_run_folder_is_a_data_error_that_names_it(tmp_path: Path, content: str) -> None:
     folder = make(tmp_path / "damaged")
-    (folder / "status.json").write_text(text)
+    (folder / "status.json").write_text(content)
     with pytest.raises(errors.DataError, match=r"damaged.*cannot be read"):
         open_run(folder)
 
 
-def test_a_verb_with_plain_arguments_ends_every_mistake_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verbs_report_every_mistake_in_one_line_with_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     def task(parsed: argparse.Namespace) -> None:
         if parsed.word == "file":
             raise FileNotFoundError(2, "No such file", "x.txt")
@@ -83,23 +86,23 @@ def test_a_verb_with_plain_arguments_ends_every_mistake_in_one_line(capsys: pyte
     parser = arguments.Parser("try", task, "tries", "opd try 1")
     parser.add_argument("word")
     codes = {word: parser.run([word]) for word in ("1", "file", "data", "0")}
-    said = capsys.readouterr().err.splitlines()
+    messages = capsys.readouterr().err.splitlines()
     assert codes == {"1": errors.OK, "file": errors.OUTPUT, "data": errors.DATA, "0": errors.INTERNAL}
-    assert said[:2] == ["opd: error: x.txt: No such file", "opd: error: row 3: no answer"]
-    assert said[-1].startswith("opd: internal error: ZeroDivisionError")
+    assert messages[:2] == ["opd: error: x.txt: No such file", "opd: error: row 3: no answer"]
+    assert messages[-1].startswith("opd: internal error: ZeroDivisionError")
     assert parser.run(["1", "--no-such"]) == errors.USAGE
     assert "--no-such" in capsys.readouterr().err
     assert parser.run(["--help"]) == 0
     assert "  opd try 1" in capsys.readouterr().out
 
 
-def test_the_gap_that_is_closed_and_what_was_not_measured() -> None:
+def test_gap_closed() -> None:
     assert outcome.gap_closed(0.5, 0.75, 1.0) == 0.5 and outcome.gap_closed(0.5, 0.25, 1.0) == -0.5
     assert outcome.gap_closed(0.5, 0.75, 0.5) is None and outcome.gap_closed(None, 0.75, 1.0) is None
     assert set(outcome.achieved([], []).values()) == {None}
 
 
-def test_after_is_the_last_evaluation_or_that_of_a_step() -> None:
+def test_achieved_takes_the_last_evaluation_or_that_of_a_step() -> None:
     lines = [{"model": "student", "step": step, "kl": 1.0 / (step + 1), "rewards": None} for step in (0, 2, 4)]
     metrics = [{"step": step, "reverse_kl": float(step), "time/step": 2.0, "tokens": 10.0} for step in range(1, 5)]
     found = outcome.achieved(metrics, lines)
@@ -108,3 +111,125 @@ def test_after_is_the_last_evaluation_or_that_of_a_step() -> None:
     assert (found["steps"], found["graded_tokens"], found["seconds"], found["tokens_per_second"]) == (4, 40, 8.0, 5.0)
     assert outcome.achieved(metrics, lines, 2)["eval_kl_after"] == 1 / 3
     assert outcome.achieved(metrics, lines, 3)["eval_kl_after"] is None
+
+
+def test_run_outcome_adds_the_best_evaluation_and_prefers_the_summary(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", run={"config": {"seed": 7}}, summary={"reward_after": 0.4, "steps": None, "unknown": 1})
+    means = {0: 0.2, 2: 0.6, 4: 0.3}
+    lines = [{"model": "student", "step": step, "rewards": {"mean": mean, "low": 0.1, "high": 0.9}} for step, mean in means.items()]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = outcome.run_outcome(open_run(folder))
+    assert (found["reward_best"], found["reward_best_step"], found["reward_best_interval"]) == (0.6, 2, [0.1, 0.9])
+    assert (found["reward_before"], found["reward_after"], found["seed"], found["steps"]) == (0.2, 0.4, 7, None)
+    assert "unknown" not in found
+
+
+@pytest.mark.parametrize("total", [1, 6, 50, 51, 400, 10_000])
+def test_detailed_steps_are_about_fifty_with_the_first_and_the_last(total: int) -> None:
+    steps = [step for step in range(1, total + 1) if outcome.is_detailed_step(step, total)]
+    assert steps[0] == 1 and steps[-1] == total and min(total, 25) <= len(steps) <= 52
+
+
+@pytest.mark.parametrize(
+    ("metric", "reward", "kl", "found"),
+    [
+        ("auto", 0.5, 2.0, 0.5),
+        ("auto", 0.0, 2.0, 0.0),
+        ("auto", None, 2.0, -2.0),
+        ("auto", None, None, None),
+        ("eval_kl_after", 0.5, 2.0, 2.0),
+        ("eval_kl_after", 0.5, None, None),
+    ],
+)
+def test_the_objective_of_a_sweep(metric: str, reward: float | None, kl: float | None, found: float | None) -> None:
+    direction = SUMMARY_METRICS.get(metric) or Direction.maximize
+    assert outcome.objective(SweepConfig(metric=metric, direction=direction), {"reward_after": reward, "eval_kl_after": kl}) == found
+
+
+# Writing
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "runs" / "new")
+    folder.prepare()
+    return folder
+
+
+def test_a_log_line_that_the_disk_refused_is_written_with_the_next(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder.append(METRICS, {"step": 1, "loss": float("nan")})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        folder.append(METRICS, {"step": 2})
+    assert [line["step"] for line in read_lines(folder.path / METRICS)] == [1]
+    folder.append(METRICS, {"step": 3})
+    assert read_lines(folder.path / METRICS) == [{"step": 1, "loss": None}, {"step": 2}, {"step": 3}]
+
+
+def test_rewind_deletes_what_came_after_a_step(folder: RunFolder) -> None:
+    for step in (0, 1, 2, 3):
+        folder.append(EVALUATIONS, {"step": step})
+        folder.append(METRICS, {"step": step})
+        folder.write_rollouts(step, [{}])
+    folder.rewind(1)
+    folder.set_status(Status.running)
+    run = open_run(folder.path)
+    assert [line["step"] for line in run.metrics] == [line["step"] for line in run.evaluations] == run.rollout_steps() == [0, 1]
+    folder.rewind(-1)
+    assert open_run(folder.path).metrics == [] and open_run(folder.path).rollout_steps() == []
+
+
+def test_other_ranks_write_nothing(folder: RunFolder) -> None:
+    before = sorted(folder.path.rglob("*"))
+    other = RunFolder(folder.path, writes=False)
+    other.prepare()
+    other.append(METRICS, {"step": 1})
+    other.write_rollouts(1, [{}])
+    other.write("run.json", {})
+    other.write_hydra({"config": ""})
+    other.set_status(Status.done)
+    other.rewind(-1)
+    assert sorted(folder.path.rglob("*")) == before and folder.status() is None
+
+
+def test_a_locked_run_folder_is_refused_until_it_is_free(folder: RunFolder) -> None:
+    with folder.lock(), pytest.raises(errors.OutputError, match="name="), RunFolder(folder.path).lock():
+        pass
+    with RunFolder(folder.path).lock():
+        pass
+
+
+def test_a_run_folder_with_a_link_to_elsewhere_is_refused(folder: RunFolder, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder.path / "final").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(errors.OutputError, match=r"elsewhere.*hydra\.run\.dir"):
+        folder.prepare()
+
+
+# Text
+
+
+def test_numbers_are_shown_the_same_everywhere() -> None:
+    assert text.format_reward(0.4375, [0.231, 0.668]) == "43.8% [23.1, 66.8]" and text.format_reward(1.0, None) == "100.0%"
+    assert text.format_reward(0.4375, [0.231, 0.668], digits=0) == "43.8% [23, 67]"
+    assert text.format_reward(0.125, [-0.312, 0.0], sign="+") == "+12.5% [-31.2, +0.0]"
+    assert [text.format_duration(seconds) for seconds in (0.4, 119, 120, 7_199, 7_200, 200_000)] == [
+        "0 s",
+        "119 s",
+        "2.0 min",
+        "120.0 min",
+        "2.0 h",
+        "2.3 days",
+    ]
+    assert [text.format_bytes(count) for count in (0, 2**20, 2**30 - 2**20, 3 * 2**29)] == ["0.0 MiB", "1.0 MiB", "1,023.0 MiB", "1.50 GiB"]
+    assert (text.format_number(1234, ","), text.format_number(0.12345), text.format_percent(0.5)) == ("1,234", "0.1235", "50.0%")
+    shown = [text.format_number(None), text.format_percent(None), text.format_reward(None, None), text.format_duration(None)]
+    assert set(shown) == {"–"} == {text.format_bytes(None)}
+
+
+def test_a_console_without_a_terminal_is_wide_enough_for_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    text.make_console(200).print("x" * 150)
+    assert capsys.readouterr().out == "x" * 150 + "\n"

@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from training_helpers import (
     UNEVEN,
     VOCABULARY,
@@ -403,53 +402,6 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile uses parts of torch that torch deprecates
 def test_compiled_layers_change_nothing(tmp_path):
     assert torch.allclose(weights_after(tmp_path), weights_after(tmp_path, train__compile=True), atol=2e-5)
-
-
-class TensorsOfShape(TorchDispatchMode):
-    """Counts new tensors of a shape; operations that view one or write into it make none."""
-
-    def __init__(self, shape: tuple[int, int]) -> None:
-        super().__init__()
-        self.shape, self.count = shape, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        is_new = isinstance(result, torch.Tensor) and not any(alias.alias_info for alias in function._schema.returns)
-        self.count += is_new and result.shape == self.shape and result.layout is torch.strided
-        return result
-
-
-def test_a_tied_embedding_has_the_gradient_of_autograd_without_a_second_matrix():
-    """Over two micro-batches with ids that occur many times, one of them the padding id."""
-    model = random_model(VOCABULARY, tie_word_embeddings=True)
-    generator = torch.Generator().manual_seed(3)
-    policy, plain = Policy(model, VOCABULARY - 2, 3), 0.0
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    rollouts = [Rollout(Request(Prompt(i, (0, 5, 2 + i), "")), (3, 5, 5, 1), torch.zeros(4), FinishReason.stop) for i in range(6)]
-    batches = [collate(rollouts, indices, 0) for indices in ([0, 1, 2, 3], [4, 5])]
-    weights_N = torch.randn(4 * len(rollouts), generator=generator).split([16, 8])
-
-    def nll(logits, target):
-        return -logits.log_softmax(-1).gather(-1, target[:, None])[:, 0]
-
-    def loss_on(batch, weight_N):
-        def token_loss(logits, part):
-            return nll(logits, batch.ids_N[part]), {}
-
-        return lambda hidden, head: chunked_loss(hidden, head, token_loss, weight_N=weight_N)
-
-    for batch, weight_N in zip(batches, weights_N, strict=True):
-        total, _ = policy(batch.inputs, loss_on(batch, weight_N))
-        with TensorsOfShape((VOCABULARY, 16)) as matrices:
-            total.backward()
-        assert matrices.count == 0
-        logits = model(input_ids=batch.inputs.ids_BT).logits.flatten(0, 1)[batch.inputs.predicting_N, : VOCABULARY - 2]
-        plain = plain + (nll(logits, batch.ids_N) * weight_N).sum()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    assert not model.model.embed_tokens.sparse  # the module is left unchanged
-    plain.backward()
-    assert all(torch.allclose(gradients[name], parameter.grad, atol=1e-5) for name, parameter in model.named_parameters())
 
 
 # Numerics.

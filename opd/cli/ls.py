@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,13 +19,13 @@ from opd.config.compose import conf_dir
 from opd.errors import ConfigError, DataError, OutputError
 from opd.runs.folder import LOCK, Status
 from opd.runs.reader import Run, find_runs
+from opd.runs.text import format_number, format_percent, make_console
 
 GROUPS = {"models": ("model", "teacher"), "data": ("data",), "experiments": ("experiment",)}
 RUNS = "runs"
 KINDS = (*GROUPS, RUNS)
 RUN_FOLDERS = ("runs", "sweeps")  # where `opd train` puts runs
 RUN_COLUMNS = ("path", "status", "steps", "reward before", "after", "gap closed", "KL after")
-WIDTH = 160  # of the tables when the output is not a terminal
 
 
 def make_ls_parser() -> Parser:
@@ -107,9 +106,7 @@ def was_killed(run: Run) -> bool:
 
 
 def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+    console = make_console()
     for kind, rows in listed.items():
         table = Table(title=kind, title_justify="left", show_edge=False)
         for column in RUN_COLUMNS if kind == RUNS else ("name", "", ""):
@@ -122,9 +119,8 @@ def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
 
 def run_cells(row: dict[str, Any]) -> list[str]:
     steps = f"{row['steps']}/{row['of']}" if row["of"] else str(row["steps"])
-    shares = ["–" if row[key] is None else f"{row[key]:.1%}" for key in ("reward_before", "reward_after", "gap_closed")]
-    kl = "–" if row["eval_kl_after"] is None else f"{row['eval_kl_after']:.4f}"
-    return [row["path"], row["status"], steps, *shares, kl]
+    shares = [format_percent(row[key]) for key in ("reward_before", "reward_after", "gap_closed")]
+    return [row["path"], row["status"], steps, *shares, format_number(row["eval_kl_after"])]
 
 
 def make_cp_parser() -> Parser:

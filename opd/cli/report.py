@@ -4,13 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from opd.cli.arguments import Parser
 from opd.config.schema import Direction
 from opd.report import compare, render_report
 from opd.runs.folder import REPORT, check_output_path, write_output
 from opd.runs.reader import find_runs
+from opd.runs.text import make_console
 
 REPORT_DESCRIPTION = "Write runs as one self-contained HTML file: results, curves, and how student and teacher differ, token by token."
 REPORT_EXAMPLES = """opd report runs/first
@@ -57,5 +56,4 @@ def print_comparison(parsed: argparse.Namespace) -> None:
     elif parsed.csv:
         sys.stdout.write(compare.as_csv(comparison))
     else:
-        console = Console(highlight=False)
-        compare.show(comparison, console if console.is_terminal else Console(highlight=False, width=compare.WIDTH))
+        compare.show(comparison, make_console(compare.WIDTH))

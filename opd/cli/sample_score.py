@@ -10,6 +10,7 @@ from opd.cli.arguments import positive_int
 from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
 from opd.runs.folder import check_output_path, write_output
+from opd.runs.text import make_console
 
 
 def make_sample_parser() -> FlagParser:
@@ -24,8 +25,6 @@ def make_sample_parser() -> FlagParser:
 
 def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Print the answers of both models to each prompt: from `--prompt`, `--file`, or the terminal."""
-    from rich.console import Console
-
     from opd.evaluation import sample_score
     from opd.evaluation.show import completion_table
     from opd.evaluation.target import NONE, find_target
@@ -34,7 +33,7 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     runner.quiet_libraries()
     target = find_target(flags.target, config, flags.teacher)
     models = sample_score.load_pair(target.config, with_teacher=flags.teacher != NONE)
-    console = Console(highlight=False)
+    console = make_console(80)
     if not flags.prompt and flags.file is None and sys.stdin.isatty():
         console.print("one prompt per line; an empty line ends")
     for prompt in sample_score.read_prompts(flags.prompt, flags.file, input):
@@ -56,8 +55,6 @@ def make_score_parser() -> FlagParser:
 
 def score(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Print the log-probs of a text's tokens under both models, as coloured text, JSON or a page."""
-    from rich.console import Console
-
     from opd.evaluation import sample_score
     from opd.evaluation.show import score_page, score_parts
     from opd.evaluation.target import find_target
@@ -76,6 +73,6 @@ def score(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     if flags.json:
         print(json.dumps(scores.to_dict(), ensure_ascii=False))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = make_console(80, soft_wrap=True)
         for part in score_parts(scores):
             console.print(part)

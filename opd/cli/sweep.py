@@ -16,7 +16,6 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -25,12 +24,12 @@ from opd.config.schema import AUTO, Direction, SweepConfig
 from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
 from opd.runs.folder import STATUS, Status, write_json
 from opd.runs.reader import MEMBER
+from opd.runs.text import format_number, make_console
 
 log = logging.getLogger(__name__)
 
 SCREEN = "screen.txt"
 EXTRAS = {"hydra_optuna_sweeper": "optuna", "hydra_joblib_launcher": "joblib", "hydra_submitit_launcher": "submitit"}
-WIDTH = 160  # of the table when the output is not a terminal
 NO_OUTCOME = "left no outcome: killed, out of memory, or still running"
 
 
@@ -154,18 +153,15 @@ def best_member(config: SweepConfig, members: Sequence[Member]) -> Member | None
 
 def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
     """Print a table with the outcome of each member, the best member, and how to resume."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
+    console = make_console()
     best = best_member(sweep.config, members)
     metric = "objective" if sweep.config.metric == AUTO else sweep.config.metric
     table = Table(title="sweep", title_justify="left", show_edge=False)
     for column in ("member", "status", metric, "reason"):
         table.add_column(column, justify="right" if column == metric else "left", overflow="fold")
     for member in members:
-        value = "–" if member.objective is None else f"{member.objective:.6g}"
-        style = "bold" if member is best else ""
-        table.add_row(Text(label(sweep, member)), Text(member.status), Text(value), Text(member.reason), style=style)
+        cells = (label(sweep, member), member.status, format_number(member.objective, ".6g"), member.reason)
+        table.add_row(*map(Text, cells), style="bold" if member is best else "")
     console.print(table)
     done = sum(member.status == Status.done.value for member in members)
     total = f" of {sweep.members}" if sweep.members is not None else ""
