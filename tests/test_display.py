@@ -5,12 +5,14 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from opd.training import metrics
 from opd.training.display import Display, NoteHandler
 from opd.training.evaluate import Evaluation, Rewards
 from opd.training.loop import Evaluated, StepDone
+from opd.training.tokens import Tokens
 
 HOSTILE = "a\x1b[31mb\x07\u202ec\nd\r"
 SUMMARY = {
@@ -31,7 +33,7 @@ def make_display(screen: io.StringIO, max_steps: int = 3, **options: object) -> 
 
 
 def step_done(step: int) -> StepDone:
-    return StepDone(step, {"reverse_kl": 1.5 / step, "truncated": 0.25, "unlisted": 1.0}, {}, [])
+    return StepDone(step, {"reverse_kl": 1.5 / step, "truncated": 0.25, "unlisted": 1.0}, {}, Tokens([], torch.device("cpu")), [], {})
 
 
 def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:

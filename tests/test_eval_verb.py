@@ -1,4 +1,4 @@
-"""`opd eval` judges models on the same prompts, and its intervals are those of the bootstrap."""
+"""`opd eval` compares models on the same prompts; its intervals are those of the bootstrap."""
 
 import itertools
 import json
@@ -37,14 +37,14 @@ def in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def evaluate(capfd: pytest.CaptureFixture[str]) -> Any:
-    """`opd eval --json` with the words: what it printed."""
+    """Run `opd eval --json` and return what it printed."""
 
     def run(*words: str) -> dict[str, Any]:
         code = cli.main(["eval", *words, "--json"])
         shown = capfd.readouterr()
         assert code == errors.OK, shown.err
-        found: dict[str, Any] = json.loads(shown.out)
-        return found
+        evaluation: dict[str, Any] = json.loads(shown.out)
+        return evaluation
 
     return run
 
@@ -53,7 +53,7 @@ def tree(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_run_is_judged_as_it_judged_itself_and_nothing_of_it_is_touched(trained: Path, evaluate: Any) -> None:
+def test_eval_of_a_run_repeats_its_own_evaluation_and_changes_none_of_its_files(trained: Path, evaluate: Any) -> None:
     run = trained / "runs" / "run"
     before, summary = tree(run), json.loads((run / "summary.json").read_text())
     found = evaluate(str(run))
@@ -71,7 +71,7 @@ def test_a_run_is_judged_as_it_judged_itself_and_nothing_of_it_is_touched(traine
     assert before.items() <= tree(run).items()
 
 
-def test_options_change_a_runs_config_and_only_what_they_name(trained: Path, evaluate: Any) -> None:
+def test_overrides_change_only_what_they_name_in_the_config_of_a_run(trained: Path, evaluate: Any) -> None:
     run = str(trained / "runs" / "run")
     found = evaluate(run, "eval.limit=6", "eval.samples=3", "eval.temperature=0.7", "--baseline", "none", "--out", "out.json")
     task = found["tasks"]["evaluation"]
@@ -82,18 +82,27 @@ def test_options_change_a_runs_config_and_only_what_they_name(trained: Path, eva
     assert json.loads(Path("out.json").read_text()) == found
 
 
-def test_a_model_folder_against_others(evaluate: Any, tmp_path: Path) -> None:
-    words = ["bundled:tiny-student", "data=arithmetic", "eval=arithmetic", *SMALL, "--teacher", "bundled:tiny-teacher", "device=cpu"]
-    one = evaluate(*words, "eval.limit=40", "--baseline", "bundled:tiny-teacher")["tasks"]["evaluation"]
-    assert one["models"]["baseline"]["mean"] == one["models"]["teacher"]["mean"] == 1
-    assert one["against"]["baseline"]["high"] < 0 and one["gap_closed"] is None
-    assert one["models"]["baseline"]["kl"] == pytest.approx(0, abs=1e-6), "the teacher is itself"
-    other = evaluate(*words, "data.seed=5", "eval.reward=null")["tasks"]["evaluation"]
-    assert one["models"]["model"]["kl"] != other["models"]["model"]["kl"], "another seed makes other questions"
-    assert list(tmp_path.iterdir()) == [], "only a run has a place for the result"
+def test_a_model_against_a_given_baseline_and_teacher(evaluate: Any, tmp_path: Path) -> None:
+    words = [
+        "bundled:tiny-student",
+        "data=arithmetic",
+        "eval=arithmetic",
+        *SMALL,
+        "device=cpu",
+        "model.dtype=float32",
+        "teacher.dtype=float32",
+    ]
+    found = evaluate(*words, "--teacher", "bundled:tiny-teacher", "--baseline", "bundled:tiny-teacher")
+    task = found["tasks"]["evaluation"]
+    assert list(found) == ["target", "model", "baseline", "teacher", "seed", "overrides", "tasks"]
+    assert list(found["tasks"]) == ["evaluation"]
+    assert task["models"]["baseline"]["mean"] == task["models"]["teacher"]["mean"] == 1
+    assert task["against"]["baseline"]["high"] < 0 and task["gap_closed"] is None
+    assert task["models"]["baseline"]["kl"] == pytest.approx(0, abs=1e-6), "the baseline is the teacher"
+    assert list(tmp_path.iterdir()) == [], "only the result of a run is stored, in its folder"
 
 
-def test_the_table(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_an_evaluation(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(trained / "runs" / "run"), "--out", "x.json"]) == errors.OK
     shown = capfd.readouterr().out
     for part in ("16 prompts of arithmetic, greedy", "reward", "against the baseline:", "written to x.json", "KL to teacher"):
@@ -101,12 +110,11 @@ def test_the_table(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code", "said"),
+    ("words", "code", "part"),
     [
         (["nowhere/at/all", "teacher=tiny"], 64, "there is no such folder"),
         (["a", "b"], 64, "--baseline"),
         (["eval.samples=2"], 64, "eval.temperature"),
-        (["eval.tasks={a: {optim.lr: 1}}"], 64, "data=NAME eval=NAME"),
         (["--teacher"], 64, "expected one argument"),
         (["-m", "seed=0,1"], 64, "one config at a time"),
         (["broken"], 65, "there is no final/ in it: the run is failed"),
@@ -114,22 +122,24 @@ def test_the_table(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
         (["broken/final", "teacher=tiny"], 64, "broken/final: there is no such folder"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], code: int, said: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_eval_mistakes_are_one_line_with_an_exit_code(
+    words: list[str], code: int, part: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "status.json").write_text('{"status": "failed", "reason": "", "exit_code": 70}')
     (tmp_path / "broken" / "run.json").write_text('{"config": {"seed": 0}}')
     assert cli.main(["eval", *words]) == code
     shown = capfd.readouterr()
-    assert said in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+    assert part in shown.err and shown.err.count("\n") == 1 and shown.out == ""
 
 
-def test_a_run_and_an_experiment_do_not_go_together(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_experiment_cannot_override_a_run(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(trained / "runs" / "run"), "experiment=tiny"]) == errors.USAGE
-    assert "brings a config of its own" in capfd.readouterr().err
+    assert "experiment=tiny: the run has its own config" in capfd.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(trained: Path) -> None:
+def test_eval_on_two_processes_equals_one(trained: Path) -> None:
     words = ["-m", "opd", "eval", str(trained / "runs" / "run"), "--json", "eval.limit=15", "eval.kl_prompts=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
@@ -144,7 +154,7 @@ def test_two_processes_give_what_one_gives(trained: Path) -> None:
 # Intervals
 
 
-def test_the_bootstrap_is_that_of_all_resamples() -> None:
+def test_bootstrap_matches_enumeration_of_all_resamples() -> None:
     values = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
     drawn = bootstrap.resampled_means(values, draws=200_000)
     everything = torch.tensor([[row[list(index)].double().mean() for row in values] for index in itertools.product(range(3), repeat=3)])
@@ -155,15 +165,15 @@ def test_the_bootstrap_is_that_of_all_resamples() -> None:
         assert float(share.double().mean()) == pytest.approx(float(wanted.double().mean()), abs=0.005)
 
 
-def test_the_bootstrap_of_many_is_the_normal_interval() -> None:
+def test_bootstrap_of_many_prompts_matches_the_normal_interval() -> None:
     values = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    low, high = bootstrap.quantiles(bootstrap.resampled_means(values)[:, 0])
+    low, high = bootstrap.quantile_interval(bootstrap.resampled_means(values)[:, 0])
     wanted = interval(values[0].tolist())
     width = wanted[1] - wanted[0]
     assert abs(low - wanted[0]) < 0.03 * width and abs(high - wanted[1]) < 0.03 * width
 
 
-def test_the_bootstrap_is_seeded_and_paired() -> None:
+def test_bootstrap_is_seeded_and_paired() -> None:
     values = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
     assert torch.equal(bootstrap.resampled_means(values, seed=3), bootstrap.resampled_means(values, seed=3))
     assert not torch.equal(bootstrap.resampled_means(values, seed=3), bootstrap.resampled_means(values, seed=4))
@@ -171,14 +181,14 @@ def test_the_bootstrap_is_seeded_and_paired() -> None:
     assert torch.allclose(same[:, 1] - same[:, 0], torch.ones(len(same), dtype=torch.float64)), "a constant lead has no spread"
 
 
-def test_a_gap_that_may_be_none_has_no_interval() -> None:
+def test_gap_closed_has_no_interval_where_the_teacher_may_not_be_better() -> None:
     now, before, teacher = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
-    assert bootstrap.gap_closed(torch.stack([now, before, teacher], 1)) is None
-    low, high = bootstrap.gap_closed(torch.stack([now * 0 + 0.5, before * 0, teacher * 0 + 1], 1)) or (0, 0)
+    assert bootstrap.gap_closed_interval(now, before, teacher) is None
+    low, high = bootstrap.gap_closed_interval(now * 0 + 0.5, before * 0, teacher * 0 + 1) or (0, 0)
     assert low == high == 0.5
 
 
-def test_pass_at_k_counts_all_subsets() -> None:
+def test_pass_at_k_matches_enumeration_of_all_subsets() -> None:
     for right in range(6):
         answers = [1] * right + [0] * (5 - right)
         for k in range(1, 6):
@@ -186,14 +196,14 @@ def test_pass_at_k_counts_all_subsets() -> None:
             assert judge.pass_at(right, 5, k) == pytest.approx(wanted)
 
 
-def test_figures_are_of_prompts_and_not_of_answers() -> None:
+def test_intervals_are_over_prompts_not_over_answers() -> None:
     answers = [judge.Answer(prompt, float(prompt == 0), 3, truncated=False) for prompt in (0, 1) for _ in range(50)]
-    found = judge.result({"model": answers, "teacher": answers}, {}, Config(eval=EvalConfig(samples=50, temperature=1.0)))
-    own = found["models"]["model"]
-    assert own["mean"] == 0.5 and (own["low"], own["high"]) == (0, 1), "two prompts, whatever the number of answers to each"
-    assert own["pass"]["50"] == 0.5 and found["against"]["teacher"] == {"mean": 0, "low": 0, "high": 0}
+    result = judge.compare_answers({"model": answers, "teacher": answers}, {}, Config(eval=EvalConfig(samples=50, temperature=1.0)))
+    statistics = result["models"]["model"]
+    assert statistics["mean"] == 0.5 and (statistics["low"], statistics["high"]) == (0, 1), "two prompts"
+    assert statistics["pass"]["50"] == 0.5 and result["against"]["teacher"] == {"mean": 0, "low": 0, "high": 0}
 
 
-def test_greedy_answers_are_not_asked_for_twice() -> None:
-    with pytest.raises(ConfigError, match=r"eval\.samples=2: .*eval\.temperature"):
+def test_several_greedy_answers_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"samples.*temperature"):
         EvalConfig(samples=2)

@@ -128,10 +128,12 @@ def test_missing_device_is_refused():
     assert models.find_device(Device.cpu).type == "cpu"
 
 
-def test_student_weights_are_float32_and_teacher_weights_follow_dtype():
+def test_student_weights_are_float32_and_teacher_weights_follow_dtype(monkeypatch):
     cpu = torch.device("cpu")
     bundled = ModelConfig(path="bundled:tiny-student", dtype=Dtype.bfloat16)
     assert models.load_model(bundled, "model", cpu).dtype == torch.float32
     assert models.load_model(bundled, "teacher", cpu).dtype == torch.bfloat16
     assert models.computes_in_bf16(Dtype.bfloat16, cpu) and not models.computes_in_bf16(Dtype.float32, cpu)
-    assert not models.computes_in_bf16(Dtype.auto, cpu)
+    for is_fast in (True, False):
+        monkeypatch.setattr(models, "is_fast_in_bf16", lambda device, is_fast=is_fast: is_fast)
+        assert models.computes_in_bf16(Dtype.auto, cpu) is is_fast

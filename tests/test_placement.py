@@ -171,11 +171,14 @@ def test_loading_device_of_the_teacher_follows_its_placement():
     ("options", "said"),
     [
         ({"teacher.placement": "device"}, r"teacher\.device=None"),
-        ({"teacher.device": "cuda:1"}, r"teacher\.placement=device teacher\.device=cuda:1"),
-        ({"teacher.placement": "device", "teacher.device": "cuda"}, "a GPU by its number"),
-        ({"teacher.placement": "offload", "teacher.quantization": "nf4"}, r"set teacher\.placement=same, not offload"),
-        ({"teacher.quantization": "int8", "teacher.gguf_file": "x.gguf"}, "GGUF"),
-        ({"teacher.placement": "offload", "teacher.path": "m", "model.path": "m", "lora.rank": 4, "teacher.system": "s"}, "own base"),
+        ({"teacher.device": "cuda:1"}, r"^teacher\.device='cuda:1': .*teacher\.placement=device"),
+        ({"teacher.placement": "device", "teacher.device": "cuda"}, r"^teacher\.device=.?cuda.?: .*cuda:1"),
+        ({"teacher.placement": "offload", "teacher.quantization": "nf4"}, r"^teacher\.quantization=nf4: .*teacher\.placement=same"),
+        ({"teacher.quantization": "int8", "teacher.gguf_file": "x.gguf"}, r"^teacher\.quantization=int8: .*teacher\.gguf_file"),
+        (
+            {"teacher.placement": "offload", "teacher.path": "m", "model.path": "m", "lora.rank": 4, "teacher.system": "s"},
+            r"^teacher\.placement=offload: .*teacher\.placement=same",
+        ),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(options, said):

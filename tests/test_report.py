@@ -129,7 +129,7 @@ def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capfd)
     assert main([*DEBUG, "name=run", "train.max_steps=1"]) == 0
     folder = tmp_path / "runs" / "run"
     assert json.loads((folder / "status.json").read_text())["status"] == "done" and not (folder / "report.html").exists()
-    assert "report.html cannot be written" in capfd.readouterr().out + (folder / "train.log").read_text()
+    assert "report.html could not be saved" in capfd.readouterr().out + (folder / "train.log").read_text()
 
 
 def test_report_of_a_run_that_is_new_or_half_way(tmp_path):

@@ -19,7 +19,7 @@ from opd.evaluation.sample_score import ScoredText
 from opd.evaluation.show import completion_table, score_page, score_parts
 from opd.models import load as models
 
-TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu"]
+TINY = ["bundled:tiny-student", "teacher=tiny", "data=arithmetic", "device=cpu", "model.dtype=float32", "teacher.dtype=float32"]
 DOCUMENT_TAGS = ("html", "head", "meta", "title", "style", "body", "main", "footer")
 HOSTILE = '<script>alert(1)</script>\u202e"onload="x" \x1b[31m & \u2066'
 

@@ -114,7 +114,7 @@ def wrong_value(error: omegaconf_errors.ValidationError, override: str | None) -
     word = f"{key}={error.value}"
     known = options()
     problem = f"must be {describe_type(known[key])}" if key in known else first_line(error)
-    return removed(word) or f"{override or word}: {problem}"
+    return removed(override or word) or removed(word) or f"{override or word}: {problem}"
 
 
 def first_line(error: BaseException) -> str:

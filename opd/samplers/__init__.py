@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Sequence
 
+import torch
+
 from opd.config.schema import Config, Engine, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.samplers.base import Decoding, Sampler, SamplerSpec
@@ -25,7 +27,7 @@ def make_sampler(config: Config, spec: SamplerSpec, bf16_copy: bool) -> Sampler:
     if config.sampling.engine is not Engine.vllm:
         return GenerateSampler(spec, bf16_copy)
     options = config.sampling.vllm
-    bf16 = spec.bf16 or config.sampling.dtype is SamplingDtype.bfloat16
+    bf16 = spec.bf16 or spec.model.dtype == torch.bfloat16 or config.sampling.dtype is SamplingDtype.bfloat16
     if options.url is None:
         return VllmSampler(spec, bf16, config.sampling.memory_share)
     return VllmServerSampler(spec, bf16, options.url, options.timeout, options.weights_folder)

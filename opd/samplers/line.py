@@ -62,8 +62,8 @@ class SlotLayer(StaticLayer):
     slot: Tensor
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.slot, key_states)
-        self.values.index_copy_(2, self.slot, value_states)
+        self.keys.index_copy_(2, self.slot, key_states.to(self.keys.dtype))  # autocast mixes dtypes
+        self.values.index_copy_(2, self.slot, value_states.to(self.values.dtype))
         return self.keys, self.values
 
 
