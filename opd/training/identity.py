@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.compose import to_dict
-from opd.config.schema import Config
+from opd.config.schema import REMOVED, Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
 
@@ -108,7 +108,7 @@ def refuse(changed: list[str], where: Path, force: bool) -> list[str]:
 
 def differences(old: Any, new: Any, key: str = "") -> list[str]:
     """Return the options that differ and change the training, with old and new value."""
-    if key in MAY_CHANGE:
+    if key in MAY_CHANGE or key in REMOVED:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         return [line for name in {**old, **new} for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
