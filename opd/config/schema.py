@@ -451,7 +451,7 @@ class Config(Section):
     def __post_init__(self) -> None:
         self.check_bounds()
         fits = re.fullmatch(r"[\w+=,@-][\w.+=,@-]*", self.name) is not None
-        self.require("name", fits, "names the run folder: use letters, digits and . _ - + = , only")
+        self.require("name", fits, "it names the run folder; use letters, digits and . _ - + = , only")
         self.require("resume", bool(self.resume.strip()), "must be auto, never or the path of a checkpoint")
 
         if self.shares_base:
