@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M-Instruct, fetched by the shipped script (93 MB, once; models/ is kept between runs)."""
+"""Real weights: SmolLM2-135M-Instruct, downloaded by scripts/fetch_smollm2 (93 MB, once; models/ is kept between test runs)."""
 
 import json
 import os
@@ -27,28 +27,28 @@ def weights() -> Path:
     return folder
 
 
-def test_gguf_file_gives_the_logits_of_the_model_it_was_converted_from(weights):
+def test_gguf_file_has_the_logits_and_tokens_of_its_model(weights):
     gguf = ModelConfig(path=str(weights / "gguf"), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
     plain = ModelConfig(path=str(weights / "teacher"))
     ids = torch.arange(100, 140)[None]
     with torch.no_grad():
         logits = [models.load_model(config, "model", torch.device("cpu"))(ids).logits for config in (gguf, plain)]
     assert torch.allclose(*logits, atol=1e-4)
-    ours, theirs = (models.load_tokenizer(config, "model").get_vocab() for config in (gguf, plain))
-    assert ours == theirs
+    tokens = [models.load_tokenizer(config, "model").get_vocab() for config in (gguf, plain)]
+    assert tokens[0] == tokens[1]
 
 
-def test_few_steps_on_real_weights_reduce_the_kl(weights, tmp_path, monkeypatch, capfd):
+def test_three_steps_on_real_weights_lower_the_kl(weights, tmp_path, monkeypatch, capfd):
     pytest.importorskip("reasoning_gym")
     monkeypatch.chdir(tmp_path)
     options = [f"model.path={weights / 'student'}", f"teacher.path={weights / 'teacher'}", "name=run", "device=cpu"]
     short = ["train.max_steps=3", "train.batch_size=4", "sampling.max_new_tokens=16", "eval.kl_prompts=8", "eval.kl_max_new_tokens=16"]
-    # Exact, because three steps of the sampled objective are too noisy to promise anything.
+    # Exact, because three steps of the sampled estimator are too noisy to be sure of a lower KL.
     fast = ["ppo.estimator=exact", "optim.lr=1e-4", "optim.schedule=constant", "optim.warmup_steps=0"]
     assert main(["experiment=smollm2", *options, *short, *fast]) == 0, capfd.readouterr().err
     folder = tmp_path / "runs" / "run"
     summary = json.loads((folder / "summary.json").read_text())
-    assert 0.3 < summary["eval_kl_before"] < 3  # three of thirty layers are missing
+    assert 0.3 < summary["eval_kl_before"] < 3  # the student lacks three of thirty layers
     assert summary["eval_kl_after"] < 0.9 * summary["eval_kl_before"]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(line["engine_gap"] for line in metrics) < 1e-3

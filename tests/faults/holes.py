@@ -46,7 +46,7 @@ class Hole(NamedTuple):
 HOLES = {
     "no-manifest": Hole(skip_manifest, "corruptions", 3),
     "no-buffer": Hole(lose_rollouts, "stops", 1),
-    "no-flush": Hole(skip_flush, "power-cuts", 1),
+    "no-flush": Hole(skip_flush, "power-cuts", 100),
     "no-lock": Hole(skip_lock, "second-writer", 1),
     "no-check-of-numbers": Hole(accept_non_finite, "not-finite", 4),
 }

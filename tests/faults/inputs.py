@@ -170,7 +170,7 @@ def outside(number: int, folder: Path, root: Path) -> Try:
         elsewhere.mkdir()
         (folder / "runs/run").mkdir(parents=True)
         (folder / "runs/run/checkpoints").symlink_to(elsewhere)
-        problem = refused(folder, RUN, 74, "checkpoints") or ("written elsewhere" if any(elsewhere.iterdir()) else None)
+        problem = refused(folder, RUN, 74, "checkpoints") or ("the linked folder was used" if any(elsewhere.iterdir()) else None)
     elif fault == "pickle in a checkpoint":
         words = [*RUN, "train.max_steps=3"]
         assert finish(folder, words) is None

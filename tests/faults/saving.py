@@ -6,7 +6,8 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from faults.harness import RUN, Fault, Tries, Try, each_try, finish, new_folder,
 from faults.hooks import file_operations, snapshot_of
 from opd.errors import OutputError
 from opd.training.checkpoint import MODEL, Checkpoints
+
+SavesWithFault = Callable[[Checkpoints, int], bool]  # saves with a fault at a file operation; returns whether it fired
 
 
 def usable(checkpoints: Checkpoints, oldest: int) -> str | None:
@@ -41,17 +44,8 @@ def with_two(folder: Path) -> Checkpoints:
     return checkpoints
 
 
-def list_operations(folder: Path) -> list[str]:
-    """Return the file operations of a save that also deletes an old checkpoint and marks the best."""
-    names: list[str] = []
-    checkpoints = with_two(folder)
-    with file_operations(lambda name, call, args: (names.append(name), call())[1]):
-        checkpoints.commit(snapshot_of(3), best=0.5)
-    return names
-
-
 def at_operation(place: int, half: bool, fault: Callable[[], None]) -> hooks.Act:
-    """Call `fault` before the file operation `place` (from 0), with `half` after it has written half a file."""
+    """Call `fault` before the file operation `place` (from 0) or, with `half`, after half of its data are in the file."""
     count = 0
 
     def act(name: str, call: Callable[[], Any], args: tuple[Any, ...]) -> Any:
@@ -68,28 +62,41 @@ def at_operation(place: int, half: bool, fault: Callable[[], None]) -> hooks.Act
     return act
 
 
+def failing_saves(times: int, root: Path, kinds: Sequence[tuple[str, SavesWithFault]]) -> Tries:
+    """Save with each kind of fault at each file operation, then check the previous checkpoint and the next save."""
+    operations: list[str] = []
+    first = with_two(root / "first")
+    with file_operations(lambda name, call, args: (operations.append(name), call())[1]):
+        first.commit(snapshot_of(3), best=0.5)
+    for number in range(1, times + 1):
+        place = number % len(operations)
+        name, save = kinds[number // len(operations) % len(kinds)]
+        checkpoints = with_two(root / f"checkpoints{number}")
+        fired = save(checkpoints, place)
+        problem = usable(checkpoints, 2)
+        if problem is None:
+            checkpoints.save(snapshot_of(4))
+            problem = usable(checkpoints, 4) or (None if checkpoints.failures == 0 else "failures are still counted")
+        yield Try(f"{name} at operation {place} ({operations[place]})", fired, problem)
+        shutil.rmtree(checkpoints.folder)
+    return f"{len(operations)} operations x {len(kinds)}"
+
+
 def kills_in_save(times: int, root: Path) -> Tries:
     """SIGKILL before, or half-way through, each file operation of a save.
 
     The previous checkpoint is usable, and the next save works.
     """
-    operations = list_operations(root / "first")
-    for number in range(1, times + 1):
-        place, half = number % len(operations), number // len(operations) % 2 == 1
-        checkpoints = with_two(root / f"checkpoints{number}")
+
+    def killed(checkpoints: Checkpoints, place: int, half: bool) -> bool:
         pid = os.fork()
         if pid == 0:
             with file_operations(at_operation(place, half, lambda: os.kill(os.getpid(), signal.SIGKILL))):
                 checkpoints.commit(snapshot_of(3), best=0.5)
             os._exit(0)
-        killed = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-        problem = usable(checkpoints, 2)
-        if problem is None:
-            checkpoints.commit(snapshot_of(4))
-            problem = usable(checkpoints, 4)
-        yield Try(f"operation {place} ({operations[place]}{', half-way' if half else ''})", killed, problem)
-        shutil.rmtree(checkpoints.folder)
-    return f"{len(operations)} operations"
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+
+    return failing_saves(times, root, [("before", partial(killed, half=False)), ("half-way", partial(killed, half=True))])
 
 
 def disk_errors(times: int, root: Path) -> Tries:
@@ -97,26 +104,21 @@ def disk_errors(times: int, root: Path) -> Tries:
 
     Training continues, the previous checkpoint is usable, and the next save works.
     """
-    operations = list_operations(root / "first")
-    kinds = [(code, half) for code in (errno.ENOSPC, errno.EIO) for half in (False, True)]
-    for number in range(1, times + 1):
-        place = number % len(operations)
-        code, half = kinds[number // len(operations) % len(kinds)]
-        checkpoints, fired = with_two(root / f"checkpoints{number}"), []
 
-        def fault(code: int = code, fired: list[int] = fired) -> None:
-            fired.append(code)
+    def failed(checkpoints: Checkpoints, place: int, half: bool, code: int) -> bool:
+        fired = False
+
+        def fault() -> None:
+            nonlocal fired
+            fired = True
             raise OSError(code, os.strerror(code))
 
         with file_operations(at_operation(place, half, fault)):
             checkpoints.save(snapshot_of(3), best=0.5)  # raises only at the third failure in a row
-        problem = usable(checkpoints, 2)
-        if problem is None:
-            checkpoints.save(snapshot_of(4))
-            problem = usable(checkpoints, 4) or (None if checkpoints.failures == 0 else "failures are still counted")
-        yield Try(f"{os.strerror(code)} at operation {place} ({operations[place]})", bool(fired), problem)
-        shutil.rmtree(checkpoints.folder)
-    return f"{len(operations)} operations"
+        return fired
+
+    kinds = [(errno.errorcode[code], partial(failed, half=half, code=code)) for code in (errno.ENOSPC, errno.EIO) for half in (False, True)]
+    return failing_saves(times, root, kinds)
 
 
 @each_try
@@ -135,7 +137,7 @@ def full_disks(number: int, folder: Path, root: Path) -> Try:
             problem = problem or f"status {status(folder)}, checkpoints {valid_checkpoints(folder)}"
         (disk / "filler").unlink(missing_ok=True)
         what = f"{number}: {'for good' if for_good else 'for a while'}, {'tmpfs' if mounted else 'simulated'}"
-        return Try(what, "could not be written" in ended.output, problem or resume_to_reference(root, folder))
+        return Try(what, (folder / hooks.FIRED).exists(), problem or resume_to_reference(root, folder))
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)
@@ -148,6 +150,8 @@ def fill_disk(filler: Path, real: bool, for_good: bool) -> Fault:
     def fill() -> None:
         nonlocal saves
         saves += 1
+        if saves == 3:
+            hooks.FIRED.touch()
         if saves == 3 and not real:
             hooks.report_free_disk(0)
         elif saves == 3:

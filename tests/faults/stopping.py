@@ -33,31 +33,7 @@ def random_kills(times: int, root: Path) -> Tries:
 
     The same command resumes; final weights are bitwise those of an undisturbed run.
     """
-    draw, words = random.Random(1), LONG_RUN if times > 10 else RUN
-    done, runs, in_save, before_first = 0, 0, 0, 0
-    while done < times:
-        folder, kills, runs, seconds = new_folder(root, "kills"), 0, runs + 1, run_seconds(root, words)
-        while kills < min(FAULTS_PER_RUN, times - done):
-            [child] = start(folder, words)
-            time.sleep(draw.uniform(0, seconds))
-            child.kill(signal.SIGKILL)
-            if child.wait().code != -signal.SIGKILL:
-                break
-            kills += 1
-            in_save += any((folder / "runs/run/checkpoints").glob("tmp_*"))
-            before_first += not valid_checkpoints(folder)
-        problem = resume_to_reference(root, folder, words)
-        done += kills
-        for _ in range(kills):
-            yield Try(f"run {runs}", True, problem)
-    return f"{runs} runs, {in_save} kills inside a save, {before_first} before the first"
-
-
-def run_seconds(root: Path, words: Sequence[str]) -> float:
-    """Return how long an undisturbed run takes at present."""
-    folder, begin = new_folder(root, "timed"), time.monotonic()
-    assert finish(folder, words) is None
-    return time.monotonic() - begin
+    return random_moments(times, root, [signal.SIGKILL])
 
 
 def random_signals(times: int, root: Path) -> Tries:
@@ -66,33 +42,40 @@ def random_signals(times: int, root: Path) -> Tries:
     The run ends with 75 and a checkpoint, or had not begun and leaves the last checkpoint untouched; final weights are bitwise those of an
     undisturbed run.
     """
-    draw, words = random.Random(2), LONG_RUN if times > 10 else RUN
-    done, runs, saved = 0, 0, 0
+    return random_moments(times, root, [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+
+
+def random_moments(times: int, root: Path, signals: Sequence[signal.Signals]) -> Tries:
+    draw, words = random.Random(1), LONG_RUN if times > 10 else RUN
+    done, runs, saved, in_save = 0, 0, 0, 0
     while done < times:
-        folder, runs, tries, seconds = new_folder(root, "signals"), runs + 1, list[Try](), run_seconds(root, words)
+        timed, begin = new_folder(root, "timed"), time.monotonic()
+        assert finish(timed, words) is None
+        seconds = time.monotonic() - begin  # of an undisturbed run at present
+        folder, runs, tries = new_folder(root, "run"), runs + 1, list[Try]()
         while len(tries) < min(FAULTS_PER_RUN, times - done):
-            before = valid_checkpoints(folder)
-            number = draw.choice((signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+            before, number = valid_checkpoints(folder), draw.choice(signals)
             [child] = start(folder, words)
             time.sleep(draw.uniform(0.02, seconds))
             child.kill(number)
             ended = child.wait()
             if ended.code == 0:
-                break  # too late to be a try
-            problem = ended.unless(75, -number, 130)
-            if ended.code == 75:
-                saved += 1
-                if status(folder)["status"] != "preempted":
-                    problem = f"status {status(folder)}"
-            elif valid_checkpoints(folder) != before:
-                problem = problem or f"checkpoints were {before}, are {valid_checkpoints(folder)}"
-            if before and not valid_checkpoints(folder):
+                break  # the signal came too late
+            after = valid_checkpoints(folder)
+            problem = ended.unless(-number) if number == signal.SIGKILL else ended.unless(75, 130, -number)
+            if before and not after:
                 problem = problem or "no checkpoint is left"
-            tries.append(Try(f"{signal.Signals(number).name} in run {runs}", True, problem))
+            if ended.code == 75 and status(folder)["status"] != "preempted":
+                problem = f"status {status(folder)}"
+            if number != signal.SIGKILL and ended.code != 75 and after != before:
+                problem = problem or f"checkpoints were {before}, are {after}"
+            saved += ended.code == 75
+            in_save += any((folder / "runs/run/checkpoints").glob("tmp_*"))
+            tries.append(Try(f"{number.name} in run {runs}", True, problem))
         at_end = resume_to_reference(root, folder, words)
         done += len(tries)
         yield from (attempt._replace(problem=attempt.problem or at_end) for attempt in tries)
-    return f"{runs} runs, {saved} stopped with 75, {done - saved} before the run had begun"
+    return f"{runs} runs, {in_save} ended inside a save, {saved} with 75"
 
 
 def at_signal_check(place: int) -> Fault:
