@@ -37,7 +37,7 @@ class OnPolicyDistillationTrainer:
     """Trains `model` towards `teacher_model` on completions that it samples itself.
 
     Args:
-        model, teacher_model: A hub id, a folder, or a loaded causal language model, which is trained in place, in float32.
+        model, teacher_model: A hub id, a folder, or a loaded causal language model; the student is trained in place and ends in float32.
         train_dataset, eval_dataset: Rows with `prompt` (a text or a list of chat messages) and, where they are judged, `answer` or
             `get_reward`, a function from the completion's text to a float or None. Rows are mappings, or objects with these attributes.
         tokenizer: Needed with a loaded model whose folder is not known.
@@ -48,7 +48,7 @@ class OnPolicyDistillationTrainer:
         clip_eps: PPO's clip range.
         batch_size: Prompts per process and step, each sampled `samples_per_prompt` times.
         output_dir: The run folder; a run that was interrupted there is resumed.
-        use_accelerate: False promises one process, and is refused under a launcher of several.
+        use_accelerate: False requires a single process; it is an error under a launcher of several.
         callbacks: Called with every event of the run (`opd.training.loop.Event`).
         options: Any other option of the configuration by its dotted name, for example {"ppo.advantage_clip": 2.0, "seed": 1}.
 

@@ -107,7 +107,7 @@ def test_changed_option_in_the_same_folder_is_refused_with_old_and_new_value(fin
     assert main([*DEBUG, "name=run", "optim.lr=2e-4"]) == 64
     assert "optim.lr was 0.0001, is 0.0002" in capfd.readouterr().err
     assert main([*DEBUG, "name=run", "resume=never"]) == 64
-    assert "holds a run already" in capfd.readouterr().err
+    assert "already contains a run" in capfd.readouterr().err
     assert main([*DEBUG, "name=run", "eval.limit=8"]) == 64
     assert "eval.limit was 16, is 8" in capfd.readouterr().err
     assert json.loads((finished / "status.json").read_text())["status"] == "done"

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig
+from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig, TrainConfig
 from opd.data import hub
 from opd.errors import ConfigError
 from opd.models.policy import output_head
@@ -36,6 +36,13 @@ def is_fast_in_bf16(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 does not have it
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def recomputes_activations(config: TrainConfig, device: torch.device) -> bool:
+    """Return whether activations are recomputed in the backward pass: as configured, else on a CPU, where it is faster too."""
+    if config.activation_checkpointing is None:
+        return device.type == "cpu" and not config.compile
+    return config.activation_checkpointing
 
 
 def uses_bf16_copy(dtype: SamplingDtype, device: torch.device, is_bf16: bool) -> bool:

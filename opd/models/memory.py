@@ -20,7 +20,7 @@ from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
 from opd.models.device import free_memory
-from opd.models.load import computes_in_bf16, load_with, uses_bf16_copy
+from opd.models.load import computes_in_bf16, load_with, recomputes_activations, uses_bf16_copy
 from opd.models.policy import add_adapters, decoder_layers, padding_limit
 from opd.objective import chunk_rows
 
@@ -124,16 +124,16 @@ def estimate(
         update["gradients"] = round(share * trained) + 2 * max(trained_rest, *map(trained_bytes, blocks))
     if prompts is not None:
         sampling |= sampling_bytes(config, student, teacher, *prompts, device)
-        sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device) else 0
+        sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device, sharded) else 0
         update |= update_bytes(config, student, prompts[0], device)
     return Memory(resident, sampling, update)
 
 
-def samples_with_copy(config: Config, device: torch.device) -> bool:
+def samples_with_copy(config: Config, device: torch.device, sharded: bool = False) -> bool:
     """Return whether this process samples with a copy of the weights in bf16, of `generate` or of vLLM."""
     if config.sampling.engine is Engine.vllm:
         return not config.sampling.by_server
-    return uses_bf16_copy(config.sampling.dtype, device, computes_in_bf16(config.model.dtype, device))
+    return uses_bf16_copy(config.sampling.dtype, device, computes_in_bf16(config.model.dtype, device) and not sharded)
 
 
 def sampling_bytes(
@@ -182,7 +182,7 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     activations = text.num_hidden_layers * layer
     frees_some = config.train.activation_checkpointing or config.lora.rank > 0
     slack = HEAP_SLACK * activations if frees_some and device.type == "cpu" else 0
-    if config.train.activation_checkpointing:
+    if recomputes_activations(config.train, device):
         activations = text.num_hidden_layers * rows * width * text.hidden_size * (BFLOAT16 if bf16 else FLOAT32) + layer
     copies = 1 if config.ppo.estimator is Estimator.sampled else 3
     chunk = min(head_rows(text.vocab_size, device), rows * config.sampling.max_new_tokens)

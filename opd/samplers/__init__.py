@@ -1,4 +1,4 @@
-"""Samplers generate completions with the student's current weights. `make_sampler` picks one by a rule, never by a stopwatch."""
+"""Samplers generate completions with the student's current weights. `make_sampler` picks one by a fixed rule, not by measuring speed."""
 
 import logging
 from collections.abc import Sequence

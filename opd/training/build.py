@@ -108,9 +108,7 @@ def build(
     sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies the student, which has to happen before it is sharded
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
     place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
-    checkpointing = config.train.activation_checkpointing
-    if checkpointing is None:
-        checkpointing = device.type == "cpu" and not config.train.compile  # on a CPU it is faster too: memory stays in the cache
+    checkpointing = load.recomputes_activations(config.train, device)
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)

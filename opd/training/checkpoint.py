@@ -330,7 +330,7 @@ def restore(checkpoint: Checkpoint, weights: dict[str, Tensor], optimizer: Optim
 def restore_weights(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
     """Copy the weights into `tensors`. Raises `OutputError` where they are another model's."""
     if tensor_names(checkpoint.path / MODEL) != tensors.keys():
-        raise OutputError(f"{checkpoint.path}: holds the weights of another model")
+        raise OutputError(f"{checkpoint.path}: contains the weights of another model")
     for name, tensor in tensors.items():
         tensor.copy_(shard_like(stored_tensor(checkpoint.path / MODEL, name), tensor))
 

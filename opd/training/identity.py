@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 # as long as their number over all processes stays.
 MAY_CHANGE = (
     "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.max_tokens_per_micro_batch",
+    "train.activation_checkpointing", "sampling.batch_size",
     "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "sampling.guard", "sampling.vllm", "launch",
     "sweep", "teacher.placement", "teacher.device",
 )  # fmt: skip
@@ -100,8 +101,8 @@ def check_content(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: P
 def refuse(changed: list[str], where: Path, force: bool) -> list[str]:
     if changed and not force:
         raise ConfigError(
-            f"{where} holds another run: {'; '.join(changed)}. Set another name=…, or repeat the options to resume "
-            "(resume_force=true resumes in spite of the differences)"
+            f"{where} contains another run: {'; '.join(changed)}. Set another name=…, or repeat the options to resume "
+            "(resume_force=true resumes despite the differences)"
         )
     return changed
 

@@ -86,7 +86,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
             display = Display(finished["steps"], shown=accelerator.is_main_process)
-            display.note(f"{folder} holds this run, finished; nothing to do (a new one: name=…)")
+            display.note(f"{folder} contains this run, already finished; to start a new run set name=…")
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
@@ -173,7 +173,7 @@ def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, An
     is_done = run_folder.status() is Status.done
     has_results = is_done or any((run_folder.path / CHECKPOINTS).glob("*step_*"))
     if config.resume == "never" and has_results:
-        raise ConfigError(f"resume=never: {run_folder.path} holds a run already; set another name=…, or resume=auto to resume it")
+        raise ConfigError(f"resume=never: {run_folder.path} already contains a run; set another name=…, or resume=auto to resume it")
     if not has_results or config.resume != "auto":
         return None
     changed = check_same(stored, wanted, run_folder.path, config.resume_force)
