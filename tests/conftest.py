@@ -1,5 +1,6 @@
 """What several test files need: small random models, no network."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -30,6 +31,19 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.3)
     return model
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    """Undo what a run in this process did to logging: its level, and the handler of its train.log."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if type(handler) is logging.FileHandler:
+            root.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture

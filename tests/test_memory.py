@@ -123,11 +123,13 @@ def test_activations_are_linear_in_layers_and_tokens(bf16: bool) -> None:
 
 
 def test_activation_checkpointing_and_smaller_micro_batches_need_less() -> None:
+    kept = {"train.activation_checkpointing": False}
     activations = [
         estimate(tiny(**options), 1, CPU, prompts=(PROMPTS, PROMPTS)).update["activations"]
-        for options in ({}, {"train.max_tokens_per_micro_batch": 300}, {"train.activation_checkpointing": True})
+        for options in (kept, {**kept, "train.max_tokens_per_micro_batch": 300}, {"train.activation_checkpointing": True}, {})
     ]
     assert activations[0] > 2 * activations[1] and activations[0] > activations[2] > 0
+    assert activations[3] == activations[2], "the default on a CPU"
 
 
 def test_peak_is_that_of_the_larger_phase() -> None:

@@ -263,16 +263,16 @@ KILLED = """
 import os, signal, sys
 from opd.cli import hydra_app
 from opd.training import runner
-from opd.runs.folder import RunFolder
+from opd.runs.folder import METRICS, RunFolder
 
-add = RunFolder.add_metrics
+append = RunFolder.append
 
-def add_metrics(self, line):
-    if "seed=1" in self.path.name and line["step"] == 2:
+def append_or_die(self, name, line):
+    if "seed=1" in self.path.name and name == METRICS and line["step"] == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-    add(self, line)
+    append(self, name, line)
 
-RunFolder.add_metrics = add_metrics
+RunFolder.append = append_or_die
 sys.exit(hydra_app.run_verb(runner.run, sys.argv[1:]))
 """
 
@@ -290,7 +290,7 @@ def test_killed_sweep_skips_finished_members_and_resumes_the_killed_one(capfd: p
     assert hydra_app.run_verb(runner.run, words) == errors.OK
     first, second = capfd.readouterr().out.partition("sweep\n")[0].split("\nmember ")
     assert "nothing to do" in first and "step 2/2" not in first
-    assert "going on after step 1" in second and "step 2/2" in second and "step 1/2" not in second
+    assert "resuming after step 1" in second and "step 2/2" in second and "step 1/2" not in second
     assert (folders[0] / "summary.json").stat().st_mtime_ns == before
     assert [member["status"] for member in members().values()] == 2 * ["done"]
     summaries = [run.summary for run in find_runs([Path("sweeps/s")])]
@@ -437,5 +437,5 @@ def test_slurm_job_saves_when_cancelled_and_is_queued_again_at_its_time_limit(nu
     assert code == errors.OK or "stopped by SIGTERM" in output
     assert opd(*words).returncode == errors.OK
     screen = metrics[0].with_name(sweep.SCREEN).read_text()
-    assert open_run(metrics[0].parent).status == "done" and ("going on after step" in screen or "nothing to do" in screen)
+    assert open_run(metrics[0].parent).status == "done" and ("resuming after step" in screen or "nothing to do" in screen)
     assert len((metrics[0].parent / "metrics.jsonl").read_text().splitlines()) == 60

@@ -180,9 +180,10 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     per_token, constant = activations_of_layer(student.config, width, bf16, config.lora)
     layer = rows * width * per_token + constant
     activations = text.num_hidden_layers * layer
-    frees_some = config.train.activation_checkpointing or config.lora.rank > 0
+    recomputes = recomputes_activations(config.train, device)
+    frees_some = recomputes or config.lora.rank > 0
     slack = HEAP_SLACK * activations if frees_some and device.type == "cpu" else 0
-    if recomputes_activations(config.train, device):
+    if recomputes:
         activations = text.num_hidden_layers * rows * width * text.hidden_size * (BFLOAT16 if bf16 else FLOAT32) + layer
     copies = 1 if config.ppo.estimator is Estimator.sampled else 3
     chunk = min(head_rows(text.vocab_size, device), rows * config.sampling.max_new_tokens)

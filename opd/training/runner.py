@@ -86,7 +86,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
             display = Display(finished["steps"], shown=accelerator.is_main_process)
-            display.note(f"{folder} contains this run, already finished; to start a new run set name=…")
+            display.note(f"{folder} contains this run, finished; nothing to do (for a new run, set name=…)")
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))

@@ -227,7 +227,7 @@ def compose_config(words: Sequence[str]) -> None:
 
     def work() -> None:
         secrets.refuse_in_words(words)
-        hydra_errors.refuse_choices(words)
+        hydra_errors.refuse_lists_of_choices(words)
         with hydra.initialize_config_dir(str(compose.conf_dir()), version_base="1.3"):
             composed = hydra.compose("config", list(words), return_hydra_config=True)
         HydraConfig.instance().set_config(composed)
