@@ -30,6 +30,7 @@ def test_every_fault_fires_and_is_survived() -> None:
     assert all(tried == fired == survived for _, tried, fired, survived, *_ in rows)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @linux_only
 def test_builds_with_a_known_hole_are_found() -> None:
