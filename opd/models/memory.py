@@ -105,7 +105,7 @@ def estimate(
     bf16 = computes_in_bf16(config.model.dtype, device)
     trained, weights = trained_bytes(student), weight_bytes(student, bf16)
     if bf16 and not sharded:
-        weights += trained * BFLOAT16 // FLOAT32  # the float32 masters are beside the bf16 module
+        weights += trained * BFLOAT16 // FLOAT32  # float32 masters in addition to the bf16 module
     share = 1 / processes if sharded else 1.0
     resident = {
         "the process": in_use,
