@@ -124,6 +124,13 @@ def follow_launcher() -> None:
         die_with_parent(signal.SIGTERM)
 
 
+def keep_exit_code() -> None:
+    """In a worker whose outcome is decided, ignore the signals that ask to stop: the launcher sends one to all workers when one fails."""
+    if is_worker():
+        for number in ASKING:
+            signal.signal(number, signal.SIG_IGN)  # of the process: blocking it would leave it to the other threads
+
+
 def die_with_parent(number: signal.Signals) -> None:
     """Have the kernel send `number` to this process when its parent dies. Linux only; does nothing elsewhere."""
     if sys.platform != "linux":

@@ -26,8 +26,9 @@ LONG = ["train.max_steps=100000", "optim.schedule=constant"]
 
 
 def begin(folder: Path, *words: str, terminal: int | None = None) -> "subprocess.Popen[str]":
-    """Start a run in a session of its own, on a terminal or on pipes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    """Start a run in a session of its own, on a terminal or on pipes. A `sitecustomize.py` in `folder` is run by each of its processes."""
+    path = f"{folder}{os.pathsep}{Path(__file__).resolve().parent.parent}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "opd", "train", *TWO, *words]
     output = subprocess.PIPE if terminal is None else terminal
     claim = "import fcntl, os, sys, termios; fcntl.ioctl(1, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
@@ -72,16 +73,47 @@ def test_sweep_launches_each_member_once_with_its_own_overrides(tmp_path):
     assert read(member / "summary.json")["steps"] == 1
 
 
+ONE_FAILS = """import os, opd
+
+@opd.reward
+def one(completion, answer):
+    if os.environ['RANK'] == '1':
+        raise ValueError('not me')
+    return 1.0
+"""
+
+
 @pytest.mark.slow
 def test_exit_code_and_message_of_a_failing_worker_reach_the_user(tmp_path):
-    (tmp_path / "own.py").write_text(
-        "import os, opd\n\n@opd.reward\ndef one(completion, answer):\n"
-        "    if os.environ['RANK'] == '1':\n        raise ValueError('not me')\n    return 1.0\n"
-    )
+    (tmp_path / "own.py").write_text(ONE_FAILS)
     _, complaints = (running := begin(tmp_path, "eval.reward=own:one")).communicate(timeout=300)
     assert running.returncode == errors.DATA
     assert "[rank 1] error: " in complaints and "own:one" in complaints and "ValueError: not me" in complaints
     assert not any(word in complaints for word in ("Traceback", "ChildFailedError", "torch.distributed", "Root Cause"))
+
+
+LATE_END = """import atexit, os, sys, time
+
+def end_late():
+    if "torch" in sys.modules:  # in the worker and not in the process of its reward
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # the other worker loses its peer now and ends first
+        time.sleep(5)
+
+if os.environ.get("RANK") == "1":
+    atexit.register(end_late)
+"""
+
+
+@pytest.mark.slow
+def test_exit_code_is_that_of_the_reason_although_its_worker_ends_last(tmp_path):
+    (tmp_path / "own.py").write_text(ONE_FAILS)
+    (tmp_path / "sitecustomize.py").write_text(LATE_END)
+    running = begin(tmp_path, "eval.reward=own:one")
+    complaints = running.communicate(timeout=300)[1]
+    assert running.returncode == errors.DATA, complaints
 
 
 def press_ctrl_c(running: "subprocess.Popen[str]") -> None:

@@ -127,6 +127,8 @@ class Job:
         except errors.LaunchedRunFailed as error:
             code = error.exit_code
         except Exception as error:  # noqa: BLE001 - any defect must end in a message and an exit code
+            if self.sweep is None:
+                signals.keep_exit_code()
             code = self.report(error)
         finally:
             logging.captureWarnings(False)
