@@ -1,4 +1,4 @@
-"""`opd eval` compares models on the same prompts; its intervals are those of the bootstrap."""
+"""`opd eval` compares models on the same prompts; its intervals are those of the judge."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ from opd import errors
 from opd.cli import main as cli
 from opd.config.schema import Config, EvalConfig
 from opd.errors import ConfigError
-from opd.evaluation import bootstrap, judge
+from opd.evaluation import judge
 from opd.training.evaluate import interval
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
@@ -156,7 +156,7 @@ def test_eval_on_two_processes_equals_one(trained: Path) -> None:
 
 def test_bootstrap_matches_enumeration_of_all_resamples() -> None:
     values = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    drawn = bootstrap.resampled_means(values, draws=200_000)
+    drawn = judge.resampled_means(values, draws=200_000)
     everything = torch.tensor([[row[list(index)].double().mean() for row in values] for index in itertools.product(range(3), repeat=3)])
     assert drawn.dtype == torch.float64
     difference, exact = (means[:, 0] - means[:, 1] for means in (drawn, everything))
@@ -167,7 +167,7 @@ def test_bootstrap_matches_enumeration_of_all_resamples() -> None:
 
 def test_bootstrap_of_many_prompts_matches_the_normal_interval() -> None:
     values = torch.randn(1, 2000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    low, high = bootstrap.quantile_interval(bootstrap.resampled_means(values)[:, 0])
+    low, high = judge.quantile_interval(judge.resampled_means(values)[:, 0])
     wanted = interval(values[0].tolist())
     width = wanted[1] - wanted[0]
     assert abs(low - wanted[0]) < 0.03 * width and abs(high - wanted[1]) < 0.03 * width
@@ -175,16 +175,16 @@ def test_bootstrap_of_many_prompts_matches_the_normal_interval() -> None:
 
 def test_bootstrap_is_seeded_and_paired() -> None:
     values = torch.rand(2, 50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(bootstrap.resampled_means(values, seed=3), bootstrap.resampled_means(values, seed=3))
-    assert not torch.equal(bootstrap.resampled_means(values, seed=3), bootstrap.resampled_means(values, seed=4))
-    same = bootstrap.resampled_means(torch.stack([values[0], values[0] + 1]))
+    assert torch.equal(judge.resampled_means(values, seed=3), judge.resampled_means(values, seed=3))
+    assert not torch.equal(judge.resampled_means(values, seed=3), judge.resampled_means(values, seed=4))
+    same = judge.resampled_means(torch.stack([values[0], values[0] + 1]))
     assert torch.allclose(same[:, 1] - same[:, 0], torch.ones(len(same), dtype=torch.float64)), "a constant lead has no spread"
 
 
 def test_gap_closed_has_no_interval_where_the_teacher_may_not_be_better() -> None:
     now, before, teacher = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).unbind()
-    assert bootstrap.gap_closed_interval(now, before, teacher) is None
-    low, high = bootstrap.gap_closed_interval(now * 0 + 0.5, before * 0, teacher * 0 + 1) or (0, 0)
+    assert judge.gap_closed_interval(now, before, teacher) is None
+    low, high = judge.gap_closed_interval(now * 0 + 0.5, before * 0, teacher * 0 + 1) or (0, 0)
     assert low == high == 0.5
 
 

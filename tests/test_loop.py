@@ -27,7 +27,7 @@ from opd.training.build import resumed_choices
 from opd.training.checkpoint import read
 from opd.training.evaluate import Evaluation
 from opd.training.loop import Evaluated, Rewound, Saved, StepDone, Trainer
-from opd.training.schedule import lr_factor
+from opd.training.step import lr_factor
 
 
 def stop_at_check(monkeypatch: pytest.MonkeyPatch, number: int) -> None:

@@ -12,7 +12,6 @@ from training_helpers import make_trainer, rollout_lists, rollout_of
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, repetition
-from opd.objective.means import Means
 from opd.training.metrics import (
     add_by_position,
     bucket_count,
@@ -23,7 +22,7 @@ from opd.training.metrics import (
     step_metrics,
     take_by_position,
 )
-from opd.training.tokens import Tokens
+from opd.training.tokens import Means, Tokens
 
 CPU = torch.device("cpu")
 HOLES = (True, False, True, False)
@@ -54,6 +53,16 @@ def scored(rollouts: list[Rollout], **columns: list[float]) -> Tokens:
 # Means.
 
 
+def over_two_processes(first: Means, second: Means) -> Means:
+    stored = []
+
+    def process(reduce):
+        return SimpleNamespace(num_processes=2, device=CPU, reduce=reduce)
+
+    first.over_processes(process(lambda pairs, how: stored.append(pairs) or pairs))
+    return second.over_processes(process(lambda pairs, how: pairs + stored[0]))
+
+
 def test_means_of_parts_sum_to_the_means_of_the_whole():
     whole, parts = Means(), Means()
     values = torch.randn(10)
@@ -61,7 +70,7 @@ def test_means_of_parts_sum_to_the_means_of_the_whole():
     parts.add_tensors({"x": values[:3]})
     parts.add_tensors({"x": values[3:]})
     assert math.isclose(whole.means()["x"], parts.means()["x"], rel_tol=1e-9)
-    doubled = parts.from_tensor(2 * parts.to_tensor(CPU))
+    doubled = over_two_processes(parts, parts)
     assert doubled.means() == parts.means() and doubled.counts == {"x": 20}
 
 
@@ -132,7 +141,7 @@ def test_metrics_by_position_sum_over_processes():
     parts = [Means(), Means()]
     for means, part, length in zip(parts, values.split([2, 3]), [2, 3], strict=True):
         add_by_position(means, {"reverse_kl": part, "entropy": 2 * part}, [completion(length)], 32)
-    reduced = parts[0].from_tensor(parts[0].to_tensor(CPU) + parts[1].to_tensor(CPU))
+    reduced = over_two_processes(*parts)
     assert take_by_position(reduced, 32) == by_position([completion(2), completion(3)], values, 32)
 
 

@@ -20,7 +20,7 @@ def make_parser() -> FlagParser:
 def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Examine the composed config and print the findings. Raises `NotReady` if a check failed."""
     from opd import doctor
-    from opd.doctor.show import show
+    from opd.doctor.findings import show
     from opd.training import runner  # imports torch, which --help does not need
 
     runner.quiet_libraries()

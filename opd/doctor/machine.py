@@ -7,7 +7,8 @@ import torch
 
 from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
-from opd.models.memory import Memory, format_bytes
+from opd.models.memory import Memory
+from opd.runs.text import format_bytes, format_duration
 from opd.training.logs import check_tracker
 
 TIGHT = 0.85  # share of the free memory: measured peaks were up to 15 % above the estimate
@@ -45,13 +46,6 @@ def check_time(seconds: Mapping[str, float], config: Config, steps: int) -> list
     return [
         ok("time", f"about {per_step:.2g} s a step ({parts}), {format_duration(per_step * steps)} for {steps:,} steps, without evaluations")
     ]
-
-
-def format_duration(seconds: float) -> str:
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def check_packages(config: Config) -> list[Finding]:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from opd.config.schema import Config
 from opd.data.rollouts import Request
-from opd.evaluation import bootstrap
 from opd.evaluation.sample_score import load, shared_vocabulary
 from opd.evaluation.target import Target
 from opd.models import load as models
@@ -27,6 +26,10 @@ from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler
 from opd.training.build import Given, load_prompts, make_evaluator, make_run_grader
 from opd.training.evaluate import Evaluator, interval
+
+DRAWS = 10_000
+MAX_INDICES = 2**22  # in memory at a time
+LOW, HIGH = 0.025, 0.975
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +127,7 @@ def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float 
     if common:
         for name, statistics in result["models"].items():
             statistics |= _statistics(answers[name], [rewards[name][i] for i in common], means[name])
-        draws = dict(zip(means, bootstrap.resampled_means(torch.stack(list(means.values())), seed=config.seed).unbind(1), strict=True))
+        draws = dict(zip(means, resampled_means(torch.stack(list(means.values())), seed=config.seed).unbind(1), strict=True))
         result |= _comparison(means, draws)
     return result
 
@@ -134,7 +137,7 @@ def _statistics(answers: Sequence[Answer], rewards: Sequence[Sequence[float]], m
     if all(len(of_prompt) == 1 for of_prompt in rewards):
         low, high = interval(means.tolist())
     else:
-        low, high = bootstrap.quantile_interval(bootstrap.resampled_means(means[None])[:, 0])
+        low, high = quantile_interval(resampled_means(means[None])[:, 0])
     statistics: dict[str, Any] = {"mean": float(means.mean()), "low": low, "high": high}
     samples = min(map(len, rewards))
     if samples > 1 and all(reward in (0.0, 1.0) for of_prompt in rewards for reward in of_prompt):
@@ -155,18 +158,18 @@ def _comparison(means: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> dic
 
     Args:
         means: by model, the mean reward of each prompt.
-        draws: by model, the mean over all prompts in each draw of the bootstrap.
+        draws: by model, the mean over all prompts in each draw of the
     """
     against = {}
     for name in means:
         if name != "model":
-            low, high = bootstrap.quantile_interval(draws["model"] - draws[name])
+            low, high = quantile_interval(draws["model"] - draws[name])
             against[name] = {"mean": float((means["model"] - means[name]).mean()), "low": low, "high": high}
     share, bounds = None, None
     if "baseline" in means and "teacher" in means:
         share = gap_closed(*(float(means[name].mean()) for name in ("baseline", "model", "teacher")))
         if share is not None:
-            bounds = bootstrap.gap_closed_interval(draws["model"], draws["baseline"], draws["teacher"])
+            bounds = gap_closed_interval(draws["model"], draws["baseline"], draws["teacher"])
     return {"against": against, "gap_closed": share, "gap_closed_interval": None if bounds is None else list(bounds)}
 
 
@@ -177,3 +180,36 @@ def unused_result_file(run: Path) -> Path:
         number += 1
         file = run / f"eval-{number}.json"
     return file
+
+
+# 95% intervals by the bootstrap, in float64: prompts are resampled with replacement, the same ones for all models (paired).
+
+
+def resampled_means(values: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
+    """Return the means (draws, models) over resampled prompts of `values` (models, prompts)."""
+    values = values.double().cpu()
+    count = values.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    size = max(1, MAX_INDICES // count)
+    parts = []
+    for start in range(0, draws, size):
+        index = torch.randint(count, (min(size, draws - start), count), generator=generator)
+        parts.append(torch.stack([row[index].mean(1) for row in values], 1))
+    return torch.cat(parts)
+
+
+def quantile_interval(draws: Tensor) -> tuple[float, float]:
+    """Return the 95% interval of `draws` (draws,)."""
+    low, high = torch.quantile(draws, torch.tensor([LOW, HIGH], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def gap_closed_interval(after: Tensor, before: Tensor, teacher: Tensor) -> tuple[float, float] | None:
+    """Return the 95% interval of (after - before) / (teacher - before), each (draws,).
+
+    None where the teacher is not better than `before` in at least 97.5% of the draws: the share has no meaning there.
+    """
+    better = teacher > before
+    if float(better.double().mean()) < HIGH:
+        return None
+    return quantile_interval(((after - before) / (teacher - before))[better])

@@ -27,7 +27,6 @@ from opd.errors import ConfigError, OpdError, Preempted
 from opd.models import load
 from opd.models.masters import MasterWeights
 from opd.models.policy import Policy
-from opd.objective.means import Means
 
 T = TypeVar("T")
 
@@ -106,13 +105,6 @@ def global_quantile(accelerator: Accelerator, values: Tensor, q: float) -> float
     if accelerator.num_processes > 1:
         values = accelerator.gather(accelerator.pad_across_processes(values, pad_index=float("nan")))
     return float(values.nanquantile(q))
-
-
-def all_reduce_means(accelerator: Accelerator, means: Means) -> Means:
-    """Return sums and counts over all processes, which have the same names."""
-    if accelerator.num_processes == 1:
-        return means
-    return means.from_tensor(accelerator.reduce(means.to_tensor(accelerator.device), "sum"))
 
 
 def on_main_process(accelerator: Accelerator, work: Callable[[], T]) -> T:

@@ -23,6 +23,7 @@ from opd.models.device import free_memory
 from opd.models.load import computes_in_bf16, load_with, recomputes_activations, uses_bf16_copy
 from opd.models.policy import add_adapters, decoder_layers, padding_limit
 from opd.objective import chunk_rows
+from opd.runs.text import format_bytes
 
 FLOAT32, BFLOAT16 = 4, 2
 NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
@@ -71,10 +72,6 @@ class Memory:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
         rest = "" if "activations" in self.update else "; activations and samples are not included"
         return f"memory of each process, largest {self.largest_phase[0]}: {format_bytes(self.peak)} ({parts}){rest}"
-
-
-def format_bytes(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
 
 
 def estimate(

@@ -61,10 +61,9 @@ def forward(logits_CV: Tensor, target_C: Tensor, temperature: float) -> tuple[Te
     return logp_C, entropy_C, normaliser_C
 
 
-def backward(logits_CV: Tensor, target_C: Tensor, normaliser_C: Tensor, grad_C: Tensor, temperature: float) -> Tensor:
-    """Overwrite the logits with the gradient of the log-probs, and return them."""
+def backward(logits_CV: Tensor, target_C: Tensor, normaliser_C: Tensor, grad_C: Tensor, temperature: float) -> None:
+    """Overwrite the logits with the gradient of the log-probs."""
     count, vocabulary = logits_CV.shape
     grid = (count, triton.cdiv(vocabulary, BLOCK))
     kernel: Any = backward_kernel
     kernel[grid](logits_CV, target_C, normaliser_C, grad_C, vocabulary, logits_CV.stride(0), 1 / temperature, BLOCK=BLOCK)
-    return logits_CV

@@ -49,10 +49,9 @@ def token_logp(logits_CV: Tensor, target_C: Tensor, temperature: float, overwrit
     Args:
         overwrite: Let the backward pass write the gradient over the logits, which nothing else may need.
     """
-    if logits_CV.is_cuda and has_kernels():
-        logp_C, entropy_C = _FusedTokenLogp.apply(logits_CV, target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
-    else:
-        logp_C, entropy_C = _TokenLogp.apply(at_least_float32(logits_CV), target_C, temperature, overwrite)  # type: ignore[no-untyped-call]
+    fused = logits_CV.is_cuda and has_kernels()
+    logits_CV = logits_CV if fused else at_least_float32(logits_CV)
+    logp_C, entropy_C = _TokenLogp.apply(logits_CV, target_C, temperature, overwrite, fused)  # type: ignore[no-untyped-call]
     return logp_C, entropy_C
 
 
@@ -62,45 +61,28 @@ def has_kernels() -> bool:
     return find_spec("triton") is not None
 
 
-class _FusedTokenLogp(torch.autograd.Function):
-    """`_TokenLogp` as two kernels that work on logits of any dtype."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
-        from opd.objective import kernels
-
-        logp_C, entropy_C, normaliser_C = kernels.forward(logits_CV, target_C, temperature)
-        ctx.save_for_backward(logits_CV, target_C, normaliser_C)
-        ctx.temperature, ctx.overwrite = temperature, overwrite
-        ctx.mark_non_differentiable(entropy_C)
-        return logp_C, entropy_C
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        from opd.objective import kernels
-
-        logits_CV, target_C, normaliser_C = ctx.saved_tensors
-        target_CV = logits_CV.detach() if ctx.overwrite else logits_CV.clone()
-        return kernels.backward(target_CV, target_C, normaliser_C, grad_outputs[0].contiguous(), ctx.temperature), None, None, None
-
-
 class _TokenLogp(torch.autograd.Function):
-    """Autograd would make many copies of the logits; this makes one of a few rows at a time."""
+    """Autograd would make many copies of the logits; this makes one of a few rows at a time, or none with the kernels."""
 
     @staticmethod
-    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool) -> tuple[Tensor, Tensor]:
-        rows = max(1, len(logits_CV) // 16)
-        work_RV = torch.empty_like(logits_CV[:rows])
-        highest_C, total_C, sum_C = logits_CV.amax(-1), *logits_CV.new_empty(2, len(logits_CV))
-        for part in chunks(len(logits_CV), rows):
-            exps_RV = torch.sub(logits_CV[part], highest_C[part, None], out=work_RV[: part.stop - part.start]).div_(temperature).exp_()
-            total_C[part] = exps_RV.sum(-1)
-            sum_C[part] = torch.einsum("rv,rv->r", exps_RV, logits_CV[part])
-        normaliser_C = highest_C / temperature + total_C.log()
-        logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] / temperature - normaliser_C
-        entropy_C = normaliser_C - sum_C / total_C / temperature
+    def forward(ctx: Any, logits_CV: Tensor, target_C: Tensor, temperature: float, overwrite: bool, fused: bool) -> tuple[Tensor, Tensor]:
+        if fused:
+            from opd.objective import kernels
+
+            logp_C, entropy_C, normaliser_C = kernels.forward(logits_CV, target_C, temperature)
+        else:
+            rows = max(1, len(logits_CV) // 16)
+            work_RV = torch.empty_like(logits_CV[:rows])
+            highest_C, total_C, sum_C = logits_CV.amax(-1), *logits_CV.new_empty(2, len(logits_CV))
+            for part in chunks(len(logits_CV), rows):
+                exps_RV = torch.sub(logits_CV[part], highest_C[part, None], out=work_RV[: part.stop - part.start]).div_(temperature).exp_()
+                total_C[part] = exps_RV.sum(-1)
+                sum_C[part] = torch.einsum("rv,rv->r", exps_RV, logits_CV[part])
+            normaliser_C = highest_C / temperature + total_C.log()
+            logp_C = logits_CV.gather(-1, target_C[:, None])[:, 0] / temperature - normaliser_C
+            entropy_C = normaliser_C - sum_C / total_C / temperature
         ctx.save_for_backward(logits_CV, target_C, normaliser_C)
-        ctx.temperature, ctx.overwrite = temperature, overwrite
+        ctx.temperature, ctx.overwrite, ctx.fused = temperature, overwrite, fused
         ctx.mark_non_differentiable(entropy_C)
         return logp_C, entropy_C
 
@@ -108,10 +90,16 @@ class _TokenLogp(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """d logp / d logits = (one-hot - p) / temperature."""
         logits_CV, target_C, normaliser_C = ctx.saved_tensors
-        grad_C1 = grad_outputs[0][:, None] / ctx.temperature
         grad_CV = logits_CV.detach() if ctx.overwrite else logits_CV.clone()
-        grad_CV.div_(ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
-        return grad_CV.scatter_add_(-1, target_C[:, None], grad_C1), None, None, None
+        if ctx.fused:
+            from opd.objective import kernels
+
+            kernels.backward(grad_CV, target_C, normaliser_C, grad_outputs[0].contiguous(), ctx.temperature)
+        else:
+            grad_C1 = grad_outputs[0][:, None] / ctx.temperature
+            grad_CV.div_(ctx.temperature).sub_(normaliser_C[:, None]).exp_().mul_(-grad_C1)
+            grad_CV.scatter_add_(-1, target_C[:, None], grad_C1)
+        return grad_CV, None, None, None, None
 
 
 def importance_weights(old_logp_N: Tensor, behaviour_logp_N: Tensor, cap: float) -> Tensor:

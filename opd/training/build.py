@@ -19,11 +19,11 @@ from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.models import load
-from opd.models.device import autocast, free_memory
+from opd.models.device import autocast
 from opd.models.distributed import on_main_process, prepare, shards_weights
 from opd.models.masters import MasterWeights
+from opd.models.memory import head_rows
 from opd.models.policy import Policy, add_adapters, fuse_layers, prepare_student, prepare_teacher, uses_packing
-from opd.objective import chunk_rows
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher, loading_device, place
@@ -187,13 +187,10 @@ def can_fuse(config: Config) -> bool:
 def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) -> dict[str, Any]:
     """Return decisions that depend on the machine. All processes agree on them, and a resumed run keeps them: others would round otherwise.
 
-    `head_rows`: tokens whose logits exist at a time, in a twentieth of the free memory and at most 304 MiB (2 GiB on a GPU); a CPU gains
-    nothing from more than 256 of them, or 16 MiB of logits. `max_tokens`: of a micro-batch, halved when memory runs out.
-    `bf16_copy`: whether to sample with a bf16 copy of the weights.
+    `head_rows`: tokens whose logits exist at a time. `max_tokens`: of a micro-batch, halved when memory runs out. `bf16_copy`: whether to
+    sample with a bf16 copy of the weights.
     """
-    is_gpu = accelerator.device.type == "cuda"
-    most = chunk_rows(spec.vocabulary, min(free_memory(accelerator.device) // 20, 2**31 if is_gpu else 304 * 2**20))
-    rows = torch.tensor([most if is_gpu else min(most, max(256, 2**24 // (4 * spec.vocabulary)))], device=accelerator.device)
+    rows = torch.tensor([head_rows(spec.vocabulary, accelerator.device)], device=accelerator.device)
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,

@@ -23,7 +23,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import NumericError, Preempted
 from opd.models.device import peak_memory
-from opd.models.distributed import Strategy, all_reduce_means, on_main_process, run_stoppable, stop_all_processes
+from opd.models.distributed import Strategy, on_main_process, run_stoppable, stop_all_processes
 from opd.models.policy import padding_limit
 from opd.objective import group_normalised
 from opd.runs.outcome import is_detailed_step
@@ -32,8 +32,7 @@ from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snap
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
-from opd.training.schedule import lr_factor
-from opd.training.step import NotFinite, Step
+from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens, concatenate, load_tokens
 
 log = logging.getLogger(__name__)
@@ -385,7 +384,7 @@ class Trainer:
         """
         tables, numbers = {AHEAD: self.sampled_ahead()}, None
         if self.tokens is not None:
-            means = all_reduce_means(self.accelerator, self.tokens.means)
+            means = self.tokens.means.over_processes(self.accelerator)
             numbers = {**self.tokens.numbers(), "sums": means.sums, "counts": means.counts}
             tables[TOKENS] = concatenate(gather_object([self.tokens.to_tensors()]))
         state = {

@@ -4,7 +4,9 @@ Metrics are means over tokens or rollouts of all processes, kept as sums and cou
 """
 
 import math
+import platform
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -12,12 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from opd import __version__
 from opd.data.rollouts import FinishReason, Rollout, repetition
-from opd.models.distributed import all_reduce_means, global_quantile, global_sum
+from opd.models.device import peak_memory
+from opd.models.distributed import global_quantile, global_sum
 from opd.models.load import decode
-from opd.objective.means import Means
 from opd.runs.text import one_line
-from opd.training.tokens import Tokens
+from opd.training.tokens import Means, Tokens
 
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
 BY_POSITION = ("reverse_kl", "entropy")
@@ -48,7 +51,7 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
 def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) -> tuple[dict[str, float], ByPosition]:
     """Return a finished step's metrics over all processes, and those by token position. Collective."""
     add_rollout_metrics(tokens, max_new_tokens)
-    means = all_reduce_means(accelerator, tokens.means)
+    means = tokens.means.over_processes(accelerator)
     positions = take_by_position(means, max_new_tokens)
     trained = global_sum(accelerator, len(tokens.rollout_N))
     seconds = sum(tokens.seconds.values())
@@ -181,3 +184,18 @@ def rounded(values: Tensor) -> list[float]:
 def sample_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
     """Return a prompt and its completion on one line, for the display."""
     return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}")
+
+
+def run_costs(accelerator: Accelerator, steps: int, grown: Mapping[str, int], seed: int) -> dict[str, Any]:
+    """Return the part of summary.json that is not in the logs. All ranks must call it: it gathers their peaks of memory."""
+    device = accelerator.device
+    peaks = accelerator.gather(torch.tensor([peak_memory(device)], device=device)).tolist()
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    return {
+        "steps": steps,
+        "peak_memory_bytes": max(peaks),
+        "peak_memory_grown_bytes": dict(grown),
+        "seed": seed,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",
+        "versions": {"opd": __version__, **packages, "python": platform.python_version()},
+    }

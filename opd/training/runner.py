@@ -49,8 +49,7 @@ from opd.training.export import save_model
 from opd.training.identity import check_content, check_same, identity
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
-from opd.training.metrics import rollout_records, sample_text
-from opd.training.summary import run_costs
+from opd.training.metrics import rollout_records, run_costs, sample_text
 
 log = logging.getLogger(__name__)
 

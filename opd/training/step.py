@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, Estimator, Reduction, Truncated
+from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import Rollout
 from opd.errors import InsufficientMemory
 from opd.models.device import release_memory
@@ -244,3 +244,17 @@ class Step:
         """Return this process's rollouts with a score, of teacher or student, that is not finite."""
         bad_N = torch.stack([~tokens.columns[name].isfinite() for name in ("logp", "teacher_logp")]).any(0)
         return sorted(set(tokens.rollout_N[bad_N].tolist()))
+
+
+def lr_factor(config: OptimConfig, step: int, total: int) -> float:
+    """Return the factor on `optim.lr` at a step (0-based) of `total`: linear warm-up, then the schedule, which ends at 0."""
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
+    match config.schedule:
+        case Schedule.linear:
+            return 1.0 - progress
+        case Schedule.cosine:
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case Schedule.constant:
+            return 1.0

@@ -12,15 +12,44 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
 from opd.objective import TeacherStates
-from opd.objective.means import Means
 
 FINISH = tuple(FinishReason)
 COLUMN = "column."  # prefix of columns in a checkpoint
+
+
+@dataclass(slots=True)
+class Means:
+    """Metrics as running means, `sums[name] / counts[name]`, so that means over micro-batches and processes are exact."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float, count: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def add_tensors(self, stats: Mapping[str, Tensor]) -> None:
+        """Add every element of each tensor with a count of one."""
+        for name, values in stats.items():
+            self.add(name, float(values.double().sum()), values.numel())
+
+    def over_processes(self, accelerator: Accelerator) -> "Means":
+        """Return sums and counts over all processes, which have the same names."""
+        if accelerator.num_processes == 1:
+            return self
+        names = sorted(self.sums)
+        pairs = torch.tensor([[self.sums[name], self.counts[name]] for name in names], dtype=torch.float64, device=accelerator.device)
+        rows = accelerator.reduce(pairs, "sum").tolist()
+        return Means(*({name: row[column] for name, row in zip(names, rows, strict=True)} for column in (0, 1)))
+
+    def means(self) -> dict[str, float]:
+        return {name: self.sums[name] / self.counts[name] for name in self.sums if self.counts[name]}
 
 
 @dataclass(slots=True)
