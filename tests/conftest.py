@@ -8,6 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 
@@ -61,3 +62,16 @@ def debug_run(tmp_path_factory):
         patch.chdir(root)
         assert main(["experiment=debug", "device=cpu", "name=run", "track.rollouts_per_step=3"]) == 0
     return root / "runs" / "run"
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for which a GPU would be waited for: those that give Python a value, or a shape that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal")
+        return operation(*args, **(kwargs or {}))

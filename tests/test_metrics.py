@@ -1,14 +1,16 @@
 """Metrics of a step and its stored rollouts: means over trained tokens, by position too, and null for untrained tokens."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
-from training_helpers import make_trainer, rollout_lists, rollout_of
+from training_helpers import config, make_trainer, rollout_lists, rollout_of
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, repetition
@@ -22,6 +24,7 @@ from opd.training.metrics import (
     step_metrics,
     take_by_position,
 )
+from opd.training.speed import Speed, measure_speed
 from opd.training.tokens import Means, Tokens
 
 CPU = torch.device("cpu")
@@ -66,9 +69,8 @@ def over_two_processes(first: Means, second: Means) -> Means:
 def test_means_of_parts_sum_to_the_means_of_the_whole():
     whole, parts = Means(), Means()
     values = torch.randn(10)
-    whole.add_tensors({"x": values})
-    parts.add_tensors({"x": values[:3]})
-    parts.add_tensors({"x": values[3:]})
+    whole.add_tensors("x", [values])
+    parts.add_tensors("x", [values[:3], values[3:]])
     assert math.isclose(whole.means()["x"], parts.means()["x"], rel_tol=1e-9)
     doubled = over_two_processes(parts, parts)
     assert doubled.means() == parts.means() and doubled.counts == {"x": 20}
@@ -106,6 +108,33 @@ def test_step_metrics_are_means_over_trained_tokens_and_over_whole_rollouts():
     assert 4.9 < metrics["reverse_kl_p99"] <= 5 and 1.9 < metrics["engine_gap_p99"] <= 2
     assert positions["tokens"] == [2, 1, 1, 0, 1, 0, 0, 0] and positions["ends"] == [0, 1, 0, 0, 1, 0, 0, 0]
     assert positions["reverse_kl"] == [2.5, 5, 2, None, 3, None, None, None]
+
+
+def test_shares_of_the_device_count_operations_and_bytes_by_hand():
+    """Two prompts of 3 and 1 ids, completions of 4 and 2 tokens, decoded together; two inner steps."""
+    tokens = Tokens([rollout_of((3, 4, 5), (7, 7, 7, 7)), rollout_of((3,), (7, 7))], CPU)
+    tokens.inner = 2
+    tokens.seconds.update(sample=2.0, wait=0.0, score=1.0, update=1.0)
+    speed = Speed(copy_rate=1e4, product_rate=1e5, student=100, teacher=300, passes=3, weight_bytes=400, cache_bytes=10, batch_size=2)
+    # The first new token comes from the pass over the prompt, which reads no cache.
+    cached = (3 + 1) + (3 + 2) + (3 + 3) + (1 + 1)
+    assert speed.metrics(tokens) == {
+        "perf/mfu": pytest.approx(2 * (7 + 3) * (100 + 300 + 2 * 3 * 100) / 4 / 1e5),
+        "perf/decode_bandwidth": pytest.approx((4 * 400 + cached * 10) / 2 / 1e4),
+    }
+    alone = replace(speed, batch_size=1).metrics(tokens)
+    assert alone["perf/decode_bandwidth"] == pytest.approx(((4 + 2) * 400 + cached * 10) / 2 / 1e4)
+    served = replace(speed, weight_bytes=0).metrics(tokens)
+    assert served == {"perf/mfu": pytest.approx(2 * (7 + 3) * (300 + 2 * 3 * 100) / 4 / 1e5)}
+
+
+def test_speed_of_a_model_counts_the_weights_in_its_products():
+    student, teacher = random_model(16, seed=1), random_model(16, seed=2, hidden=24)
+    speed = measure_speed(config(), student, teacher, bf16=False, decodes_in=torch.float32)
+    looked_up = 0 if student.config.tie_word_embeddings else student.get_input_embeddings().weight.numel()
+    assert speed.student == sum(weight.numel() for weight in student.parameters()) - looked_up
+    assert speed.weight_bytes == 4 * speed.student and speed.passes == 3 and speed.copy_rate > 0 < speed.product_rate
+    assert measure_speed(config(), student, teacher, bf16=True, decodes_in=None).weight_bytes == 0
 
 
 # By token position.

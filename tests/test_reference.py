@@ -104,7 +104,7 @@ OPTIONS = {
 }
 # Relative and absolute difference that is allowed between machines whose arithmetic differs.
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
-TIMING = re.compile(r"(time|memory)/.*|.*(per_second|seconds|bytes).*")
+TIMING = re.compile(r"(time|memory|perf)/.*|.*(per_second|seconds|bytes).*")
 SHOWN_DIFFERENCES = 20
 STOPPED = 75  # exit code of a run that a signal stopped
 

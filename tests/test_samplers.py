@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import Waits
 from fake_vllm import ModelServer, running
 from transformers import GenerationConfig
 
@@ -24,7 +25,7 @@ from opd.objective import behaviour_logp, chunked_stats, draw
 from opd.objective.losses import token_logp
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, make_sampler
 from opd.samplers.bf16_copy import Bf16Copy, PackedLinear, can_pack
-from opd.samplers.line import can_capture
+from opd.samplers.line import LOOK, can_capture
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
 
@@ -343,6 +344,17 @@ def test_steps_of_the_line_compute_at_the_same_addresses(model):
     sampler.captures = True
     sampler.sample(requests(), DECODING, "train")
     assert len(addresses) == 12 and all(step == addresses[0] for step in addresses)
+
+
+def test_steps_of_the_line_wait_for_the_device_only_at_a_look(model):
+    counts = []
+    for tokens in (LOOK, 2 * LOOK, 3 * LOOK):
+        sampler = GenerateSampler(spec_of(model, eos=NO_END))
+        sampler.captures = True
+        with Waits() as waits:
+            sampler.sample(requests(), Decoding(1.0, tokens), "train")
+        counts.append(waits.count)
+    assert counts[1] - counts[0] == counts[2] - counts[1] == 1
 
 
 def test_decode_step_is_captured_on_a_gpu_where_all_layers_attend_to_the_whole_past(model, make_model):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import Waits, random_model
 from training_helpers import (
     UNEVEN,
     VOCABULARY,
@@ -445,3 +445,22 @@ def test_the_samples_with_scores_that_are_not_finite_are_the_suspects(tmp_path):
     done = trainer.train_step()
     longest = max(range(6), key=lambda index: done.tokens.rollouts[index].length)
     assert trainer.trouble.places == [longest // 2]  # the first row is of the longest rollout; two rollouts for each prompt
+
+
+# The device is not waited for.
+
+
+@pytest.mark.parametrize("estimator", ["sampled", "exact", "topk"])
+def test_a_micro_batch_adds_no_wait_for_the_device(tmp_path, estimator):
+    """But one of transformers, which looks whether the positions are those of packed sequences."""
+    own = []
+    for max_tokens in (4096, 12):
+        trainer = make_trainer(tmp_path / str(max_tokens), train__max_tokens_per_micro_batch=max_tokens, ppo__estimator=estimator, **UNEVEN)
+        tokens = trainer.begin_step()
+        with Waits() as scoring:
+            trainer.scoring.score(tokens)
+        with Waits() as updating:
+            trainer.scoring.update(tokens)
+        assert scoring.count in (0, len(tokens.slices))
+        own.append(updating.count - len(tokens.slices))
+    assert len(tokens.slices) > 5 and own[0] == own[1] <= 5

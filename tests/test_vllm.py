@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from test_samplers import change_weights, completions, gaps, long_requests
+from training_helpers import TIMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
@@ -167,7 +168,7 @@ def opd(cwd, *overrides):
 
 def metrics(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(("time/", "tokens_per"))} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMED)} for line in lines]
 
 
 def test_run_with_vllm_resumes_and_sweeps(student_folder, tmp_path):

@@ -25,6 +25,7 @@ from opd.training.build import make_optimizer
 from opd.training.checkpoint import Checkpoints, optimizer_tensors
 from opd.training.evaluate import Evaluation
 from opd.training.loop import StepDone, Trainer
+from opd.training.speed import Speed
 from opd.training.step import Step
 
 hypothesis_settings.register_profile("opd", deadline=None)  # a busy machine is no failure
@@ -35,6 +36,7 @@ EOS = 1
 SERVER = {"sampling__lag": 1, "sampling__engine": "vllm", "sampling__vllm__url": "http://localhost:1"}  # what sampling.lag needs
 
 UNEVEN = {"sampling__n": 4, "sampling__max_new_tokens": 16}  # truncated completions and complete ones of many lengths in every step
+TIMED = ("time/", "perf/", "memory/", "tokens_per_second")  # metrics that differ between equal runs
 
 
 def config(**options: Any) -> Config:
@@ -102,6 +104,7 @@ def make_trainer(
             packed=bool(settings.train.packing),
             choices=choices,
         ),
+        speed=Speed(1e9, 1e9, 100, 200, passes=3, weight_bytes=400, cache_bytes=10, batch_size=settings.sampling.batch_size),
         max_steps=settings.train.max_steps or 1,
         saved_state={"config": {}, "choices": choices},
     )
@@ -127,7 +130,7 @@ def optimizer_state(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def untimed(done: StepDone) -> dict[str, float]:
     """Return the metrics that a repetition of the step has to reproduce."""
-    return {name: value for name, value in done.metrics.items() if "time" not in name and "per_second" not in name}
+    return {name: value for name, value in done.metrics.items() if not name.startswith(TIMED)}
 
 
 def rollout_of(

@@ -49,7 +49,7 @@ def trial_step(trainer: Trainer) -> Step:
         if time.perf_counter() - start >= SHORT_STEP:
             break
     add_rollout_metrics(tokens, trainer.config.sampling.max_new_tokens)
-    return Step(dict(tokens.seconds), tokens.means.means(), tokens.rollouts)
+    return Step(dict(tokens.seconds), tokens.means.means() | trainer.speed.metrics(tokens), tokens.rollouts)
 
 
 def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequence[Rollout], bf16: bool) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 from opd.report.charts import LIGHT, Band, Line, chart, smoothed, thinned
@@ -10,7 +11,10 @@ from opd.runs.reader import Run, flatten, format_value
 from opd.runs.text import MISSING, format_bytes, format_duration, format_number, format_percent, format_reward, visible
 
 MAX_LETTERS = 300  # of a name or a value
-PHASES = {"sampling": "time/sample", "teacher’s scores": "time/score", "update": "time/update"}
+PHASES = {
+    "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
+}  # fmt: skip
+USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth"}
 MEMORY = ("loading", "evaluation", "sampling", "scoring", "update")
 COMPARED = ("before", "after", "teacher")
 MIN_SHARE = 1 / 500  # of the tokens; a mean over fewer would be the loudest and say the least
@@ -254,7 +258,9 @@ def costs(runs: Sequence[Run]) -> str:
         dot = "" if len(runs) == 1 else f'<span class="c{_colour(index)} dot"><i></i>{_named(run)}</span>'
         seconds = {label: sum(line.get(name) or 0.0 for line in run.metrics) for label, name in PHASES.items()}
         grown = (run.summary or {}).get("peak_memory_grown_bytes") or {}
-        times.append(_shares(dot, seconds, format_duration))
+        used = {label: [line[name] for line in run.metrics if line.get(name) is not None] for label, name in USE.items()}
+        use = ", ".join(f"{format_percent(fmean(values))} {label}" for label, values in used.items() if values)
+        times.append(_shares(dot, seconds, format_duration) + (f"<p><small>{use}</small></p>" if use else ""))
         memories.append(_shares(dot, {kind: grown.get(kind, 0) for kind in MEMORY}, format_bytes))
     parts = {"Training time": "".join(times), "What raised the peak of memory": "".join(memories)}
     body = "".join(f"<div><h3>{title}</h3>{part}</div>" for title, part in parts.items() if part)

@@ -58,12 +58,10 @@ class GenerateSampler:
         self.copy, self.model, self.lines = None, self.spec.model, None
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
         rollouts: dict[int, Rollout] = {}
         bf16 = self.spec.bf16 and self.copy is None
         with self.copy or nullcontext(self.spec.model) as self.model, autocast(self.spec.model.device, bf16):
-            for start in range(0, len(order), decoding.batch_size):
-                batch = order[start : start + decoding.batch_size]
+            for batch in decoding_batches(requests, decoding.batch_size):
                 sampled = self.sample_batch([requests[index] for index in batch], decoding, stream)
                 rollouts |= dict(zip(batch, sampled, strict=True))
         return [rollouts[index] for index in range(len(requests))]
@@ -156,6 +154,12 @@ class GenerateSampler:
             mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(next_B), 1)), -1)
             logits_BV = self.next_logits(next_B[:, None], mask_BT, positions_B1, cache)
         return ids_BT.cpu(), logp_BT.cpu()
+
+
+def decoding_batches(requests: Sequence[Request], size: int) -> list[list[int]]:
+    """Return the indices of the requests that are decoded together: those with the same prompt, then with prompts of like length."""
+    order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

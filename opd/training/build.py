@@ -31,6 +31,7 @@ from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
 from opd.training.loop import Trainer
+from opd.training.speed import measure_speed
 from opd.training.step import Step
 
 
@@ -106,6 +107,8 @@ def build(
     )
     choices = choices or make_choices(config, accelerator, spec)
     sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies the student, which has to happen before it is sharded
+    decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
+    speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
     place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
@@ -137,6 +140,7 @@ def build(
             packed=uses_packing(student, config.train.packing) and uses_packing(teacher_model, config.train.packing),
             choices=choices,
         ),
+        speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )

@@ -28,6 +28,7 @@ SHOWN = (
     ("clipped", "clipped", "{:.1%}"),
     ("truncated", "truncated", "{:.1%}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("perf/mfu", "MFU", "{:.1%}"),
 )
 
 

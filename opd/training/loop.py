@@ -32,6 +32,7 @@ from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snap
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
+from opd.training.speed import Speed
 from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens, concatenate, load_tokens
 
@@ -118,6 +119,7 @@ class Trainer:
     checkpoints: Checkpoints
     prompts: Sequence[Prompt]
     scoring: Step
+    speed: Speed
     max_steps: int
     saved_state: dict[str, Any]
     step: int = 0
@@ -245,7 +247,7 @@ class Trainer:
         if self.ahead is None:
             self.sync_weights()
         with self.sampler_ready():
-            rollouts = run_stoppable(self.accelerator, self.sample)
+            rollouts, done = run_stoppable(self.accelerator, lambda: (self.sample(), clock(self.device)))
         self.ahead = None
         self.sample_ahead()
         self.note_memory("sampling")
@@ -253,7 +255,7 @@ class Trainer:
         tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
         self.scoring.score(tokens)
         self.note_memory("scoring")
-        tokens.seconds |= {"sample": sampled - begin, "score": clock(self.device) - sampled}
+        tokens.seconds |= {"sample": done - begin, "wait": sampled - done, "score": clock(self.device) - sampled}
         return tokens
 
     def inner_step(self, tokens: Tokens) -> bool:
@@ -270,11 +272,14 @@ class Trainer:
         return problem is None
 
     def finish_step(self, tokens: Tokens, rate: float) -> StepDone:
+        for name, share in self.speed.metrics(tokens).items():
+            tokens.means.add(name, share, 1.0)
         metrics, by_position = step_metrics(tokens, self.accelerator, self.config.sampling.max_new_tokens)
         self.trained_tokens += int(metrics["tokens"])
         metrics |= {
             "optim/lr": rate,
             "tokens_total": float(self.trained_tokens),
+            "memory/peak_bytes": float(self.accelerator.gather(torch.tensor([peak_memory(self.device)], device=self.device)).max()),
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
         weights = self.scoring.token_weights(tokens.rollouts)[0].tolist()

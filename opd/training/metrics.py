@@ -40,8 +40,9 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     means, rollouts = tokens.means, tokens.rollouts
     for name in ("reverse_kl", "entropy", "advantage", "cut"):
         if name in tokens.columns:
-            means.add_tensors({name: tokens.as_sampled(name)})
-    means.add_tensors({"teacher_nll": -tokens.as_sampled("teacher_logp"), "engine_gap": engine_gap(tokens)})
+            means.add_tensors(name, [tokens.as_sampled(name)])
+    means.add_tensors("teacher_nll", [-tokens.as_sampled("teacher_logp")])
+    means.add_tensors("engine_gap", [engine_gap(tokens)])
     means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
     means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
     means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))

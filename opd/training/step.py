@@ -138,8 +138,9 @@ class Step:
         compute = self.sharded_gradients if self.strategy.is_sharded else self.local_gradients
         loss_sum, stats = compute(tokens, weight_R[tokens.rollout_N], total or 1.0)
         tokens.means.add("loss", loss_sum, own)
-        for part in stats:
-            tokens.means.add_tensors({name: part[name] for name in ("ratio", "clipped") if name in part})
+        for name in ("ratio", "clipped"):
+            if stats and name in stats[0]:
+                tokens.means.add_tensors(name, [part[name] for part in stats])
         if "logp" not in tokens.columns:
             for name in stats[0] if stats else ():
                 tokens.fill(name, [part[name] for part in stats])
@@ -186,7 +187,7 @@ class Step:
 
     def gradients(self, tokens: Tokens, weight_N: Tensor, total: float) -> tuple[float, list[TokenStats]]:
         """Add the gradient of every micro-batch; return this process's loss sum, and the statistics of its tokens by micro-batch."""
-        loss_sum, stats = 0.0, []
+        loss_sum, stats = torch.zeros((), dtype=torch.float64, device=self.device), []
         for part in tokens.slices:
             token_loss = self.token_loss(tokens, part)
 
@@ -195,9 +196,9 @@ class Step:
 
             loss, part_stats = self.strategy.policy(part.batch.inputs, head_loss)
             (loss / total).backward()
-            loss_sum += float(loss.detach())
+            loss_sum += loss.detach()  # read once at the end: until then the device is never waited for
             stats.append(part_stats)
-        return loss_sum, stats
+        return float(loss_sum), stats
 
     def token_loss(self, tokens: Tokens, part: Slice) -> TokenLoss:
         """Return the configured objective of a micro-batch's tokens."""

@@ -34,10 +34,13 @@ class Means:
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
-    def add_tensors(self, stats: Mapping[str, Tensor]) -> None:
-        """Add every element of each tensor with a count of one."""
-        for name, values in stats.items():
-            self.add(name, float(values.double().sum()), values.numel())
+    def add_tensors(self, name: str, parts: Sequence[Tensor]) -> None:
+        """Add every element of each tensor with a count of one, and wait for the device once."""
+        total: Any = self.sums.get(name, 0.0)
+        for values in parts:
+            total = total + values.double().sum()
+        self.sums[name] = float(total)
+        self.counts[name] = self.counts.get(name, 0.0) + sum(values.numel() for values in parts)
 
     def over_processes(self, accelerator: Accelerator) -> "Means":
         """Return sums and counts over all processes, which have the same names."""
@@ -88,7 +91,7 @@ class Tokens:
     bonus_R: Tensor | None = None
     means: Means = field(default_factory=Means)
     inner: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("sample", "score", "update"), 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("sample", "wait", "score", "update"), 0.0))
     slices: list[Slice] = field(default_factory=list)
     rollout_N: Tensor = field(init=False)
     sampling_order_N: Tensor = field(init=False)
