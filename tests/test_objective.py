@@ -1,6 +1,9 @@
 """The mathematics: against float64, against enumeration, at its limits."""
 
 import math
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -315,3 +318,36 @@ def test_draws_follow_the_distribution():
     assert not counts[~kept].any()
     chi_square = float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
     assert chi_square < 12 + 8 * math.sqrt(12)
+
+
+# The kernels, in Triton's interpreter: they need no GPU there, but Triton.
+
+
+IN_INTERPRETER = """
+import sys
+import torch
+from opd.objective import kernels
+from opd.objective.losses import token_logp
+
+torch.manual_seed(0)
+for dtype, digit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-7)):  # the last one: the interpreter does not round
+    for vocabulary in (7, kernels.BLOCK, kernels.BLOCK + 5):
+        logits = (3 * torch.randn(5, vocabulary)).to(dtype)
+        target, grad = torch.randint(vocabulary, (5,)), torch.randn(5)
+        plain = logits.double().requires_grad_()
+        expected = token_logp(plain, target, 0.7)
+        expected[0].backward(grad.double())
+        *computed, normaliser = kernels.forward(logits, target, 0.7)
+        kernels.backward(logits, target, normaliser, grad, 0.7)
+        for name, one, other in (*zip(("logp", "entropy"), computed, expected), ("gradient", logits, plain.grad)):
+            error = float((one.double() - other.detach()).abs().max() / other.detach().abs().max())
+            assert error <= (digit if name == "gradient" else 1e-6), (name, dtype, vocabulary, error)
+print("checked")
+"""
+
+
+def test_kernels_give_log_prob_entropy_and_gradient_in_float32_and_bf16():
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", IN_INTERPRETER], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "checked", done.stderr
