@@ -91,6 +91,7 @@ def build(
     masters = MasterWeights(student) if bf16 and not sharded else None
     teacher_model = student if config.shares_base else build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
+    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
     spec = SamplerSpec(
         model=student,

@@ -180,4 +180,4 @@ def rounded(values: Tensor) -> list[float]:
 
 def sample_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
     """Return a prompt and its completion on one line, for the display."""
-    return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}")
+    return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.answer, skip_special_tokens=True)}")
