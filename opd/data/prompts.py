@@ -3,6 +3,7 @@
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
@@ -19,6 +20,7 @@ from opd.signals import time_limit
 
 log = logging.getLogger(__name__)
 
+MAX_TEXTS = 1000  # prompts that are searched for special tokens
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
@@ -80,8 +82,6 @@ def encode_rows(
         raise DataError(f"{limit}: all {which} prompts are longer; the shortest has {shortest} tokens")
     if len(short) < len(prompts):
         log.warning(f"{limit}: {len(prompts) - len(short)} of {len(prompts)} {which} prompts are longer and were dropped")
-    if lost := [prompt.lost for prompt in short if prompt.lost]:
-        log.warning(f"model.path: its tokenizer loses text of {len(lost)} of {len(short)} {which} prompts: {lost[0]}")
     return short
 
 
@@ -152,9 +152,9 @@ def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
     """Return the chat template: the one that `data.chat_template_kwargs` names or spells out, else the default; None for plain text."""
     stored = tokenizer.chat_template
     templates: dict[str, str | None] = stored if isinstance(stored, dict) else {"default": stored}
-    name = kwargs.get("chat_template") or ("tool_use" if kwargs.get("tools") and "tool_use" in templates else "default")
+    name = str(kwargs.get("chat_template") or ("tool_use" if kwargs.get("tools") and "tool_use" in templates else "default"))
     if "{" in name:
-        return str(name)
+        return name
     if name not in templates:
         raise ConfigError(
             f"data.chat_template_kwargs.chat_template={name}: the tokenizer has no chat template of this name; set it to "
@@ -217,6 +217,21 @@ def find_lost(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase)
     same = len(commonprefix([wanted[::-1], found[::-1]]))  # noqa: RUF071 - of characters
     wanted, found = (each[: len(each) - same + 10][-40:] for each in (wanted, found))
     return f"{wanted!r} becomes {found!r}"
+
+
+def text_warnings(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> list[str]:
+    """Return what does not reach the student or its grader: text that the tokenizer loses, and special tokens and `eos` in texts."""
+    warnings = []
+    if lost := [prompt.lost for prompt in prompts if prompt.lost]:
+        warnings.append(f"the student's tokenizer loses text of {len(lost):,} of {len(prompts):,} prompts: {lost[0]}")
+    special = {*eos, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    texts = [text for prompt in prompts[:MAX_TEXTS] for text in (prompt.text, prompt.answer) if text]
+    found = Counter(token for text in texts for token in special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    for token, count in found.most_common(1):
+        means = "ends a completion" if token in eos else "is special and removed from completions before they are graded"
+        name = f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+        warnings.append(f"{count:,} of {len(texts):,} messages and answers contain {name}, which {means}")
+    return warnings
 
 
 def comparable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:

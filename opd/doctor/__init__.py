@@ -76,7 +76,6 @@ def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBas
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
-    report.add(*rows.check_text([*train, *evaluation]))
     report.add(*rows.check_held_out(train, evaluation), *rows.check_answers(evaluation, config))
     return student, (train, evaluation)
 
@@ -97,7 +96,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
         built = build(config, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, built.trainer.evaluator
-        report.add(*check_ends(config, built, tokenizer), *tokens.check_special(tokenizer, built.eos, [*data[1], *data[0]]))
+        report.add(*check_ends(config, built, tokenizer), *tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
         step = first_step.trial_step(trainer)
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, **step.metrics}

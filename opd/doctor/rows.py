@@ -34,15 +34,6 @@ def check_lengths(prompts: Sequence[Prompt], rows: int, which: str, config: Conf
     return [ok(f"{which} prompts", what)]
 
 
-def check_text(prompts: Sequence[Prompt]) -> list[Finding]:
-    """Count prompts whose ids do not decode to their text."""
-    lost = [prompt.lost for prompt in prompts if prompt.lost]
-    if lost:
-        what = f"the student's tokenizer loses text of {len(lost):,} of {len(prompts):,} prompts: {lost[0]}"
-        return [warn("text of the prompts", what, "the models do not see this text: take a tokenizer that keeps it, or change the prompts")]
-    return [ok("text of the prompts", "the ids of each prompt decode to its text")]
-
-
 def check_held_out(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> list[Finding]:
     """Count evaluation prompts that are trained on."""
     trained = {prompt.ids for prompt in train}

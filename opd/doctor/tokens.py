@@ -1,14 +1,13 @@
 """Checks of tokenizers, chat templates and generation configs: do student and teacher read and end the same text?"""
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, with_system
+from opd.data.prompts import Message, Prompt, find_template, render, text_warnings, with_system
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
 from opd.models import load as models
@@ -34,7 +33,13 @@ DECODING: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
-MAX_TEXTS = 1000
+READ = {
+    "role",
+    "content",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}  # templates leave out earlier thoughts, and have many names for them
 ANSWER = "the answer that opd looks for"
 
 
@@ -98,19 +103,11 @@ def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
         return ""
 
 
-def check_special(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], prompts: Sequence[Prompt]) -> list[Finding]:
-    """Look in messages and reference answers for tokens that end a completion or are removed from it before it is graded."""
-    check, special = "tokens in texts", {*eos, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    texts = [text for prompt in prompts[:MAX_TEXTS] for text in (prompt.text, prompt.answer) if text]
-    found = Counter(token for text in texts for token in special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]))
-    if not found:
-        return [ok(check, "no text contains a token that ends a completion or is special")]
-    token, count = found.most_common(1)[0]
-    what = f"{count:,} of {len(texts):,} messages and answers contain {tokenizer.convert_ids_to_tokens(token)!r} ({token})"
-    means = "ends a completion" if token in eos else "is special and removed from completions before they are graded"
-    return [
-        warn(check, f"{what}, which {means}", "unless that is meant: set another token in tokenizer_config.json and generation_config.json")
-    ]
+def check_texts(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], prompts: Sequence[Prompt]) -> list[Finding]:
+    """Compare the prompts' ids with their text, and look for special tokens in messages and reference answers."""
+    remedy = "unless that is meant, change the texts, the tokenizer, or eos_token_id in generation_config.json"
+    found = text_warnings(prompts, tokenizer, eos)
+    return [warn("texts", what, remedy) for what in found] or [ok("texts", "the ids of each prompt decode to its text")]
 
 
 def check_templates(
@@ -126,7 +123,7 @@ def check_templates(
     findings: list[Finding] = []
     for role, tokenizer in (("student", student), ("teacher", teacher)):
         try:
-            ids = render(messages, tokenizer, kwargs, role)[1]
+            text, ids = render(messages, tokenizer, kwargs, role)
         except OpdError as error:
             what = f"the first prompt cannot be rendered: {error}"
             if role == "student":
@@ -135,7 +132,7 @@ def check_templates(
                 findings.append(warn(check, what, "the teacher reads the student's rendering: make sure that it knows this format"))
             continue
         rendered[role] = models.decode(tokenizer, ids)
-        findings += check_template(tokenizer, ids, messages, role, kwargs)
+        findings += check_template(tokenizer, text, ids, messages, role, kwargs)
     if len(rendered) == 2 and rendered["student"] == rendered["teacher"]:
         findings.append(ok(check, "student and teacher render the first prompt alike"))
     elif len(rendered) == 2:
@@ -147,7 +144,7 @@ def check_templates(
         if not contains(text, system):
             what = "the chat template of the student, which renders the teacher's prompts too, leaves it out"
             findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
-    return findings + check_options(student, kwargs) + check_switches(student, teacher, kwargs), rendered
+    return findings + check_options(student, messages, kwargs) + check_switches(student, teacher, kwargs), rendered
 
 
 def contains(text: str, part: str) -> bool:
@@ -155,9 +152,9 @@ def contains(text: str, part: str) -> bool:
 
 
 def check_template(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], messages: Sequence[Message], role: str, kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], messages: Sequence[Message], role: str, kwargs: Mapping[str, Any]
 ) -> list[Finding]:
-    """Check one model's rendering of the messages."""
+    """Check one model's rendering of the messages, as text and ids."""
     check, take_own = f"chat template of the {role}", "take the chat template from the model's own folder"
     findings = []
     if is_open := messages[-1]["role"] == "assistant":
@@ -167,7 +164,6 @@ def check_template(
     if find_template(tokenizer, kwargs) is None:
         remedy = f"right for a base model; for a chat model, {take_own}"
         return [*findings, warn(check, "there is none: the prompt is plain text", remedy)]
-    text = render(messages, tokenizer, kwargs, role)[0]
     if not all(contains(text, message["content"]) for message in messages if message["role"] in ("system", "user")):
         make = fail if role == "student" else warn
         findings.append(make(check, "the rendering does not contain the prompt's text", take_own))
@@ -179,14 +175,16 @@ def check_template(
     return findings
 
 
-def check_options(student: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> list[Finding]:
-    """Look for options that the student's chat template does not use."""
+def check_options(student: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> list[Finding]:
+    """Look for options, and fields of messages, that the student's chat template does not use."""
     template = find_template(student, kwargs) or ""
-    names = {name for name in kwargs if not re.search(rf"\b{re.escape(name)}\b", template)} - {"chat_template"}
-    if not names:
-        return []
-    what = f"the chat template of the student does not use {', '.join(sorted(names))}"
-    return [warn("data.chat_template_kwargs", what, "it changes nothing: remove it, or correct its name")]
+    fields = {name for message in messages for name, value in message.items() if value} - READ
+    findings = []
+    for check, names in (("data.chat_template_kwargs", kwargs.keys() - {"chat_template"}), ("fields of messages", fields)):
+        if unused := sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)):
+            what = f"the chat template of the student does not use {', '.join(unused)}"
+            findings.append(warn(check, what, "they change nothing: remove them, correct their names, or take another chat template"))
+    return findings
 
 
 def check_switches(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> list[Finding]:
