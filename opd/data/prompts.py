@@ -196,7 +196,7 @@ def render(
 
 
 def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text that goes on: begun as the tokenizer begins texts, but once, and not ended as it may end them."""
+    """Return the ids of a text with what the tokenizer puts before texts, but once, and without what it may put behind: it is continued."""
     encoded = tokenizer(text, return_special_tokens_mask=True)
     ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
     while added and added[-1]:
