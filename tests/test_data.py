@@ -1,14 +1,18 @@
 """From rows to prompts: columns, templates, answers, prompts that are dropped, and errors for what is missing."""
 
+import copy
 import json
 
 import pytest
+from tokenizers import normalizers, processors
 
 from opd.config.schema import DataConfig, ModelConfig, Source
-from opd.data.prompts import encode_rows, extract_answer
+from opd.data.prompts import encode_rows, extract_answer, text_warnings
 from opd.data.sources import load_rows
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
+from opd.training.identity import digest
+from opd.training.identity import rows as identifying_parts
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,150 @@ def test_messages_system_column_and_template_arguments_reach_the_template(tmp_pa
         assert tokenizer.decode(encode_rows(rows[1:], tokenizer, DataConfig(prompt="prompt", answer=None), "training")[0].ids) == "d"
     finally:
         tokenizer.chat_template = tokenizer_template
+
+
+def user(content, **fields):
+    return {"role": "user", "content": content, **fields}
+
+
+def begun(content, **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
+@pytest.fixture
+def changed(tokenizer):
+    """Return a copy of the tokenizer with another chat template, normalizer or post-processor, and what that makes of prompts."""
+
+    def change(template=tokenizer.chat_template, **backend):
+        other = copy.deepcopy(tokenizer)
+        other.chat_template = template
+        for name, part in backend.items():
+            setattr(other.backend_tokenizer, name, part)
+        return other
+
+    return change
+
+
+def encode(tokenizer, *prompts, teacher_system=None, **options):
+    rows = [{"prompt": prompt, "who": "theirs"} for prompt in prompts]
+    config = DataConfig(**{"source": Source.jsonl, "train_path": "rows.jsonl", "prompt": "prompt", "answer": None, **options})
+    return encode_rows(rows, tokenizer, config, "training", teacher_system)
+
+
+def encoded_text(tokenizer, *prompts, **options):
+    return [tokenizer.decode(prompt.ids) for prompt in encode(tokenizer, *prompts, **options)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([user("a", name="n"), begun(None, tool_calls=[{"x": None}], reasoning_content="r"), user("b")], 'a n .r.[{"x": null}] b  .>'),
+        ([user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], "ab  .>"),
+        ([user("a"), begun("b")], "a  .b"),
+        ([user("a"), begun("")], "a  ."),
+    ],
+    ids=["fields", "text parts", "begun answer", "empty answer"],
+)
+def test_every_field_that_the_template_renders_reaches_it_and_a_begun_answer_stays_open(changed, messages, text):
+    template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} {{ m.name }} .{% endif %}{{ m.reasoning_content }}"
+        "{% if m.tool_calls %}.{{ m.tool_calls | tojson }} {% endif %}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    assert encoded_text(changed(template), messages) == [text]
+
+
+def test_only_tables_have_fields_of_other_records_removed(changed):
+    template = "{{ messages[0].tool_calls | tojson }}"
+    messages = [begun("a", tool_calls=[{"x": 1, "y": None}]), user("b")]
+    assert encoded_text(changed(template), messages) == ['[{"x": 1, "y": null}]']
+    assert encoded_text(changed(template), messages, source=Source.parquet) == ['[{"x": 1}]']
+
+
+def test_a_system_message_of_an_option_replaces_that_of_the_chat(tokenizer):
+    chat = [{"role": "system", "content": "own"}, user("a")]
+    (prompt,) = encode(tokenizer, chat, system="who", teacher_system="hint")
+    assert tokenizer.decode(prompt.ids) == "<|system|>theirs<|end|><|user|>a<|end|><|assistant|>"
+    assert tokenizer.decode(prompt.teacher_ids) == "<|system|>hint<|end|><|user|>a<|end|><|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0].content + 1 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages[7].content }}",
+        "{{ raise_exception('roles\nmust alternate') }}",
+        "{% if %}",
+        "{{ messages[0].content.__class__ }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ strftime_now(1) }}",
+        "{{ [] | first }}",
+    ],
+)
+def test_a_template_that_fails_is_one_line_with_the_row(changed, template):
+    with pytest.raises(DataError) as refused:
+        encode(changed(template), "a")
+    assert str(refused.value).startswith("row 0: data.prompt=prompt: ") and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("prompt", [[user("a"), begun(None, tool_calls=[1])], "a\ud800", [user([{"type": "image"}])]])
+def test_a_prompt_that_cannot_be_continued_or_encoded_is_one_line_with_the_row(tokenizer, prompt):
+    with pytest.raises(DataError, match=r"^row 0: data\.prompt=prompt: .*$"):
+        encode(tokenizer, prompt)
+
+
+def test_a_template_is_chosen_by_name(changed):
+    several = changed({"chat": "c{{ messages[0].content }}", "tool_use": "t"})
+    options = {"chat_template_kwargs": {"chat_template": "chat"}}
+    assert encoded_text(several, "a", **options) == ["ca"]
+    for tokenizer, kwargs in ((several, {}), (several, {"chat_template": "other"}), (changed(), {"chat_template": "chat"})):
+        with pytest.raises(ConfigError, match=r"^data\.chat_template_kwargs\.chat_template=.* (chat or tool_use|default)$"):
+            encode(tokenizer, "a", chat_template_kwargs=kwargs)
+    assert encoded_text(changed(None), "a", chat_template_kwargs={"chat_template": "{{ messages[0].content }}!"}) == ["a!"]
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_texts_but_once_and_does_not_end(changed):
+    special = [("<|user|>", 259), ("<|end|>", 256)]
+    both = processors.TemplateProcessing(single="<|user|> $A <|end|>", pair="$A $B", special_tokens=special)
+    prompts = ["a", "<|user|>a", "a<|end|>"]
+    assert encoded_text(changed(None, post_processor=both), *prompts) == ["<|user|>a", "<|user|>a", "<|user|>a<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "lost"),
+    [
+        (normalizers.Lowercase(), "aB", "'aB' becomes 'ab'"),
+        (normalizers.NFKC(), "\u00b2", "'\u00b2' becomes '2'"),
+        (normalizers.Replace("\n", " "), "a\nb", "'a\\nb' becomes 'a b'"),
+        (normalizers.NFD(), "\u00e9\u2026", ""),
+        (normalizers.Strip(), " a\n", ""),
+    ],
+)
+@pytest.mark.parametrize("template", [None, "<|user|> {{ messages[0].content }}<|end|>\n<|assistant|>"])
+def test_text_that_the_tokenizer_loses_is_told(changed, template, normalizer, text, lost):
+    tokenizer = changed(template, normalizer=normalizer)
+    warnings = text_warnings(encode(tokenizer, "a", text), tokenizer, ())
+    assert len(warnings) == bool(lost)
+    assert template is not None or lost in "".join(warnings)
+
+
+def test_a_long_prompt_of_which_the_tokenizer_drops_most_is_tokenized_whole(changed):
+    (prompt,) = encode(changed(None, normalizer=normalizers.Replace("x", "")), "x" * 10_000 + "ab", max_prompt_tokens=20)
+    assert len(prompt.ids) == 2 and prompt.lost
+
+
+def test_special_tokens_in_texts_are_told(tokenizer):
+    prompts = encode(tokenizer, "1+1=")
+    assert text_warnings(prompts, tokenizer, (256,)) == []
+    assert "'1' (16), which ends a completion" in text_warnings(prompts, tokenizer, (256, 16))[0]
+
+
+def test_a_prompt_with_the_date_is_identified_by_its_messages(changed):
+    def identified(text, template="{{ strftime_now('%f') }}{{ messages[0].content }}"):
+        return digest(identifying_parts(encode(changed(template), text)))
+
+    assert identified("a") == identified("a") != identified("b")
+    assert identified("a", "{{ messages[0].content }}") != identified("a", "{{ messages[0].content }}.")
 
 
 def test_long_prompts_are_dropped_and_counted_and_never_truncated(tokenizer, caplog):

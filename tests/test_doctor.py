@@ -169,6 +169,26 @@ def test_thinking_switch_of_one_model_warns(doctor: Any, tmp_path: Path) -> None
     assert found["thinking"]["status"] == "warn" and "enable_thinking=True" in found["thinking"]["what"]
 
 
+def test_an_open_turn_unused_options_and_a_dropped_system_message_are_told() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "assets" / "tiny-student")
+    messages = [{"role": "user", "content": "1", "name": "n"}, {"role": "assistant", "content": "2"}]
+
+    def findings(template: str) -> dict[str, Finding]:
+        tokenizer.chat_template = template
+        return {finding.check: finding for finding in tokens.check_templates(tokenizer, tokenizer, messages, config)[0]}
+
+    config = Config()
+    config.data.chat_template_kwargs, config.teacher.system = {"enable_thinking": False, "mode": "x"}, "hint"
+    rendered = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{{ mode }}"
+    found = findings(rendered)
+    assert found["chat template of the student"].status is Status.warn and "continued" in found["chat template of the student"].what
+    assert found["data.chat_template_kwargs"].what.endswith("does not use enable_thinking")
+    assert found["fields of messages"].what.endswith("does not use name")
+    assert "teacher.system" not in found
+    dropped = findings(rendered.replace("in messages", "in messages if m.role != 'system'"))["teacher.system"]
+    assert dropped.status is Status.fail and "teacher.system=null" in dropped.remedy
+
+
 def test_repetition_penalty_in_generation_config_warns(doctor: Any, tmp_path: Path) -> None:
     student = copy_of("tiny-student", tmp_path / "s", generation_config={"repetition_penalty": 1.1, "do_sample": True, "top_k": 20})
     _, found, _ = doctor(f"model.path={student}", "--prompts", "0")

@@ -8,7 +8,8 @@ from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2C
 
 from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig
-from opd.errors import ConfigError
+from opd.data.prompts import Prompt
+from opd.errors import ConfigError, DataError
 from opd.models import load as models
 from opd.models import policy
 
@@ -66,7 +67,20 @@ def test_heads_padded_to_different_widths_are_cut_to_the_narrower(make_model):
     size = len(tokenizer)
     assert models.shared_vocabulary(tokenizer, make_model(size + 3), make_model(size + 11)) == size + 3
     with pytest.raises(ConfigError, match="does not belong to its tokenizer"):
-        models.shared_vocabulary(tokenizer, make_model(size - 1), make_model(size))
+        models.shared_vocabulary(tokenizer, make_model(size - 6), make_model(size))
+
+
+def test_added_tokens_may_be_without_a_row_but_not_in_a_prompt(make_model):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert models.shared_vocabulary(tokenizer, make_model(size), make_model(size)) == size
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id, "padding has a row"
+    models.check_known([Prompt(0, (1,), "")], tokenizer, size)
+    for prompt in (Prompt(3, (1, size), ""), Prompt(3, (1,), "", teacher_ids=(size,))):
+        with pytest.raises(DataError, match=rf"row 3: .*'<image>' \({size}\)"):
+            models.check_known([prompt], tokenizer, size)
 
 
 def test_teacher_with_other_token_ids_is_refused_with_the_first_differences():

@@ -6,7 +6,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from training_helpers import rollout_lists, rollout_of, trained_ids
 
-from opd.data.rollouts import collate, micro_batches, split_by_tokens
+from opd.data.rollouts import FinishReason, collate, micro_batches, split_by_tokens
 
 
 @given(rollout_lists(), st.integers(0, 50), st.booleans())
@@ -32,6 +32,11 @@ def test_models_read_each_prompt_with_its_completion_up_to_the_last_trained_toke
             width = max(map(len, sequences))
             assert inputs.ids_BT.tolist() == [sequence + [pad] * (width - len(sequence)) for sequence in sequences]
             assert inputs.positions_BT is None
+
+
+def test_the_answer_is_without_its_end_whichever_token_that_is():
+    assert rollout_of((2,), (5, 7)).answer == (5,)
+    assert rollout_of((2,), (5, 7), FinishReason.length).answer == (5, 7)
 
 
 @given(rollout_lists(), st.booleans())

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
 from opd import errors
 from opd.cli import main as cli
@@ -76,6 +77,30 @@ def test_score_of_a_text_after_a_prompt(capfd: pytest.CaptureFixture[str]) -> No
     assert cli.main(["score", *TINY, "--prompt", "27+85=", "--text", "999", "--json"]) == errors.OK
     wrong = json.loads(capfd.readouterr().out)
     assert right["tokens"] == ["2", "1", "1"] and sum(right["teacher_logp"]) > -0.1 > -5 > sum(wrong["teacher_logp"])
+
+
+def test_the_teacher_scores_with_its_own_system_message(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["score", *TINY, "--prompt", "27+85=", "--text", "211", "--json"]
+    found = []
+    for more in ([], ["teacher.system='Hello there'"]):
+        assert cli.main([*words, *more]) == errors.OK
+        found.append(json.loads(capfd.readouterr().out))
+    assert found[0]["student_logp"] == found[1]["student_logp"] and found[0]["teacher_logp"] != found[1]["teacher_logp"]
+
+
+def test_a_text_on_its_own_is_scored_without_a_token_that_the_tokenizer_puts_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def load(*args: Any) -> Any:
+        tokenizer = load_tokenizer(*args)
+        end = processors.TemplateProcessing(single="$A <|end|>", pair="$A $B", special_tokens=[("<|end|>", 256)])
+        tokenizer.backend_tokenizer.post_processor = end
+        return tokenizer
+
+    load_tokenizer = models.load_tokenizer
+    monkeypatch.setattr(models, "load_tokenizer", load)
+    assert cli.main(["score", *TINY, "--text", "27", "--json"]) == errors.OK
+    assert json.loads(capfd.readouterr().out)["tokens"] == ["7"]
 
 
 class Page(HTMLParser):

@@ -1,24 +1,30 @@
 """Prompts as token ids, rendered with the model's own chat template."""
 
 import logging
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import DataConfig
+from opd.config.schema import DataConfig, Source
 from opd.data.sources import Row
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
+from opd.runs.text import one_line
 from opd.signals import time_limit
 
 log = logging.getLogger(__name__)
 
+MAX_TEXTS = 1000  # prompts that are searched for special tokens
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
-Message = dict[str, str]
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,8 @@ class Prompt:
         answer: The reference answer.
         get_reward: Grades a completion's text, instead of the configured reward.
         teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
+        messages: The chat, where the template writes the date into it: the ids are others on another day.
+        lost: A part of the text and what its ids decode to, where that is not the same.
     """
 
     sample_id: int
@@ -40,6 +48,8 @@ class Prompt:
     answer: str | None = None
     get_reward: GetReward | None = None
     teacher_ids: tuple[int, ...] | None = None
+    messages: Sequence[Message] | None = None
+    lost: str = ""
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -78,52 +88,156 @@ def encode_rows(
 def encode_row(
     row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher_system: str | None, max_chars: int
 ) -> Prompt:
-    messages = to_messages(row, index, config)
-    teacher_ids = None
-    try:
-        with time_limit(TEMPLATE_SECONDS):
-            ids = render(messages, tokenizer, config.chat_template_kwargs, max_chars)
-            if teacher_system is not None:
-                system = {"role": "system", "content": teacher_system}
-                teacher_messages = [system, *(message for message in messages if message["role"] != "system")]
-                teacher_ids = tuple(render(teacher_messages, tokenizer, config.chat_template_kwargs))
-    except (TemplateError, OverflowError) as error:
-        raise DataError(f"row {index}: the chat template refuses the messages: {error}") from None
-    except (TimeoutError, MemoryError) as error:
-        raise DataError(f"row {index}: the chat template or the tokenizer did not finish: {error or 'out of memory'}") from None
+    messages, kwargs = to_messages(row, index, config), config.chat_template_kwargs
+    where = f"row {index}: data.prompt={config.prompt}"
+    text, ids = render(messages, tokenizer, kwargs, where, max_chars)
+    if len(text) > max_chars and len(ids) <= config.max_prompt_tokens:  # the tokenizer drops characters
+        text, ids = render(messages, tokenizer, kwargs, where)
     if not ids:
-        raise DataError(f"row {index}: data.prompt={config.prompt}: the prompt has no tokens")
+        raise DataError(f"{where}: the prompt has no tokens")
+    teacher_ids = None
+    if teacher_system is not None:
+        teacher_ids = tuple(render(with_system(messages, teacher_system), tokenizer, kwargs, f"{where} with teacher.system")[1])
+    lost = find_lost(text, ids, tokenizer) if len(ids) <= config.max_prompt_tokens else ""
+    dated = "strftime_now" in (find_template(tokenizer, kwargs) or "")
     answer = None if config.answer is None else extract_answer(row.get(config.answer), config.answer_after)
-    return Prompt(index, tuple(ids), messages[-1]["content"], answer, row.get("get_reward"), teacher_ids)
+    text = messages[-1]["content"] or ""
+    return Prompt(index, tuple(ids), text, answer, row.get("get_reward"), teacher_ids, messages if dated else None, lost)
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
-    """Return the row's chat: its list of messages or its text as the user's message, after its system message, if it has one."""
+    """Return the row's chat: its list of messages or its text as the user's message, with its system message, if it has one."""
     prompt: Any = row.get(config.prompt)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
+    elif config.source is not Source.jsonl:
+        prompt = without_nulls(prompt)
     try:
-        messages: list[Message] = [{"role": message["role"], "content": message["content"]} for message in prompt]
-        well_formed = bool(messages) and all(isinstance(text, str) for message in messages for text in message.values())
-    except (TypeError, KeyError):
-        well_formed = False
-    if not well_formed:
+        messages = [to_message(message) for message in prompt]
+    except (TypeError, KeyError, AttributeError):
+        messages = []
+    if not messages:
         raise DataError(
             f"row {index}: data.prompt={config.prompt}: must be a text or a list of messages "
-            f'{{"role": "user", "content": "…"}}, not {type(prompt).__name__}'
+            f'{{"role": "user", "content": "…"}}, whose content is text, not {type(prompt).__name__}'
         )
     system = None if config.system is None else row.get(config.system)
-    return messages if system is None else [{"role": "system", "content": str(system)}, *messages]
+    return messages if system is None else with_system(messages, str(system))
+
+
+def to_message(message: Mapping[str, Any]) -> Message:
+    """Return a message with all of its fields and its text in one piece. Raises `TypeError`, `KeyError` or `AttributeError` for another."""
+    content = message.get("content")
+    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+        content = "".join(part["text"] for part in content)
+    calls = content is None and message["role"] == "assistant" and any(message[key] for key in message.keys() - {"role"})
+    if not isinstance(message["role"], str) or not (calls or isinstance(content, str)):
+        raise TypeError
+    return {**message, "content": content}
+
+
+def with_system(messages: Sequence[Message], system: str) -> list[Message]:
+    """Return the chat with this system message in place of its own."""
+    return [{"role": "system", "content": system}, *(message for message in messages if message["role"] != "system")]
+
+
+def without_nulls(value: Any) -> Any:
+    """Return lists and records without fields that are null: in a table each record has the fields of all of them."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str | None:
+    """Return the chat template: the one that `data.chat_template_kwargs` names or spells out, else the default; None for plain text."""
+    stored = tokenizer.chat_template
+    templates: dict[str, str | None] = stored if isinstance(stored, dict) else {"default": stored}
+    name = str(kwargs.get("chat_template") or ("tool_use" if kwargs.get("tools") and "tool_use" in templates else "default"))
+    if "{" in name:
+        return name
+    if name not in templates:
+        raise ConfigError(
+            f"data.chat_template_kwargs.chat_template={name}: the tokenizer has no chat template of this name; set it to "
+            f"{' or '.join(templates)}"
+        )
+    return templates[name]
 
 
 def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], max_chars: int | None = None
-) -> list[int]:
-    """Return the ids of a chat up to the start of the assistant's turn. Without a chat template the messages are lines of plain text."""
-    if tokenizer.chat_template is None:
-        return list(tokenizer("\n".join(message["content"] for message in messages)[:max_chars])["input_ids"])
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **template_kwargs)
-    return list(tokenizer(text[:max_chars], add_special_tokens=False)["input_ids"])
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], where: str, max_chars: int | None = None
+) -> tuple[str, list[int]]:
+    """Return a chat up to the start of the assistant's turn, as text and ids. If its last message is the assistant's, that stays open.
+
+    Without a chat template the messages are lines of plain text, with the tokens that the tokenizer puts before a text.
+
+    Args:
+        where: The place of the chat, for messages.
+        max_chars: How much of the text to tokenize.
+
+    Raises:
+        ConfigError: There is no chat template of the configured name.
+        DataError: The chat template or the tokenizer fails.
+    """
+    template = find_template(tokenizer, kwargs)
+    try:
+        with time_limit(TEMPLATE_SECONDS):
+            if template is None:
+                text = "\n".join(message["content"] for message in messages)
+                return text, tokenize_plain(text[:max_chars], tokenizer)
+            is_open = messages[-1]["role"] == "assistant"
+            options = {"tokenize": False, "add_generation_prompt": not is_open, "continue_final_message": is_open}
+            text = str(tokenizer.apply_chat_template(list(messages), **options, **{**kwargs, "chat_template": template}))
+            return text, list(tokenizer(text[:max_chars], add_special_tokens=False)["input_ids"])
+    except (TimeoutError, MemoryError) as error:
+        raise DataError(f"{where}: the chat template or the tokenizer did not finish: {error or 'out of memory'}") from None
+    except Exception as error:  # noqa: BLE001 - a template is a program, which may fail in any way
+        reason = one_line(str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}")[:300]
+        raise DataError(f"{where}: the chat template refuses the messages: {reason}; change them, or the template") from None
+
+
+def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids of a text with what the tokenizer puts before texts, but once, and without what it may put behind: it is continued."""
+    encoded = tokenizer(text, return_special_tokens_mask=True)
+    ids, added = list(encoded["input_ids"]), list(encoded["special_tokens_mask"])
+    while added and added[-1]:
+        added.pop()
+    before = added.index(0) if added else 0
+    begins_twice = ids[:before] == ids[before : 2 * before]
+    return ids[before * begins_twice : len(added)]
+
+
+def find_lost(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what the tokenizer makes of a part of the text, if the ids do not decode to the text; else nothing."""
+    decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if decoded == text:
+        return ""
+    wanted, found = comparable(text, tokenizer), comparable(decoded, tokenizer)
+    if found.endswith(wanted):  # plain text may have a token before it
+        return ""
+    same = len(commonprefix([wanted[::-1], found[::-1]]))  # noqa: RUF071 - of characters
+    wanted, found = (each[: len(each) - same + 10][-40:] for each in (wanted, found))
+    return f"{wanted!r} becomes {found!r}"
+
+
+def text_warnings(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> list[str]:
+    """Return what does not reach the student or its grader: text that the tokenizer loses, and special tokens and `eos` in texts."""
+    warnings = []
+    if lost := [prompt.lost for prompt in prompts if prompt.lost]:
+        warnings.append(f"the student's tokenizer loses text of {len(lost):,} of {len(prompts):,} prompts: {lost[0]}")
+    special = {*eos, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    texts = [text for prompt in prompts[:MAX_TEXTS] for text in (prompt.text, prompt.answer) if text]
+    found = Counter(token for text in texts for token in special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    for token, count in found.most_common(1):
+        means = "ends a completion" if token in eos else "is special and removed from completions before they are graded"
+        name = f"{tokenizer.convert_ids_to_tokens(token)!r} ({token})"
+        warnings.append(f"{count:,} of {len(texts):,} messages and answers contain {name}, which {means}")
+    return warnings
+
+
+def comparable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text without what tokenizers may change: the way to write an accent, and white space around their own tokens."""
+    tokens = "|".join(re.escape(token) for token in tokenizer.get_added_vocab() if token in text)
+    return re.sub(rf"\s*({tokens or '(?!)'})\s*", r"\1", unicodedata.normalize("NFC", text)).strip()
 
 
 def extract_answer(value: Any, after: str | None) -> str | None:

@@ -51,6 +51,11 @@ class Rollout:
         return self.finish_reason is FinishReason.length
 
     @property
+    def answer(self) -> tuple[int, ...]:
+        """The completion without its end-of-sequence token, which need not be a special token."""
+        return self.completion if self.truncated else self.completion[:-1]
+
+    @property
     def trained(self) -> list[int]:
         """Offsets of the trained tokens within the completion, ascending."""
         if self.mask is None:

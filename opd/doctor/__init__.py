@@ -96,7 +96,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
         built = build(config, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, built.trainer.evaluator
-        report.add(*check_ends(config, built, tokenizer))
+        report.add(*check_ends(config, built, tokenizer), *tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
         step = first_step.trial_step(trainer)
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, **step.metrics}

@@ -1,15 +1,15 @@
 """Checks of tokenizers, chat templates and generation configs: do student and teacher read and end the same text?"""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, render
+from opd.data.prompts import Message, Prompt, find_template, render, text_warnings, with_system
 from opd.doctor.findings import Finding, fail, ok, warn
-from opd.errors import ConfigError
+from opd.errors import ConfigError, OpdError
 from opd.models import load as models
 
 # Settings with which generate() samples from another distribution than the model's, and the values that switch them off.
@@ -33,6 +33,13 @@ DECODING: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
+READ = {
+    "role",
+    "content",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+}  # templates leave out earlier thoughts, and have many names for them
 ANSWER = "the answer that opd looks for"
 
 
@@ -75,13 +82,7 @@ def check_eos(
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
     """Check that the token with which the chat template ends an answer also ends a completion."""
-    if tokenizer.chat_template is None:
-        return []
-    try:
-        chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}]
-        text = str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
-    except (TemplateError, ValueError, TypeError):
-        return []  # a template without answers has no end of an answer
+    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
     rest = text.rpartition(ANSWER)[2].strip()
     ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
     if not ids or ids[0] in eos:
@@ -89,6 +90,24 @@ def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role:
     what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(ids[0])!r}, which does not end a completion"
     remedy = f"completions run to their limit: add {ids[0]} to eos_token_id in its generation_config.json, or take the chat-tuned model"
     return [warn(f"end of a turn of the {role}", what, remedy)]
+
+
+def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+    """Return the text of a chat whose last turn is closed and followed by no other; nothing where the template has no such text."""
+    try:
+        template = find_template(tokenizer, kwargs)
+        return (
+            str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{**kwargs, "chat_template": template})) if template else ""
+        )
+    except Exception:  # noqa: BLE001 - a template is a program, which may fail in any way
+        return ""
+
+
+def check_texts(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], prompts: Sequence[Prompt]) -> list[Finding]:
+    """Compare the prompts' ids with their text, and look for special tokens in messages and reference answers."""
+    remedy = "unless that is meant, change the texts, the tokenizer, or eos_token_id in generation_config.json"
+    found = text_warnings(prompts, tokenizer, eos)
+    return [warn("texts", what, remedy) for what in found] or [ok("texts", "the ids of each prompt decode to its text")]
 
 
 def check_templates(
@@ -104,45 +123,67 @@ def check_templates(
     findings: list[Finding] = []
     for role, tokenizer in (("student", student), ("teacher", teacher)):
         try:
-            rendered[role] = models.decode(tokenizer, render(messages, tokenizer, kwargs))
-        except (TemplateError, TypeError, ValueError) as error:
-            what = f"the chat template of the {role} refuses the first prompt: {' '.join(str(error).split())}"
+            text, ids = render(messages, tokenizer, kwargs, role)
+        except OpdError as error:
+            what = f"the first prompt cannot be rendered: {error}"
             if role == "student":
                 findings.append(fail(check, what, "set data.system=null to leave out the system message, or change the chat template"))
             else:
                 findings.append(warn(check, what, "the teacher reads the student's rendering: make sure that it knows this format"))
             continue
-        findings += check_template(tokenizer, rendered[role], messages, role, kwargs)
+        rendered[role] = models.decode(tokenizer, ids)
+        findings += check_template(tokenizer, text, ids, messages, role, kwargs)
     if len(rendered) == 2 and rendered["student"] == rendered["teacher"]:
         findings.append(ok(check, "student and teacher render the first prompt alike"))
     elif len(rendered) == 2:
         what = "student and teacher render the first prompt differently (both below); the teacher scores the student's rendering"
         remedy = "a teacher scores best in its own format: give both models the same chat template, the teacher's if possible"
         findings.append(warn(check, what, remedy))
-    return findings + check_switches(student, teacher, kwargs), rendered
+    if (system := config.teacher.system) is not None:
+        text = render(with_system(messages, system), student, kwargs, "teacher.system")[0]
+        if not contains(text, system):
+            what = "the chat template of the student, which renders the teacher's prompts too, leaves it out"
+            findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
+    return findings + check_options(student, messages, kwargs) + check_switches(student, teacher, kwargs), rendered
+
+
+def contains(text: str, part: str) -> bool:
+    return "".join(part.split()) in "".join(text.split())
 
 
 def check_template(
-    tokenizer: PreTrainedTokenizerBase, text: str, messages: Sequence[Message], role: str, kwargs: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], messages: Sequence[Message], role: str, kwargs: Mapping[str, Any]
 ) -> list[Finding]:
-    """Check one model's rendering `text` of the messages."""
+    """Check one model's rendering of the messages, as text and ids."""
     check, take_own = f"chat template of the {role}", "take the chat template from the model's own folder"
-    if tokenizer.chat_template is None:
-        return [warn(check, "there is none: the prompt is plain text", f"right for a base model; for a chat model, {take_own}")]
     findings = []
-    if "".join(messages[-1]["content"].split()) not in "".join(text.split()):
+    if is_open := messages[-1]["role"] == "assistant":
+        what = "the chat ends with a message of the assistant, which is continued"
+        remedy = "right for begun answers; where these are whole conversations, leave out their last message"
+        findings.append(warn(check, what, remedy))
+    if find_template(tokenizer, kwargs) is None:
+        remedy = f"right for a base model; for a chat model, {take_own}"
+        return [*findings, warn(check, "there is none: the prompt is plain text", remedy)]
+    if not all(contains(text, message["content"]) for message in messages if message["role"] in ("system", "user")):
         make = fail if role == "student" else warn
         findings.append(make(check, "the rendering does not contain the prompt's text", take_own))
-    closed = tokenizer.apply_chat_template(list(messages), tokenize=False, **kwargs)
-    opened = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
-    if closed == opened:
+    if not is_open and text == render_closed(messages, tokenizer, kwargs):
         what = "it does not open the assistant's turn (add_generation_prompt changes nothing)"
         findings.append(warn(check, what, "the student would continue the user's text: add the assistant's header to the template"))
-    ids = list(tokenizer(str(opened), add_special_tokens=False)["input_ids"])
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
-        findings.append(warn(check, "the rendering contains tokens that are unknown to the tokenizer", take_own))
-    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
+    if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
         findings.append(warn(check, f"the prompt begins with {tokenizer.bos_token!r} twice", "remove one of them from the chat template"))
+    return findings
+
+
+def check_options(student: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> list[Finding]:
+    """Look for options, and fields of messages, that the student's chat template does not use."""
+    template = find_template(student, kwargs) or ""
+    fields = {name for message in messages for name, value in message.items() if value} - READ
+    findings = []
+    for check, names in (("data.chat_template_kwargs", kwargs.keys() - {"chat_template"}), ("fields of messages", fields)):
+        if unused := sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)):
+            what = f"the chat template of the student does not use {', '.join(unused)}"
+            findings.append(warn(check, what, "they change nothing: remove them, correct their names, or take another chat template"))
     return findings
 
 

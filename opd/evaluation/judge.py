@@ -66,6 +66,7 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
             vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id
             if role == "model":
                 _, prompts = load_prompts(config, student.tokenizer, Given())
+                models.check_known(prompts, student.tokenizer, vocabulary)
                 grader = make_run_grader(config, prompts, stack)
             evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, student.bf16)
             sampler = student.sampler(pad_id, vocabulary, config.seed)

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, render
+from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
@@ -106,14 +106,14 @@ def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]
     """Return `samples` completions of the prompt by each model, at the config's sampling settings."""
     options = pair.config.sampling
     decoding = Decoding(options.temperature, options.max_new_tokens, options.top_p, options.top_k, options.batch_size)
-    tokenizer = pair.tokenizer
+    tokenizer, prompt = pair.tokenizer, _encode(pair, text)
     completions: dict[str, list[str]] = {}
     for role, loaded in pair.loaded.items():
-        prompt = Prompt(0, tuple(_prompt_ids(pair, text, pair.config.teacher.system if role == "teacher" else None)), text)
+        seen = prompt.for_teacher() if role == "teacher" else prompt
         sampler = loaded.sampler(tokenizer.pad_token_id, pair.vocabulary, pair.config.seed)
-        rollouts = sampler.sample([Request(prompt, 0, attempt) for attempt in range(samples)], decoding, "sample")
+        rollouts = sampler.sample([Request(seen, 0, attempt) for attempt in range(samples)], decoding, "sample")
         completions[role] = [
-            models.decode(tokenizer, rollout.completion, skip_special_tokens=True) + (" […]" if rollout.truncated else "")
+            models.decode(tokenizer, rollout.answer, skip_special_tokens=True) + (" […]" if rollout.truncated else "")
             for rollout in rollouts
         ]
     return completions
@@ -132,34 +132,35 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
         DataError: there is no token to score, or more than a model takes.
     """
     tokenizer = pair.tokenizer
-    text_ids = list(tokenizer(text, add_special_tokens=prompt is None)["input_ids"])
-    ids = text_ids if prompt is None else _prompt_ids(pair, prompt) + text_ids
-    unscored = 1 if prompt is None else len(ids) - len(text_ids)
-    if len(ids) <= unscored:
+    if prompt is None:
+        ids = tokenize_plain(text, tokenizer)
+        seen, completion = Prompt(0, tuple(ids[:1]), ""), ids[1:]
+    else:
+        seen, completion = _encode(pair, prompt), list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not completion:
         raise DataError("the text has no token that follows another one; give a longer one")
-    for role, loaded in pair.loaded.items():
-        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(ids) > limit:
-            raise DataError(f"the text has {len(ids):,} tokens, the {role} takes {limit:,}; give a shorter one")
-    request = Request(Prompt(0, tuple(ids[:unscored]), ""))
-    rollout = Rollout(request, tuple(ids[unscored:]), torch.zeros(len(ids) - unscored), FinishReason.stop)
+    models.check_known([Prompt(0, (*seen.ids, *completion), "")], tokenizer, pair.vocabulary)
+    rollout = Rollout(Request(seen), tuple(completion), torch.zeros(len(completion)), FinishReason.stop)
+    batch = collate([rollout], [0], 0)
     logp: dict[str, list[float]] = {}
     for role, loaded in pair.loaded.items():
-        batch = collate([rollout], [0], 0).to(loaded.model.device)
+        inputs = (batch.teacher_inputs if role == "teacher" else batch.inputs).to(loaded.model.device)
+        limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and inputs.ids_BT.numel() > limit:
+            raise DataError(f"the text has {inputs.ids_BT.numel():,} tokens, the {role} takes {limit:,}; give a shorter one")
         with autocast(loaded.model.device, loaded.bf16):
-            states = TeacherStates(predicting_hidden(loaded.model.base_model, batch.inputs), output_head(loaded.model, pair.vocabulary))
-            logp[role] = states.token_logp(batch.ids_N, 1.0).tolist()
-    tokens = [models.decode(tokenizer, [token]) for token in rollout.completion]
-    return ScoredText(tokens, logp["student"], logp["teacher"], models.decode(tokenizer, ids[:1]) if prompt is None else "")
+            states = TeacherStates(predicting_hidden(loaded.model.base_model, inputs), output_head(loaded.model, pair.vocabulary))
+            logp[role] = states.token_logp(batch.ids_N.to(loaded.model.device), 1.0).tolist()
+    tokens = [models.decode(tokenizer, [token]) for token in completion]
+    return ScoredText(tokens, logp["student"], logp["teacher"], models.decode(tokenizer, seen.ids) if prompt is None else "")
 
 
-def _prompt_ids(pair: ModelPair, text: str, system: str | None = None) -> list[int]:
-    """Return the ids of a user's message, rendered as in training."""
-    messages: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-    ids = render([*messages, {"role": "user", "content": text}], pair.tokenizer, pair.config.data.chat_template_kwargs)
-    if not ids:
-        raise DataError("the prompt has no tokens; give a text")
-    return ids
+def _encode(pair: ModelPair, text: str) -> Prompt:
+    """Return the prompt of a user's message as training shows it to both models, whatever its length."""
+    data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
+    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", pair.config.teacher.system)
+    models.check_known([prompt], pair.tokenizer, pair.vocabulary)
+    return prompt
 
 
 def read_prompts(texts: Sequence[str], file: str | None, ask: Callable[[], str]) -> Sequence[str]:

@@ -1,7 +1,7 @@
 """Load student and teacher, and check that they share their tokens."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig, TrainConfig
 from opd.data import hub
-from opd.errors import ConfigError
+from opd.data.prompts import Prompt
+from opd.errors import ConfigError, DataError
 from opd.models.policy import output_head
 
 log = logging.getLogger(__name__)
@@ -162,15 +163,29 @@ def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
     """Return how many ids both heads have: ids beyond the tokenizer's last are padding of the head.
 
+    Added tokens may be without a row, such as one for images; `check_known` looks for them in prompts. Padding gets one that has a row.
+
     Raises `ConfigError` when a head is too narrow for the tokenizer.
     """
     size = min(output_head(student).vocabulary, output_head(teacher).vocabulary)
-    last = max(tokenizer.get_vocab().values())
+    last = max({*tokenizer.get_vocab().values()} - {*tokenizer.get_added_vocab().values()} | {tokenizer.eos_token_id or 0})
     if last >= size:
         raise ConfigError(
             f"the tokenizer has ids up to {last}, an output head only {size} rows: model or teacher does not belong to its tokenizer"
         )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:
+        tokenizer.pad_token = tokenizer.eos_token
     return size
+
+
+def check_known(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise `DataError` for a prompt with a token that the models have no row for."""
+    if max(tokenizer.get_vocab().values()) < vocabulary:
+        return
+    for prompt in prompts:
+        if (last := max(prompt.ids + prompt.seen_by_teacher)) >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(last)
+            raise DataError(f"row {prompt.sample_id}: contains {token!r} ({last}), a token that the models have no row for; remove it")
 
 
 def pair_differences(

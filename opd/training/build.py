@@ -14,7 +14,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, Engine, Placement, Quantization
-from opd.data.prompts import Prompt, encode_rows
+from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
@@ -53,7 +53,7 @@ class Built:
 
     Args:
         adapters: peft's handle on the student's adapters, if it has any.
-        differences: What does not match between student and teacher, one line each.
+        differences: What does not match between student and teacher, or does not reach the student, one line each.
         sampling: The engine and weights that sample, in words.
     """
 
@@ -92,6 +92,7 @@ def build(
     masters = MasterWeights(student) if bf16 and not sharded else None
     teacher_model = student if config.shares_base else build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
+    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
     spec = SamplerSpec(
         model=student,
@@ -155,7 +156,8 @@ def build(
     )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
-    differences = load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos))
+    warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
+    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
     return Built(trainer, tokenizer, teacher, GenerateSampler(teacher_spec), adapters, eos, differences, sampling)
 
 

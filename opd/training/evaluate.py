@@ -155,7 +155,7 @@ class Evaluator:
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
 
     def text(self, rollout: Rollout) -> str:
-        return decode(self.tokenizer, rollout.completion, skip_special_tokens=True)
+        return decode(self.tokenizer, rollout.answer, skip_special_tokens=True)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either."""

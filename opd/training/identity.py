@@ -52,12 +52,15 @@ def digest(parts: Iterable[object]) -> str:
     """Return the sha256 of JSON values."""
     hasher = sha256()
     for part in parts:
-        hasher.update(json.dumps(part).encode())
+        hasher.update(json.dumps(part, default=str).encode())
     return hasher.hexdigest()
 
 
 def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
-    return ((prompt.sample_id, prompt.ids, prompt.teacher_ids, prompt.answer) for prompt in prompts)
+    """Yield what identifies each prompt: its ids, or its messages where the chat template writes the date into it."""
+    for prompt in prompts:
+        content = (prompt.ids, prompt.teacher_ids) if prompt.messages is None else (prompt.messages,)
+        yield (prompt.sample_id, *content, prompt.answer)
 
 
 def frozen(model: nn.Module) -> Iterable[object]:

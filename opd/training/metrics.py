@@ -184,7 +184,7 @@ def rounded(values: Tensor) -> list[float]:
 
 def sample_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
     """Return a prompt and its completion on one line, for the display."""
-    return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.completion, skip_special_tokens=True)}")
+    return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.answer, skip_special_tokens=True)}")
 
 
 def run_costs(accelerator: Accelerator, steps: int, grown: Mapping[str, int], seed: int) -> dict[str, Any]:
