@@ -58,6 +58,21 @@ def test_gradients_are_added_in_float32(model):
     assert all(torch.allclose(difference, difference.bfloat16().float(), rtol=1e-5, atol=1e-7) for difference in differences)
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole():
+    """Each gradient is rounded to bf16, which leaves 0.4 %; with their sum in bf16 it would be 0.8 %."""
+    ids = torch.randint(2, 23, (64, 12), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for rows in (64, 8, 1):
+        model = random_model(hidden=32)
+        masters = MasterWeights(model)
+        for part in ids.split(rows):
+            logp = model(part).logits.float().log_softmax(-1)
+            (-logp[:, :-1].gather(-1, part[:, 1:, None]).sum() / ids.numel()).backward()
+        gradients.append(torch.cat([master.grad.flatten() for master in masters.masters]))
+    whole, *parts = gradients
+    assert all(float((part - whole).norm() / whole.norm()) < 0.006 for part in parts)
+
+
 def test_an_update_reaches_the_module_at_its_address_and_small_ones_add_up(model):
     masters = MasterWeights(model)
     addresses = [weight.data_ptr() for weight in model.parameters()]
