@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd.config.compose import to_config
 from opd.config.schema import Config, removed
+from opd.data.prompts import extract_answers
+from opd.data.rewards import best
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.training import runner
@@ -190,13 +192,13 @@ def as_rows(dataset: Sequence[Any], reward: Reward) -> list[Mapping[str, Any]]:
                 "objects with these attributes"
             )
         if callable(reward) and row.get("answer") is not None and row.get("get_reward") is None:
-            row["get_reward"] = bind_answer(reward, str(row["answer"]))
+            row["get_reward"] = bind_answers(reward, extract_answers(row["answer"], None, f"train_dataset, eval_dataset: item {index}: answer"))
         rows.append(row)
     return rows
 
 
-def bind_answer(reward: Callable[[str, str], float | None], answer: str) -> Callable[[str], float | None]:
-    return lambda completion: reward(completion, answer)
+def bind_answers(reward: Callable[[str, str], float | None], answers: tuple[str, ...]) -> Callable[[str], float | None]:
+    return lambda completion: best(reward(completion, answer) for answer in answers)
 
 
 def path_of(model: Model) -> str:

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, time, timedelta
+from numbers import Number
 from typing import Any
 
 from jinja2 import TemplateError
@@ -29,7 +31,7 @@ class Prompt:
         sample_id: The row in the dataset; random numbers are derived from it.
         ids: The prompt as the student sees it.
         text: The last message, for people.
-        answer: The reference answer.
+        answers: The accepted reference answers.
         get_reward: Grades a completion's text, instead of the configured reward.
         teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
     """
@@ -37,7 +39,7 @@ class Prompt:
     sample_id: int
     ids: tuple[int, ...]
     text: str
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
     get_reward: GetReward | None = None
     teacher_ids: tuple[int, ...] | None = None
 
@@ -93,8 +95,9 @@ def encode_row(
         raise DataError(f"row {index}: the chat template or the tokenizer did not finish: {error or 'out of memory'}") from None
     if not ids:
         raise DataError(f"row {index}: data.prompt={config.prompt}: the prompt has no tokens")
-    answer = None if config.answer is None else extract_answer(row.get(config.answer), config.answer_after)
-    return Prompt(index, tuple(ids), messages[-1]["content"], answer, row.get("get_reward"), teacher_ids)
+    answer = None if config.answer is None else row.get(config.answer)
+    answers = extract_answers(answer, config.answer_after, f"row {index}: data.answer={config.answer}")
+    return Prompt(index, tuple(ids), messages[-1]["content"], answers, row.get("get_reward"), teacher_ids)
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
@@ -113,7 +116,14 @@ def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
             f'{{"role": "user", "content": "…"}}, not {type(prompt).__name__}'
         )
     system = None if config.system is None else row.get(config.system)
-    return messages if system is None else [{"role": "system", "content": str(system)}, *messages]
+    if not isinstance(system, str | None):
+        raise DataError(f"row {index}: data.system={config.system}: must be a text, not {type(system).__name__}")
+    messages = messages if system is None else [{"role": "system", "content": system}, *messages]
+    try:
+        "".join(message["content"] for message in messages).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"row {index}: data.prompt={config.prompt}: the text has half a surrogate pair at {error.start}: remove it") from None
+    return messages
 
 
 def render(
@@ -126,9 +136,19 @@ def render(
     return list(tokenizer(text[:max_chars], add_special_tokens=False)["input_ids"])
 
 
-def extract_answer(value: Any, after: str | None) -> str | None:
-    """Return the reference answer: the text, or what follows the last `after` in it; None if there is none."""
-    if value is None or (after is not None and after not in str(value)):
-        return None
-    text = str(value) if after is None else str(value).rpartition(after)[2]
-    return text.strip() or None
+def extract_answers(value: Any, after: str | None, where: str) -> tuple[str, ...]:
+    """Return the accepted answers: each text of a list, or the one text; of each what follows the last `after`, if that is in it.
+
+    Raises `DataError`, with `where` first, for a value that is no text, number, date or list of them: its Python form is no answer.
+    """
+    texts = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | Number | date | time | timedelta | None):
+            raise DataError(
+                f"{where}: must be a text, a number or a list of them, not {type(item).__name__}{' in a list' * (item is not value)}; "
+                "name another column, or set data.answer=null"
+            )
+        text = str(item).lower() if isinstance(item, bool) else str(item)  # JSON's true
+        if item is not None and (after is None or after in text):
+            texts.append(text if after is None else text.rpartition(after)[2].strip())
+    return tuple(text for text in texts if text.strip())

@@ -57,7 +57,7 @@ def digest(parts: Iterable[object]) -> str:
 
 
 def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
-    return ((prompt.sample_id, prompt.ids, prompt.teacher_ids, prompt.answer) for prompt in prompts)
+    return ((prompt.sample_id, prompt.ids, prompt.teacher_ids, *(prompt.answers or [None])) for prompt in prompts)
 
 
 def frozen(model: nn.Module) -> Iterable[object]:
