@@ -192,7 +192,9 @@ def as_rows(dataset: Sequence[Any], reward: Reward) -> list[Mapping[str, Any]]:
                 "objects with these attributes"
             )
         if callable(reward) and row.get("answer") is not None and row.get("get_reward") is None:
-            row["get_reward"] = bind_answers(reward, extract_answers(row["answer"], None, f"train_dataset, eval_dataset: item {index}: answer"))
+            row["get_reward"] = bind_answers(
+                reward, extract_answers(row["answer"], None, f"train_dataset, eval_dataset: item {index}: answer")
+            )
         rows.append(row)
     return rows
 

@@ -122,7 +122,9 @@ def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
     try:
         "".join(message["content"] for message in messages).encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"row {index}: data.prompt={config.prompt}: the text has half a surrogate pair at {error.start}: remove it") from None
+        raise DataError(
+            f"row {index}: data.prompt={config.prompt}: the text has half a surrogate pair at {error.start}: remove it"
+        ) from None
     return messages
 
 

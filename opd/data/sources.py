@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
@@ -15,8 +17,7 @@ from zipfile import ZipFile
 import pyarrow
 from datasets import DatasetDict, ReadInstruction, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetsError
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
+from fsspec import compression, utils  # type: ignore[import-untyped]
 from pyarrow import parquet
 
 from opd.config.schema import DataConfig, Source
@@ -48,7 +49,7 @@ def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows,
         del columns["answer"]  # rows may mix answers and `get_reward`
     for rows, which in ((train, "training"), (evaluation, "evaluation")):
         for option, column in columns.items():
-            if len(rows) and column is not None and column not in rows[0]:
+            if len(rows) and column is not None and not any(column in row for row in rows):
                 raise DataError(
                     f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: set "
                     f"data.{option}=COLUMN" + ("" if option == "prompt" else f", or data.{option}=null for none")
@@ -121,14 +122,14 @@ def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
         option: The option with its value, for messages.
         prompt: The column that tells a row from an object around the rows.
     """
-    if not path.is_file():
-        raise DataError(f"{option}: there is no such file")
-    if path.stat().st_size == 0:
-        raise DataError(f"{option}: the file is empty")
     try:
+        if not path.is_file():
+            raise DataError(f"{option}: there is no such file")
+        if path.stat().st_size == 0:
+            raise DataError(f"{option}: the file is empty")
         if path.suffix == ".zip" and len(ZipFile(path).namelist()) != 1:
             raise ValueError("the archive must contain one file")
-        with path.open("rb") as packed, compr[infer_compression(path.name)](packed, mode="rb") as stream:
+        with path.open("rb") as packed, compression.compr[utils.infer_compression(path.name)](packed, mode="rb") as stream:
             content = stream.read()
         if kind == "parquet":
             return read_parquet(content)
@@ -136,6 +137,8 @@ def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
         return read_csv(text, "\t" if ".tsv" in path.suffixes else ",") if kind == "csv" else read_json(text, prompt)
     except UnicodeDecodeError as error:
         raise DataError(f"{option}: is not {error.encoding} at byte {error.start + 1:,}: save the file as UTF-8") from None
+    except DataError:
+        raise
     except Exception as error:  # noqa: BLE001 - each kind of file and of compression has errors of its own
         raise DataError(f"{option}: cannot be read as {kind}: {one_line(str(error)) or type(error).__name__}") from None
 
@@ -170,7 +173,7 @@ def read_json(text: str, prompt: str) -> list[Row]:
         rows = rows[0]
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"row {index} is no object such as {{\"{prompt}\": \"...\"}}")
+            raise ValueError(f'row {index} is no object such as {{"{prompt}": "..."}}')
     return rows
 
 
@@ -194,7 +197,8 @@ def read_parquet(content: bytes) -> list[Row]:
     for index, column in enumerate(table.schema):
         if pyarrow.types.is_float32(column.type) or pyarrow.types.is_float16(column.type):  # 0.1 would become 0.10000000149011612
             table = table.set_column(index, column.name, table.column(index).cast(pyarrow.string()))
-    return table.to_pylist()
+    rows: list[Row] = table.to_pylist()
+    return rows
 
 
 def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
@@ -208,29 +212,28 @@ def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
         return tuple(load_dataset(config.path, config.subset, split=split) for split in (config.train_split, config.eval_split))
     except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data.path={config.path} data.subset={config.subset}: cannot be loaded ({reason}). Offline: use a local copy with "
-            "data.path=FOLDER, or data=jsonl data.train_path=FILE; experiment=tiny needs no download"
-        ) from None
+        remedy = "use a local copy with data.path=FOLDER, or data=jsonl data.train_path=FILE; experiment=tiny needs no download"
+        remedy = "Check data.train_split and data.eval_split" if folder.is_dir() else f"Offline: {remedy}"
+        raise DataError(f"data.path={config.path} data.subset={config.subset}: cannot be loaded ({reason}). {remedy}") from None
 
 
 def load_folder(folder: Path, config: DataConfig) -> tuple[Rows, Rows]:
     with TemporaryDirectory() as temporary:
-        link = Path(temporary) / "data"  # `datasets` would take `*`, `[` and `::` in the folder's name for patterns
-        link.symlink_to(folder)
+        # `datasets` would take `*`, `[` and `::` in the folder's name for patterns.
+        links = shutil.copytree(folder, Path(temporary) / "data", copy_function=os.symlink)
         if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
-            saved = load_from_disk(link)
+            saved = load_from_disk(links)
             splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
             if saved is not splits and not config.eval_split.startswith("train"):
                 train = select(splits, config.train_split)
                 return hold_out(train, f"data.path={config.path}: {len(train)} rows are too few to hold out a tenth for evaluation")
         else:
-            builder = load_dataset_builder(str(link), config.subset, cache_dir=temporary)
+            builder = load_dataset_builder(str(links), config.subset, cache_dir=temporary)
             if builder.name not in ("json", "csv", "parquet"):
                 return tuple(load_dataset(str(folder), config.subset, split=split) for split in (config.train_split, config.eval_split))
             splits = {}
             for split, files in builder.config.data_files.items():
-                options = [(Path(file), f"data.path={config.path}: {Path(file).relative_to(link)}") for file in files]
+                options = [(Path(file), f"data.path={config.path}: {Path(file).relative_to(links)}") for file in files]
                 splits[str(split)] = [row for file, option in options for row in read_file(file, builder.name, option, config.prompt)]
         return select(splits, config.train_split), select(splits, config.eval_split)
 
