@@ -40,8 +40,9 @@ class OnPolicyDistillationTrainer:
 
     Args:
         model, teacher_model: A hub id, a folder, or a loaded causal language model; the student is trained in place and ends in float32.
-        train_dataset, eval_dataset: Rows with `prompt` (a text or a list of chat messages) and, where they are judged, `answer` or
-            `get_reward`, a function from the completion's text to a float or None. Rows are mappings, or objects with these attributes.
+        train_dataset, eval_dataset: Rows with `prompt` (a text or a list of chat messages) and, where they are judged, `answer` (or
+            a list of accepted ones) or `get_reward`, a function from the completion's text to a float or None. Rows are mappings, or
+            objects with these attributes.
         tokenizer: Needed with a loaded model whose folder is not known.
         eval_steps: Steps between evaluations; 0 for only before and after training.
         reward: Judges completions of rows with an `answer`: `exact`, `number`, `math`, `module:function`, or a function of completion and

@@ -43,7 +43,8 @@ NUMBER = re.compile(
 def reward(function: F) -> F:
     """Mark a function as a reward, so that `module:function` may name it in a config. Use it without parentheses: `@opd.reward`.
 
-    The function takes `(completion, answer)` and returns a finite number, or None when the pair cannot be graded.
+    The function takes `(completion, answer)` and returns a finite number, or None when the pair cannot be graded. Of several accepted
+    answers the one with the highest reward counts.
     """
     setattr(function, MARK, True)
     return function
