@@ -127,10 +127,12 @@ def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
             raise DataError(f"{option}: there is no such file")
         if path.stat().st_size == 0:
             raise DataError(f"{option}: the file is empty")
-        if path.suffix == ".zip" and len(ZipFile(path).namelist()) != 1:
-            raise ValueError("the archive must contain one file")
-        with path.open("rb") as packed, compression.compr[utils.infer_compression(path.name)](packed, mode="rb") as stream:
-            content = stream.read()
+        with path.open("rb") as packed:
+            method = utils.infer_compression(path.name)
+            if method == "zip" and len(ZipFile(packed).namelist()) != 1:
+                raise ValueError("the archive must contain one file")
+            with compression.compr[method](packed, mode="rb") as stream:
+                content = stream.read()
         if kind == "parquet":
             return read_parquet(content)
         text = content.decode(json.detect_encoding(content))
@@ -194,10 +196,9 @@ def read_csv(text: str, delimiter: str) -> list[Row]:
 
 def read_parquet(content: bytes) -> list[Row]:
     table = parquet.read_table(pyarrow.BufferReader(content))
-    for index, column in enumerate(table.schema):
-        if pyarrow.types.is_float32(column.type) or pyarrow.types.is_float16(column.type):  # 0.1 would become 0.10000000149011612
-            table = table.set_column(index, column.name, table.column(index).cast(pyarrow.string()))
-    rows: list[Row] = table.to_pylist()
+    short = (pyarrow.float16(), pyarrow.float32())  # 0.1 would become 0.10000000149011612
+    columns = [column.with_type(pyarrow.string()) if column.type in short else column for column in table.schema]
+    rows: list[Row] = table.cast(pyarrow.schema(columns)).to_pylist()
     return rows
 
 
