@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd.config.compose import to_config
 from opd.config.schema import Config, removed
+from opd.data.prompts import extract_answers
+from opd.data.rewards import best
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.training import runner
@@ -38,8 +40,9 @@ class OnPolicyDistillationTrainer:
 
     Args:
         model, teacher_model: A hub id, a folder, or a loaded causal language model; the student is trained in place and ends in float32.
-        train_dataset, eval_dataset: Rows with `prompt` (a text or a list of chat messages) and, where they are judged, `answer` or
-            `get_reward`, a function from the completion's text to a float or None. Rows are mappings, or objects with these attributes.
+        train_dataset, eval_dataset: Rows with `prompt` (a text or a list of chat messages) and, where they are judged, `answer` (or
+            a list of accepted ones) or `get_reward`, a function from the completion's text to a float or None. Rows are mappings, or
+            objects with these attributes.
         tokenizer: Needed with a loaded model whose folder is not known.
         eval_steps: Steps between evaluations; 0 for only before and after training.
         reward: Judges completions of rows with an `answer`: `exact`, `number`, `math`, `module:function`, or a function of completion and
@@ -190,13 +193,15 @@ def as_rows(dataset: Sequence[Any], reward: Reward) -> list[Mapping[str, Any]]:
                 "objects with these attributes"
             )
         if callable(reward) and row.get("answer") is not None and row.get("get_reward") is None:
-            row["get_reward"] = bind_answer(reward, str(row["answer"]))
+            row["get_reward"] = bind_answers(
+                reward, extract_answers(row["answer"], None, f"train_dataset, eval_dataset: item {index}: answer")
+            )
         rows.append(row)
     return rows
 
 
-def bind_answer(reward: Callable[[str, str], float | None], answer: str) -> Callable[[str], float | None]:
-    return lambda completion: reward(completion, answer)
+def bind_answers(reward: Callable[[str, str], float | None], answers: tuple[str, ...]) -> Callable[[str], float | None]:
+    return lambda completion: best(reward(completion, answer) for answer in answers)
 
 
 def path_of(model: Model) -> str:

@@ -1,17 +1,34 @@
 """From rows to prompts: columns, templates, answers, prompts that are dropped, and errors for what is missing."""
 
 import copy
+import gzip
 import json
+import lzma
+import os
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
+import pyarrow
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
 from tokenizers import normalizers, processors
 
+from opd.api import as_rows, from_options
 from opd.config.schema import DataConfig, ModelConfig, Source
-from opd.data.prompts import encode_rows, extract_answer, text_warnings
+from opd.data.prompts import Prompt, encode_rows, extract_answers, text_warnings
+from opd.data.rewards import make_grader
+from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.data.sources import load_rows
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
-from opd.training.identity import digest
+from opd.training.evaluate import Evaluator
+from opd.training.identity import check_same, digest, identity
 from opd.training.identity import rows as identifying_parts
 
 
@@ -37,7 +54,7 @@ def test_gsm8k_is_read_from_a_local_copy_of_the_same_columns(tmp_path, tokenizer
     train, evaluation = load_rows(DataConfig(path=str(tmp_path), subset=None))
     assert (len(train), len(evaluation)) == (5, 3)
     prompts = encode_rows(evaluation, tokenizer, DataConfig(), "evaluation")
-    assert [prompt.answer for prompt in prompts] == ["0", "1,000", "2,000"]
+    assert [prompt.answers for prompt in prompts] == [("0",), ("1,000",), ("2,000",)]
     assert tokenizer.decode(prompts[1].ids) == "<|user|>What is 1 + 1?<|end|><|assistant|>"
 
 
@@ -221,16 +238,176 @@ def test_long_prompts_are_dropped_and_counted_and_never_truncated(tokenizer, cap
 @pytest.mark.parametrize(
     ("value", "after", "expected"),
     [
-        ("a #### 42", "####", "42"),
-        ("a #### 1 #### 7 ", "####", "7"),
-        ("none", "####", None),
-        (18, None, "18"),
-        (None, None, None),
-        ("  ", None, None),
+        ("a #### 42", "####", ("42",)),
+        ("a #### 1 #### 7 ", "####", ("7",)),
+        ("none", "####", ()),
+        (18, None, ("18",)),
+        (None, None, ()),
+        ("  ", None, ()),
+        (True, None, ("true",)),
+        (date(2024, 5, 1), None, ("2024-05-01",)),
+        (["a #### 4", "b", None, "c #### four"], "####", ("4", "four")),
+        ([], None, ()),
     ],
 )
-def test_the_reference_answer_follows_the_last_mark(value, after, expected):
-    assert extract_answer(value, after) == expected
+def test_the_reference_answers_follow_the_last_mark(value, after, expected):
+    assert extract_answers(value, after, "here") == expected
+
+
+@pytest.mark.parametrize("value", [{"value": 1}, [{"value": 1}], [["a"]], b"1"])
+def test_an_answer_without_one_text_is_refused(tokenizer, value):
+    with pytest.raises(DataError, match=r"^row 0: data\.answer=answer: .*data\.answer=null"):
+        encode_rows([{"prompt": "a", "answer": value}], tokenizer, DataConfig(prompt="prompt", answer_after=None), "training")
+
+
+def test_any_accepted_answer_counts():
+    prompts = [Prompt(0, (3,), "a", answers=("four", "4")), Prompt(1, (3,), "b", answers=("5",)), Prompt(2, (3,), "c")]
+    rollouts = [Rollout(Request(prompt), (1,), torch.zeros(1), FinishReason.stop) for prompt in prompts]
+    with make_grader("exact") as grader:
+        judge = SimpleNamespace(grader=grader, text=lambda rollout: "4")
+        assert Evaluator.judge(judge, rollouts) == [1.0, 0.0, None]
+    row = as_rows([{"prompt": "a", "answer": ["four", "4"]}], lambda completion, answer: float(completion == answer))[0]
+    assert row["get_reward"]("4") == 1.0 and row["get_reward"]("5") == 0.0
+
+
+LITERALS = st.one_of(
+    st.from_regex(r"-?(0|[1-9][0-9]{0,40})(\.[0-9]{1,40})?([eE][+-]?[0-9]{1,3})?", fullmatch=True),
+    st.sampled_from(["NaN", "Infinity", "-Infinity", "true", "false", "-0", "1e400"]),
+)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1) | st.sampled_from(
+    ["2024-05-01", "007", "1.50", "1e3", "12:30", "true"]
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    answers=st.lists(LITERALS | TEXTS.map(json.dumps) | st.lists(LITERALS, min_size=1, max_size=2), min_size=1, max_size=8),
+    layout=st.sampled_from(["lines", "crlf", "list", "field"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]),
+)
+def test_values_of_a_json_file_keep_their_text(tmp_path_factory, answers, layout, encoding):
+    path = tmp_path_factory.getbasetemp() / "values[*]::.jsonl"
+    written = [answer if isinstance(answer, str) else f"[{', '.join(answer)}]" for answer in answers]
+    rows = [f'{{"prompt": "p{index}", "answer": {answer}}}' for index, answer in enumerate(written)]
+    end = "\r\n\r\n" if layout == "crlf" else "\n"
+    listed = f"[{', '.join(rows)}]"
+    text = {"list": listed, "field": f'{{"version": 1, "data": {listed}}}'}.get(layout, "".join(row + end for row in rows))
+    path.write_bytes(text.encode(encoding))
+    config = DataConfig(source=Source.jsonl, path=None, train_path=str(path), eval_path=str(path), prompt="prompt")
+    found = [extract_answers(row["answer"], None, "") for row in load_rows(config)[0]]
+    texts = [answer if isinstance(answer, list) else [json.loads(answer) if answer[0] == '"' else answer] for answer in answers]
+    assert found == [tuple(text for text in row if text.strip()) for row in texts]
+
+
+def test_columns_change_their_kind_and_appear_late(tmp_path):
+    long = "a" * 2**20  # `datasets` decides on types within the first 10 MB
+    rows = [{"prompt": "a"}, *({"prompt": long, "answer": number} for number in range(11)), {"prompt": "a", "answer": [0.5, "x"]}]
+    train, evaluation = load_rows(files(tmp_path, rows))
+    assert len(train) + len(evaluation) == 13 and extract_answers(evaluation[-1]["answer"], None, "") == ("0.5", "x")
+
+
+def test_parquet_values_keep_their_text(tmp_path):
+    folder = tmp_path / "part=1"  # pyarrow would make a column of it
+    folder.mkdir()
+    answers = {
+        pyarrow.float32(): ([0.1, 2.5], ["0.1", "2.5"]),
+        pyarrow.date32(): ([date(2024, 5, 1)], ["2024-05-01"]),
+        pyarrow.decimal128(9, 2): ([Decimal("1.50")], ["1.50"]),
+        pyarrow.uint64(): ([2**64 - 1], [str(2**64 - 1)]),
+    }
+    for kind, (values, expected) in answers.items():
+        parquet.write_table(pyarrow.table({"prompt": ["a"] * len(values), "answer": pyarrow.array(values, kind)}), folder / "x.parquet")
+        path = str(folder / "x.parquet")
+        rows, _ = load_rows(DataConfig(source=Source.parquet, path=None, train_path=path, eval_path=path, prompt="prompt"))
+        assert [extract_answers(row["answer"], None, "")[0] for row in rows] == expected and set(rows[0]) == {"prompt", "answer"}
+
+
+LINE = b'{"prompt": "a", "answer": "2024-05-01"}\n'
+
+
+@pytest.mark.parametrize(
+    "name", ["a[1].jsonl", "a*.jsonl", "a?.jsonl", "a::b.jsonl", "~a.jsonl", "{a}, b=\u00e4.jsonl", "a.jsonl.gz", "a.jsonl.xz"]
+)
+def test_exactly_the_named_file_is_read_whatever_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home[1]"))
+    (tmp_path / "home[1]").mkdir()
+    (tmp_path / "a1.jsonl").write_bytes(LINE * 2)
+    pack = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)
+    for path in (name, f"~/{name}"):
+        Path(path.replace("~/", "home[1]/")).write_bytes(pack(LINE))
+        rows, _ = load_rows(DataConfig(source=Source.jsonl, path=None, train_path=path, eval_path=path, prompt="prompt"))
+        assert rows == [{"prompt": "a", "answer": "2024-05-01"}]
+
+
+def test_a_file_replaced_under_the_same_name_size_and_time_is_read_again(tmp_path):
+    path = tmp_path / "train.jsonl"
+    (tmp_path / "test.jsonl").write_bytes(LINE)
+    for text in ("2024-05-01", "2024-05-02"):
+        path.write_bytes(LINE.replace(b"2024-05-01", text.encode()))
+        os.utime(path, (1e9, 1e9))
+        by_file = DataConfig(source=Source.jsonl, path=None, train_path=str(path), eval_path=str(path), prompt="prompt")
+        for config in (by_file, DataConfig(path=str(tmp_path), subset=None, prompt="prompt")):
+            assert load_rows(config)[0] == [{"prompt": "a", "answer": text}]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"prompt": "caf\u00e9"}'.encode("latin-1"), "UTF-8"),
+        (LINE + b'{"prompt": "a", "answer": 007}', "line 2"),
+        (LINE + b'{"prompt": "a"', "line 2"),
+        (LINE + b"5", "row 1"),
+        (b"PK\x05\x06" + bytes(18), "one file"),
+        (b'{"prompt": "a", "answer": "1", "answer": "2"}', "prompt, answer, answer"),
+        (b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_file_that_is_no_json_is_refused_in_one_line(tmp_path, content, reason):
+    path = tmp_path / ("x.zip" if content.startswith(b"PK") else "x.jsonl")
+    path.write_bytes(content)
+    with pytest.raises(DataError) as refused:
+        load_rows(DataConfig(source=Source.jsonl, path=None, train_path=str(path), prompt="prompt"))
+    assert str(refused.value).startswith("data.train_path=") and reason in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_half_a_surrogate_pair_and_a_system_record_are_refused(tokenizer):
+    with pytest.raises(DataError, match=r"row 0: data\.prompt=prompt: "):
+        encode_rows([{"prompt": "a\ud83d"}], tokenizer, DataConfig(prompt="prompt", answer=None), "training")
+    with pytest.raises(DataError, match=r"row 0: data\.system=who: "):
+        encode_rows([{"prompt": "a", "who": {"b": 1}}], tokenizer, DataConfig(prompt="prompt", answer=None, system="who"), "training")
+
+
+def test_texts_of_a_csv_file_in_a_folder_are_not_taken_for_numbers(tmp_path):
+    folder = tmp_path / "set[1]"
+    folder.mkdir()
+    (folder / "train.csv").write_text('prompt,answer\na,007\n"b,\nc",1.50\n')
+    (folder / "test.csv").write_text("prompt,answer\na,NA\n")
+    config = DataConfig(path=str(folder), subset=None, prompt="prompt", answer_after=None)
+    assert load_rows(config) == (
+        [{"prompt": "a", "answer": "007"}, {"prompt": "b,\nc", "answer": "1.50"}],
+        [{"prompt": "a", "answer": "NA"}],
+    )
+    (folder / "train.csv").write_text("prompt,answer\na,1,000\n")
+    with pytest.raises(DataError, match=r"^data\.path=.*train\.csv: .*row 1"):
+        load_rows(config)
+
+
+def test_folders_of_save_to_disk_load(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": f"p{index}", "answer": f"00{index}"} for index in range(20)])
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=rows.select(range(3))).save_to_disk(tmp_path / "both")
+
+    def sizes(name: str, **options: str) -> tuple[int, int]:
+        train, evaluation = load_rows(DataConfig(path=str(tmp_path / name), subset=None, prompt="prompt", **options))
+        assert train[7] == {"prompt": "p7", "answer": "007"}
+        return len(train), len(evaluation)
+
+    assert sizes("one") == (18, 2)
+    assert sizes("one", train_split="train[:50%]", eval_split="train[50%:]") == (10, 10)
+    assert sizes("both") == (20, 3)
+    with pytest.raises(DataError, match=r"data\.path=.*data\.eval_split"):
+        sizes("both", eval_split="validation")
 
 
 @pytest.mark.parametrize(
@@ -251,14 +428,12 @@ def test_a_prompt_that_is_neither_text_nor_messages_is_named_by_row_and_column(t
 
 
 def test_jsonl_and_parquet_hold_out_a_tenth(tmp_path):
-    import datasets
-
     rows = [{"prompt": f"p{i}", "answer": str(i)} for i in range(40)]
     train, evaluation = load_rows(files(tmp_path, rows))
     assert [row["prompt"] for row in evaluation] == ["p36", "p37", "p38", "p39"] and len(train) == 36
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    parquet = DataConfig(source=Source.parquet, path=None, train_path=str(tmp_path / "rows.parquet"), prompt="prompt", answer_after=None)
-    assert list(load_rows(parquet)[1]) == list(evaluation)
+    config = DataConfig(source=Source.parquet, path=None, train_path=str(tmp_path / "rows.parquet"), prompt="prompt", answer_after=None)
+    assert list(load_rows(config)[1]) == list(evaluation)
 
 
 @pytest.mark.parametrize(
@@ -300,3 +475,32 @@ def test_reasoning_gym_questions_depend_on_the_seed_and_the_sets_are_disjoint():
     assert evaluation and all(row["answer"] for row in evaluation)
     with pytest.raises(ConfigError, match="reasoning-gym says"):
         load_rows(DataConfig(source=Source.gym, path="no_such_task"))
+
+
+def test_the_same_files_under_another_path_are_the_same_run(tmp_path):
+    def identify(**paths: str | Path) -> dict:
+        options = {"data.source": "jsonl", "data.path": None, **{f"data.{name}": str(path) for name, path in paths.items()}}
+        return identity(from_options(options), SimpleNamespace(num_processes=1))
+
+    one, same, other = (tmp_path / name for name in ("one.jsonl", "b.jsonl", "other.jsonl"))
+    for path, content in ((one, LINE), (same, LINE), (other, LINE * 2)):
+        path.write_bytes(content)
+    stored = json.loads(json.dumps(identify(train_path=one)))
+    one.unlink()
+    assert check_same(stored, identify(train_path=same), tmp_path, force=False) == []
+    for changed in (other, tmp_path / "missing.jsonl"):
+        with pytest.raises(ConfigError, match=r"data\.train_path was .*one\.jsonl, is "):
+            check_same(stored, identify(train_path=changed), tmp_path, force=False)
+    with pytest.raises(ConfigError, match=r"data\.eval_path was None"):
+        check_same(stored, identify(train_path=same, eval_path=other), tmp_path, force=False)
+    del stored["files"]  # of a run from before there were digests of files
+    with pytest.raises(ConfigError, match=r"data\.train_path was"):
+        check_same(stored, identify(train_path=same), tmp_path, force=False)
+    folders = [tmp_path / name for name in ("x", "y")]
+    for folder in folders:
+        (folder / "data").mkdir(parents=True)
+        (folder / "data" / "train.jsonl").write_bytes(LINE)
+    first, second = (identify(path=folder, train_path=same) for folder in folders)
+    assert check_same(first, second, tmp_path, force=False) == []
+    (folders[1] / "data" / "train.jsonl").rename(folders[1] / "data" / "test.jsonl")
+    assert check_same(first, identify(path=folders[1], train_path=same), tmp_path, force=True) != []

@@ -119,6 +119,8 @@ def test_differences_between_student_and_teacher_are_listed():
 
 
 def test_model_that_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"model\.path=~no-such-user/x: there is no such folder"):
+        models.load_tokenizer(ModelConfig(path="~no-such-user/x"), "model")
     with pytest.raises(ConfigError, match=r"model\.path=\./nowhere: there is no such folder"):
         models.load_tokenizer(ModelConfig(path="./nowhere"), "model")
     monkeypatch.chdir(tmp_path)

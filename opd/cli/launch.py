@@ -72,7 +72,7 @@ def run(config: Config, folder: Path) -> float | None:
 
 def launch_arguments(launch: LaunchConfig, place: str) -> list[str]:
     """Return the arguments of `accelerate launch`. Without a config file, `launch_workers` writes one in the folder `place`."""
-    file, content = launch.config_file, {}
+    file, content = launch.config_file and str(Path(launch.config_file).expanduser()), {}
     if file is not None:
         try:
             content = dict(yaml.safe_load(Path(file).read_text()))

@@ -267,7 +267,7 @@ class DataConfig(Section):
         if self.source in (Source.jsonl, Source.parquet):
             self.require("train_path", self.train_path is not None, f"data={name} needs data.train_path=FILE.{name}")
         if self.source is Source.hub:
-            self.require("path", self.path is not None, "data=hub needs data.path=OWNER/DATASET")
+            self.require("path", bool(self.path), "data=hub needs data.path=OWNER/DATASET")
         if self.source is Source.gym:
             self.require("path", self.path is not None, "data=gym needs data.path=TASK, for example data.path=chain_sum")
 

@@ -6,6 +6,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date, time, timedelta
+from numbers import Number
 from os.path import commonprefix
 from typing import Any
 
@@ -35,7 +37,7 @@ class Prompt:
         sample_id: The row in the dataset; random numbers are derived from it.
         ids: The prompt as the student sees it.
         text: The last message, for people.
-        answer: The reference answer.
+        answers: The accepted reference answers.
         get_reward: Grades a completion's text, instead of the configured reward.
         teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
         messages: The chat, where the template writes the date into it: the ids are others on another day.
@@ -45,7 +47,7 @@ class Prompt:
     sample_id: int
     ids: tuple[int, ...]
     text: str
-    answer: str | None = None
+    answers: tuple[str, ...] = ()
     get_reward: GetReward | None = None
     teacher_ids: tuple[int, ...] | None = None
     messages: Sequence[Message] | None = None
@@ -100,9 +102,10 @@ def encode_row(
         teacher_ids = tuple(render(with_system(messages, teacher_system), tokenizer, kwargs, f"{where} with teacher.system")[1])
     lost = find_lost(text, ids, tokenizer) if len(ids) <= config.max_prompt_tokens else ""
     dated = "strftime_now" in (find_template(tokenizer, kwargs) or "")
-    answer = None if config.answer is None else extract_answer(row.get(config.answer), config.answer_after)
+    answer = None if config.answer is None else row.get(config.answer)
+    answers = extract_answers(answer, config.answer_after, f"row {index}: data.answer={config.answer}")
     text = messages[-1]["content"] or ""
-    return Prompt(index, tuple(ids), text, answer, row.get("get_reward"), teacher_ids, messages if dated else None, lost)
+    return Prompt(index, tuple(ids), text, answers, row.get("get_reward"), teacher_ids, messages if dated else None, lost)
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
@@ -122,7 +125,9 @@ def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
             f'{{"role": "user", "content": "…"}}, whose content is text, not {type(prompt).__name__}'
         )
     system = None if config.system is None else row.get(config.system)
-    return messages if system is None else with_system(messages, str(system))
+    if not isinstance(system, str | None):
+        raise DataError(f"row {index}: data.system={config.system}: must be a text, not {type(system).__name__}")
+    return messages if system is None else with_system(messages, system)
 
 
 def to_message(message: Mapping[str, Any]) -> Message:
@@ -225,7 +230,7 @@ def text_warnings(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
     if lost := [prompt.lost for prompt in prompts if prompt.lost]:
         warnings.append(f"the student's tokenizer loses text of {len(lost):,} of {len(prompts):,} prompts: {lost[0]}")
     special = {*eos, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-    texts = [text for prompt in prompts[:MAX_TEXTS] for text in (prompt.text, prompt.answer) if text]
+    texts = [text for prompt in prompts[:MAX_TEXTS] for text in (prompt.text, *prompt.answers) if text]
     found = Counter(token for text in texts for token in special.intersection(tokenizer(text, add_special_tokens=False)["input_ids"]))
     for token, count in found.most_common(1):
         means = "ends a completion" if token in eos else "is special and removed from completions before they are graded"
@@ -240,9 +245,19 @@ def comparable(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return re.sub(rf"\s*({tokens or '(?!)'})\s*", r"\1", unicodedata.normalize("NFC", text)).strip()
 
 
-def extract_answer(value: Any, after: str | None) -> str | None:
-    """Return the reference answer: the text, or what follows the last `after` in it; None if there is none."""
-    if value is None or (after is not None and after not in str(value)):
-        return None
-    text = str(value) if after is None else str(value).rpartition(after)[2]
-    return text.strip() or None
+def extract_answers(value: Any, after: str | None, where: str) -> tuple[str, ...]:
+    """Return the accepted answers: each text of a list, or the one text; of each what follows the last `after`, if that is in it.
+
+    Raises `DataError`, with `where` first, for a value that is no text, number, date or list of them: its Python form is no answer.
+    """
+    texts = []
+    for item in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(item, str | Number | date | time | timedelta | None):
+            raise DataError(
+                f"{where}: must be a text, a number or a list of them, not {type(item).__name__}{' in a list' * (item is not value)}; "
+                "name another column, or set data.answer=null"
+            )
+        text = str(item).lower() if isinstance(item, bool) else str(item)  # JSON's true
+        if item is not None and (after is None or after in text):
+            texts.append(text if after is None else text.rpartition(after)[2].strip())
+    return tuple(text for text in texts if text.strip())

@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from decimal import Decimal
 from multiprocessing import Pipe
@@ -43,7 +43,8 @@ NUMBER = re.compile(
 def reward(function: F) -> F:
     """Mark a function as a reward, so that `module:function` may name it in a config. Use it without parentheses: `@opd.reward`.
 
-    The function takes `(completion, answer)` and returns a finite number, or None when the pair cannot be graded.
+    The function takes `(completion, answer)` and returns a finite number, or None when the pair cannot be graded. Of several accepted
+    answers the one with the highest reward counts.
     """
     setattr(function, MARK, True)
     return function
@@ -67,6 +68,11 @@ def number(completion: str, answer: str) -> float | None:
     """Return 1.0 if the last number in the completion equals the last in the answer, else 0.0; None for an answer without a number."""
     reference = last_number(answer)
     return None if reference is None else float(last_number(completion) == reference)
+
+
+def best(rewards: Iterable[float | None]) -> float | None:
+    """Return the highest of the rewards against each accepted answer; None where none could be graded."""
+    return max((reward for reward in rewards if reward is not None), default=None)
 
 
 IN_PROCESS: dict[str, RewardFunction] = {"exact": exact, "number": number}

@@ -1,17 +1,35 @@
 """Load the rows of the configured dataset, as dictionaries, for training and for evaluation."""
 
+import csv
+import io
+import json
+import os
+import re
+import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile
+
+import pyarrow
+from datasets import DatasetDict, ReadInstruction, load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetsError
+from fsspec import compression, utils  # type: ignore[import-untyped]
+from pyarrow import parquet
 
 from opd.config.schema import DataConfig, Source
 from opd.data import arithmetic, hub
 from opd.errors import ConfigError, DataError
+from opd.runs.text import one_line
 
 Row = Mapping[str, Any]
 Rows = Sequence[Row]
 
 MAX_HELD_OUT = 500  # rows
+NOT_SPACE = re.compile(r"\S")
 
 
 def load_rows(config: DataConfig) -> tuple[Rows, Rows]:
@@ -31,7 +49,7 @@ def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows,
         del columns["answer"]  # rows may mix answers and `get_reward`
     for rows, which in ((train, "training"), (evaluation, "evaluation")):
         for option, column in columns.items():
-            if len(rows) and column is not None and column not in rows[0]:
+            if len(rows) and column is not None and not any(column in row for row in rows):
                 raise DataError(
                     f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: set "
                     f"data.{option}=COLUMN" + ("" if option == "prompt" else f", or data.{option}=null for none")
@@ -69,48 +87,162 @@ def load_gym(config: DataConfig) -> tuple[Rows, Rows]:
 
 
 def load_files(config: DataConfig) -> tuple[Rows, Rows]:
-    """Read local JSON Lines or Parquet files. Without `data.eval_path` the tail of the training file is held out."""
+    """Read local JSON or Parquet files. Without `data.eval_path` the tail of the training file is held out."""
     assert config.train_path is not None
-    rows = read_file(config.train_path, "data.train_path", config.source)
-    if config.eval_path is not None:
-        return rows, read_file(config.eval_path, "data.eval_path", config.source)
+    option = f"data.train_path={config.train_path}"
+    rows = read_file(local_path(config.train_path), config.source.value, option, config.prompt)
+    if config.eval_path is None:
+        return hold_out(rows, f"{option}: {len(rows)} rows are too few to hold out a tenth for evaluation; set data.eval_path=FILE")
+    return rows, read_file(local_path(config.eval_path), config.source.value, f"data.eval_path={config.eval_path}", config.prompt)
+
+
+def hold_out(rows: Rows, too_few: str) -> tuple[Rows, Rows]:
+    """Split off the tail for evaluation. Raises `DataError` with the message `too_few`."""
     train = len(rows) - min(MAX_HELD_OUT, len(rows) // 10)
     if train == len(rows):
-        raise DataError(
-            f"data.train_path={config.train_path}: {len(rows)} rows are too few to hold out a tenth for evaluation; set data.eval_path=FILE"
-        )
-    return rows.select(range(train)), rows.select(range(train, len(rows)))
+        raise DataError(too_few)
+    return rows[:train], rows[train:]
 
 
-def read_file(path: str, option: str, source: Source) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetGenerationError
+def local_path(path: str) -> Path:
+    """Return the path with the home folder for `~`: no shell replaces it behind `data.path=`."""
+    with suppress(RuntimeError):  # `~name` where there is no such user may be a file's name
+        return Path(path).expanduser()
+    return Path(path)
 
-    if not Path(path).is_file():
-        raise DataError(f"{option}={path}: there is no such file")
-    if Path(path).stat().st_size == 0:
-        raise DataError(f"{option}={path}: the file is empty")
+
+def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
+    """Return the rows of a file, compressed or not, with the values as they stand there.
+
+    `datasets` would guess types (a text such as 2024-05-01 becomes a time), take `*`, `[` and `::` in a path for patterns, and return the
+    rows of an earlier file with the same name, size and time.
+
+    Args:
+        kind: jsonl or json (either may be in either), csv or parquet.
+        option: The option with its value, for messages.
+        prompt: The column that tells a row from an object around the rows.
+    """
     try:
-        return load_dataset("json" if source is Source.jsonl else "parquet", data_files=path, split="train")
-    except (DatasetGenerationError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise DataError(f"{option}={path}: cannot be read as {source.value}: {reason}") from None
+        if not path.is_file():
+            raise DataError(f"{option}: there is no such file")
+        if path.stat().st_size == 0:
+            raise DataError(f"{option}: the file is empty")
+        with path.open("rb") as packed:
+            method = utils.infer_compression(path.name)
+            if method == "zip" and len(ZipFile(packed).namelist()) != 1:
+                raise ValueError("the archive must contain one file")
+            with compression.compr[method](packed, mode="rb") as stream:
+                content = stream.read()
+        if kind == "parquet":
+            return read_parquet(content)
+        text = content.decode(json.detect_encoding(content))
+        return read_csv(text, "\t" if ".tsv" in path.suffixes else ",") if kind == "csv" else read_json(text, prompt)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{option}: is not {error.encoding} at byte {error.start + 1:,}: save the file as UTF-8") from None
+    except DataError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each kind of file and of compression has errors of its own
+        raise DataError(f"{option}: cannot be read as {kind}: {one_line(str(error)) or type(error).__name__}") from None
+
+
+class JsonNumber(float):
+    """A number whose text is what stands in the file: 1.50, 1e5, -0."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def read_json(text: str, prompt: str) -> list[Row]:
+    """Return the objects of JSON Lines, of a list, or of the one list in an object without the column `prompt`."""
+    decoder = json.JSONDecoder(
+        object_pairs_hook=unique_keys,
+        parse_int=lambda digits: JsonNumber(digits) if digits == "-0" else int(digits),
+        parse_float=JsonNumber,
+        parse_constant=JsonNumber,
+    )
+    rows: list[Any] = []
+    position = 0
+    while found := NOT_SPACE.search(text, position):
+        row, position = decoder.raw_decode(text, found.start())
+        rows.append(row)
+    if len(rows) == 1 and isinstance(rows[0], dict) and prompt not in rows[0]:
+        lists = [value for value in rows[0].values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+        rows = lists[0] if len(lists) == 1 else rows
+    elif len(rows) == 1 and isinstance(rows[0], list):
+        rows = rows[0]
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f'row {index} is no object such as {{"{prompt}": "..."}}')
+    return rows
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"an object has the same key twice; its keys are {', '.join(key for key, _ in pairs)}")
+    return values
+
+
+def read_csv(text: str, delimiter: str) -> list[Row]:
+    rows: list[Row] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has more or fewer values than there are columns")
+    return rows
+
+
+def read_parquet(content: bytes) -> list[Row]:
+    table = parquet.read_table(pyarrow.BufferReader(content))
+    short = (pyarrow.float16(), pyarrow.float32())  # 0.1 would become 0.10000000149011612
+    columns = [column.with_type(pyarrow.string()) if column.type in short else column for column in table.schema]
+    rows: list[Row] = table.cast(pyarrow.schema(columns)).to_pylist()
+    return rows
 
 
 def load_hub(config: DataConfig) -> tuple[Rows, Rows]:
-    """Load two splits of a dataset on the hub, or in a local folder with the same layout."""
-    from datasets import load_dataset
-
+    """Load two splits of a dataset on the hub, of a local folder with the same layout, or of one that `save_to_disk` wrote."""
     assert config.path is not None
-    hub.expect(config.path)
+    folder = local_path(config.path)
     try:
+        if folder.is_dir():
+            return load_folder(folder.absolute(), config)
+        hub.detect_offline()
         return tuple(load_dataset(config.path, config.subset, split=split) for split in (config.train_split, config.eval_split))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"data.path={config.path} data.subset={config.subset}: cannot be loaded ({reason}). Offline: use a local copy with "
-            "data.path=FOLDER, or data=jsonl data.train_path=FILE; experiment=tiny needs no download"
-        ) from None
+        remedy = "use a local copy with data.path=FOLDER, or data=jsonl data.train_path=FILE; experiment=tiny needs no download"
+        remedy = "Check data.train_split and data.eval_split" if folder.is_dir() else f"Offline: {remedy}"
+        raise DataError(f"data.path={config.path} data.subset={config.subset}: cannot be loaded ({reason}). {remedy}") from None
+
+
+def load_folder(folder: Path, config: DataConfig) -> tuple[Rows, Rows]:
+    with TemporaryDirectory() as temporary:
+        # `datasets` would take `*`, `[` and `::` in the folder's name for patterns.
+        links = shutil.copytree(folder, Path(temporary) / "data", copy_function=os.symlink)
+        if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            saved = load_from_disk(links)
+            splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
+            if saved is not splits and not config.eval_split.startswith("train"):
+                train = select(splits, config.train_split)
+                return hold_out(train, f"data.path={config.path}: {len(train)} rows are too few to hold out a tenth for evaluation")
+        else:
+            builder = load_dataset_builder(str(links), config.subset, cache_dir=temporary)
+            if builder.name not in ("json", "csv", "parquet"):
+                return tuple(load_dataset(str(folder), config.subset, split=split) for split in (config.train_split, config.eval_split))
+            splits = {}
+            for split, files in builder.config.data_files.items():
+                options = [(Path(file), f"data.path={config.path}: {Path(file).relative_to(links)}") for file in files]
+                splits[str(split)] = [row for file, option in options for row in read_file(file, builder.name, option, config.prompt)]
+        return select(splits, config.train_split), select(splits, config.eval_split)
+
+
+def select(splits: Mapping[str, Rows], instruction: str) -> list[Row]:
+    """Return the rows that an instruction such as `train[:90%]` names. Raises `ValueError` for an unknown split."""
+    parts = ReadInstruction.from_spec(instruction).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return [row for part in parts for row in islice(splits[part.splitname], part.from_, part.to)]
 
 
 def load_python(config: DataConfig) -> tuple[Rows, Rows]:

@@ -48,7 +48,7 @@ def check_answers(prompts: Sequence[Prompt], config: Config) -> list[Finding]:
     """Count evaluation prompts with an answer to judge by."""
     if config.eval.reward is None:
         return [ok("answers", "eval.reward=null: nothing is judged, only the KL is measured")]
-    answered = sum(prompt.answer is not None or prompt.get_reward is not None for prompt in prompts)
+    answered = sum(bool(prompt.answers) or prompt.get_reward is not None for prompt in prompts)
     what = f"{answered:,} of {len(prompts):,} evaluation prompts have an answer"
     if answered < len(prompts):
         return [warn("answers", what, f"check data.answer={config.data.answer} and data.answer_after={config.data.answer_after}")]
@@ -57,10 +57,9 @@ def check_answers(prompts: Sequence[Prompt], config: Config) -> list[Finding]:
 
 def check_reward(prompts: Sequence[Prompt], grader: Grader | None, config: Config) -> list[Finding]:
     """Grade the reference answers, which should get 1, and empty texts, which should get 0. Raises what the reward raises."""
-    judged = [prompt for prompt in prompts if prompt.answer is not None and prompt.get_reward is None][:MAX_GRADED]
-    if grader is None or not judged:
+    answers = [answer for prompt in prompts if prompt.get_reward is None for answer in prompt.answers][:MAX_GRADED]
+    if grader is None or not answers:
         return []
-    answers = [prompt.answer or "" for prompt in judged]
     name, count = f"eval.reward={config.eval.reward}", len(answers)
 
     check = "reward of reference answers"

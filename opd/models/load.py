@@ -13,6 +13,7 @@ from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig, TrainConfig
 from opd.data import hub
 from opd.data.prompts import Prompt
+from opd.data.sources import local_path
 from opd.errors import ConfigError, DataError
 from opd.models.policy import output_head
 
@@ -70,7 +71,7 @@ def locate(config: ModelConfig, role: str) -> str:
                 f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}"
             )
         return str(folder)
-    path = Path(config.path).expanduser()
+    path = local_path(config.path)
     beside = len(path.parts) > 1 and path.parent.is_dir()  # runs/nam, where there is a folder runs/
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or beside
     if looks_local and not path.is_dir():

@@ -237,12 +237,12 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
 
 
 def can_judge(prompt: Prompt) -> bool:
-    return prompt.answer is not None or prompt.get_reward is not None
+    return bool(prompt.answers) or prompt.get_reward is not None
 
 
 def make_run_grader(config: Config, prompts: list[Prompt], stack: ExitStack) -> Grader | None:
     """Return the configured grader; None where every prompt judges itself or none is judged."""
-    if config.eval.reward is None or not any(prompt.answer is not None and prompt.get_reward is None for prompt in prompts):
+    if config.eval.reward is None or not any(prompt.answers and prompt.get_reward is None for prompt in prompts):
         return None
     return stack.enter_context(make_grader(config.eval.reward))
 

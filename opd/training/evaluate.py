@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.data.prompts import Prompt
-from opd.data.rewards import Grader
+from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.models.distributed import run_stoppable
 from opd.models.load import decode
@@ -159,19 +159,14 @@ class Evaluator:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either."""
-        rewards: list[float | None] = [None] * len(rollouts)
-        graded: list[int] = []
-        for index, rollout in enumerate(rollouts):
-            prompt = rollout.request.prompt
+        rewards: list[float | None] = []
+        late = self.grader.timeouts if self.grader else 0
+        for rollout in rollouts:
+            prompt, text = rollout.request.prompt, self.text(rollout)
             if prompt.get_reward is not None:
-                rewards[index] = prompt.get_reward(self.text(rollout))
-            elif prompt.answer is not None and self.grader is not None:
-                graded.append(index)
-        if self.grader is not None:
-            pairs = [(self.text(rollouts[index]), rollouts[index].request.prompt.answer or "") for index in graded]
-            late = self.grader.timeouts
-            for index, reward in zip(graded, self.grader.grade(pairs), strict=True):
-                rewards[index] = reward
-            if self.grader.timeouts > late:
-                log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
+                rewards.append(prompt.get_reward(text))
+            else:
+                rewards.append(best(self.grader.grade([(text, answer) for answer in prompt.answers])) if self.grader else None)
+        if self.grader is not None and self.grader.timeouts > late:
+            log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
         return rewards

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.config.compose import to_dict
 from opd.config.schema import REMOVED, Config
 from opd.data.prompts import Prompt
+from opd.data.sources import local_path
 from opd.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,27 @@ CHUNK = 2**24  # numbers that are summed at a time
 
 def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     """Return what identifies a run before anything is loaded."""
-    return {"config": to_dict(config), "prompts_per_step": config.train.batch_size * accelerator.num_processes}
+    options = to_dict(config)
+    paths = {f"data.{name}": options["data"][name] for name in ("path", "train_path", "eval_path")}
+    return {
+        "config": options,
+        "prompts_per_step": config.train.batch_size * accelerator.num_processes,
+        "files": {option: digest_files(local_path(path)) for option, path in paths.items() if path is not None},
+    }
+
+
+def digest_files(path: Path) -> str | None:
+    """Return the sha256 of a file, or of the files in a folder, wherever it is; None if it cannot be read."""
+    files = []
+    try:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_dir():
+                continue
+            with file.open("rb") as stream:
+                files.append([str(file.relative_to(path)), file_digest(stream, "sha256").hexdigest()])
+    except OSError:  # loading says what is wrong
+        return None
+    return digest(files)
 
 
 def content(
@@ -60,7 +81,7 @@ def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
     """Yield what identifies each prompt: its ids, or its messages where the chat template writes the date into it."""
     for prompt in prompts:
         content = (prompt.ids, prompt.teacher_ids) if prompt.messages is None else (prompt.messages,)
-        yield (prompt.sample_id, *content, prompt.answer)
+        yield (prompt.sample_id, *content, *(prompt.answers or [None]))
 
 
 def frozen(model: nn.Module) -> Iterable[object]:
@@ -84,7 +105,9 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
     Args:
         force: Return the differences instead.
     """
-    changed = differences(stored["config"], wanted["config"])
+    old = stored.get("files", {})
+    moved = [option for option, files in wanted["files"].items() if files is not None and files == old.get(option)]
+    changed = differences(stored["config"], wanted["config"], moved=moved)
     if stored["prompts_per_step"] != wanted["prompts_per_step"]:
         changed.append(
             f"prompts per step were {stored['prompts_per_step']}, are {wanted['prompts_per_step']}: set train.batch_size so that "
@@ -110,10 +133,11 @@ def refuse(changed: list[str], where: Path, force: bool) -> list[str]:
     return changed
 
 
-def differences(old: Any, new: Any, key: str = "") -> list[str]:
-    """Return the options that differ and change the training, with old and new value."""
-    if key in MAY_CHANGE or key in REMOVED:
+def differences(old: Any, new: Any, key: str = "", moved: Sequence[str] = ()) -> list[str]:
+    """Return the options that differ and change the training, with old and new value. `moved`: paths of the same files."""
+    if key in MAY_CHANGE or key in REMOVED or key in moved:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
-        return [line for name in {**old, **new} for line in differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)]
+        names = {name: f"{key}.{name}" if key else name for name in (*old, *new)}
+        return [line for name, full in names.items() for line in differences(old.get(name), new.get(name), full, moved)]
     return [] if old == new else [f"{key} was {old}, is {new}"]

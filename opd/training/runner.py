@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from opd import signals
 from opd.config.compose import to_dict
 from opd.config.schema import Config
+from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
@@ -191,13 +192,13 @@ def find_start(
     if config.resume == "auto":
         start = checkpoints.newest()
     else:
-        problem = verify(Path(config.resume))
+        problem = verify(local_path(config.resume))
         if problem is not None:
             raise OutputError(
                 f"resume={config.resume}: not a usable checkpoint: {problem}; name a folder such as "
                 "runs/NAME/checkpoints/step_000100, or set resume=auto or resume=never"
             )
-        start = read(Path(config.resume))
+        start = read(local_path(config.resume))
     return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
 
 
