@@ -317,6 +317,7 @@ class PPOConfig(Section):
     PREFIX: ClassVar[str] = "ppo."
     estimator: Estimator = Estimator.sampled
     divergence: Divergence = Divergence.reverse_kl
+    temperature: float | None = bounded(None, above=0, hint="null: sampling.temperature")
     steps: int = bounded(1, at_least=1)
     clip_eps: float = bounded(0.2, above=0, hint="0.2 is usual")
     advantage_clip: float | None = bounded(5.0, above=0)
@@ -466,6 +467,12 @@ class Config(Section):
         self.require("ppo.importance_cap", corrected or self.sampling.lag == 0, remedy)
         if self.ppo.estimator is Estimator.sampled:
             self.require("sampling.top_k", self.sampling.top_k != 1, "leaves one token to sample: set sampling.top_k=0, or more than 1")
+            retempered = self.temperature != self.sampling.temperature
+            remedy = f"the sampler draws at another temperature than ppo.temperature={self.temperature:g}: set ppo.importance_cap=2.0, or "
+            same = f"sampling.temperature={self.temperature:g}"
+            self.require("ppo.importance_cap", corrected or not retempered, remedy + same)
+            remedy = f"sums log-probs at the sampler's temperature, which is not ppo.temperature: set {same}, or ppo.discount=0"
+            self.require("ppo.discount", self.ppo.discount == 0 or not retempered, remedy)
             off = "sampling.top_p=1 sampling.top_k=0"
             remedy = f"top-p and top-k sample from a truncated distribution: set ppo.importance_cap=2.0, or {off}"
             self.require("ppo.importance_cap", corrected or not truncated, remedy)
@@ -484,6 +491,17 @@ class Config(Section):
         self.require("sweep.metric", not judged or self.eval.reward is not None, remedy)
         remedy = "is not measured with eval.kl_prompts=0: set eval.kl_prompts=32"
         self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl") or self.eval.kl_prompts > 0, remedy)
+
+    @property
+    def temperature(self) -> float:
+        """The temperature at which student and teacher are scored."""
+        return self.sampling.temperature if self.ppo.temperature is None else self.ppo.temperature
+
+    @property
+    def draws_from_scored(self) -> bool:
+        """Whether the sampler draws from the distribution that is scored, up to rounding: their log-probs can then be compared."""
+        sampling = self.sampling
+        return sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature == self.temperature
 
     @property
     def shares_base(self) -> bool:

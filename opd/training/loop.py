@@ -134,7 +134,7 @@ class Trainer:
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guard = Guard(self.config.sampling)
+        self.guard = Guard(self.config)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -209,7 +209,7 @@ class Trainer:
     def check_copy(self, gap: float) -> None:
         """With sampling.dtype=auto, stop sampling with a bf16 copy whose log-probs are too far from the trainer's."""
         sampling, sampler = self.config.sampling, self.sampler
-        comparable = sampling.top_p == 1 and sampling.top_k == 0
+        comparable = self.config.draws_from_scored
         if sampling.dtype is not SamplingDtype.auto or not comparable or not gap > sampling.max_gap:  # also where it is not finite
             return
         if isinstance(sampler, GenerateSampler) and sampler.copy is not None:
@@ -360,7 +360,7 @@ class Trainer:
             max_padding = padding_limit(self.device)
             for batch in micro_batches(stored, self.scoring.choices["max_tokens"], self.scoring.pad_id, self.scoring.packed, max_padding):
                 states = self.scoring.teacher.states(batch.teacher_inputs)
-                ids, logp = (values.cpu() for values in states.top(ALTERNATIVES, self.config.sampling.temperature))
+                ids, logp = (values.cpu() for values in states.top(ALTERNATIVES, self.config.temperature))
                 lengths = [len(stored[index].trained) for index in batch.rollouts]
                 for index, own_ids, own_logp in zip(batch.rollouts, ids.split(lengths), logp.split(lengths), strict=True):
                     alternatives[index] = (own_ids, own_logp)

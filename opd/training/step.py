@@ -1,6 +1,6 @@
 """One step of on-policy distillation: score the student's tokens with the teacher, then update the student.
 
-For every trained token, with log-probs in nats at the sampling temperature:
+For every trained token, with log-probs in nats at `ppo.temperature`, which is the sampling temperature by default:
 
     advantage    A = teacher_logp - old_logp, clipped to +-advantage_clip                     (no gradient)
     ratio        r = exp(logp - old_logp)
@@ -81,7 +81,7 @@ class Step:
 
     def score_slices(self, tokens: Tokens) -> None:
         """Fill the column `teacher_logp`, or keep the teacher's hidden states per micro-batch, as the objective needs. No collectives."""
-        ppo, temperature = self.config.ppo, self.config.sampling.temperature
+        ppo, temperature = self.config.ppo, self.config.temperature
         tokens.split(self.choices["max_tokens"], self.pad_id, self.packed, padding_limit(self.device))
         is_sampled = ppo.estimator is Estimator.sampled
         needs_scores = is_sampled and "teacher_logp" not in tokens.columns  # scores of an earlier try stay
@@ -202,7 +202,7 @@ class Step:
 
     def token_loss(self, tokens: Tokens, part: Slice) -> TokenLoss:
         """Return the configured objective of a micro-batch's tokens."""
-        ppo, temperature, rows, ids_N = self.config.ppo, self.config.sampling.temperature, part.rows, part.batch.ids_N
+        ppo, temperature, rows, ids_N = self.config.ppo, self.config.temperature, part.rows, part.batch.ids_N
         if ppo.estimator is not Estimator.sampled:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
