@@ -165,7 +165,7 @@ class PoisonedTeacher:
 
     def __init__(self, teacher: Teacher, is_poisoned: Any = lambda: True) -> None:
         self.teacher, self.is_poisoned = teacher, is_poisoned
-        self.states, self.ready = teacher.states, teacher.ready
+        self.states, self.ready, self.check = teacher.states, teacher.ready, teacher.check
 
     def logp(self, *args: Any) -> torch.Tensor:
         logp_N = self.teacher.logp(*args)

@@ -94,7 +94,9 @@ def estimate(
     Raises:
         ConfigError: a model's config cannot be read.
     """
-    student, teacher = empty_model(config.model, "model"), empty_model(config.teacher, "teacher")
+    student = empty_model(config.model, "model")
+    served = config.teacher.url is not None
+    teacher = student if served else empty_model(config.teacher, "teacher")
     parameters = count(student)
     if config.lora.rank:
         student.requires_grad_(False)
@@ -107,7 +109,7 @@ def estimate(
     resident = {
         "the process": in_use,
         "student": round(share * weights),
-        "teacher": 0 if config.shares_base else teacher_bytes(config.teacher, teacher, processes, device),
+        "teacher": 0 if config.shares_base or served else teacher_bytes(config.teacher, teacher, processes, device),
         "optimizer": round(share * MOMENTS * trained),
     }
     sampling, update = {}, {"gradients": trained}

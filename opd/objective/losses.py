@@ -1,7 +1,7 @@
 """The per-token losses that `chunked_loss` is called with, one function for each `ppo.estimator`.
 
 Each returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and detached statistics (C,). These are `logp` and
-`teacher_logp` of the token at the temperature of the loss, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
+`teacher_logp` of the token at `ppo.temperature`, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
 `sampled` estimates from the token), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip
 changed it).
 

@@ -3,5 +3,6 @@
 from opd.teachers.base import Teacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
+from opd.teachers.served import ServedTeacher
 
-__all__ = ["LocalTeacher", "Teacher", "loading_device", "place"]
+__all__ = ["LocalTeacher", "ServedTeacher", "Teacher", "loading_device", "place"]

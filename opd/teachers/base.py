@@ -20,6 +20,14 @@ class Teacher(Protocol):
         """Return final hidden states (N, H) and output head, for objectives that need whole distributions."""
         ...
 
+    def active(self) -> AbstractContextManager[None]:
+        """Let its model compute as the teacher for the block, also when a sampler uses it."""
+        ...
+
+    def check(self) -> None:
+        """Raise `EngineError` where it is no longer the teacher that the run began with. In the main process only."""
+        ...
+
     def ready(self) -> AbstractContextManager[None]:
         """Make the teacher answer without collectives for the block. All processes enter."""
         ...

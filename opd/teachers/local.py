@@ -60,6 +60,7 @@ class LocalTeacher:
     def ready(self) -> AbstractContextManager[None]:
         return unsharded(self.model) if self.gather is None else self.gather()
 
+    def check(self) -> None: ...
+
     def active(self) -> AbstractContextManager[None]:
-        """Let the model compute as the teacher for the block, also when another caller uses the module."""
         return adapters_disabled(self.adapters)

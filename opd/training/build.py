@@ -26,13 +26,16 @@ from opd.models.memory import head_rows
 from opd.models.policy import Policy, add_adapters, fuse_layers, prepare_student, prepare_teacher, uses_packing
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
-from opd.teachers import LocalTeacher, loading_device, place
+from opd.samplers.vllm_server import ServedSampler
+from opd.teachers import LocalTeacher, ServedTeacher, Teacher, loading_device, place
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
 from opd.training.loop import Trainer
 from opd.training.speed import measure_speed
 from opd.training.step import Step
+
+CANARY_PROMPTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +58,19 @@ class Built:
         adapters: peft's handle on the student's adapters, if it has any.
         differences: What does not match between student and teacher, or does not reach the student, one line each.
         sampling: The engine and weights that sample, in words.
+        served: Where the teacher is, in words; empty for a local one.
     """
 
     trainer: Trainer
     tokenizer: PreTrainedTokenizerBase
-    teacher: LocalTeacher
+    teacher: Teacher
     teacher_sampler: Sampler
+    teacher_eos: tuple[int, ...]
     adapters: Any | None
     eos: tuple[int, ...]
     differences: list[str]
     sampling: str
+    served: str
 
 
 def build(
@@ -78,6 +84,8 @@ def build(
     """
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
+    if given.teacher is not None and config.teacher.url is not None:
+        raise ConfigError("teacher.url: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
@@ -90,7 +98,8 @@ def build(
     torch.manual_seed(config.seed)
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
-    teacher_model = student if config.shares_base else build_teacher(config, given, accelerator)
+    is_served = config.teacher.url is not None
+    teacher_model = None if is_served else student if config.shares_base else build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
     load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
@@ -111,20 +120,42 @@ def build(
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
-    place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
+    if teacher_model is not None:
+        place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher = LocalTeacher(
-        teacher_model,
-        vocabulary,
-        adapters if config.shares_base else None,
-        choices["head_rows"],
+    teacher_spec = SamplerSpec(
+        model=teacher_model or student,  # a server has weights of its own
+        eos=teacher_eos,
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=vocabulary,
+        seed=config.seed,
         bf16=config.shares_base and autocasts,
-        device=device,
-        ready=strategy.gathered_weights if config.shares_base else None,
+        sharded=sharded,
     )
+    teacher: Teacher
+    teacher_sampler: Sampler
+    if teacher_model is None:
+        longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train_prompts, *eval_prompts)]) + 1
+        canary = [tokenizer.eos_token_id, *(token for prompt in train_prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+        teacher = served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
+        served.reference = [] if config.resume_force else choices.get("canary", [])
+        on_main_process(accelerator, served.check)
+        choices["canary"] = served.reference
+        teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
+    else:
+        teacher = LocalTeacher(
+            teacher_model,
+            vocabulary,
+            adapters if config.shares_base else None,
+            choices["head_rows"],
+            bf16=config.shares_base and autocasts,
+            device=device,
+            ready=strategy.gathered_weights if config.shares_base else None,
+        )
+        teacher_sampler = GenerateSampler(teacher_spec)
     trainer = Trainer(
         config=config,
         strategy=strategy,
@@ -138,27 +169,19 @@ def build(
             strategy=strategy,
             teacher=teacher,
             pad_id=tokenizer.pad_token_id,
-            packed=uses_packing(student, config.train.packing) and uses_packing(teacher_model, config.train.packing),
+            packed=all(uses_packing(model, config.train.packing) for model in (student, teacher_model) if model is not None),
             choices=choices,
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
-    teacher_spec = SamplerSpec(
-        model=teacher_model,
-        eos=teacher_eos,
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=vocabulary,
-        seed=config.seed,
-        bf16=config.shares_base and autocasts,
-        sharded=sharded,
-    )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
     differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
-    return Built(trainer, tokenizer, teacher, GenerateSampler(teacher_spec), adapters, eos, differences, sampling)
+    place_of_teacher = "" if teacher_model is not None else f"{served.name} at {', '.join(config.teacher.urls)}"
+    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
 
 
 def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
@@ -261,7 +284,7 @@ def make_evaluator(
         accelerator,
         tokenizer,
         answered=judged[: config.eval.limit] if config.eval.reward is not None else [],
-        kl_prompts=prompts[: config.eval.kl_prompts],
+        kl_prompts=prompts[: config.eval.kl_prompts] if config.teacher.url is None else [],  # servers send no whole distributions
         decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
         kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
         grader=grader,

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import Rollout
-from opd.errors import InsufficientMemory
+from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
-from opd.models.distributed import Strategy, any_process, global_sum
+from opd.models.distributed import Strategy, any_process, global_sum, share_failure
 from opd.models.policy import padding_limit
 from opd.objective import Clips, Sampled, chunked_loss, discounted, exact, sampled, topk
 from opd.objective.divergences import named_divergence
@@ -100,7 +100,7 @@ class Step:
     def fit_memory(self, tokens: Tokens, work: Callable[[], T], retry: Callable[[], None] = lambda: None) -> T:
         """Return the result of `work`; while any process runs out of memory, all halve their micro-batches and try again.
 
-        Micro-batch boundaries do not affect gradients.
+        Micro-batch boundaries do not affect gradients. Raises in all processes what a served teacher raises in one.
 
         Args:
             work: Works on the table's micro-batches without collectives.
@@ -109,12 +109,16 @@ class Step:
         while True:
             results: list[T] = []
             complaint = ""
+            failure: OpdError | None = None
             try:
                 results.append(work())
             except torch.OutOfMemoryError as error:
                 complaint = str(error).splitlines()[0]
+            except (EngineError, Preempted) as error:  # a served teacher's, perhaps in this process only
+                failure = error
             if not any_process(self.strategy.accelerator, not results):
                 return results[0]
+            share_failure(self.strategy.accelerator, failure)
             tokens.slices = []
             retry()
             release_memory(self.device)

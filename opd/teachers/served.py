@@ -1,0 +1,238 @@
+"""A teacher behind vLLM servers, which score token ids through `/v1/completions` at temperature 1.
+
+An answer counts only if it has a finite log-prob of the very token at every position: anything else ends the run with exit code 76. While
+servers are away, requests are repeated until `teacher.timeout` has passed; then the run saves and ends, and the same command resumes it.
+
+That it is the right teacher is checked at start (names of tokens, longest sequence, a canary text, the first batch twice), and with the
+canary before each checkpoint.
+"""
+
+import json
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opd import signals
+from opd.config.schema import TeacherConfig
+from opd.data.rollouts import Inputs
+from opd.errors import EngineError, TeacherError
+from opd.models.server import Server, ServerAway, served_models, short
+from opd.objective import TeacherStates
+
+log = logging.getLogger(__name__)
+
+KEY = "OPD_TEACHER_API_KEY"
+START = "start it as the section Served of opd/README.md says"
+CONCURRENCY = 8  # sequences scored at a time: a server needs memory for the whole vocabulary at each of their tokens
+ATTEMPTS = 4  # that are answered too late within `teacher.timeout`
+PAUSES = (0.5, 10.0)  # seconds before the second attempt, and at most
+POLL = 0.2  # seconds after which signals are looked at
+CANARY_TOKENS = 64
+NAMED_TOKENS = 256  # compared by name, in addition to the special ones
+MAX_SPREAD = 0.05  # nats per token between two scorings of a text: rounding in bf16 stays below
+MIN_SIGNAL = 0.2  # nats per token between a teacher's log-probs and those of the uniform distribution
+MINUS_INFINITY = -9999.0  # what vLLM sends for it
+
+
+class ServedTeacher:
+    """Implements `Teacher` for `ppo.estimator=sampled`; several servers of the same model take turns.
+
+    Args:
+        config: With `url`.
+        tokenizer: The student's.
+        vocabulary: Ids that student and teacher share.
+        longest: Tokens of the longest sequence, the one token included that a server generates after it.
+        canary: A fixed text's ids.
+
+    Raises:
+        EngineError: A server does not answer, takes too few tokens, or has other names for the tokens.
+    """
+
+    def __init__(
+        self, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, longest: int, canary: Sequence[int]
+    ) -> None:
+        headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
+        self.timeout = config.timeout
+        self.servers = [Server(url, config.timeout / ATTEMPTS, "teacher", START, headers) for url in config.urls]
+        self.vocabulary = vocabulary
+        self.canary = list(canary[:CANARY_TOKENS])
+        self.reference: list[float] = []
+        self.turns = count()
+        self.is_compared = False
+        self.is_away = False
+        self.lock = threading.Lock()
+        names = {find_model(server, config.path, longest) for server in self.servers}
+        if len(names) > 1:
+            raise EngineError(f"teacher.url: the servers have different models ({', '.join(sorted(names))}); list servers of one model")
+        self.name = names.pop()
+        for server in self.servers:
+            check_names(server, self.name, tokenizer, vocabulary)
+
+    def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
+        assert temperature == 1.0
+        sequences = list(unpack(inputs))
+        scores = self.score([ids for ids, _ in sequences])
+        if not self.is_compared:  # in another order, so that it shows whether the order matters
+            self.compare(scores, self.score([ids for ids, _ in sequences[::-1]])[::-1])
+        # Position 0 of a sequence has no score: the one of the token after `position` has that index.
+        logp = [own[position] for own, (_, positions) in zip(scores, sequences, strict=True) for position in positions]
+        return torch.tensor(logp, dtype=torch.float32, device=ids_N.device)
+
+    def states(self, inputs: Inputs) -> TeacherStates:
+        raise NotImplementedError("servers send no whole distributions; the config refuses what needs them")
+
+    def ready(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    # Is it the right teacher?
+
+    def compare(self, first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> None:
+        """Raise `EngineError` where two scorings of the same sequences differ."""
+        spread = fmean(distance(*pair) for pair in zip(first, second, strict=True))
+        if spread > MAX_SPREAD:
+            raise EngineError(
+                f"teacher.url: two scorings of the first batch differ by {spread:.3g} nats per token, more than {MAX_SPREAD:g}: do the "
+                "servers have the same model and dtype?"
+            )
+        log.info("the teacher's scores of the first batch, scored twice, differ by %.2g nats per token", spread)
+        self.is_compared = True
+
+    def check(self) -> None:
+        """Score the canary with each server. Raises `EngineError` for scores that are not those of the run's start, or carry nothing."""
+        for server in self.servers:
+            (scores,) = self.score([self.canary], [server])
+            if fmean(abs(score + math.log(self.vocabulary)) for score in scores) < MIN_SIGNAL:
+                raise server.error("its log-probs are those of a uniform distribution: has it loaded its weights?")
+            self.reference = self.reference or scores
+            drift = distance(scores, self.reference)
+            if drift > MAX_SPREAD:
+                raise server.error(
+                    f"its scores of a fixed text are {drift:.3g} nats per token from those at the start of the run, more than "
+                    f"{MAX_SPREAD:g}: it has another model or dtype; nothing was saved since, and the same command resumes"
+                )
+
+    # Requests.
+
+    def score(self, sequences: Sequence[Sequence[int]], servers: Sequence[Server] | None = None) -> list[list[float]]:
+        """Return the log-probs of all tokens but the first of each sequence, in nats.
+
+        Raises:
+            TeacherError: Servers stay away, refuse, or send anything but one finite log-prob for each token.
+            Preempted: This process is asked to stop.
+        """
+        over, pool = threading.Event(), ThreadPoolExecutor(CONCURRENCY)
+        futures = [pool.submit(self.score_one, ids, servers or self.servers, over) for ids in sequences]
+        try:
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, POLL, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                signals.check()
+            return [future.result() for future in futures]
+        finally:
+            over.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def score_one(self, ids: Sequence[int], servers: Sequence[Server], over: threading.Event) -> list[float]:
+        body = {"model": self.name, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+        end, pause = time.monotonic() + self.timeout, PAUSES[0]
+        while True:
+            server = servers[next(self.turns) % len(servers)]
+            try:
+                answer = server.post("/v1/completions", body)
+                break
+            except ServerAway as error:
+                if time.monotonic() + pause > end or over.is_set():
+                    raise TeacherError(f"{error} (waited for {self.timeout:g} s; the same command resumes)") from None
+                self.note(f"{error}; trying again for teacher.timeout={self.timeout:g} s", is_away=True)
+                over.wait(pause)
+                pause = min(2 * pause, PAUSES[1])
+            except EngineError as error:
+                raise TeacherError(str(error)) from None
+        try:
+            scores = read_scores(answer, ids)
+        except (KeyError, IndexError, TypeError, ValueError):
+            what = f"{server.name}: its answer is not one log-prob for each of the {len(ids)} tokens sent"
+            raise TeacherError(f"{what}: {short(json.dumps(answer).encode())}") from None
+        self.note("the teacher answers again", is_away=False)
+        return scores
+
+    def note(self, message: str, is_away: bool) -> None:
+        """Warn once when servers are away, and once when they are back."""
+        with self.lock:
+            if self.is_away != is_away:
+                self.is_away = is_away
+                log.warning(message)
+
+
+def read_scores(answer: Any, ids: Sequence[int]) -> list[float]:
+    """Return the log-probs in an answer. Each position names its token, so that another sequence's answer raises KeyError."""
+    (choice,) = answer["choices"]
+    scores = [entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
+    if not all(MINUS_INFINITY < score <= 1e-3 for score in scores):  # NaN is not
+        raise ValueError
+    return scores
+
+
+def unpack(inputs: Inputs) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield each sequence's ids up to its last trained token, and the positions within it that predict trained tokens."""
+    ids, width = inputs.ids_BT.flatten().tolist(), inputs.ids_BT.shape[1]
+    predicting_N = inputs.predicting_N
+    position_N = predicting_N % width if inputs.positions_BT is None else inputs.positions_BT.flatten()[predicting_N]
+    positions_of: dict[int, list[int]] = {}
+    for start, position in zip((predicting_N - position_N).tolist(), position_N.tolist(), strict=True):
+        positions_of.setdefault(start, []).append(position)
+    for start, positions in positions_of.items():
+        yield ids[start : start + positions[-1] + 2], positions
+
+
+def distance(first: Sequence[float], second: Sequence[float]) -> float:
+    """Return the mean absolute difference."""
+    return fmean(abs(one - other) for one, other in zip(first, second, strict=True))
+
+
+def find_model(server: Server, path: str, longest: int) -> str:
+    """Return the name of the served model: `path`, or the only one. Raises `EngineError` for one that takes too few tokens."""
+    models = served_models(server)
+    if path not in models and len(models) > 1:
+        raise server.error(f"it serves {', '.join(models)}: set teacher.path to the one that teaches")
+    name = path if path in models else next(iter(models))
+    if models[name] < longest:
+        raise server.error(f"it takes {models[name]} tokens, this run {longest}: start it with --max-model-len {longest}")
+    return name
+
+
+def check_names(server: Server, model: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Raise `EngineError` unless the server has the tokenizer's text for all special tokens and a sample of the others."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    ids = sorted({*range(0, vocabulary, max(1, vocabulary // NAMED_TOKENS)), *(token for token in special if token < vocabulary)})
+    answer = server.post("/detokenize", {"model": model, "tokens": ids})
+    theirs = answer.get("prompt") if isinstance(answer, dict) else None
+    ours = str(tokenizer.decode(ids))
+    # Versions of transformers differ in how they clean up spaces.
+    if not isinstance(theirs, str) or "".join(theirs.split()) != "".join(ours.split()):
+        raise server.error(f"its tokens are not the student's ({len(ids)} compared): {hint(ours, theirs)}")
+
+
+def hint(ours: str, theirs: object) -> str:
+    """Return both texts from where they first differ."""
+    if not isinstance(theirs, str):
+        return f"it answers {short(json.dumps(theirs).encode())}"
+    at = next((index for index, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]), min(len(ours), len(theirs)))
+    return f"student {ours[at : at + 20]!r}, teacher {theirs[at : at + 20]!r}"
