@@ -86,6 +86,34 @@ class ModelServer(FakeServer):
         handler.reply(completion(ids[len(body["prompt"]) :], logps))
 
 
+class ScoringServer(ModelServer):
+    """A teacher: scores prompts with a model and samples from it. `fault(handler, body, answer)` answers a scoring request."""
+
+    def __init__(self, model, tokenizer=None):
+        super().__init__(model)
+        self.model.load_state_dict(model.state_dict())
+        self.tokenizer = tokenizer
+        self.fault = lambda handler, body, answer: handler.reply(answer)
+        self.answers |= {
+            "/v1/models": {"data": [{"id": "teacher", "max_model_len": 4096}]},
+            "/v1/completions": self.respond,
+            "/detokenize": lambda handler, body: handler.reply({"prompt": self.tokenizer.decode(body["tokens"])}),
+        }
+
+    def respond(self, handler, body):
+        if "prompt_logprobs" not in body:
+            self.sample(handler, body)
+            return
+        assert body["max_tokens"] == 1 and "echo" not in body
+        self.fault(handler, body, self.scores(body["prompt"]))
+
+    @torch.inference_mode()
+    def scores(self, ids):
+        logp = self.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        entries = [{str(token): {"logprob": float(row[token]), "rank": 1}} for row, token in zip(logp, ids[1:], strict=True)]
+        return {"model": "teacher", "choices": [{"index": 0, "text": "x", "prompt_logprobs": [None, *entries]}]}
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         size = int(self.headers.get("Content-Length", 0))

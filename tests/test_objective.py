@@ -129,7 +129,7 @@ def test_expected_gradient_of_sampled_is_the_gradient_of_the_reverse_kl(baseline
 
 @pytest.mark.parametrize("drawn_at", [0.5, 1.6])
 def test_importance_weights_correct_for_another_sampling_temperature(drawn_at):
-    """By enumeration: with samples of b at another temperature, Σ_y b(y)·w(y)·∇loss(y) = ∇KL at the temperature of the loss; not without w."""
+    """By enumeration, with samples of b at another temperature than the loss: Σ_y b(y)·w(y)·∇loss(y) = ∇KL; not without w."""
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(1, V, generator=generator, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(1, V, generator=generator, dtype=torch.float64).log_softmax(-1)
