@@ -13,7 +13,7 @@ import torch
 from conftest import random_model
 from fake_vllm import ScoringServer, running
 from hypothesis import given, settings
-from training_helpers import VOCABULARY, make_trainer, rollout_lists, rollout_of, weights
+from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, rollout_lists, rollout_of, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
@@ -274,9 +274,10 @@ def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
 
 @pytest.fixture
 def make_served_trainer(tmp_path):
-    def make(fake, name="run"):
-        options = {"teacher__url": fake.url, "teacher__timeout": 0.3, "checkpoint__every": 1, "checkpoint__keep_last": 9}
+    def make(fake, name="run", every=9, lag=False):
+        options = {"teacher__url": fake.url, "teacher__timeout": 0.3, "checkpoint__every": every, **(SERVER if lag else {})}
         trainer = make_trainer(tmp_path / name, **options)
+        trainer.sampler = ServerSampler(trainer) if lag else trainer.sampler
         trainer.scoring.teacher = ServedTeacher(trainer.config.teacher, Tokenizer(), VOCABULARY, 40, [1, 5, 9, 14, 3, 22])
         return trainer
 
@@ -289,12 +290,12 @@ def small_server():
         yield fake
 
 
-@pytest.mark.parametrize("fault", [AWAY["overloaded"], WRONG["null"], WRONG["shuffled"]])
-def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_trainer, small_server, monkeypatch, fault):
+@pytest.mark.parametrize(("fault", "lag"), [(AWAY["overloaded"], False), (WRONG["shuffled"], True)])
+def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_trainer, small_server, monkeypatch, fault, lag):
     monkeypatch.setattr(served, "PAUSES", (0.01, 0.02))
-    whole = make_served_trainer(small_server, "whole")
+    whole = make_served_trainer(small_server, "whole", lag=lag)
     list(whole.run())
-    trainer, sound = make_served_trainer(small_server), small_server.fault
+    trainer, sound = make_served_trainer(small_server, lag=lag), small_server.fault
     events = trainer.run()
     while trainer.step < 2:
         next(events)
@@ -303,7 +304,7 @@ def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_traine
     with pytest.raises(TeacherError):
         list(events)
     small_server.fault = sound
-    resumed, checkpoint = make_served_trainer(small_server), trainer.checkpoints.newest()
+    resumed, checkpoint = make_served_trainer(small_server, lag=lag), trainer.checkpoints.newest()
     assert checkpoint.step == 2
     resumed.resume(checkpoint)
     assert [rollout.completion for rollout in resumed.sample()] == [rollout.completion for rollout in rollouts]  # not sampled again
@@ -312,7 +313,7 @@ def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_traine
 
 
 def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):
-    trainer = make_served_trainer(small_server)
+    trainer = make_served_trainer(small_server, every=1)
     events = trainer.run()
     while trainer.step < 3:
         next(events)
