@@ -41,7 +41,7 @@ PAUSES = (0.5, 10.0)  # seconds before the second attempt, and at most
 POLL = 0.2  # seconds after which signals are looked at
 CANARY_TOKENS = 64
 NAMED_TOKENS = 256  # compared by name, in addition to the special ones
-MAX_SPREAD = 0.05  # nats per token between two scorings of a text: rounding in bf16 stays below
+MAX_SPREAD = 0.05  # nats per token between two scorings of a text: about what one model in float32 and in bf16 differs by
 MIN_SIGNAL = 0.2  # nats per token between a teacher's log-probs and those of the uniform distribution
 MINUS_INFINITY = -9999.0  # what vLLM sends for it
 
@@ -84,7 +84,7 @@ class ServedTeacher:
         assert temperature == 1.0
         sequences = list(unpack(inputs))
         scores = self.score([ids for ids, _ in sequences])
-        if not self.is_compared:  # in another order, so that it shows whether the order matters
+        if not self.is_compared:  # in another order, which must not matter
             self.compare(scores, self.score([ids for ids, _ in sequences[::-1]])[::-1])
         # Position 0 of a sequence has no score: the one of the token after `position` has that index.
         logp = [own[position] for own, (_, positions) in zip(scores, sequences, strict=True) for position in positions]
@@ -123,7 +123,7 @@ class ServedTeacher:
             if drift > MAX_SPREAD:
                 raise server.error(
                     f"its scores of a fixed text are {drift:.3g} nats per token from those at the start of the run, more than "
-                    f"{MAX_SPREAD:g}: it has another model or dtype; nothing was saved since, and the same command resumes"
+                    f"{MAX_SPREAD:g}: it has another model; nothing was saved since, and the same command resumes"
                 )
 
     # Requests.

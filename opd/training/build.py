@@ -103,6 +103,8 @@ def build(
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
     load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
+    if is_served and set(teacher_eos) <= set(eos):
+        teacher_eos = eos  # a tokenizer names one token, a model may have more
     spec = SamplerSpec(
         model=student,
         eos=eos,
