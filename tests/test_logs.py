@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.config.schema import Config, GuardAction, SamplingConfig
+from opd.config.schema import Config, GuardAction, PPOConfig, SamplingConfig
 from opd.errors import INTERNAL, NumericError
 from opd.training.logs import Guard, watchdog
 
@@ -62,6 +62,12 @@ def test_a_gap_between_sampler_and_trainer_is_warned_of_once(options, warned, ca
     for step in range(3):
         guard.check(step, metrics(engine_gap=0.2))
     assert len(caplog.records) == int(warned)
+
+
+def test_a_gap_is_expected_where_another_temperature_is_scored(caplog: pytest.LogCaptureFixture) -> None:
+    for temperature, warned in ((1.0, False), (0.7, True)):
+        Guard(Config(ppo=PPOConfig(temperature=temperature))).check(1, metrics(engine_gap=0.2))
+        assert bool(caplog.records) is warned
 
 
 def test_a_run_that_hangs_ends_with_its_stacks_and_exit_code_70(tmp_path: Path) -> None:
