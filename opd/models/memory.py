@@ -20,6 +20,7 @@ from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
+from opd.errors import ConfigError
 from opd.models.device import free_memory
 from opd.models.load import computes_in_bf16, load_with, recomputes_activations, uses_bf16_copy
 from opd.models.policy import MODEL_ERRORS, add_adapters, cache_argument, decoder_layers, padding_limit
@@ -102,6 +103,7 @@ def estimate(
     """
     student, teacher = empty_model(config.model, "model"), empty_model(config.teacher, "teacher")
     parameters = count(student)
+    sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device)  # without adapters
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, config.lora)
@@ -116,7 +118,7 @@ def estimate(
         "teacher": 0 if config.shares_base else teacher_bytes(config.teacher, teacher, processes, device),
         "optimizer": round(share * MOMENTS * trained),
     }
-    sampling, update = {}, {"gradients": trained}
+    update = {"gradients": trained}
     if sharded:
         blocks = decoder_layers(student)
         rest = weights - sum(weight_bytes(block, bf16) for block in blocks)
@@ -126,7 +128,6 @@ def estimate(
         update["gathered weights"] = rest + 2 * max(weight_bytes(block, bf16) for block in blocks)
         update["gradients"] = round(share * trained) + 2 * max(trained_rest, *map(trained_bytes, blocks))
     if prompts is not None:
-        sampling |= sampling_bytes(config, student, teacher, *prompts, device)
         sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device, sharded) else 0
         update |= update_bytes(config, student, prompts[0], device)
     return Memory(resident, sampling, update)
@@ -190,7 +191,7 @@ def cache_bytes(model: PreTrainedModel, width: int) -> tuple[float, float]:
         Bytes for each token, and bytes whatever their number.
     """
     layers = model.base_model
-    model.config.pad_token_id = None  # GPT-2 would look for it in the ids
+    vars(model.config).update(pad_token_id=None)  # GPT-2 would look for it in the ids
     sizes = []
     for tokens in (SHORT, 2 * SHORT):
         cache = DynamicCache(config=model.config)
@@ -264,9 +265,11 @@ def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfi
         small = copy.deepcopy(settings)
         text = small.get_text_config()
         for name, value in vars(text).items():
-            if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types, and others by layer
-                setattr(text, name, value[:number])
+            if isinstance(value, list) and isinstance(value[0] if value else None, str) and len(value) == text.num_hidden_layers:
+                setattr(text, name, value[:number])  # layer_types, or the kinds of layers under another name
         text.num_hidden_layers, text.vocab_size = number, 8
+        if hasattr(text, "vocab_size_per_layer_input"):  # Gemma 4's second embedding, the larger one
+            text.vocab_size_per_layer_input = 8
         text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 0, 0
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
@@ -320,10 +323,15 @@ def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
     """Return the model without storage for its weights."""
     settings = load_with(AutoConfig.from_pretrained, config, role)
     # In bf16: grouped products of experts know no other dtype without storage. Bytes are counted for the dtypes that the run uses.
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            settings, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
-        )
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                settings, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
+            )
+    except MODEL_ERRORS as error:
+        raise ConfigError(
+            f"{role}.path={config.path} cannot be built: {str(error).partition(chr(10))[0]}; use another architecture"
+        ) from error
     return model
 
 

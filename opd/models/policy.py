@@ -22,7 +22,6 @@ from opd.errors import ConfigError
 from opd.models.device import autocast
 from opd.objective import Head
 
-
 # What models that cannot do something raise. Memory that runs out is a RuntimeError too.
 MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from opd import signals
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
-from opd.errors import ConfigError
+from opd.errors import ConfigError, EngineError
 from opd.models.device import autocast
 from opd.models.policy import cache_argument, output_head, predicting_hidden, refusing
 from opd.objective import behaviour_logp, draw
@@ -72,13 +73,14 @@ class GenerateSampler:
         Raises:
             ConfigError: The log-probs differ, or the model's code fails.
         """
-        if self.captures:
-            try:
-                return self.compare(role)
-            except ConfigError as error:  # GPT-Neo, BLOOM: the mask or the cache in another form than the line's
-                log.warning("%s: no decode line: %s", role, str(error).partition(";")[0])
-                self.captures = False
-        self.compare(role)
+        try:
+            self.compare(role)
+        except (ConfigError, EngineError) as error:
+            if not self.captures:
+                raise
+            log.warning("decoding without a CUDA graph: %s", str(error).partition(";")[0])  # GPT-Neo, BLOOM: masks of their own
+            self.captures = False
+            self.compare(role)
 
     @torch.no_grad()
     def compare(self, role: str) -> None:
@@ -86,7 +88,7 @@ class GenerateSampler:
         spec, generator = self.spec, torch.Generator().manual_seed(0)
         ids = [torch.randint(spec.vocabulary, (length,), generator=generator).tolist() for length in CHECK_PROMPTS]
         requests = [Request(Prompt(row, tuple(prompt), "")) for row, prompt in enumerate([*ids, min(ids, key=len)])]
-        remedy = "leave the teacher's rewards out: eval.reward=null" if role == "teacher" else "set sampling.engine=vllm if it knows the model"
+        remedy = "set eval.reward=null" if role == "teacher" else "set sampling.engine=vllm if it knows the model"
         remedy = "set sampling.dtype=trainer" if self.copy is not None else f"{remedy}, or use another architecture"
         eos, self.eos = self.eos, torch.arange(0, spec.vocabulary, 3, device=self.eos.device)
         gaps = []
@@ -101,7 +103,9 @@ class GenerateSampler:
         finally:
             self.eos = eos
         gap = float(torch.cat(gaps).mean())
-        rounds = self.copy is not None or spec.bf16 or spec.model.dtype == torch.bfloat16
+        rounds = (
+            self.copy is not None or spec.bf16 or spec.model.dtype == torch.bfloat16 or hasattr(spec.model.config, "quantization_config")
+        )
         if not gap <= MAX_CHECK_GAP[rounds]:  # also where it is not finite
             raise ConfigError(
                 f"{role}: {type(spec.model).__name__} cannot be sampled: its samples' log-probs are {gap:.2g} nats from those of plain "
@@ -125,7 +129,7 @@ class GenerateSampler:
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt.ids)]
         cache, logits_PV, mask_PT = self.prefill([group[0].prompt for group in groups])
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
-        cache.reorder_cache(copies)  # recurrent states have no batch_select_indices
+        select_rows(cache, copies)
         batch = (mask_PT[copies], logits_PV[copies], self.uniforms(requests, decoding, stream))
         if self.captures:
             lines = self.decode_lines(cache, batch[1], batch[0].shape[1], decoding, stream)
@@ -203,12 +207,17 @@ class GenerateSampler:
                 break
             if alive <= (1 - FINISHED_SHARE) * len(rows_B):
                 stay = live_B.nonzero()[:, 0]
-                cache.reorder_cache(stay)
+                select_rows(cache, stay)
                 rows_B, live_B, next_B, mask_BT = rows_B[stay], live_B[stay], next_B[stay], mask_BT[stay]
             positions_B1 = mask_BT.sum(-1, keepdim=True)
             mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(next_B), 1)), -1)
             logits_BV = self.next_logits(next_B[:, None], mask_BT, positions_B1, cache)
         return ids_BT.cpu(), logp_BT.cpu()
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Replace the rows of the cache by those with these indices."""
+    cache.reorder_cache(rows)  # batch_select_indices is for attention only, not for recurrent states
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,16 @@ from opd.models import load
 from opd.models.device import autocast, free_memory
 from opd.models.distributed import on_main_process, prepare, shards_weights
 from opd.models.masters import MasterWeights
-from opd.models.policy import Policy, add_adapters, check_packing, check_positions, fuse_layers, prepare_student, prepare_teacher, uses_packing
+from opd.models.policy import (
+    Policy,
+    add_adapters,
+    check_packing,
+    check_positions,
+    fuse_layers,
+    prepare_student,
+    prepare_teacher,
+    uses_packing,
+)
 from opd.objective import chunk_rows
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
