@@ -201,7 +201,7 @@ def cache_bytes(model: PreTrainedModel, width: int) -> tuple[float, float]:
         values = [value for layer in cache.layers for value in vars(layer).values()]
         states = [state for value in values for state in (value.values() if isinstance(value, dict) else [value])]
         sizes.append(width * sum(state.numel() for state in states if isinstance(state, Tensor)))
-    return per_token_and_constant(*sizes, 2 * SHORT)
+    return per_token_and_constant(sizes[0], sizes[1], 2 * SHORT)
 
 
 def per_token_and_constant(of_short: int, of_long: int, long: int) -> tuple[float, float]:
@@ -329,9 +329,8 @@ def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
                 settings, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
             )
     except MODEL_ERRORS as error:
-        raise ConfigError(
-            f"{role}.path={config.path} cannot be built: {str(error).partition(chr(10))[0]}; use another architecture"
-        ) from error
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{role}.path={config.path} cannot be built: {reason}; use another architecture") from error
     return model
 
 

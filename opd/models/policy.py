@@ -176,17 +176,17 @@ def check_packing(model: PreTrainedModel, role: str) -> None:
 def position_limit(model: PreTrainedModel) -> int | None:
     """Return how many positions the model has a table for; None where it computes any (rotary embeddings, ALiBi, recurrent states)."""
     settings = model.config.get_text_config()
-    if hasattr(settings, "max_seq_len"):  # MPT builds its ALiBi of this size
+    if settings.model_type == "mpt":  # its ALiBi has a fixed size
         return int(settings.max_seq_len)
     limit = getattr(settings, "max_position_embeddings", None)
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     tables = [table for table in (*embeddings, *model.buffers()) if table.ndim == 2 and table is not model.get_input_embeddings().weight]
-    # OPT has two rows more.
-    return limit if limit is not None and any(0 <= len(table) - limit <= 2 for table in tables) else None
+    has_table = limit is not None and any(0 <= len(table) - limit <= 2 for table in tables)  # OPT has two rows more
+    return limit if has_table else None
 
 
 def check_positions(model: PreTrainedModel, role: str, option: str, lengths: Iterable[int], new_tokens: int) -> None:
-    """Raise `ConfigError` where prompts of these `lengths` and completions of `new_tokens`, the value of `option`, exceed the model's positions."""
+    """Raise `ConfigError` where prompts of these lengths and completions of `new_tokens`, which is `option`, need too many positions."""
     limit, longest = position_limit(model), max(lengths, default=0) + new_tokens
     if limit is not None and longest > limit:
         raise ConfigError(
