@@ -103,10 +103,9 @@ class GenerateSampler:
         finally:
             self.eos = eos
         gap = float(torch.cat(gaps).mean())
-        rounds = (
-            self.copy is not None or spec.bf16 or spec.model.dtype == torch.bfloat16 or hasattr(spec.model.config, "quantization_config")
-        )
-        if not gap <= MAX_CHECK_GAP[low_precision or self.copy is not None]:  # also where it is not finite
+        in_bf16 = spec.bf16 or spec.model.dtype == torch.bfloat16 or self.copy is not None
+        rounds = in_bf16 or hasattr(spec.model.config, "quantization_config")
+        if not gap <= MAX_CHECK_GAP[rounds]:  # also where it is not finite
             raise ConfigError(
                 f"{role}: {type(spec.model).__name__} cannot be sampled: its samples' log-probs are {gap:.2g} nats from those of plain "
                 f"forward passes; {remedy}"
