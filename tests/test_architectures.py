@@ -10,11 +10,11 @@ from opd import OnPolicyDistillationTrainer
 from opd.api import from_options
 from opd.config.compose import PACKAGE
 from opd.data.prompts import Prompt
-from opd.data.rollouts import Request
+from opd.data.rollouts import Inputs, Request
 from opd.errors import ConfigError
 from opd.evaluation.sample_score import LoadedModel
 from opd.models import memory
-from opd.models.policy import check_head, check_packing, position_limit
+from opd.models.policy import Policy, check_head, check_packing, position_limit
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, generate, make_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' about kernels that are not installed
@@ -108,6 +108,16 @@ def test_bf16_copy_that_cannot_be_sampled_is_dropped_if_it_was_not_asked_for():
     assert make_sampler(automatic, spec, bf16_copy=True).copy is None
     with pytest.raises(ConfigError, match=r"sampling\.dtype=trainer"):
         make_sampler(asked, spec, bf16_copy=True)
+
+
+def test_dropout_inside_checkpointed_layers_stays_off():
+    model = random_architecture("opt", dropout=0.5)
+    ids = torch.arange(8)[None]
+    policy = Policy(model, 261, checkpointing=True)
+    inputs = Inputs(ids, torch.arange(8))
+    hidden = [policy(inputs, lambda hidden_NH, head: hidden_NH) for policy in (policy, Policy(model, 261))]
+    assert torch.equal(*hidden)
+    hidden[0].sum().backward()
 
 
 def test_teacher_is_checked_where_it_is_sampled(tmp_path):
