@@ -105,7 +105,8 @@ def test_largest_micro_batch_is_the_runs() -> None:
 
 def test_kv_cache_counts_no_more_prompts_than_there_are() -> None:
     config = tiny(**{"teacher.path": "bundled:tiny-student", "eval.batch_size": 64, "sampling.dtype": "trainer"})
-    per_token = cache_bytes(empty_model(config.model, "model"), 4)
+    per_token, constant = cache_bytes(empty_model(config.model, "model"), 4)
+    assert constant == 0
     few, many = (estimate(config, 1, CPU, prompts=(PROMPTS, PROMPTS[:1] * count)).sampling["KV cache"] for count in (4, 640))
     step = min(config.sampling.batch_size, config.train.batch_size * config.sampling.n) * (5 + config.sampling.max_new_tokens) * per_token
     assert few == step and many == 64 * (5 + config.eval.max_new_tokens) * per_token

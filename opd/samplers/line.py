@@ -39,7 +39,7 @@ def grouped_attention(
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return attended
     out = F.scaled_dot_product_attention(query.reshape(B, K, H // K, D), key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(B, 1, H, D), None
+    return out.reshape(B, 1, H, -1), None  # values may have another size than keys
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)

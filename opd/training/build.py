@@ -23,7 +23,16 @@ from opd.models.device import autocast
 from opd.models.distributed import on_main_process, prepare, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
-from opd.models.policy import Policy, add_adapters, fuse_layers, prepare_student, prepare_teacher, uses_packing
+from opd.models.policy import (
+    Policy,
+    add_adapters,
+    check_packing,
+    check_positions,
+    fuse_layers,
+    prepare_student,
+    prepare_teacher,
+    uses_packing,
+)
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.teachers import LocalTeacher, loading_device, place
@@ -106,8 +115,19 @@ def build(
         is_main=accelerator.is_main_process,
         sharded=sharded,
     )
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
+    for role, model in (("model", student), ("teacher", teacher_model)):
+        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
+        check_positions(model, role, "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
+        check_evaluated_positions(evaluator, model, role)
+    packed = uses_packing(student, config.train.packing) and uses_packing(teacher_model, config.train.packing)
+    if packed:
+        with autocast(device, autocasts):
+            check_packing(student, "model")
     choices = choices or make_choices(config, accelerator, spec)
-    sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies the student, which has to happen before it is sharded
+    sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies and checks the student, before it is sharded
+    if isinstance(sampler, GenerateSampler):
+        choices["bf16_copy"] = sampler.copy is not None
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
@@ -130,7 +150,7 @@ def build(
         strategy=strategy,
         student=student,
         sampler=sampler,
-        evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts),
+        evaluator=evaluator,
         checkpoints=checkpoints,
         prompts=train_prompts,
         scoring=Step(
@@ -138,7 +158,7 @@ def build(
             strategy=strategy,
             teacher=teacher,
             pad_id=tokenizer.pad_token_id,
-            packed=uses_packing(student, config.train.packing) and uses_packing(teacher_model, config.train.packing),
+            packed=packed,
             choices=choices,
         ),
         speed=speed,
@@ -154,11 +174,18 @@ def build(
         bf16=config.shares_base and autocasts,
         sharded=sharded,
     )
+    teacher_sampler = GenerateSampler(teacher_spec)
+    if not config.shares_base:
+        with teacher.ready():
+            if packed:
+                check_packing(teacher_model, "teacher")
+            if evaluator.answered:
+                teacher_sampler.check("teacher")
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
     differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
-    return Built(trainer, tokenizer, teacher, GenerateSampler(teacher_spec), adapters, eos, differences, sampling)
+    return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
 
 
 def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
@@ -269,6 +296,16 @@ def make_evaluator(
         vocabulary=vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
     )
+
+
+def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str) -> None:
+    """Raise `ConfigError` where an evaluation needs more positions than the model has."""
+    for option, prompts, decoding in (
+        ("eval.max_new_tokens", evaluator.answered, evaluator.decoding),
+        ("eval.kl_max_new_tokens", evaluator.kl_prompts, evaluator.kl_decoding),
+    ):
+        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in prompts]
+        check_positions(model, role, option, lengths, decoding.max_new_tokens if prompts else 0)
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> AdamW:
