@@ -41,7 +41,7 @@ SPELLINGS = (
     (re.compile(r"(?<![\w.,^/*({-])10(?:\^|\*\*)\{?([-+]?\d+)\}?"), r"1e\1"),
 )
 # A word is matched with its digits, which are no number: H2O, m^2, x_{1}, GPT-4. What is joined to a number without a space is one term
-# with it: 3/2, 9:30, 2023-05-01, 2^{10}. A repetition is possessive or gives back what holds no digit: the search is linear in the text.
+# with it: 3/2, 9:30, 2023-05-01, 2^{10}. Repetitions are possessive, or end at a digit: the search is linear.
 TERM = re.compile(
     r"(?P<sign>(?:\b[Mm]inus |\b[Nn]egative |(?<![\w)}\]])[-+])(?:\\?[$€£¥₹])?|[$€£¥₹][-+])?"
     r"(?P<term>\d{1,3}(?: \d{3}){1,8}+(?:[.,]\d++)?(?! ?\d)|(?:(?<!\w)\.)?\d(?:(?:[^\w\s=<>]|[\d_])*\d)?(?:[eE][-+]?\d++)?)"
