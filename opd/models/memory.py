@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
 from opd.models.device import free_memory
-from opd.models.load import computes_in_bf16, load_with, recomputes_activations, uses_bf16_copy
+from opd.models.load import computes_in_bf16, load_config, recomputes_activations, uses_bf16_copy
 from opd.models.policy import add_adapters, decoder_layers, padding_limit
 from opd.objective import chunk_rows
 
@@ -281,7 +281,7 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
 
 def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
     """Return the model without storage for its weights."""
-    settings = load_with(AutoConfig.from_pretrained, config, role)
+    settings = load_config(config, role)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
     return model
