@@ -33,7 +33,7 @@ class InsufficientMemory(ConfigError):
 
 
 class NoPeers(ConfigError):
-    """A launcher's environment variables by which this process finds no others; each process fails by itself."""
+    """A launcher's environment variables by which this process finds no others; it concerns one process."""
 
 
 class DataError(OpdError):

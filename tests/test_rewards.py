@@ -278,6 +278,21 @@ def test_number_is_linear_on_a_hostile_line(unit: str) -> None:
     assert time.process_time() - start < 2.0
 
 
+@pytest.mark.parametrize("name", ["math", "scores:same"])
+def test_modules_of_the_working_folder_do_not_take_the_place_of_others(folder: Path, name: str) -> None:
+    for module in ("random", "math", "json", "datasets", "sympy"):
+        (folder / f"{module}.py").write_text("raise SystemExit('the wrong module')")
+    with make_grader(name) as grader:
+        assert grader.grade([("18", "18")]) == [1.0]
+
+
+def test_reward_may_have_the_name_of_another_module_and_import_its_neighbours(folder: Path) -> None:
+    (folder / "test.py").write_text("import neighbour, opd\n\n@opd.reward\ndef half(completion, answer):\n    return neighbour.HALF\n")
+    (folder / "neighbour.py").write_text("HALF = 0.5")
+    with make_grader("test:half") as grader:
+        assert grader.grade([("", "")]) == [0.5]
+
+
 def test_the_mark_leaves_the_function_as_it_is() -> None:
     def score(completion: str, answer: str) -> float:
         return 0.5
@@ -532,7 +547,8 @@ def test_a_child_whose_parent_is_gone_exits_quietly(folder: Path, sent: str) -> 
     assert child.returncode == 0
 
 
-def test_math_without_math_verify_names_the_remedy(folder: Path) -> None:
+def test_math_without_math_verify_names_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
     (folder / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\", name='math_verify')\n")
     with pytest.raises(ConfigError, match=r"pip install 'opd\[math\]'"):
         make_grader("math")

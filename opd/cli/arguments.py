@@ -20,7 +20,7 @@ WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-
 
 def prepare_process() -> None:
     """Protect this process and those it starts from the working folder's modules, from closed streams and from poor encodings."""
-    if Path.cwd() != Path(__file__).resolve().parents[2]:
+    if not Path("opd/__init__.py").is_file():  # a source checkout
         os.environ["PYTHONSAFEPATH"] = "1"  # a random.py or opd.py in the working folder is nobody's `random` or `opd`
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -75,7 +75,7 @@ def load_math() -> RewardFunction:
 def load_user(name: str) -> RewardFunction:
     """Return the function `module:function` without calling it. Raises `ConfigError` if it does not exist or is not marked.
 
-    The module itself is looked for in the working folder first. What it imports is looked for there last: a random.py beside it is not
+    The module itself is looked for in the working folder first. What it imports is looked for there last: a random.py of the user is not
     Python's `random`.
     """
     module_name, _, function_name = name.partition(":")
