@@ -159,7 +159,7 @@ def test_positions_beyond_the_table_are_refused_before_the_run(option, tmp_path)
 
 @pytest.mark.parametrize("name", ["gemma4_text", "mamba", "rwkv", "qwen3_5_text", "falcon_h1", "mixtral", "xlstm", "bloom"])
 def test_memory_of_any_architecture_is_estimated(name, monkeypatch):
-    monkeypatch.setattr(memory, "load_with", lambda *_: settings(name))
+    monkeypatch.setattr(memory, "load_config", lambda *_: settings(name))
     prompts = [Prompt(index, (1,) * 5, "") for index in range(4)]
     config = from_options({"model.path": "m", "teacher.path": "t", "lora.rank": 2 if name == "mixtral" else 0})
     assert memory.estimate(config, 1, CPU, prompts=(prompts, prompts)).peak > 0

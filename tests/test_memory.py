@@ -53,7 +53,7 @@ def test_bf16_teacher_needs_half() -> None:
 
 def test_fsdp2_shards_weights_and_optimizer_and_gathers_all_weights_to_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = random_model(num_hidden_layers=20)
-    monkeypatch.setattr(memory, "load_with", lambda *_: deep.config)
+    monkeypatch.setattr(memory, "load_config", lambda *_: deep.config)
     size = sum(parameter.numel() for parameter in deep.parameters())
     sharded = estimate(tiny(), 4, CPU, sharded=True)
     assert (sharded.resident["student"], sharded.resident["optimizer"]) == (size, 2 * size)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data.order import take
@@ -22,7 +22,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
 from opd.errors import ConfigError
 from opd.models.device import free_memory
-from opd.models.load import computes_in_bf16, load_with, recomputes_activations, uses_bf16_copy
+from opd.models.load import computes_in_bf16, load_config, recomputes_activations, uses_bf16_copy
 from opd.models.policy import MODEL_ERRORS, add_adapters, cache_argument, decoder_layers, padding_limit
 from opd.objective import chunk_rows
 from opd.runs.text import format_bytes
@@ -318,7 +318,7 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
 
 def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
     """Return the model without storage for its weights."""
-    settings = load_with(AutoConfig.from_pretrained, config, role)
+    settings = load_config(config, role)
     # In bf16: grouped products of experts know no other dtype without storage. Bytes are counted for the dtypes that the run uses.
     try:
         with torch.device("meta"):

@@ -123,14 +123,19 @@ def output_head(model: PreTrainedModel, size: int | None = None, rows: int | Non
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, role: str) -> None:
-    """Raise `ConfigError` for an architecture whose logits are not `output_head` of its final hidden states."""
+    """Raise `ConfigError` for an architecture whose logits are not `output_head` of its final hidden states, or depend on later tokens."""
     ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     with refusing(role, model, "cannot be run", "use another architecture"):
         expected = model(input_ids=ids_BT, use_cache=False).logits.float()
         computed = output_head(model).logits(last_hidden(model.base_model, ids_BT).flatten(0, 1))[None]
+    if not expected.isfinite().all():
+        raise ConfigError(f"{role}: the logits of {type(model).__name__} are not finite; its weights are damaged")
     rounded = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
     if not torch.allclose(computed, expected, atol=1e-3 + 3e-2 * float(expected.abs().max()) * rounded, rtol=1e-3):
         raise ConfigError(f"{role}: {type(model).__name__} computes logits in a way that opd does not know; use another architecture")
+    first = model(input_ids=ids_BT[:, :4], use_cache=False).logits.float()
+    if float((first - expected[:, :4]).abs().mean()) > 1e-3 + 3e-2 * float(expected.abs().max()) * rounded:
+        raise ConfigError(f"{role}: {type(model).__name__} is not a causal language model here: its logits depend on later tokens")
 
 
 def last_hidden(layers: Any, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
