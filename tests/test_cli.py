@@ -388,7 +388,7 @@ def test_sweep_members_over_paths_stay_in_the_sweep_folder(tmp_path: Path) -> No
 def test_other_ranks_write_no_files_and_repeat_no_error(
     error: Exception | None, shown_error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("opd.signals.launched_as", lambda: (1, 2))
 
     def task(config: Config, folder: Path) -> None:
         if error is not None:
@@ -403,7 +403,7 @@ def test_other_ranks_write_no_files_and_repeat_no_error(
 
 
 def test_other_ranks_leave_command_line_mistakes_to_rank_0(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("opd.signals.launched_as", lambda: (1, 2))
     assert hydra_app.run_verb(must_not_run, ["modle=x"]) == errors.USAGE
     assert capfd.readouterr() == ("", "")
 
@@ -562,7 +562,7 @@ def test_command_runs_beside_modules_with_names_of_others_without_streams_and_in
         (tmp_path / f"{module}.py").write_text("raise SystemExit(99)")
     environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
     for streams in ("", ">&- 2>&- <&-"):
-        command = f"exec {sys.executable} -m opd.train --cfg job 'teacher.system=\u00d7' {streams}"
+        command = f"exec {sys.executable} -m opd.train --cfg job 'teacher.system=\"\u00d7\"' {streams}"
         assert subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True).returncode == errors.OK
 
 
