@@ -25,7 +25,7 @@ class Speed:
     """What this process's device can do, and what a token costs.
 
     Args:
-        copy_rate: Bytes read and written per second by a copy.
+        copy_rate: Bytes moved per second by a copy, where each is moved twice: from and to memory.
         product_rate: Floating-point operations per second of a matrix product in the dtype of the update.
         student, teacher: Parameters in matrix products.
         passes: Forward passes that one token's update costs: 3, or 2 where most weights are frozen.
