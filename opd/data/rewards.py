@@ -249,8 +249,8 @@ def make_grader(name: str, *, time_limit: float = 5.0, memory_limit_mb: int = 10
     """Return a grader for a reward, with its process started where it needs one.
 
     Args:
-        name: `exact`, `number`, `math`, or `module:function` for a function marked with `@opd.reward`. The module is found as `python -m`
-            would find it, and imported in the child only.
+        name: `exact`, `number`, `math`, or `module:function` for a function marked with `@opd.reward`. The module is looked for in
+            the working folder first, and imported in the child only.
         time_limit: Seconds of wall clock for one answer.
         memory_limit_mb: MiB of address space for one answer on top of what the imports took; Linux only.
 
