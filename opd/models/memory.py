@@ -100,7 +100,8 @@ def estimate(
     """
     student, teacher = empty_model(config.model, "model"), empty_model(config.teacher, "teacher")
     parameters = count(student)
-    sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device)  # without adapters
+    uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
+    sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device, uses_line)  # without adapters
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, config.lora)
@@ -115,6 +116,8 @@ def estimate(
         "teacher": 0 if config.shares_base else teacher_bytes(config.teacher, teacher, processes, device),
         "optimizer": round(share * MOMENTS * trained),
     }
+    if "decode line" in sampling:
+        resident["decode line"] = sampling.pop("decode line")
     update = {"gradients": trained}
     if sharded:
         blocks = decoder_layers(student)
@@ -144,15 +147,20 @@ def sampling_bytes(
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     device: torch.device,
+    uses_line: bool,
 ) -> dict[str, int]:
-    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too."""
+    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too.
+
+    A decode line stays for the run; what a step's batch needs besides is the cache of its prompts.
+    """
     sampling, evaluated = config.sampling, config.eval
     longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
     in_bf16 = samples_with_copy(config, device) or computes_in_bf16(config.model.dtype, device)
     teacher_in_bf16 = computes_in_bf16(config.teacher.dtype, device)
     of_student = measure("the cache", cache_bytes, student, BFLOAT16 if in_bf16 else FLOAT32)
     of_teacher = measure("the cache", cache_bytes, teacher, BFLOAT16 if teacher_in_bf16 else FLOAT32)
-    batches = [(min(sampling.batch_size, config.train.batch_size * sampling.n), sampling.max_new_tokens, [of_student])]
+    rows = min(sampling.batch_size, config.train.batch_size * sampling.n)
+    batches = [(rows, 0 if uses_line else sampling.max_new_tokens, [of_student])]
     if evaluated.reward is not None:
         rows = min(evaluated.batch_size, evaluated.limit or len(evaluation), len(evaluation))
         batches.append((rows, evaluated.max_new_tokens, [of_student, of_teacher]))
@@ -160,7 +168,11 @@ def sampling_bytes(
         rows = min(evaluated.kl_prompts, evaluated.batch_size, len(evaluation))
         batches.append((rows, evaluated.kl_max_new_tokens, [of_student]))
     vocabulary = student.config.get_text_config().vocab_size
-    return {
+    needed = {}
+    if uses_line:
+        length = line_length(longest + max(sampling.max_new_tokens, evaluated.max_new_tokens, evaluated.kl_max_new_tokens))
+        needed["decode line"] = round(sampling.batch_size * (length * of_student[0] + FLOAT32 * vocabulary))
+    return needed | {
         "KV cache": round(
             max(
                 rows * ((longest + new_tokens) * per_token + constant)
@@ -170,6 +182,11 @@ def sampling_bytes(
         ),
         "logits": LOGITS_COPIES * FLOAT32 * max(rows for rows, _, _ in batches) * vocabulary,
     }
+
+
+def line_length(tokens: int) -> int:
+    """Return the positions of a decode line's cache for so many tokens: a multiple of 64, which saves padding of the mask in attention."""
+    return -(-tokens // 64) * 64
 
 
 def measure(what: str, measurement: Callable[..., tuple[float, float]], model: Any, *args: Any) -> tuple[float, float]:
