@@ -32,6 +32,10 @@ class InsufficientMemory(ConfigError):
     """Out of memory on one process's device; other processes may have enough."""
 
 
+class NoPeers(ConfigError):
+    """A launcher's environment variables by which this process finds no others; it concerns one process."""
+
+
 class DataError(OpdError):
     """A missing data file or column, an empty data set, no answers although rewards need them."""
 

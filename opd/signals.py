@@ -116,6 +116,13 @@ def is_worker() -> bool:
     return any(name in os.environ for name in LAUNCHED)
 
 
+def launched_as() -> tuple[int, int]:
+    """Return this process's rank and how many processes there are, as a launcher says; 0 and 1 where it does not, or contradicts itself."""
+    rank, processes = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    consistent = "LOCAL_RANK" in os.environ and rank.isdecimal() and processes.isdecimal() and int(rank) < int(processes)
+    return (int(rank), int(processes)) if consistent else (0, 1)
+
+
 def follow_launcher() -> None:
     """In a worker, ask the run to stop when the launcher dies, whatever kills it."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # `opd.cli.launch` starts workers with these signals blocked

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opd.cli import launch
+from opd.cli.arguments import prepare_process
 from opd.cli.hydra_app import FlagParser, run_verb
 from opd.config.schema import Config
 
@@ -20,6 +21,7 @@ def train(config: Config, folder: Path) -> float | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Compose the config from overrides, train, and return the exit code."""
+    prepare_process()
     return run_verb(train, sys.argv[1:] if argv is None else argv)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from hydra.core.config_store import ConfigStore
 import opd as package
 from opd import errors, train, training
 from opd.cli import completion, hydra_app, hydra_errors, main
+from opd.cli.arguments import prepare_process
 from opd.config import schema
 from opd.config.schema import Config
 
@@ -386,7 +388,7 @@ def test_sweep_members_over_paths_stay_in_the_sweep_folder(tmp_path: Path) -> No
 def test_other_ranks_write_no_files_and_repeat_no_error(
     error: Exception | None, shown_error: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("opd.signals.launched_as", lambda: (1, 2))
 
     def task(config: Config, folder: Path) -> None:
         if error is not None:
@@ -401,7 +403,7 @@ def test_other_ranks_write_no_files_and_repeat_no_error(
 
 
 def test_other_ranks_leave_command_line_mistakes_to_rank_0(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("opd.signals.launched_as", lambda: (1, 2))
     assert hydra_app.run_verb(must_not_run, ["modle=x"]) == errors.USAGE
     assert capfd.readouterr() == ("", "")
 
@@ -553,3 +555,26 @@ def test_full_disk_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert hydra_app.run_verb(task, ["experiment=debug"], "doctor") == errors.OUTPUT
     assert capsys.readouterr().err == "opd: error: runs/x/metrics.jsonl: No space left on device\n"
+
+
+def test_command_runs_beside_modules_with_names_of_others_without_streams_and_in_ascii(tmp_path: Path) -> None:
+    for module in ("random", "logging", "datasets", "hydra", "yaml"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit(99)")
+    environment = {**os.environ, "PYTHONPATH": str(Path(package.__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    for streams in ("", ">&- 2>&- <&-"):
+        command = f"exec {sys.executable} -m opd.train --cfg job 'teacher.system=\"\u00d7\"' {streams}"
+        assert subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True).returncode == errors.OK
+
+
+def test_signs_that_standard_output_cannot_encode_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    prepare_process()
+    print("3 \u00d7 4", flush=True)
+    assert written.getvalue() == b"3 ? 4\n"
+
+
+def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["train", "name=\udcc3\udca4"]) == errors.USAGE
+    assert "PYTHONUTF8=1" in capsys.readouterr().err

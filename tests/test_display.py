@@ -32,8 +32,17 @@ def make_display(screen: io.StringIO, max_steps: int = 3, **options: object) -> 
     return Display(max_steps, shown=True, console=Console(file=screen, soft_wrap=True, width=80, **options))
 
 
+METRICS = {
+    "truncated": 0.25,
+    "unlisted": 1.0,
+    "perf/mfu": 0.41,
+    "memory/peak_bytes": 3 * 2**29,
+    **{f"time/{name}": seconds for name, seconds in {"sample": 6, "wait": 0, "score": 1, "update": 3, "step": 10}.items()},
+}
+
+
 def step_done(step: int) -> StepDone:
-    return StepDone(step, {"reverse_kl": 1.5 / step, "truncated": 0.25, "unlisted": 1.0}, {}, Tokens([], torch.device("cpu")), [], {})
+    return StepDone(step, METRICS | {"reverse_kl": 1.5 / step}, {}, Tokens([], torch.device("cpu")), [], {})
 
 
 def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:
@@ -43,7 +52,7 @@ def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:
 
 def test_a_sample_is_one_harmless_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "decode", lambda tokenizer, ids, **options: HOSTILE)
-    rollout = SimpleNamespace(request=SimpleNamespace(prompt=SimpleNamespace(text="say\n  a")), completion=(1,))
+    rollout = SimpleNamespace(request=SimpleNamespace(prompt=SimpleNamespace(text="say\n  a")), answer=(1,))
     assert metrics.sample_text(None, rollout) == "say a → a␛[31mb␇⟨U+202E⟩c d"
 
 
@@ -55,7 +64,7 @@ def test_without_a_terminal_the_first_and_last_steps_and_every_evaluation_get_a_
     display.show(Evaluated(Evaluation(3, Rewards(0.5, 0.25, 0.75, 16, 3.0, 0.0), 0.123456)))
     display.end()
     first, last, evaluation = screen.getvalue().splitlines()
-    assert first == "step 1/3  reverse KL 1.5000  truncated 25.0%" and last.startswith("step 3/3  reverse KL 0.5000")
+    assert first == "step 1/3  reverse KL 1.5000  truncated 25.0%  MFU 41.0%" and last.startswith("step 3/3  reverse KL 0.5000")
     assert "step 3" in evaluation and "50.0% [25.0, 75.0] of 16" in evaluation and "0.1235 nats/token" in evaluation
 
 
@@ -66,7 +75,16 @@ def test_on_a_terminal_a_panel_shows_progress_metrics_evaluation_and_sample(scre
     display.show(Evaluated(Evaluation(1, None, 0.5)))
     display.end()
     shown = screen.getvalue()
-    for part in ("1/3", "reverse KL", "1.5000", "evaluation after step 1", "a sample"):
+    for part in (
+        "1/3",
+        "reverse KL",
+        "1.5000",
+        "sampling 60%",
+        "update 30%",
+        "peak memory 1.50 GiB",
+        "evaluation after step 1",
+        "a sample",
+    ):
         assert part in shown, part
     assert "step 1/3  reverse KL" not in shown, "no plain line next to the panel"
 

@@ -17,6 +17,7 @@ from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.config.schema import Config, Truncated
 from opd.data.prompts import Prompt
+from opd.data.rewards import make_grader
 from opd.doctor import first_step, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
 from opd.doctor.machine import REMEDIES
@@ -213,6 +214,15 @@ def test_reward_that_is_never_1_fails_before_models_are_loaded(doctor: Any, tmp_
     assert "time" not in found
 
 
+def test_references_that_the_reward_cannot_judge_are_counted() -> None:
+    prompts = [Prompt(place, (place,), "", (answer,)) for place, answer in enumerate(["1/2", "3", "\\sqrt{2}"])]
+    config = Config()
+    config.eval.reward = "number"
+    finding = rows.check_reward(prompts, make_grader("number"), config)[0]
+    assert finding.status is Status.warn and "1 of 3" in finding.what and "cannot judge 2" in finding.what
+    assert "eval.reward=math" in finding.remedy
+
+
 def test_reward_for_empty_completions_and_a_reward_that_raises_fail(doctor: Any, tmp_path: Path) -> None:
     reward = "import opd\n\n@opd.reward\ndef always(completion, answer):\n    return 1.0\n"
     (tmp_path / "yes.py").write_text(reward)
@@ -305,7 +315,7 @@ def test_reward_that_misses_some_reference_answers_warns() -> None:
 
     prompts = [Prompt(0, (1,), "", ("1",)), Prompt(1, (1,), "", ("many",))]
     reference, empty = rows.check_reward(prompts, Grader(), Config())  # type: ignore[arg-type]
-    assert reference.status is Status.warn and "1 for 1 of 2; the answer 'many' gets 0.0" in reference.what
+    assert reference.status is Status.warn and "1 for 1 of 2" in reference.what and "'many' gets 0.0" in reference.what
     assert empty.status is Status.ok
 
 

@@ -10,15 +10,18 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from opd import errors
+from opd import errors, signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import launch
 from opd.config.schema import Device, LaunchConfig
+from opd.errors import ConfigError
+from opd.models import distributed
 from opd.training.identity import differences
 
 TWO = ["experiment=debug", "device=cpu", "name=run", "launch.processes=2", "train.batch_size=2", "eval.limit=4", "eval.kl_prompts=2"]
@@ -232,6 +235,47 @@ def test_worker_does_not_launch_others(monkeypatch):
     assert not launch.is_requested(from_options({"launch.processes": 1}))
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert not launch.is_requested(from_options({"launch.processes": 2}))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3"}, (0, 1)),
+        ({"RANK": "abc", "WORLD_SIZE": "abc", "LOCAL_RANK": "0"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "1", "LOCAL_RANK": "1"}, (0, 1)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, (1, 2)),
+    ],
+)
+def test_rank_is_a_launchers_where_its_variables_agree(variables, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert signals.launched_as() == expected
+
+
+def test_variables_of_an_earlier_launcher_are_named_in_one_line(monkeypatch, tmp_path, capsys):
+    config, exits = from_options({"device": "cpu"}), []
+    monkeypatch.setattr(distributed, "PATIENCE", 0.05)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    for outcome in (ValueError("no\nMASTER_ADDR"), TimeoutError(), SimpleNamespace(num_processes=1)):
+
+        def start(outcome=outcome, **settings):
+            assert settings["mixed_precision"] == "no"
+            if isinstance(outcome, TimeoutError):
+                time.sleep(0.5)
+            if isinstance(outcome, Exception):
+                raise ValueError(outcome)
+            return outcome
+
+        monkeypatch.setattr(distributed, "Accelerator", start)
+        config.launch.processes = 2
+        with pytest.raises(ConfigError, match=r"^launch.*ACCELERATE_MIXED_PRECISION=bf16.*unset") as caught:
+            distributed.make_accelerator(config, tmp_path)
+        assert "\n" not in str(caught.value)
+    assert exits == [errors.USAGE] and capsys.readouterr().err.startswith("opd: error: launch")
 
 
 def test_launch_options_are_not_part_of_a_run_identity():

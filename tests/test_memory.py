@@ -7,8 +7,10 @@ from conftest import random_model
 from opd.api import from_options
 from opd.config.schema import Config, LoraConfig
 from opd.data.prompts import Prompt
+from opd.data.rollouts import Request
 from opd.models import load as models
 from opd.models import memory
+from opd.models.load import load_model
 from opd.models.memory import (
     Memory,
     activations_of_layer,
@@ -19,6 +21,7 @@ from opd.models.memory import (
     samples_with_copy,
     saved_bytes,
 )
+from opd.samplers import Decoding, GenerateSampler, SamplerSpec, longest_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
 
@@ -53,7 +56,7 @@ def test_bf16_teacher_needs_half() -> None:
 
 def test_fsdp2_shards_weights_and_optimizer_and_gathers_all_weights_to_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     deep = random_model(num_hidden_layers=20)
-    monkeypatch.setattr(memory, "load_with", lambda *_: deep.config)
+    monkeypatch.setattr(memory, "load_config", lambda *_: deep.config)
     size = sum(parameter.numel() for parameter in deep.parameters())
     sharded = estimate(tiny(), 4, CPU, sharded=True)
     assert (sharded.resident["student"], sharded.resident["optimizer"]) == (size, 2 * size)
@@ -95,6 +98,23 @@ def test_bf16_copy_for_sampling(options: dict[str, object], fast: bool, expected
     assert estimate(config, 1, CPU, prompts=(PROMPTS, PROMPTS)).sampling["bf16 copy"] == 2 * STUDENT * expected
 
 
+def test_decode_line_of_a_gpu_has_the_bytes_that_are_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the line computes as it does on a GPU, with buffers of the same sizes."""
+    config = tiny(**{"sampling.dtype": "trainer", "sampling.batch_size": 6, "sampling.max_new_tokens": 40})
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**40, 2**40))
+    estimated = estimate(config, 1, torch.device("cuda"), prompts=(PROMPTS, PROMPTS)).resident["decode line"]
+
+    model = load_model(config.model, "model", CPU).eval()
+    longest = longest_sequence(config, PROMPTS)
+    spec = SamplerSpec(model=model, eos=(0,), pad_id=0, vocabulary=model.config.vocab_size, seed=0, bf16=False, longest=longest)
+    sampler = GenerateSampler(spec)
+    sampler.captures = True
+    sampler.sample([Request(prompt) for prompt in PROMPTS], Decoding(1.0, 40, batch_size=6), "train")
+    assert sampler.lines is not None
+    buffers = sampler.lines.buffers
+    assert estimated == sum(tensor.nbytes for tensor in (*buffers.keys, *buffers.values, buffers.logits))
+
+
 def test_largest_micro_batch_is_the_runs() -> None:
     config = Config()
     config.train.batch_size, config.sampling.n, config.sampling.max_new_tokens = 2, 3, 10
@@ -105,7 +125,8 @@ def test_largest_micro_batch_is_the_runs() -> None:
 
 def test_kv_cache_counts_no_more_prompts_than_there_are() -> None:
     config = tiny(**{"teacher.path": "bundled:tiny-student", "eval.batch_size": 64, "sampling.dtype": "trainer"})
-    per_token = cache_bytes(empty_model(config.model, "model"), 4)
+    per_token, constant = cache_bytes(empty_model(config.model, "model"), 4)
+    assert constant == 0
     few, many = (estimate(config, 1, CPU, prompts=(PROMPTS, PROMPTS[:1] * count)).sampling["KV cache"] for count in (4, 640))
     step = min(config.sampling.batch_size, config.train.batch_size * config.sampling.n) * (5 + config.sampling.max_new_tokens) * per_token
     assert few == step and many == 64 * (5 + config.eval.max_new_tokens) * per_token

@@ -1,10 +1,29 @@
 """Loading, output heads, shared vocabularies, end-of-sequence tokens, and what is refused."""
 
+import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
-from transformers import AutoTokenizer, CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    Qwen2Model,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig
@@ -135,6 +154,112 @@ def test_model_that_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeyp
         models.load_model(ModelConfig(path=str(tmp_path)), "model", torch.device("cpu"))
     with pytest.raises(ConfigError, match="bundled are bundled:tiny-student, bundled:tiny-teacher"):
         models.load_tokenizer(ModelConfig(path="bundled:huge"), "model")
+
+
+def without(key):
+    """Return a function that removes a tensor from a model folder."""
+
+    def change(folder):
+        weights = load_file(folder / "model.safetensors")
+        del weights[key]
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def with_tensors(**tensors):
+    def change(folder):
+        save_file({**load_file(folder / "model.safetensors"), **tensors}, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def with_config(**values):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+    return change
+
+
+def saved(kind, config):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        kind(config()).save_pretrained(folder)
+
+    return change
+
+
+def left_over_adapter(folder):
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def adapter_alone(folder):
+    left_over_adapter(folder)
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+SIZES = {"vocab_size": 261, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+BERT = partial(BertConfig, **SIZES)
+QWEN = partial(Qwen2Config, **SIZES, num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=False)
+T5 = partial(T5Config, vocab_size=261, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2)
+BAD_FOLDERS = {
+    "an encoder": saved(BertLMHeadModel, BERT),
+    "masked words": saved(BertForMaskedLM, BERT),
+    "an encoder and a decoder": saved(T5ForConditionalGeneration, T5),
+    "a classifier": saved(Qwen2ForSequenceClassification, QWEN),
+    "no output head": saved(Qwen2Model, QWEN),
+    "a left-over adapter": left_over_adapter,
+    "an adapter alone": adapter_alone,
+    "a tokenizer alone": lambda folder: [(folder / name).unlink() for name in ("config.json", "model.safetensors")],
+    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "half of the weights": cut("model.safetensors", 1000),
+    "an empty file of weights": cut("model.safetensors", 0),
+    "half of a config": cut("config.json", 20),
+    "half of a tokenizer": cut("tokenizer.json", 20),
+    "a missing matrix": without("model.layers.0.mlp.up_proj.weight"),
+    "a missing bias": without("model.layers.1.self_attn.q_proj.bias"),
+    "scales of quantised weights": with_tensors(**{"model.layers.0.mlp.up_proj.SCB": torch.ones(1)}),
+    "weights that are not numbers": with_tensors(**{"model.norm.weight": torch.full((64,), torch.nan)}),
+    "fewer layers in config.json": with_config(num_hidden_layers=1, layer_types=["full_attention"]),
+    "more layers in config.json": with_config(num_hidden_layers=3, layer_types=["full_attention"] * 3),
+    "another vocabulary in config.json": with_config(vocab_size=300),
+    "quantised weights": with_config(quantization_config={"quant_method": "unheard-of"}),
+}
+
+
+def load_student(folder):
+    config, cpu = ModelConfig(path=str(folder)), torch.device("cpu")
+    models.load_tokenizer(config, "model")
+    policy.prepare_student(models.load_model(config, "model", cpu), cpu)
+
+
+@pytest.mark.parametrize("change", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
+def test_folder_without_a_whole_causal_model_is_refused_in_one_short_line(change, tmp_path):
+    folder = shutil.copytree(PACKAGE / "assets" / "tiny-student", tmp_path / "model")
+    change(folder)
+    with pytest.raises(ConfigError, match=r"^model(\.path=|: )") as caught:
+        load_student(folder)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_second_head_beside_the_weights_is_left_out(tmp_path):
+    folder = shutil.copytree(PACKAGE / "assets" / "tiny-student", tmp_path / "model")
+    with_tensors(**{"v_head.summary.weight": torch.zeros(1, 64)})(folder)
+    load_student(folder)
+
+
+def test_path_of_a_file_or_of_a_run_names_the_folder_instead(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(PACKAGE / "assets" / "tiny-student", run / "final")
+    for path, remedy in ((run, "model.path=.*/run/final"), (run / "final" / "model.safetensors", "name its folder")):
+        with pytest.raises(ConfigError, match=remedy):
+            models.load_tokenizer(ModelConfig(path=str(path)), "model")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,9 +134,6 @@ def test_exact_compares_text_but_for_surrounding_space(completion: str, answer: 
         ("the answer is 1,234.", "1234"),
         ("1,234,567.50 dollars", "1234567.5"),
         ("12, 345", "345"),
-        ("1,2", "2"),
-        ("1,2345", "2345"),
-        ("1234,567", "567"),
         ("-5", "-5"),
         ("\u22125", "-5"),
         ("x = -5.25%", "-5.25"),
@@ -143,14 +141,41 @@ def test_exact_compares_text_but_for_surrounding_space(completion: str, answer: 
         ("$-3", "-3"),
         ("-\\$3", "-3"),
         ("**\\$1,000**", "1000"),
-        ("10-5", "5"),
-        ("(2)-5", "5"),
         ("50%", "50"),
         (".5", "0.5"),
         ("-.5", "-0.5"),
-        ("version 3.11.7", "7"),
         ("18cm", "18"),
         ("#### 18", "18"),
+        ("It costs 1,00,000 rupees, or 12,34,567", "1234567"),
+        ("1 234 567", "1234567"),
+        ("in 2024, 345 people", "345"),
+        ("12'345.5", "12345.5"),
+        ("1.234.567", "1234567"),
+        ("1.234,5", "1234.5"),
+        ("1{,}234", "1234"),
+        ("\\$70\\,000", "70000"),
+        ("10,\\!000", "10000"),
+        ("\uff14\uff12", "42"),
+        ("\u0664\u0662", "42"),
+        ("6.02e23", "602000000000000000000000"),
+        ("2.5 \\times 10^{-3}", "0.0025"),
+        ("10^5", "100000"),
+        ("1.5 million dollars", "1500000"),
+        ("minus 5", "-5"),
+        ("+5", "5"),
+        ("12 m^2", "12"),
+        ("12 m\u00b2", "12"),
+        ("3 m/s^{2}", "3"),
+        ("7 mol of H2O", "7"),
+        ("60 km/h", "60"),
+        ("90^\\circ", "90"),
+        ("an 18-year-old", "18"),
+        ("Step 3: 18", "18"),
+        ("**Total** 18", "18"),
+        ("<<9*2=18>>18", "18"),
+        ("<answer>18</answer>", "18"),
+        ("\\boxed{18\\text{ eggs}}. I checked 3 times.", "18"),
+        ("\\[ \\boxed{-5", "-5"),
         ("0.1000000000000000055511151231257827", "0.1000000000000000055511151231257827"),
     ],
 )
@@ -158,9 +183,41 @@ def test_last_number_reads_a_number_as_people_write_it(text: str, wanted: str) -
     assert last_number(text) == Decimal(wanted)
 
 
-@pytest.mark.parametrize("text", ["", "none", "$", "-", ".", "$-.%,", "\u0661"])
+@pytest.mark.parametrize("text", ["", "none", "$", "-", ".", "$-.%,", "\u00bd", "H2O"])
 def test_last_number_of_a_text_without_one_is_none(text: str) -> None:
     assert last_number(text) is None
+
+
+# Not one plain number. Each ends with, or contains, digits that are another value.
+FRACTIONS = ["3/2", "\\frac{5}{2}", "\\boxed{\\dfrac52}", "3 1/2", "1\u00bd", "2 and a half", "18/20"]
+TIMES = ["9:30", "4:5", "2023-05-01", "01.05.2023", "2024-05-01T10:30", "3-5", "3\u20135", "version 3.11.7", "555-1234", "5'10"]
+TUPLES = ["(7, 4)", "(2,4)", "\\{2, 4\\}", "1,2", "1234,567", "1,2345", "\\boxed{x = 3, y = 4}"]
+FORMULAS = [
+    "2^{10}",
+    "2**10",
+    "10\u00b2",
+    "\\sqrt{2}",
+    "2\\sqrt{3}",
+    "2\\pi",
+    "3i",
+    "5x",
+    "x + 5",
+    "x - 5",
+    "(2)-5",
+    "10 - 5",
+    "x^2+5",
+    "f(5)",
+    "x*5",
+]
+OTHERS = ["1010_2", "1010_{2}", "1010\u2082", "0x1F", "x > 5", "\u00b15", "|5|", "5M", "2 dozen", "1e99999"]
+
+
+@pytest.mark.parametrize("text", [*FRACTIONS, *TIMES, *TUPLES, *FORMULAS, *OTHERS])
+def test_a_text_that_is_not_one_plain_number_has_none(text: str) -> None:
+    assert last_number(text) is None
+    assert number(text, text) is None
+    for part in re.findall(r"\d+", text):
+        assert number(text, part) == 0.0 and number(part, text) is None
 
 
 @pytest.mark.parametrize(
@@ -174,6 +231,12 @@ def test_last_number_of_a_text_without_one_is_none(text: str) -> None:
         ("0.1000000000000000055511151231257827", "0.1", 0.0),
         ("no idea", "18", 0.0),
         ("18", "eighteen", None),
+        ("24", "48 / 2 = 24", None),
+        ("24", "48 / 2 = 24\n#### 24", 1.0),
+        ("24", "Half of 48 is \\boxed{24}.", 1.0),
+        ("5", "negative 5", 0.0),
+        ("5 million", "5", 0.0),
+        ("5,00,000", "1,00,000", 0.0),
     ],
 )
 def test_number_compares_the_last_numbers_as_decimals(completion: str, answer: str, wanted: float | None) -> None:
@@ -181,7 +244,31 @@ def test_number_compares_the_last_numbers_as_decimals(completion: str, answer: s
 
 
 @pytest.mark.parametrize(
-    "unit", ["1", "1,", "1,111", ",111", "-", "-$", "$", ".", ".1", "1.", "1,111,", "11,1111,", "-1", "\\", " ", "1,111,111x", "\\$"]
+    "unit",
+    [
+        "1",
+        "1,",
+        "1,111",
+        ",111",
+        "-",
+        "-$",
+        "$",
+        ".",
+        ".1",
+        "1.",
+        "1,111,",
+        "11,1111,",
+        "-1",
+        "\\",
+        " ",
+        "1,111,111x",
+        "\\$",
+        " 111",
+        "1 111 ",
+        "a1-",
+        "\\boxed{",
+        "\\text{",
+    ],
 )
 def test_number_is_linear_on_a_hostile_line(unit: str) -> None:
     text = unit * (200_000 // len(unit))
@@ -189,6 +276,21 @@ def test_number_is_linear_on_a_hostile_line(unit: str) -> None:
     number(text + "x", "18")
     number("x" + text + ",1111", "18")
     assert time.process_time() - start < 2.0
+
+
+@pytest.mark.parametrize("name", ["math", "scores:same"])
+def test_modules_of_the_working_folder_do_not_take_the_place_of_others(folder: Path, name: str) -> None:
+    for module in ("random", "math", "json", "datasets", "sympy"):
+        (folder / f"{module}.py").write_text("raise SystemExit('the wrong module')")
+    with make_grader(name) as grader:
+        assert grader.grade([("18", "18")]) == [1.0]
+
+
+def test_reward_may_have_the_name_of_another_module_and_import_its_neighbours(folder: Path) -> None:
+    (folder / "test.py").write_text("import neighbour, opd\n\n@opd.reward\ndef half(completion, answer):\n    return neighbour.HALF\n")
+    (folder / "neighbour.py").write_text("HALF = 0.5")
+    with make_grader("test:half") as grader:
+        assert grader.grade([("", "")]) == [0.5]
 
 
 def test_the_mark_leaves_the_function_as_it_is() -> None:
@@ -445,7 +547,8 @@ def test_a_child_whose_parent_is_gone_exits_quietly(folder: Path, sent: str) -> 
     assert child.returncode == 0
 
 
-def test_math_without_math_verify_names_the_remedy(folder: Path) -> None:
+def test_math_without_math_verify_names_the_remedy(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{REPOSITORY}")
     (folder / "math_verify.py").write_text("raise ModuleNotFoundError(\"No module named 'math_verify'\", name='math_verify')\n")
     with pytest.raises(ConfigError, match=r"pip install 'opd\[math\]'"):
         make_grader("math")

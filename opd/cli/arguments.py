@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import io
+import os
 import signal
 import sys
 import traceback
@@ -14,6 +16,20 @@ from opd.runs.text import one_line
 
 # Hydra's flags that take the next word.
 WITH_VALUE = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--info", "-i", "--package", "-p")
+
+
+def prepare_process() -> None:
+    """Protect this process and those it starts from the working folder's modules, from closed streams and from poor encodings."""
+    if not Path("opd/__init__.py").is_file():  # a source checkout
+        os.environ["PYTHONSAFEPATH"] = "1"  # a random.py or opd.py in the working folder is nobody's `random` or `opd`
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    # A file of the run with the number of a closed stream would get what is printed.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 class Parser(argparse.ArgumentParser):

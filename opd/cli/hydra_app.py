@@ -63,7 +63,7 @@ class Job:
     def __init__(self, task: Task, verb: str) -> None:
         self.task = task
         self.verb = verb
-        self.rank = int(os.environ.get("RANK") or 0)
+        self.rank = signals.launched_as()[0]
         self.codes: list[int] = []
         self.reason = ""  # the last error message
         self.sweep: sweep.Sweep | None = None
@@ -217,7 +217,7 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     sys.argv = [sys.argv[0], *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if parsed.multirun and not (parsed.cfg or parsed.info):
-        job.sweep = hydra_errors.explained(lambda: sweep.plan(parsed, int(os.environ.get("WORLD_SIZE") or 1)))
+        job.sweep = hydra_errors.explained(lambda: sweep.plan(parsed, signals.launched_as()[1]))
         run_sweep(job, hydra_main)
     else:
         hydra_errors.explained(hydra_main(job.run))

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from opd import __version__, errors
+from opd.cli.arguments import prepare_process
 
 
 class Verb(NamedTuple):
@@ -57,6 +58,7 @@ Try it without a network, in about a minute: opd train experiment=tiny"""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the verb that the first word names with the other words, and return the exit code."""
+    prepare_process()
     words = list(sys.argv[1:] if argv is None else argv)
     first, rest = (words[0], words[1:]) if words else ("help", [])
     if first == "help" and rest:
@@ -65,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd --help | head -1` must not end in a traceback
         print(f"opd {__version__}" if first == "--version" else usage())
         return errors.OK
+    if any("\udc80" <= letter <= "\udcff" for word in words for letter in word):  # bytes that are no text here
+        print(f"opd: error: {' '.join(words)!a} is not text in the encoding of this locale: set PYTHONUTF8=1", file=sys.stderr)
+        return errors.USAGE
     if first in VERBS:
         code: int = make_parser(first).run(rest)
         return code

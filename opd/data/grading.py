@@ -14,6 +14,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,9 +73,21 @@ def load_math() -> RewardFunction:
 
 
 def load_user(name: str) -> RewardFunction:
-    """Return the function `module:function` without calling it. Raises `ConfigError` if it does not exist or is not marked."""
+    """Return the function `module:function` without calling it. Raises `ConfigError` if it does not exist or is not marked.
+
+    The module itself is looked for in the working folder first. What it imports is looked for there last: a random.py of the user is not
+    Python's `random`.
+    """
     module_name, _, function_name = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.append(here)
+    os.environ.pop("PYTHONSAFEPATH", None)  # programs that the reward starts are found as usual
+    top = module_name.partition(".")[0]
+    spec = PathFinder.find_spec(top, [here])
     try:
+        if spec is not None and spec.loader is not None:
+            sys.modules[top] = module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[top])
         module = importlib.import_module(module_name)
     except BaseException as error:  # noqa: BLE001 - a module may also call sys.exit
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):

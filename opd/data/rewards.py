@@ -18,7 +18,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from decimal import Decimal
@@ -32,12 +31,35 @@ F = TypeVar("F", bound=RewardFunction)
 
 CHILD_FLAG = "OPD_GRADING_CHILD"  # set in the environment of the child
 
-# A sign only counts where it cannot be a minus between two terms or a hyphen. An alternative fails within a few characters, or consumes all
-# it has read except the last group, so that the search is linear in the text.
-NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)])[-\u2212](?:\\?\$)?|\$[-\u2212])?"
-    r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<!\w)\.[0-9]+)"
+# Rewritten before a text is searched, so that the patterns below see one spelling of each.
+CHARACTERS = str.maketrans("\u2212\uff0c\uff0e\u066c\u066b\u2019\u00a0\u2007\u2009\u202f~", "-,.,.'     ")
+SPELLINGS = (
+    (re.compile(r"\{,\}|,\\!"), ","),  # 1{,}234
+    (re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox) ?\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\(?:left|right|approx|quad|[()\[\],;: ])|<[/|]?\w+\|?>"), " "),  # 70\,000, <answer>
+    (re.compile(r"(?<=\d) ?(?:\\times|\\cdot|[×·x*]) ?10 ?(?:\^|\*\*) ?\{?([-+]?\d+)\}?"), r"e\1"),
+    (re.compile(r"(?<![\w.,^/*({-])10(?:\^|\*\*)\{?([-+]?\d+)\}?"), r"1e\1"),
 )
+# A word is matched with its digits, which are no number: H2O, m^2, x_{1}, GPT-4. What is joined to a number without a space is one term
+# with it: 3/2, 9:30, 2023-05-01, 2^{10}. Repetitions are possessive, or end at a digit: the search is linear.
+TERM = re.compile(
+    r"(?P<sign>(?:\b[Mm]inus |\b[Nn]egative |(?<![\w)}\]])[-+])(?:\\?[$€£¥₹])?|[$€£¥₹][-+])?"
+    r"(?P<term>\d{1,3}(?: \d{3}){1,8}+(?:[.,]\d++)?(?! ?\d)|(?:(?<!\w)\.)?\d(?:(?:[^\w\s=<>]|[\d_])*\d)?(?:[eE][-+]?\d++)?)"
+    r"|[^\W\d_]\w*+(?:[-^_]\{?-?\w++\}?)*+"
+)
+# A number with its digits in groups as in English or in India; and with a decimal comma, where it cannot be a comma between groups.
+PLAIN = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d\d)+,\d{3}|\d{1,3}([ '_])\d{3}(?:\1\d{3})*|\d*)(?:\.\d+)?(?:[eE][-+]?\d{1,4})?")
+DECIMAL_COMMA = re.compile(r"\d{1,3}(?:(?:\.\d{3}){2,}|(?:\.\d{3})+,\d+|(?:[ ']\d{3})+,\d+)")
+# What makes a plain number a part of something else: an operator, a function, the rest of a mixed number; then a power, a variable.
+BEFORE = re.compile(
+    r"(?:[+/×÷·±√^<≤≥≠] ?|(?<![->=])> ?|[<>!]= ?|\||[\w)\]}](?:\*+| \* )|- |[)\]}]-|\d [–—] |\d[ :.]|[\w)\]}][({\[]|\\[A-Za-z]+ ?\{?)\Z"
+)
+AFTER = re.compile(
+    r" ?(?:[+×÷·±√<≤≥≠]|\^(?!\{?\\circ)|\\(?!circ|degree|[%$&\\]))|[²³¹⁰-⁹₀-₉½¼¾⅐-⅟({]| \* |\*(?=\w)| ?(?:[-/*] ?)?[xyzπ](?!\w)"
+    r"|(?![dghlmstACFGHJLNTVW])[^\W\d_](?![^\W\d_])|(?:bn|mn)\b| dozen\b| and a half|[,;] ?\\"
+)
+SCALE = re.compile(r"[ -](hundred|thousand|lakh|million|crore|billion|trillion)\b")
+POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
 
 
 def reward(function: F) -> F:
@@ -55,18 +77,58 @@ def exact(completion: str, answer: str) -> float:
     return float(completion.strip() == answer.strip())
 
 
+def find_numbers(text: str) -> tuple[int, Decimal | None]:
+    """Return how many numbers are in `text`, and the last one exactly: None where it is part of something else, such as 3/2 or (2, 4)."""
+    text = text.translate(CHARACTERS)
+    for spelling, replacement in SPELLINGS:
+        text = spelling.sub(replacement, text)
+    terms = [match for match in TERM.finditer(text) if match["term"]]
+    if not terms:
+        return 0, None
+    last, before = terms[-1], text[max(0, terms[-1].start() - 16) : terms[-1].start()]
+    in_tuple = before.rstrip(" ")[-1:] in (",", ";") and text[last.end() : last.end() + 1] in (")", "]", "}")
+    term = last["term"].translate(str.maketrans(",.", ".,")) if DECIMAL_COMMA.fullmatch(last["term"]) else last["term"]
+    if in_tuple or not PLAIN.fullmatch(term) or BEFORE.search(before) or AFTER.match(text, last.end()):
+        return len(terms), None
+    scale = SCALE.match(text, last.end())
+    mantissa, _, exponent = re.sub("[, '_]", "", term).lower().partition("e")
+    value = Decimal(f"{mantissa}e{int(exponent or 0) + (POWERS[scale[1]] if scale else 0)}")
+    return len(terms), value.copy_negate() if last["sign"] and "+" not in last["sign"] else value
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return what is in the last `\boxed{...}` of `text`, or None."""
+    _, boxed, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for end, char in enumerate(rest):
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return rest[:end]
+    return rest if boxed else None
+
+
+def only_number(text: str) -> Decimal | None:
+    count, value = find_numbers(text)
+    return value if count == 1 else None
+
+
 def last_number(text: str) -> Decimal | None:
-    """Return the last number in `text`, exactly, or None. Reads `1,234`, `-5`, `$18.00`, `-$3`, `.5`."""
-    matches = deque(NUMBER.finditer(text), maxlen=1)
-    if not matches:
-        return None
-    value = Decimal(matches[0]["digits"].replace(",", ""))
-    return value.copy_negate() if matches[0]["minus"] else value
+    r"""Return the number in the last `\boxed{}` of `text`, else its last number; None where that is not one plain number.
+
+    Reads `1,234`, `1 234.5`, `1.234,5`, `12,34,567`, `-5`, `$18.00`, `-$3`, `.5`, `1.5e3`, `2 \times 10^{5}`, `3 million`. Percent signs
+    and units are ignored.
+    """
+    boxed = last_boxed(text)
+    return find_numbers(text)[1] if boxed is None else only_number(boxed)
 
 
 def number(completion: str, answer: str) -> float | None:
-    """Return 1.0 if the last number in the completion equals the last in the answer, else 0.0; None for an answer without a number."""
-    reference = last_number(answer)
+    r"""Return 1.0 if the last number in the completion equals the answer's, else 0.0.
+
+    None for an answer (after its last `####`, or in its last `\boxed{}`) without a number, with several, or with one that is part of a
+    fraction, a date, a tuple or a formula.
+    """
+    reference = only_number(last_boxed(answer) or answer.rpartition("####")[2])
     return None if reference is None else float(last_number(completion) == reference)
 
 
@@ -187,8 +249,8 @@ def make_grader(name: str, *, time_limit: float = 5.0, memory_limit_mb: int = 10
     """Return a grader for a reward, with its process started where it needs one.
 
     Args:
-        name: `exact`, `number`, `math`, or `module:function` for a function marked with `@opd.reward`. The module is found as `python -m`
-            would find it, and imported in the child only.
+        name: `exact`, `number`, `math`, or `module:function` for a function marked with `@opd.reward`. The module is looked for in
+            the working folder first, and imported in the child only.
         time_limit: Seconds of wall clock for one answer.
         memory_limit_mb: MiB of address space for one answer on top of what the imports took; Linux only.
 

@@ -14,6 +14,7 @@ from opd.training.logs import check_tracker
 TIGHT = 0.85  # share of the free memory: measured peaks were up to 15 % above the estimate
 REMEDIES = {
     "activations": "lower train.max_tokens_per_micro_batch, or set train.activation_checkpointing=true",
+    "decode line": "lower sampling.batch_size or sampling.max_new_tokens",
     "KV cache": "lower sampling.batch_size and eval.batch_size",
     "logits": "lower sampling.batch_size and eval.batch_size",
     "bf16 copy": "set sampling.dtype=trainer",

@@ -63,17 +63,16 @@ def check_reward(prompts: Sequence[Prompt], grader: Grader | None, config: Confi
     name, count = f"eval.reward={config.eval.reward}", len(answers)
 
     check = "reward of reference answers"
-    wrong = [
-        (answer, reward)
-        for answer, reward in zip(answers, grader.grade([(answer, answer) for answer in answers]), strict=True)
-        if reward != 1
-    ]
+    rewards = grader.grade([(answer, answer) for answer in answers])
+    wrong = [(answer, reward) for answer, reward in zip(answers, rewards, strict=True) if reward != 1]
     if not wrong:
         findings = [ok(check, f"{name} gives 1 for each of {count}")]
     else:
         answer, reward = wrong[0]
-        what = f"{name} gives 1 for {count - len(wrong)} of {count}; the answer {answer!r} gets {reward}"
+        what = f"{name} gives 1 for {count - len(wrong)} of {count} and cannot judge {rewards.count(None)}; {answer!r} gets {reward}"
         options = "check eval.reward, data.answer and data.answer_after"
+        if config.eval.reward == "number":
+            options += "; eval.reward=math reads fractions, tuples and formulas"
         if len(wrong) == count:
             findings = [fail(check, what, f"this reward is never 1 and cannot judge anything: {options}")]
         else:

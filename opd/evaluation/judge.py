@@ -24,7 +24,7 @@ from opd.models.device import release_memory
 from opd.models.distributed import make_accelerator, run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler
-from opd.training.build import Given, load_prompts, make_evaluator, make_run_grader
+from opd.training.build import Given, check_evaluated_positions, load_prompts, make_evaluator, make_run_grader
 from opd.training.evaluate import Evaluator, interval
 
 DRAWS = 10_000
@@ -69,6 +69,8 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
                 models.check_known(prompts, student.tokenizer, vocabulary)
                 grader = make_run_grader(config, prompts, stack)
             evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, student.bf16)
+            for loaded in (student, teacher):
+                check_evaluated_positions(evaluator, loaded.model, loaded.role)
             sampler = student.sampler(pad_id, vocabulary, config.seed)
             answers[role] = _answer(evaluator, sampler, samples)
             kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))

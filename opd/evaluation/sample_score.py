@@ -13,7 +13,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
 from opd.models.device import autocast
-from opd.models.policy import output_head, predicting_hidden, prepare_student, prepare_teacher
+from opd.models.policy import check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
@@ -24,17 +24,23 @@ class LoadedModel:
     """A model to sample and score with.
 
     Attributes:
+        role: "model" or "teacher".
         eos: the ids that end its completions.
         bf16: it computes under autocast to bf16.
     """
 
+    role: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos: tuple[int, ...]
     bf16: bool
 
     def sampler(self, pad_id: int, vocabulary: int, seed: int) -> GenerateSampler:
-        return GenerateSampler(SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=self.bf16))
+        """Return a sampler of the model. Raises `ConfigError` where its samples would not be the model's."""
+        spec = SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=self.bf16)
+        sampler = GenerateSampler(spec)
+        sampler.check(self.role)
+        return sampler
 
     def teacher(self, vocabulary: int) -> LocalTeacher:
         return LocalTeacher(self.model, vocabulary, bf16=self.bf16)
@@ -81,7 +87,7 @@ def load(config: ModelConfig, role: str, device: torch.device) -> LoadedModel:
     bf16 = role == "model" and models.computes_in_bf16(config.dtype, device)
     model = models.load_model(config, role, device)
     ready = prepare_student(model, device, bf16, frozen=True) if role == "model" else prepare_teacher(model, device)
-    return LoadedModel(ready.requires_grad_(False), tokenizer, models.eos_ids(ready, tokenizer), bf16)
+    return LoadedModel(role, ready.requires_grad_(False), tokenizer, models.eos_ids(ready, tokenizer), bf16)
 
 
 def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
@@ -110,6 +116,7 @@ def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]
     completions: dict[str, list[str]] = {}
     for role, loaded in pair.loaded.items():
         seen = prompt.for_teacher() if role == "teacher" else prompt
+        check_positions(loaded.model, loaded.role, "sampling.max_new_tokens", [len(seen.ids)], decoding.max_new_tokens)
         sampler = loaded.sampler(tokenizer.pad_token_id, pair.vocabulary, pair.config.seed)
         rollouts = sampler.sample([Request(seen, 0, attempt) for attempt in range(samples)], decoding, "sample")
         completions[role] = [

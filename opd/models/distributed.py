@@ -6,6 +6,8 @@ all weights each; `Fsdp2` shards weights, gradients and optimizer state.
 
 import atexit
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -23,29 +25,54 @@ from torch.optim import Optimizer
 from opd import signals
 from opd.config.schema import Config, Tracker
 from opd.data.rollouts import Inputs
-from opd.errors import ConfigError, OpdError, Preempted
+from opd.errors import USAGE, ConfigError, NoPeers, OpdError, Preempted
 from opd.models import load
 from opd.models.masters import MasterWeights
 from opd.models.policy import Policy
+from opd.runs.text import one_line
 
 T = TypeVar("T")
 
+OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION")
+PATIENCE = 180.0  # seconds; launchers start all processes within a few
 FSDP_FILE = "scripts/accelerate/fsdp2_gpu8.yaml"
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """Return Accelerate's handle on this process. Raises `ConfigError` for a device or a strategy that does not work here."""
+    """Return Accelerate's handle on this process.
+
+    Raises `ConfigError` for a device or a strategy that does not work here, `NoPeers` for a launcher's variables that are not of this run.
+    """
     device = load.find_device(config.device)
     # Load full weights on every rank: Accelerate's rank-0-only loading would leave the teacher, which it does not prepare, empty elsewhere.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if launcher_asks_for("DEEPSPEED"):
         raise ConfigError(f"distributed_type: DEEPSPEED is not supported; shard with FSDP2 instead: launch.config_file={FSDP_FILE}")
     AcceleratorState._reset_state()  # the next run of a sweep may compute in another dtype
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
-        project_dir=folder,
-    )
+    found = ", ".join(f"{name}={os.environ[name]}" for name in OF_A_LAUNCHER if name in os.environ) or "PMI_*, OMPI_* or ACCELERATE_*"
+    remedy = f"{found} in the environment says how this process was started; unset what an earlier job has left"
+
+    def give_up() -> None:
+        print(f"opd: error: launch: the run's other processes did not start within {PATIENCE:g} s; {remedy}", file=sys.stderr, flush=True)
+        os._exit(USAGE)
+
+    timer = threading.Timer(PATIENCE, give_up)  # torch waits for half an hour, deaf to signals
+    timer.daemon = True
+    timer.start()
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            log_with=None if config.track.tool is Tracker.none else config.track.tool.value,
+            project_dir=folder,
+            mixed_precision="no",  # not the environment's: `model.dtype` decides
+            dynamo_backend="no",
+        )
+    except (ValueError, RuntimeError) as error:
+        raise NoPeers(f"launch: {one_line(str(error))[:200]}; {remedy}") from error
+    finally:
+        timer.cancel()
+    if config.launch.processes not in (None, accelerator.num_processes) and signals.is_worker():
+        raise NoPeers(f"launch.processes={config.launch.processes}: this is process 1 of {accelerator.num_processes}; {remedy}")
     if device.type == "cuda":
         # cuDNN's attention makes a plan for every new shape, which takes up to a second: see scripts/bench/README.md.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from opd.config.compose import PACKAGE
 from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig, TrainConfig
@@ -20,6 +30,8 @@ from opd.models.policy import output_head
 log = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
+OTHER_HEADS = ("Classification", "ForMaskedLM", "ForPreTraining", "QuestionAnswering", "MultipleChoice", "RewardModel")
+MERGE = "merge it into its base model (peft: merge_and_unload) and name that folder, or remove the adapter's files"
 
 
 def find_device(device: Device) -> torch.device:
@@ -63,7 +75,7 @@ def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
 
 
 def locate(config: ModelConfig, role: str) -> str:
-    """Return the folder or hub id to load from. Raises `ConfigError` for a local folder that does not exist."""
+    """Return the folder or hub id to load from. Raises `ConfigError` for a local folder that does not exist or has no model of its own."""
     if config.path.startswith(BUNDLED):
         folder = PACKAGE / "assets" / config.path.removeprefix(BUNDLED)
         if not folder.is_dir():
@@ -74,8 +86,14 @@ def locate(config: ModelConfig, role: str) -> str:
     path = local_path(config.path)
     beside = len(path.parts) > 1 and path.parent.is_dir()  # runs/nam, where there is a folder runs/
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or beside
+    if path.is_file():
+        raise ConfigError(f"{role}.path={config.path}: a file; name its folder (for a GGUF file, with {role}.gguf_file={path.name})")
     if looks_local and not path.is_dir():
         raise ConfigError(f"{role}.path={config.path}: there is no such folder")
+    if (path / "adapter_config.json").is_file():
+        raise ConfigError(f"{role}.path={config.path}: contains an adapter (adapter_config.json); {MERGE}")
+    if (path / "final" / "config.json").is_file() and not (path / "config.json").is_file():
+        raise ConfigError(f"{role}.path={config.path}: a run folder; its model is {role}.path={path / 'final'}")
     return str(path) if path.is_dir() else config.path
 
 
@@ -87,8 +105,10 @@ def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs
         kwargs["gguf_file"] = config.gguf_file
     try:
         return load(source, revision=config.revision, trust_remote_code=config.trust_remote_code, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file makes transformers and its parsers raise errors of any class
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".:")
         remedy = (
             "check the folder"
             if Path(source).is_dir()
@@ -115,19 +135,60 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_
     return text
 
 
+def load_config(config: ModelConfig, role: str) -> PreTrainedConfig:
+    """Load config.json. Raises `ConfigError` unless it is of a causal language model."""
+    settings: PreTrainedConfig = load_with(AutoConfig.from_pretrained, config, role)
+    known = type(settings) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in settings.to_dict().get("auto_map", {})
+    other = next((name for name in settings.architectures or () if name.endswith(OTHER_HEADS)), None)
+    if not known or settings.is_encoder_decoder or other is not None:
+        what = other or (settings.architectures or [settings.model_type])[0]
+        raise ConfigError(f"{role}.path={config.path}: {what} is not a causal language model; choose one that AutoModelForCausalLM loads")
+    return settings
+
+
+def check_weights(model: PreTrainedModel, loaded: dict[str, Any], option: str) -> None:
+    """Raise `ConfigError` where weights were missing and are random now, or where the folder has weights for which there is no layer.
+
+    Args:
+        loaded: What transformers returns for `output_loading_info`.
+        option: The model's option and value, for the message.
+    """
+    parameters, layers = dict(model.named_parameters()), f"{model.base_model_prefix}."
+    random = {name for name in loaded["missing_keys"] if name in parameters} | {name for name, *_ in loaded["mismatched_keys"]}
+    # A second head or a tower for images may be left out; but no layer, and nothing that belongs to a matrix: its scales, or a bias.
+    matrices = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    extra = [name for name in loaded["unexpected_keys"] if name.startswith(layers)]
+    unused = {name for name in extra if name.endswith(".weight") or name.rpartition(".")[0] in matrices}
+    for names, problem in ((random, "missing or have other shapes"), (unused, "left over")):
+        if names:
+            raise ConfigError(f"{option}: with its config.json {len(names)} weights are {problem}, such as {min(names)}; check the folder")
+    if model._hf_peft_config_loaded:
+        raise ConfigError(f"{option}: contains an adapter; {MERGE}")
+
+
 def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
-    """Load the student in float32 (the optimizer's master weights), the teacher in its compute dtype."""
+    """Load the student in float32 (the optimizer's master weights), the teacher in its compute dtype.
+
+    Raises `ConfigError` for what is no causal language model, for weights that are damaged, missing or left over, and for quantised ones of
+    the student.
+    """
+    load_config(config, role)
     dtype = torch.bfloat16 if role == "teacher" and computes_in_bf16(config.dtype, device) else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype}
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
     if isinstance(config, TeacherConfig) and config.quantization is not Quantization.none:
         kwargs |= {"quantization_config": quantized(config.quantization, dtype), "device_map": {"": device}}
-    model: PreTrainedModel = load_with(AutoModelForCausalLM.from_pretrained, config, role, **kwargs)
+    load = AutoModelForCausalLM.from_pretrained
+    model: PreTrainedModel
+    model, loaded = load_with(load, config, role, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    check_weights(model, loaded, f"{role}.path={config.path}")
     if config.gguf_file is not None:
         # The weights were expanded on loading; transformers saves the model only if it is marked as an ordinary one.
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
+    if role == "model" and "quantization_config" in model.config.to_dict():
+        raise ConfigError(f"model.path={config.path}: its weights are quantised and cannot be trained; name the model they were made from")
     return model
 
 

@@ -5,25 +5,29 @@ copies of the student with one and two layers and random weights. The rest is ar
 """
 
 import copy
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
+from opd.errors import ConfigError
 from opd.models.device import free_memory
-from opd.models.load import computes_in_bf16, load_with, recomputes_activations, uses_bf16_copy
-from opd.models.policy import add_adapters, decoder_layers, padding_limit
+from opd.models.load import computes_in_bf16, load_config, recomputes_activations, uses_bf16_copy
+from opd.models.policy import MODEL_ERRORS, add_adapters, cache_argument, decoder_layers, padding_limit
 from opd.objective import chunk_rows
 from opd.runs.text import format_bytes
+
+log = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16 = 4, 2
 NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
@@ -98,6 +102,8 @@ def estimate(
     served = config.teacher.url is not None
     teacher = student if served else empty_model(config.teacher, "teacher")
     parameters = count(student)
+    uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
+    sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device, uses_line)  # without adapters
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, config.lora)
@@ -112,7 +118,9 @@ def estimate(
         "teacher": 0 if config.shares_base or served else teacher_bytes(config.teacher, teacher, processes, device),
         "optimizer": round(share * MOMENTS * trained),
     }
-    sampling, update = {}, {"gradients": trained}
+    if "decode line" in sampling:
+        resident["decode line"] = sampling.pop("decode line")
+    update = {"gradients": trained}
     if sharded:
         blocks = decoder_layers(student)
         rest = weights - sum(weight_bytes(block, bf16) for block in blocks)
@@ -122,7 +130,6 @@ def estimate(
         update["gathered weights"] = rest + 2 * max(weight_bytes(block, bf16) for block in blocks)
         update["gradients"] = round(share * trained) + 2 * max(trained_rest, *map(trained_bytes, blocks))
     if prompts is not None:
-        sampling |= sampling_bytes(config, student, teacher, *prompts, device)
         sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device, sharded) else 0
         update |= update_bytes(config, student, prompts[0], device)
     return Memory(resident, sampling, update)
@@ -142,33 +149,81 @@ def sampling_bytes(
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     device: torch.device,
+    uses_line: bool,
 ) -> dict[str, int]:
-    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too."""
+    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too.
+
+    A decode line stays for the run; what a step's batch needs besides is the cache of its prompts.
+    """
     sampling, evaluated = config.sampling, config.eval
     longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
     in_bf16 = samples_with_copy(config, device) or computes_in_bf16(config.model.dtype, device)
-    of_student = cache_bytes(student, BFLOAT16 if in_bf16 else FLOAT32)
-    of_teacher = cache_bytes(teacher, BFLOAT16 if computes_in_bf16(config.teacher.dtype, device) else FLOAT32)
-    batches = [(min(sampling.batch_size, config.train.batch_size * sampling.n), sampling.max_new_tokens, of_student)]
+    teacher_in_bf16 = computes_in_bf16(config.teacher.dtype, device)
+    of_student = measure("the cache", cache_bytes, student, BFLOAT16 if in_bf16 else FLOAT32)
+    of_teacher = measure("the cache", cache_bytes, teacher, BFLOAT16 if teacher_in_bf16 else FLOAT32)
+    rows = min(sampling.batch_size, config.train.batch_size * sampling.n)
+    batches = [(rows, 0 if uses_line else sampling.max_new_tokens, [of_student])]
     if evaluated.reward is not None:
         rows = min(evaluated.batch_size, evaluated.limit or len(evaluation), len(evaluation))
-        batches.append((rows, evaluated.max_new_tokens, max(of_student, of_teacher)))
+        batches.append((rows, evaluated.max_new_tokens, [of_student, of_teacher]))
     if evaluated.kl_prompts:
         rows = min(evaluated.kl_prompts, evaluated.batch_size, len(evaluation))
-        batches.append((rows, evaluated.kl_max_new_tokens, of_student))
+        batches.append((rows, evaluated.kl_max_new_tokens, [of_student]))
     vocabulary = student.config.get_text_config().vocab_size
-    return {
-        "KV cache": max(rows * (longest + new_tokens) * per_token for rows, new_tokens, per_token in batches),
+    needed = {}
+    if uses_line:
+        length = line_length(longest + max(sampling.max_new_tokens, evaluated.max_new_tokens, evaluated.kl_max_new_tokens))
+        needed["decode line"] = round(sampling.batch_size * (length * of_student[0] + FLOAT32 * vocabulary))
+    return needed | {
+        "KV cache": round(
+            max(
+                rows * ((longest + new_tokens) * per_token + constant)
+                for rows, new_tokens, caches in batches
+                for per_token, constant in caches
+            )
+        ),
         "logits": LOGITS_COPIES * FLOAT32 * max(rows for rows, _, _ in batches) * vocabulary,
     }
 
 
-def cache_bytes(model: PreTrainedModel, width: int) -> int:
-    """Return the bytes of one token's keys and values, of `width` bytes each number."""
-    text = model.config.get_text_config()
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_size * width)
+def line_length(tokens: int) -> int:
+    """Return the positions of a decode line's cache for so many tokens: a multiple of 64, which saves padding of the mask in attention."""
+    return -(-tokens // 64) * 64
+
+
+def measure(what: str, measurement: Callable[..., tuple[float, float]], model: Any, *args: Any) -> tuple[float, float]:
+    """Return the measurement, or zeros where the model cannot be run without its weights or with fewer layers."""
+    try:
+        return measurement(model, *args)
+    except MODEL_ERRORS as error:
+        log.warning("memory: %s cannot be measured for %s and is left out: %s", what, type(model).__name__, str(error).partition("\n")[0])
+        return 0.0, 0.0
+
+
+def cache_bytes(model: PreTrainedModel, width: int) -> tuple[float, float]:
+    """Measure the cache of a sequence on a model without storage: keys, values and recurrent states, of `width` bytes each number.
+
+    Returns:
+        Bytes for each token, and bytes whatever their number.
+    """
+    layers = model.base_model
+    vars(model.config).update(pad_token_id=None)  # GPT-2 would look for it in the ids
+    sizes = []
+    for tokens in (SHORT, 2 * SHORT):
+        cache = DynamicCache(config=model.config)
+        ids_BT = torch.ones(1, tokens, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            layers(input_ids=ids_BT, use_cache=True, **{cache_argument(layers): cache})
+        values = [value for layer in cache.layers for value in vars(layer).values()]
+        states = [state for value in values for state in (value.values() if isinstance(value, dict) else [value])]
+        sizes.append(width * sum(state.numel() for state in states if isinstance(state, Tensor)))
+    return per_token_and_constant(sizes[0], sizes[1], 2 * SHORT)
+
+
+def per_token_and_constant(of_short: int, of_long: int, long: int) -> tuple[float, float]:
+    """Return the bytes for each token, and the rest, from those of sequences of `SHORT` and of `long` tokens."""
+    per_token = (of_long - of_short) / (long - SHORT)
+    return per_token, max(0.0, of_short - SHORT * per_token)
 
 
 def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device) -> dict[str, int]:
@@ -176,7 +231,7 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     text = student.config.get_text_config()
     rows, width = largest_micro_batch(config, prompts, device)
     bf16 = computes_in_bf16(config.model.dtype, device)
-    per_token, constant = activations_of_layer(student.config, width, bf16, config.lora)
+    per_token, constant = measure("activations", activations_of_layer, student.config, width, bf16, config.lora)
     layer = rows * width * per_token + constant
     activations = text.num_hidden_layers * layer
     recomputes = recomputes_activations(config.train, device)
@@ -225,10 +280,13 @@ def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfi
     for number in (1, 2):
         small = copy.deepcopy(settings)
         text = small.get_text_config()
+        for name, value in vars(text).items():
+            if isinstance(value, list) and isinstance(value[0] if value else None, str) and len(value) == text.num_hidden_layers:
+                setattr(text, name, value[:number])  # layer_types, or the kinds of layers under another name
         text.num_hidden_layers, text.vocab_size = number, 8
+        if hasattr(text, "vocab_size_per_layer_input"):  # Gemma 4's second embedding, the larger one
+            text.vocab_size_per_layer_input = 8
         text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 0, 0
-        if getattr(text, "layer_types", None):
-            text.layer_types = text.layer_types[:number]
         with torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
         if lora.rank:
@@ -236,8 +294,7 @@ def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfi
         model.to(torch.bfloat16 if bf16 else torch.float32)
         measured.append([saved_bytes(model, length) for length in (SHORT, long)])
     of_short, of_long = (two - one for one, two in zip(*measured, strict=True))
-    per_token = (of_long - of_short) / (long - SHORT)
-    return per_token, max(0.0, of_short - SHORT * per_token)
+    return per_token_and_constant(of_short, of_long, long)
 
 
 def saved_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -280,9 +337,16 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
 
 def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
     """Return the model without storage for its weights."""
-    settings = load_with(AutoConfig.from_pretrained, config, role)
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+    settings = load_config(config, role)
+    # In bf16: grouped products of experts know no other dtype without storage. Bytes are counted for the dtypes that the run uses.
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                settings, dtype=torch.bfloat16, trust_remote_code=config.trust_remote_code
+            )
+    except MODEL_ERRORS as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{role}.path={config.path} cannot be built: {reason}; use another architecture") from error
     return model
 
 

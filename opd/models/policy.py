@@ -3,7 +3,8 @@
 Shapes: `B` sequences, `T` positions, `N` trained tokens, `V` vocabulary, `H` hidden.
 """
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -20,6 +21,21 @@ from opd.data.rollouts import Inputs
 from opd.errors import ConfigError
 from opd.models.device import autocast
 from opd.objective import Head
+
+# What models that cannot do something raise. Memory that runs out is a RuntimeError too.
+MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+@contextmanager
+def refusing(role: str, model: PreTrainedModel, what: str, remedy: str) -> Iterator[None]:
+    """Turn an error of the model's code in the block into a `ConfigError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(f"{role}: {type(model).__name__} {what}: {type(error).__name__}: {reason}; {remedy}") from error
 
 
 def prepare_student(model: PreTrainedModel, device: torch.device, bf16: bool = False, frozen: bool = False) -> PreTrainedModel:
@@ -98,21 +114,28 @@ def output_head(model: PreTrainedModel, size: int | None = None, rows: int | Non
     """
     layer = model.get_output_embeddings()
     values = model.config.get_text_config().to_dict()
-    scale = values.get("logit_scale") or 1.0  # Cohere
+    scale = values.get("logit_scale") or values.get("lm_head_multiplier") or 1.0  # Cohere; Falcon-H1
     if values.get("logits_scaling"):  # Granite
         scale = scale / values["logits_scaling"]
-    return Head(layer.weight, layer.bias, size, scale, values.get("final_logit_softcapping"), rows, dtype)  # Gemma 2 soft-caps
+    cap = values.get("final_logit_softcapping") or values.get("logits_soft_cap")  # Gemma 2; RecurrentGemma
+    return Head(layer.weight, layer.bias, size, scale, cap, rows, dtype)
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, role: str) -> None:
-    """Raise `ConfigError` for an architecture whose logits are not `output_head` of its final hidden states."""
+    """Raise `ConfigError` for an architecture whose logits are not `output_head` of its final hidden states, or depend on later tokens."""
     ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
-    expected = model(input_ids=ids_BT, use_cache=False).logits.float()
-    computed = output_head(model).logits(last_hidden(model.base_model, ids_BT).flatten(0, 1))[None]
+    with refusing(role, model, "cannot be run", "use another architecture"):
+        expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+        computed = output_head(model).logits(last_hidden(model.base_model, ids_BT).flatten(0, 1))[None]
+    if not expected.isfinite().all():
+        raise ConfigError(f"{role}: the logits of {type(model).__name__} are not finite; its weights are damaged")
     rounded = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
     if not torch.allclose(computed, expected, atol=1e-3 + 3e-2 * float(expected.abs().max()) * rounded, rtol=1e-3):
         raise ConfigError(f"{role}: {type(model).__name__} computes logits in a way that opd does not know; use another architecture")
+    first = model(input_ids=ids_BT[:, :4], use_cache=False).logits.float()
+    if float((first - expected[:, :4]).abs().mean()) > 1e-3 + 3e-2 * float(expected.abs().max()) * rounded:
+        raise ConfigError(f"{role}: {type(model).__name__} is not a causal language model here: its logits depend on later tokens")
 
 
 def last_hidden(layers: Any, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
@@ -136,6 +159,50 @@ def uses_packing(model: PreTrainedModel, packing: bool | None) -> bool:
     """Return whether sequences are packed: as configured, else where attention skips the space between sequences instead of masking it."""
     attention = model.config._attn_implementation or ""
     return packing if packing is not None else attention.startswith("flash_attention")
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, role: str) -> None:
+    """Raise `ConfigError` where sequences that share a row see each other: the hidden states are not those of separate rows."""
+    ids_2T = torch.arange(16, device=model.device).view(2, 8) % model.config.get_text_config().vocab_size
+    positions_1T = torch.arange(8, device=model.device).repeat(2)[None]
+    remedy = "set train.packing=false"
+    with refusing(role, model, "cannot read packed sequences", remedy):
+        expected_TH = last_hidden(model.base_model, ids_2T)[1]
+        packed_TH = last_hidden(model.base_model, ids_2T.view(1, -1), positions_1T)[0, 8:]
+    error = float((packed_TH - expected_TH).abs().mean() / expected_TH.abs().mean())
+    if not error <= (1e-1 if packed_TH.dtype == torch.bfloat16 else 1e-3):
+        raise ConfigError(
+            f"train.packing: {role}: sequences packed into one row see each other in {type(model).__name__} "
+            f"(hidden states differ by {error:.0%}); {remedy}"
+        )
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model has a table for; None where it computes any (rotary embeddings, ALiBi, recurrent states)."""
+    settings = model.config.get_text_config()
+    if settings.model_type == "mpt":  # its ALiBi has a fixed size
+        return int(settings.max_seq_len)
+    limit = getattr(settings, "max_position_embeddings", None)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    tables = [table for table in (*embeddings, *model.buffers()) if table.ndim == 2 and table is not model.get_input_embeddings().weight]
+    has_table = limit is not None and any(0 <= len(table) - limit <= 2 for table in tables)  # OPT has two rows more
+    return limit if has_table else None
+
+
+def check_positions(model: PreTrainedModel, role: str, option: str, lengths: Iterable[int], new_tokens: int) -> None:
+    """Raise `ConfigError` where prompts of these lengths and completions of `new_tokens`, which is `option`, need too many positions."""
+    limit, longest = position_limit(model), max(lengths, default=0) + new_tokens
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"{option}={new_tokens}: with the longest prompt that is {longest:,} tokens, and {type(model).__name__} ({role}) has only "
+            f"{limit:,} positions; lower {option} or data.max_prompt_tokens"
+        )
+
+
+def cache_argument(layers: Any) -> str:
+    """Return the name under which the layers take their cache."""
+    return "cache_params" if "cache_params" in inspect.signature(layers.forward).parameters else "past_key_values"  # Mamba; others
 
 
 def padding_limit(device: torch.device) -> int:
@@ -174,6 +241,8 @@ class Policy(nn.Module):
             self.checkpointed = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
             for layer in self.checkpointed:
                 vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=partial(checkpoint, use_reentrant=False))
+                # OPT's layers apply dropout themselves, in the training mode that `apply_loss` sets.
+                vars(layer).update({name: 0.0 for name, value in vars(layer).items() if "dropout" in name and isinstance(value, float)})
         # In a tuple, or it would be registered as a second copy of the parameters.
         self.layers = (torch.compile(model.base_model, dynamic=True) if compiled else model.base_model,)
 

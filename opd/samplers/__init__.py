@@ -7,6 +7,7 @@ import torch
 
 from opd.config.schema import Config, Engine, SamplingDtype
 from opd.data.prompts import Prompt
+from opd.errors import ConfigError
 from opd.samplers.base import Decoding, Sampler, SamplerSpec
 from opd.samplers.generate import GenerateSampler
 from opd.samplers.vllm import VllmSampler
@@ -25,7 +26,16 @@ def make_sampler(config: Config, spec: SamplerSpec, bf16_copy: bool) -> Sampler:
         EngineError: A server does not answer.
     """
     if config.sampling.engine is not Engine.vllm:
-        return GenerateSampler(spec, bf16_copy)
+        sampler = GenerateSampler(spec, bf16_copy)
+        try:
+            sampler.check("model")
+        except ConfigError as error:
+            if not bf16_copy or config.sampling.dtype is not SamplingDtype.auto:
+                raise
+            log.warning("sampling with the trainer's weights, not with a bf16 copy: %s", str(error).partition(";")[0])
+            sampler.drop_copy()
+            sampler.check("model")
+        return sampler
     options = config.sampling.vllm
     bf16 = spec.bf16 or spec.model.dtype == torch.bfloat16 or config.sampling.dtype is SamplingDtype.bfloat16
     if options.url is None:

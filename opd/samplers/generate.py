@@ -7,9 +7,11 @@ and replayed (`opd.samplers.line`); elsewhere the cache grows.
 Shapes: `P` prompts, `B` sequences of the batch, `T` positions, `V` vocabulary.
 """
 
+import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +21,19 @@ from transformers.cache_utils import Cache
 from opd import signals
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
-from opd.data.rollouts import FinishReason, Request, Rollout
+from opd.data.rollouts import FinishReason, Request, Rollout, collate
+from opd.errors import ConfigError, EngineError
 from opd.models.device import autocast
-from opd.models.policy import output_head
+from opd.models.policy import cache_argument, output_head, predicting_hidden, refusing
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
 from opd.samplers.bf16_copy import Bf16Copy
 from opd.samplers.line import DecodeLines, can_capture, keys_and_values
 
+log = logging.getLogger(__name__)
+
+CHECK_PROMPTS, CHECK_TOKENS = (12, 2, 24), 6  # tokens of the prompts, and of their completions at most, that a model is checked with
+MAX_CHECK_GAP = {False: 1e-3, True: 0.15}  # nats per token, in float32 and in bf16; models that ignore the cache are 0.2 to 5 away
 TRAIN = "train"  # the stream of training
 FINISHED_SHARE = 0.25  # of a batch's rows from which a smaller batch is worth copying the cache
 
@@ -43,6 +50,7 @@ class GenerateSampler:
         self.spec = spec
         self.model = spec.model
         self.copy = Bf16Copy(spec.model) if bf16_copy else None
+        self.cache_argument = cache_argument(spec.model.base_model)
         self.captures = can_capture(spec.model) and not spec.sharded
         self.lines: DecodeLines | None = None  # those of training, kept for the run
         self.eos = torch.tensor(list(spec.eos), device=spec.model.device)
@@ -56,6 +64,52 @@ class GenerateSampler:
     def drop_copy(self) -> None:
         """Sample with the trainer's weights from now on."""
         self.copy, self.model, self.lines = None, self.spec.model, None
+
+    def check(self, role: str) -> None:
+        """Compare log-probs of a few samples with those of plain forward passes; give the decode line up where only it is wrong.
+
+        Draws no numbers from torch's own generator. Collective where weights are sharded: all processes do the same.
+
+        Raises:
+            ConfigError: The log-probs differ, or the model's code fails.
+        """
+        try:
+            self.compare(role)
+        except (ConfigError, EngineError) as error:
+            if not self.captures:
+                raise
+            log.warning("decoding without a CUDA graph: %s", str(error).partition(";")[0])  # GPT-Neo, BLOOM: masks of their own
+            self.captures = False
+            self.compare(role)
+
+    @torch.no_grad()
+    def compare(self, role: str) -> None:
+        """Check samples of uneven prompts, one of them sampled twice; a third of all ids end a completion, so that rows leave the batch."""
+        spec, generator = self.spec, torch.Generator().manual_seed(0)
+        ids = [torch.randint(spec.vocabulary, (length,), generator=generator).tolist() for length in CHECK_PROMPTS]
+        requests = [Request(Prompt(row, tuple(prompt), "")) for row, prompt in enumerate([*ids, min(ids, key=len)])]
+        remedy = "set eval.reward=null" if role == "teacher" else "set sampling.engine=vllm if it knows the model"
+        remedy = "set sampling.dtype=trainer" if self.copy is not None else f"{remedy}, or use another architecture"
+        eos, self.eos = self.eos, torch.arange(0, spec.vocabulary, 3, device=self.eos.device)
+        gaps = []
+        try:
+            with refusing(role, spec.model, "cannot be sampled", remedy):
+                for rollout in self.sample(requests, Decoding(1.0, CHECK_TOKENS), "check"):
+                    batch = collate([rollout], [0], spec.pad_id).to(spec.model.device)
+                    with autocast(spec.model.device, spec.bf16):
+                        hidden_NH = predicting_hidden(spec.model.base_model, batch.inputs)
+                        logp_NV = output_head(spec.model, spec.vocabulary).logits(hidden_NH).log_softmax(-1)
+                    gaps.append((logp_NV.gather(-1, batch.ids_N[:, None])[:, 0].cpu() - rollout.behaviour_logp).abs())
+        finally:
+            self.eos = eos
+        gap = float(torch.cat(gaps).mean())
+        in_bf16 = spec.bf16 or spec.model.dtype == torch.bfloat16 or self.copy is not None
+        rounds = in_bf16 or hasattr(spec.model.config, "quantization_config")
+        if not gap <= MAX_CHECK_GAP[rounds]:  # also where it is not finite
+            raise ConfigError(
+                f"{role}: {type(spec.model).__name__} cannot be sampled: its samples' log-probs are {gap:.2g} nats from those of plain "
+                f"forward passes; {remedy}"
+            )
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
@@ -72,7 +126,7 @@ class GenerateSampler:
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt.ids)]
         cache, logits_PV, mask_PT = self.prefill([group[0].prompt for group in groups])
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
-        cache.batch_select_indices(copies)
+        select_rows(cache, copies)
         batch = (mask_PT[copies], logits_PV[copies], self.uniforms(requests, decoding, stream))
         if self.captures:
             lines = self.decode_lines(cache, batch[1], batch[0].shape[1], decoding, stream)
@@ -99,8 +153,10 @@ class GenerateSampler:
 
     def next_logits(self, ids_BT: Tensor, mask_BT: Tensor, positions_BT: Tensor, cache: Cache) -> Tensor:
         """Return the logits (B, V) of the token after `ids_BT`, whose keys and values are added to the cache."""
+        if self.cache_argument == "cache_params":
+            mask_BT = mask_BT[:, -ids_BT.shape[1] :]  # Mamba masks the new tokens only
         output = self.model.base_model(
-            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache, use_cache=True
+            input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True, **{self.cache_argument: cache}
         )
         head = output_head(self.model, self.spec.vocabulary)
         return (head if self.copy is None else self.copy.head(head)).logits(output.last_hidden_state[:, -1])
@@ -148,7 +204,7 @@ class GenerateSampler:
                 break
             if alive <= (1 - FINISHED_SHARE) * len(rows_B):
                 stay = live_B.nonzero()[:, 0]
-                cache.batch_select_indices(stay)
+                select_rows(cache, stay)
                 rows_B, live_B, next_B, mask_BT = rows_B[stay], live_B[stay], next_B[stay], mask_BT[stay]
             positions_B1 = mask_BT.sum(-1, keepdim=True)
             mask_BT = torch.cat((mask_BT, mask_BT.new_ones(len(next_B), 1)), -1)
@@ -160,6 +216,11 @@ def decoding_batches(requests: Sequence[Request], size: int) -> list[list[int]]:
     """Return the indices of the requests that are decoded together: those with the same prompt, then with prompts of like length."""
     order = sorted(range(len(requests)), key=lambda index: (len(requests[index].prompt.ids), requests[index].prompt.ids))
     return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def select_rows(cache: Any, rows: Tensor) -> None:
+    """Replace the rows of the cache by those with these indices."""
+    cache.reorder_cache(rows)  # batch_select_indices is for attention only, not for recurrent states
 
 
 def choose(logits_BV: Tensor, uniform_B: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:

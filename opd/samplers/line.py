@@ -21,10 +21,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from opd import signals
 from opd.errors import EngineError
+from opd.models.memory import line_length
 from opd.objective import behaviour_logp, draw
 
 LOOK = 16  # steps between looks at which rows are still decoded
-ROUND = 64  # the cache's length is a multiple of it, which saves padding of the mask inside attention
 ATTENTION = "opd_grouped"
 CHANGED = ("mask", "position", "logits", "ids", "logp", "live", "slot", "step")  # buffers that a step changes, besides keys and values
 
@@ -39,7 +39,7 @@ def grouped_attention(
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return attended
     out = F.scaled_dot_product_attention(query.reshape(B, K, H // K, D), key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(B, 1, H, D), None
+    return out.reshape(B, 1, H, -1), None  # values may have another size than keys
 
 
 AttentionInterface.register(ATTENTION, grouped_attention)
@@ -194,7 +194,7 @@ class DecodeLines:
         self.model, self.forward, self.decoding, self.eos = model, forward, decoding, eos
         self.sizes = sorted({rows, *(2**power for power in range(rows.bit_length()) if 2**power < rows)})
         device, tokens = logits.device, decoding.max_new_tokens
-        self.length: int = -(-(length + tokens) // ROUND) * ROUND
+        self.length = line_length(length + tokens)
         dtype = layers[0][0].dtype
 
         def cache_like(states: Tensor) -> Tensor:

@@ -23,7 +23,16 @@ from opd.models.device import autocast
 from opd.models.distributed import on_main_process, prepare, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
-from opd.models.policy import Policy, add_adapters, fuse_layers, prepare_student, prepare_teacher, uses_packing
+from opd.models.policy import (
+    Policy,
+    add_adapters,
+    check_packing,
+    check_positions,
+    fuse_layers,
+    prepare_student,
+    prepare_teacher,
+    uses_packing,
+)
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
@@ -117,8 +126,20 @@ def build(
         is_main=accelerator.is_main_process,
         sharded=sharded,
     )
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
+    local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
+    for role, model in local.items():
+        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
+        check_positions(model, role, "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
+        check_evaluated_positions(evaluator, model, role)
+    packed = all(uses_packing(model, config.train.packing) for model in local.values())
+    if packed:
+        with autocast(device, autocasts):
+            check_packing(student, "model")
     choices = choices or make_choices(config, accelerator, spec)
-    sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies the student, which has to happen before it is sharded
+    sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies and checks the student, before it is sharded
+    if isinstance(sampler, GenerateSampler):
+        choices["bf16_copy"] = sampler.copy is not None
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
@@ -140,12 +161,7 @@ def build(
     teacher: Teacher
     teacher_sampler: Sampler
     if teacher_model is None:
-        longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train_prompts, *eval_prompts)]) + 1
-        canary = [tokenizer.eos_token_id, *(token for prompt in train_prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
-        teacher = served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
-        served.reference = [] if config.resume_force else choices.get("canary", [])
-        on_main_process(accelerator, served.check)
-        choices["canary"] = served.reference
+        teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
         teacher = LocalTeacher(
@@ -157,13 +173,19 @@ def build(
             device=device,
             ready=strategy.gathered_weights if config.shares_base else None,
         )
-        teacher_sampler = GenerateSampler(teacher_spec)
+        teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
+        if not config.shares_base:
+            with teacher.ready():
+                if packed:
+                    check_packing(teacher_model, "teacher")
+                if evaluator.answered:
+                    local_sampler.check("teacher")
     trainer = Trainer(
         config=config,
         strategy=strategy,
         student=student,
         sampler=sampler,
-        evaluator=make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts),
+        evaluator=evaluator,
         checkpoints=checkpoints,
         prompts=train_prompts,
         scoring=Step(
@@ -171,7 +193,7 @@ def build(
             strategy=strategy,
             teacher=teacher,
             pad_id=tokenizer.pad_token_id,
-            packed=all(uses_packing(model, config.train.packing) for model in (student, teacher_model) if model is not None),
+            packed=packed,
             choices=choices,
         ),
         speed=speed,
@@ -207,6 +229,25 @@ def build_teacher(config: Config, given: Given, accelerator: Accelerator) -> Pre
     teacher = prepare_teacher(given.teacher or load.load_model(config.teacher, "teacher", computes_on), device)
     if can_fuse(config):
         fuse_layers(teacher)
+    return teacher
+
+
+def connect_teacher(
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    train: Sequence[Prompt],
+    evaluation: Sequence[Prompt],
+    choices: dict[str, Any],
+) -> ServedTeacher:
+    """Return the served teacher. Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed."""
+    longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
+    canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    teacher = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
+    teacher.reference = [] if config.resume_force else choices.get("canary", [])
+    on_main_process(accelerator, teacher.check)
+    choices["canary"] = teacher.reference
     return teacher
 
 
@@ -294,6 +335,16 @@ def make_evaluator(
         vocabulary=vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
     )
+
+
+def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str) -> None:
+    """Raise `ConfigError` where an evaluation needs more positions than the model has."""
+    for option, prompts, decoding in (
+        ("eval.max_new_tokens", evaluator.answered, evaluator.decoding),
+        ("eval.kl_max_new_tokens", evaluator.kl_prompts, evaluator.kl_decoding),
+    ):
+        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in prompts]
+        check_positions(model, role, option, lengths, decoding.max_new_tokens if prompts else 0)
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> AdamW:

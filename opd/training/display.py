@@ -30,6 +30,7 @@ SHOWN = (
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("perf/mfu", "MFU", "{:.1%}"),
 )
+PARTS = {"sample": "sampling", "wait": "waiting", "score": "scoring", "update": "update"}  # of a step's time
 
 
 class Screen(Console):
@@ -109,6 +110,9 @@ class Display:
         table.add_row(*(Text(label, style="dim") for label in values))
         table.add_row(*(Text(text, style="bold") for text in values.values()))
         lines: list[Any] = [self.progress, table]
+        if self.metrics:
+            shares = (f"{label} {self.metrics[f'time/{name}'] / self.metrics['time/step']:.0%}" for name, label in PARTS.items())
+            lines.append(Text(f"{'  '.join(shares)}  peak memory {format_bytes(self.metrics['memory/peak_bytes'])}", style="dim"))
         if self.evaluation is not None:
             lines.append(Text(describe(self.evaluation), style="cyan"))
         if self.sample:

@@ -1,15 +1,16 @@
 """How much of the device a step uses: `perf/mfu` and `perf/decode_bandwidth`, against rates that are measured at start."""
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opd.config.schema import Config
-from opd.models.memory import cache_bytes
+from opd.models.memory import cache_bytes, measure
 from opd.samplers.generate import decoding_batches
 from opd.training.tokens import Tokens
 
@@ -24,7 +25,7 @@ class Speed:
     """What this process's device can do, and what a token costs.
 
     Args:
-        copy_rate: Bytes read and written per second by a copy.
+        copy_rate: Bytes moved per second by a copy, where each is moved twice: from and to memory.
         product_rate: Floating-point operations per second of a matrix product in the dtype of the update.
         student, teacher: Parameters in matrix products.
         passes: Forward passes that one token's update costs: 3, or 2 where most weights are frozen.
@@ -85,9 +86,15 @@ def measure_speed(
         teacher=0 if teacher is None else product_parameters(teacher),
         passes=2 if config.lora.rank else 3,
         weight_bytes=width * product_parameters(student),
-        cache_bytes=cache_bytes(student, width),
+        cache_bytes=round(measure("the cache", cache_of, student, width)[0]),
         batch_size=config.sampling.batch_size,
     )
+
+
+def cache_of(model: PreTrainedModel, width: int) -> tuple[float, float]:
+    """Return `cache_bytes` of a copy without storage."""
+    with torch.device("meta"):
+        return cache_bytes(AutoModelForCausalLM.from_config(copy.deepcopy(model.config)), width)
 
 
 def fastest(work: Callable[[], object], device: torch.device) -> float:
