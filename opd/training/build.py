@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -165,15 +165,7 @@ def build(
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
-    teacher_spec = SamplerSpec(
-        model=teacher_model,
-        eos=teacher_eos,
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=vocabulary,
-        seed=config.seed,
-        bf16=config.shares_base and autocasts,
-        sharded=sharded,
-    )
+    teacher_spec = replace(spec, model=teacher_model, eos=teacher_eos, bf16=config.shares_base and autocasts)
     teacher_sampler = GenerateSampler(teacher_spec)
     if not config.shares_base:
         with teacher.ready():
