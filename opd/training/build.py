@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -149,15 +149,7 @@ def build(
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher_spec = SamplerSpec(
-        model=teacher_model or student,  # a server has weights of its own
-        eos=teacher_eos,
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=vocabulary,
-        seed=config.seed,
-        bf16=config.shares_base and autocasts,
-        sharded=sharded,
-    )
+    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
     teacher: Teacher
     teacher_sampler: Sampler
     if teacher_model is None:
