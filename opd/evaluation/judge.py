@@ -62,13 +62,13 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         teacher = load(config.teacher, "teacher", accelerator.device)
         for role, model in candidates.items():
-            student = load(model, "model", accelerator.device)
+            student = load(model, "model", accelerator.device, config.sampling.dtype)
             vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id
             if role == "model":
                 _, prompts = load_prompts(config, student.tokenizer, Given())
                 models.check_known(prompts, student.tokenizer, vocabulary)
                 grader = make_run_grader(config, prompts, stack)
-            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, student.bf16)
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, bf16=False)
             for loaded in (student, teacher):
                 check_evaluated_positions(evaluator, loaded.model, loaded.role)
             sampler = student.sampler(pad_id, vocabulary, config.seed)
