@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -71,12 +72,13 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
             evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, bf16=False)
             for loaded in (student, teacher):
                 check_evaluated_positions(evaluator, loaded.model, loaded.role)
-            sampler = student.sampler(pad_id, vocabulary, config.seed)
+            sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, vocabulary, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
             kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
             del student, sampler
             release_memory(accelerator.device)
-        answers["teacher"] = _answer(evaluator, teacher.sampler(pad_id, vocabulary, config.seed), samples, as_teacher=True)
+        sampler = run_stoppable(accelerator, partial(teacher.sampler, pad_id, vocabulary, config.seed))
+        answers["teacher"] = _answer(evaluator, sampler, samples, as_teacher=True)
     return {
         "target": target.name,
         "model": config.model.path,
