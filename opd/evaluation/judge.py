@@ -163,7 +163,7 @@ def _comparison(means: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> dic
 
     Args:
         means: by model, the mean reward of each prompt.
-        draws: by model, the mean over all prompts in each draw of the
+        draws: by model, the mean over all prompts in each draw of the bootstrap.
     """
     against = {}
     for name in means:
