@@ -18,6 +18,7 @@ from opd.data.prompts import extract_answers
 from opd.data.rewards import best
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
+from opd.runs.reader import open_run
 from opd.training import runner
 from opd.training.build import Given
 from opd.training.logs import evaluation_metrics
@@ -134,8 +135,10 @@ class OnPolicyDistillationTrainer:
             OpdError: Anything but a defect of opd.
         """
         summary = runner.train(self.config, self.output_dir, self.given, self.on_event)
-        if self.given.student is not None and not self.state.global_step and self.config.lora.rank == 0:
-            load_model(self.given.student.float(), str(self.output_dir / FINAL / "model.safetensors"), strict=False)
+        if not self.state.log_history:  # the run was finished before
+            self.state = TrainerState(summary["steps"], list(open_run(self.output_dir).metrics))
+            if self.given.student is not None and self.config.lora.rank == 0:
+                load_model(self.given.student.float(), str(self.output_dir / FINAL / "model.safetensors"), strict=False)
         return summary
 
     def evaluate(self) -> dict[str, float]:

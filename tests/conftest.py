@@ -35,8 +35,9 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
 
 
 @pytest.fixture(autouse=True)
-def restored_logging():
-    """Undo what a run in this process did to logging: its level, and the handler of its train.log."""
+def restored_process():
+    """Undo what a command in this process did to it: the level of the log, the handler of its train.log, the path of its children."""
+    safe_path = os.environ.pop("PYTHONSAFEPATH", None)
     root = logging.getLogger()
     level = root.level
     yield
@@ -45,6 +46,9 @@ def restored_logging():
         if type(handler) is logging.FileHandler:
             root.removeHandler(handler)
             handler.close()
+    os.environ.pop("PYTHONSAFEPATH", None)
+    if safe_path is not None:
+        os.environ["PYTHONSAFEPATH"] = safe_path
 
 
 @pytest.fixture

@@ -40,7 +40,9 @@ def test_a_finished_run_loads_its_weights_into_the_given_model(tmp_path):
     first, tokenizer = loaded_student()
     make_trainer(tmp_path / "out", first, tokenizer=tokenizer).train()
     second, tokenizer = loaded_student()
-    make_trainer(tmp_path / "out", second, tokenizer=tokenizer).train()
+    again = make_trainer(tmp_path / "out", second, tokenizer=tokenizer)
+    summary = again.train()
+    assert again.state.global_step == summary["steps"] == len(again.state.log_history) and "loss" in again.state.log_history[-1]
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
 
 

@@ -290,6 +290,7 @@ def test_rewards_of_student_and_teacher_decide() -> None:
     assert finding([1.0] * 20, [0.0] * 20).status is Status.fail
     few = finding([1.0, 1.0, 0.0], [1.0, 0.0, 0.0])
     assert few.status is Status.warn and "--prompts" in few.remedy, "three prompts decide nothing"
+    assert "+25.0% [-24.0%, +74.0%]" in finding([1.0, 1.0, 1.0, 0.0], [1.0] * 4).what, "a difference of 1 in one of four may be chance"
     assert first_step.check_rewards([None], [1.0])[0].status is Status.fail
 
 
@@ -306,6 +307,12 @@ def test_kl_entropy_and_truncation_of_the_first_step_decide() -> None:
     config = Config()
     config.sampling.truncated = Truncated.drop
     assert [findings(config, truncated=share)["truncation"].status for share in (0.4, 0.9, 1.0)] == [Status.ok, Status.warn, Status.fail]
+
+
+def test_too_few_answers_to_evaluate_on_warn() -> None:
+    config = Config()
+    few, enough = (rows.check_answers([Prompt(0, (1,), "", ("1",))] * count, config)[0] for count in (rows.FEW - 1, rows.FEW))
+    assert few.status is Status.warn and "data.eval_path" in few.remedy and enough.status is Status.ok
 
 
 def test_reward_that_misses_some_reference_answers_warns() -> None:

@@ -71,6 +71,17 @@ def test_eval_of_a_run_repeats_its_own_evaluation_and_changes_none_of_its_files(
     assert before.items() <= tree(run).items()
 
 
+def test_eval_of_a_run_in_bf16_computes_as_the_run_did(evaluate: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    dtypes = ["model.dtype=bfloat16", "teacher.dtype=bfloat16", "sampling.dtype=bfloat16"]
+    words = ["experiment=debug", "device=cpu", "name=bf16", "optim.lr=1e-3", "train.max_steps=1", "eval.reward=null", *dtypes]
+    assert cli.main(["train", *words]) == errors.OK
+    capfd.readouterr()
+    summary = json.loads(Path("runs/bf16/summary.json").read_text())
+    figures = evaluate("runs/bf16")["tasks"]["evaluation"]["models"]
+    assert figures["baseline"]["kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-6)
+    assert figures["model"]["kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-6)
+
+
 def test_overrides_change_only_what_they_name_in_the_config_of_a_run(trained: Path, evaluate: Any) -> None:
     run = str(trained / "runs" / "run")
     found = evaluate(run, "eval.limit=6", "eval.samples=3", "eval.temperature=0.7", "--baseline", "none", "--out", "out.json")

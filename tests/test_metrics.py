@@ -176,6 +176,8 @@ def test_metrics_by_position_sum_over_processes():
 
 def test_metrics_by_position_sum_to_those_of_the_step(tmp_path):
     done = make_trainer(tmp_path, ppo__loss_prefix=5).train_step()
+    parts = [done.metrics[f"time/{part}"] for part in ("sample", "wait", "score", "update")]
+    assert min(parts) >= 0 and done.metrics["time/step"] == pytest.approx(sum(parts)) and done.metrics["memory/peak_bytes"] > 0
     positions = done.by_position
     assert sum(positions["tokens"]) == done.metrics["tokens"] and sum(positions["ends"]) == len(done.tokens.rollouts)
     sums = [tokens * (kl or 0.0) for tokens, kl in zip(positions["tokens"], positions["reverse_kl"], strict=True)]

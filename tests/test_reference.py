@@ -403,7 +403,7 @@ def test_a_run_gives_the_results_of_the_reference(name, trained, machine):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_between_inner_steps_gives_the_results_of_the_reference(trained, machine, tmp_path):
-    """Stop after the first of the two updates of step 3 and go on with the same command."""
+    """Stop after the first of the two updates of step 3 and resume with the same command."""
     run, reference = RUNS["sampled"], stored("sampled")
     train_until_update(tmp_path, run, updates=5)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002_1"]

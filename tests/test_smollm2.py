@@ -1,4 +1,4 @@
-"""Real weights: SmolLM2-135M-Instruct, downloaded by scripts/fetch_smollm2 (93 MB, once; models/ is kept between test runs)."""
+"""Real weights: SmolLM2-135M-Instruct, downloaded by scripts/fetch_smollm2 (93 MB, once; models/ is kept). Run with -m long."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from opd.models import load as models
 from opd.train import main
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")

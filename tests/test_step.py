@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -419,7 +420,9 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile uses parts of torch that torch deprecates
-def test_compiled_layers_change_nothing(tmp_path):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])  # without and with compiled kernels
+def test_compiled_layers_change_nothing(tmp_path, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     assert torch.allclose(weights_after(tmp_path), weights_after(tmp_path, train__compile=True), atol=2e-5)
 
 

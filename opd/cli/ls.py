@@ -149,7 +149,7 @@ def copy_file(parsed: argparse.Namespace) -> None:
             stream.write((conf_dir() / group / f"{stem}.yaml").read_text(encoding="utf-8"))
     except FileExistsError:
         raise OutputError(f"{target}: this file exists; nothing was overwritten. Use another --name or --to") from None
-    print(f"{target}: change it, then: opd train --config-dir {shlex.quote(str(to))} {group}={name}")
+    print(f"{target}: change it, then: opd train --config-dir {shlex.quote(str(to))} {group}={name} name={name}")
 
 
 def shipped_files() -> list[str]:

@@ -142,7 +142,8 @@ def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - each kind of file and of compression has errors of its own
-        raise DataError(f"{option}: cannot be read as {kind}: {one_line(str(error)) or type(error).__name__}") from None
+        reason = one_line(str(error)) or type(error).__name__
+        raise DataError(f"{option}: cannot be read as {kind}: {reason}; correct the file, or name another") from None
 
 
 class JsonNumber(float):

@@ -118,7 +118,7 @@ def check_rewards(student: Sequence[float | None], teacher: Sequence[float | Non
         return [fail(check, "no completion could be judged", "check eval.reward, data.answer and data.answer_after")]
     count = len(pairs)
     ours, theirs = (sum(column) / count for column in zip(*pairs, strict=True))
-    low, high = interval([theirs - ours for ours, theirs in pairs])
+    low, high = interval([theirs - ours for ours, theirs in pairs], shares=False)
     what = f"student {ours:.1%}, teacher {theirs:.1%} of {count} prompts; the difference {theirs - ours:+.1%} [{low:+.1%}, {high:+.1%}]"
     if ours == theirs == 0:
         remedy = "neither is ever right: check eval.max_new_tokens and eval.reward, and whether the teacher can do this task"

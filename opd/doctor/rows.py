@@ -10,6 +10,7 @@ from opd.data.sources import Rows
 from opd.doctor.findings import Finding, fail, ok, warn
 
 MAX_GRADED = 200
+FEW = 50  # answers: the 95 % interval of a share is then up to 27 points wide
 MAX_DROPPED = 0.05  # share of prompts; leaving out more changes what the student is trained on
 
 
@@ -52,6 +53,8 @@ def check_answers(prompts: Sequence[Prompt], config: Config) -> list[Finding]:
     what = f"{answered:,} of {len(prompts):,} evaluation prompts have an answer"
     if answered < len(prompts):
         return [warn("answers", what, f"check data.answer={config.data.answer} and data.answer_after={config.data.answer_after}")]
+    if answered < FEW:
+        return [warn("answers", f"{what}: intervals of the reward will be wide", f"set data.eval_path=FILE, with {FEW} prompts or more")]
     return [ok("answers", what)]
 
 

@@ -33,13 +33,8 @@ DECODING: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
-READ = {
-    "role",
-    "content",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-}  # templates leave out earlier thoughts, and have many names for them
+# Fields that need no notice: templates leave out earlier thoughts, and have many names for them.
+READ = {"role", "content", "reasoning_content", "reasoning", "thinking"}
 ANSWER = "the answer that opd looks for"
 
 

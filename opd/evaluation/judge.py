@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,21 +63,22 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         teacher = load(config.teacher, "teacher", accelerator.device)
         for role, model in candidates.items():
-            student = load(model, "model", accelerator.device)
+            student = load(model, "model", accelerator.device, config.sampling.dtype)
             vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id
             if role == "model":
                 _, prompts = load_prompts(config, student.tokenizer, Given())
                 models.check_known(prompts, student.tokenizer, vocabulary)
                 grader = make_run_grader(config, prompts, stack)
-            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, student.bf16)
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, bf16=False)
             for loaded in (student, teacher):
                 check_evaluated_positions(evaluator, loaded.model, loaded.role)
-            sampler = student.sampler(pad_id, vocabulary, config.seed)
+            sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, vocabulary, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
             kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
             del student, sampler
             release_memory(accelerator.device)
-        answers["teacher"] = _answer(evaluator, teacher.sampler(pad_id, vocabulary, config.seed), samples, as_teacher=True)
+        sampler = run_stoppable(accelerator, partial(teacher.sampler, pad_id, vocabulary, config.seed))
+        answers["teacher"] = _answer(evaluator, sampler, samples, as_teacher=True)
     return {
         "target": target.name,
         "model": config.model.path,
@@ -161,7 +163,7 @@ def _comparison(means: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> dic
 
     Args:
         means: by model, the mean reward of each prompt.
-        draws: by model, the mean over all prompts in each draw of the
+        draws: by model, the mean over all prompts in each draw of the bootstrap.
     """
     against = {}
     for name in means:

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig
+from opd.config.schema import Config, ModelConfig, SamplingDtype
 from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
-from opd.models.device import autocast
 from opd.models.policy import check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
@@ -26,24 +25,24 @@ class LoadedModel:
     Attributes:
         role: "model" or "teacher".
         eos: the ids that end its completions.
-        bf16: it computes under autocast to bf16.
+        copies: it is sampled with a bf16 copy.
     """
 
     role: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos: tuple[int, ...]
-    bf16: bool
+    copies: bool
 
     def sampler(self, pad_id: int, vocabulary: int, seed: int) -> GenerateSampler:
         """Return a sampler of the model. Raises `ConfigError` where its samples would not be the model's."""
-        spec = SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=self.bf16)
-        sampler = GenerateSampler(spec)
+        spec = SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=False)
+        sampler = GenerateSampler(spec, self.copies)
         sampler.check(self.role)
         return sampler
 
     def teacher(self, vocabulary: int) -> LocalTeacher:
-        return LocalTeacher(self.model, vocabulary, bf16=self.bf16)
+        return LocalTeacher(self.model, vocabulary)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +80,23 @@ class ScoredText:
         return {"tokens": self.tokens, "student_logp": self.student, "teacher_logp": self.teacher}
 
 
-def load(config: ModelConfig, role: str, device: torch.device) -> LoadedModel:
-    """Load a model as the trainer would: role "model" in float32 with bf16 autocast, role "teacher" in the dtype it computes in."""
+def load(config: ModelConfig, role: str, device: torch.device, sampling: SamplingDtype = SamplingDtype.trainer) -> LoadedModel:
+    """Load a model with the weights that an unsharded trainer computes with.
+
+    Args:
+        role: "model" or "teacher".
+        sampling: The dtype that the model is sampled in.
+    """
     tokenizer = models.load_tokenizer(config, role)
-    bf16 = role == "model" and models.computes_in_bf16(config.dtype, device)
-    model = models.load_model(config, role, device)
-    ready = prepare_student(model, device, bf16, frozen=True) if role == "model" else prepare_teacher(model, device)
-    return LoadedModel(role, ready.requires_grad_(False), tokenizer, models.eos_ids(ready, tokenizer), bf16)
+    model, copies = models.load_model(config, role, device), False
+    if role == "teacher":
+        model = prepare_teacher(model, device)
+    else:
+        model, bf16 = prepare_student(model, device).requires_grad_(False), models.computes_in_bf16(config.dtype, device)
+        for weight in model.parameters():
+            weight.data = weight.data.to(torch.bfloat16 if bf16 else torch.float32)  # buffers, such as rotary frequencies, keep their dtype
+        copies = models.uses_bf16_copy(sampling, device, bf16)
+    return LoadedModel(role, model, tokenizer, models.eos_ids(model, tokenizer), copies)
 
 
 def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
@@ -102,7 +111,7 @@ def load_pair(config: Config, with_teacher: bool = True) -> ModelPair:
     models.locate(config.model, "model")
     if with_teacher:
         models.locate(config.teacher, "teacher")  # before the student takes its time to load
-    loaded = {"student": load(config.model, "model", device)}
+    loaded = {"student": load(config.model, "model", device, config.sampling.dtype)}
     if with_teacher:
         loaded["teacher"] = load(config.teacher, "teacher", device)
     return ModelPair(config, loaded, shared_vocabulary(loaded["student"], loaded.get("teacher", loaded["student"])))
@@ -155,9 +164,8 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
         limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and inputs.ids_BT.numel() > limit:
             raise DataError(f"the text has {inputs.ids_BT.numel():,} tokens, the {role} takes {limit:,}; give a shorter one")
-        with autocast(loaded.model.device, loaded.bf16):
-            states = TeacherStates(predicting_hidden(loaded.model.base_model, inputs), output_head(loaded.model, pair.vocabulary))
-            logp[role] = states.token_logp(batch.ids_N.to(loaded.model.device), 1.0).tolist()
+        states = TeacherStates(predicting_hidden(loaded.model.base_model, inputs), output_head(loaded.model, pair.vocabulary))
+        logp[role] = states.token_logp(batch.ids_N.to(loaded.model.device), 1.0).tolist()
     tokens = [models.decode(tokenizer, [token]) for token in completion]
     return ScoredText(tokens, logp["student"], logp["teacher"], models.decode(tokenizer, seen.ids) if prompt is None else "")
 

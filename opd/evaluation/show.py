@@ -71,7 +71,7 @@ def score_parts(scored: ScoredText) -> Iterator[Any]:
         text.append(harmless(token), style=_style(teacher - student))
     yield text
     table = Table(show_edge=False)
-    for name in ("token", "student, nats", "teacher, nats", "difference"):
+    for name in ("token", "student, nats", "teacher, nats", "teacher − student"):
         table.add_column(name, justify="left" if name == "token" else "right")
     for token, student, teacher in sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:MAX_DISAGREEMENTS]:
         table.add_row(Text(repr(harmless(token))), f"{student:.3f}", f"{teacher:.3f}", f"{teacher - student:+.3f}")

@@ -20,7 +20,7 @@ from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.models import load
 from opd.models.device import autocast
-from opd.models.distributed import on_main_process, prepare, shards_weights
+from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
 from opd.models.policy import (
@@ -137,7 +137,8 @@ def build(
         with autocast(device, autocasts):
             check_packing(student, "model")
     choices = choices or make_choices(config, accelerator, spec)
-    sampler = make_sampler(config, spec, choices["bf16_copy"])  # copies and checks the student, before it is sharded
+    # Copies and checks the student, before it is sharded. A signal during the check stops all processes.
+    sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
         choices["bf16_copy"] = sampler.copy is not None
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
@@ -171,7 +172,7 @@ def build(
                 if packed:
                     check_packing(teacher_model, "teacher")
                 if evaluator.answered:
-                    local_sampler.check("teacher")
+                    run_stoppable(accelerator, lambda: local_sampler.check("teacher"))
     trainer = Trainer(
         config=config,
         strategy=strategy,

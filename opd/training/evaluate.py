@@ -63,10 +63,14 @@ class Evaluation:
         return None if self.kl is None else -self.kl
 
 
-def interval(rewards: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one."""
+def interval(rewards: Sequence[float], shares: bool = True) -> tuple[float, float]:
+    """Return the 95 % interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one.
+
+    Args:
+        shares: False for differences of rewards, which may be 0 and 1 by chance.
+    """
     count, mean = len(rewards), fmean(rewards)
-    if all(reward in (0.0, 1.0) for reward in rewards):
+    if shares and all(reward in (0.0, 1.0) for reward in rewards):
         centre = mean + Z95**2 / (2 * count)
         spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
         low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)

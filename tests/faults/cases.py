@@ -9,7 +9,7 @@ from faults.harness import Case
 CASES: dict[str, tuple[Case, int, int]] = {
     "random-kills": (stopping.random_kills, 2, 200),
     "random-signals": (stopping.random_signals, 2, 100),
-    "stops": (stopping.stops, 2, 100),
+    "stops": (stopping.stops, 1, 100),
     "stops-of-two": (stopping.stops_of_two, 1, 20),
     "lost-launcher": (stopping.lost_launchers, 1, 10),
     "kills-in-save": (saving.kills_in_save, 50, 600),
