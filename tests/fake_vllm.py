@@ -89,6 +89,8 @@ class ModelServer(FakeServer):
 class ScoringServer(ModelServer):
     """A teacher: scores prompts with a model and samples from it. `fault(handler, body, answer)` answers a scoring request."""
 
+    max_logprobs = 20
+
     def __init__(self, model, tokenizer=None):
         super().__init__(model)
         self.model.load_state_dict(model.state_dict())
@@ -105,12 +107,17 @@ class ScoringServer(ModelServer):
             self.sample(handler, body)
             return
         assert body["max_tokens"] == 1 and "echo" not in body
-        self.fault(handler, body, self.scores(body["prompt"]))
+        if body["prompt_logprobs"] > self.max_logprobs:
+            message = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+            handler.reply({"error": {"message": message}}, status=400)
+        else:
+            self.fault(handler, body, self.scores(body["prompt"], body["prompt_logprobs"]))
 
     @torch.inference_mode()
-    def scores(self, ids):
+    def scores(self, ids, k=0):
         logp = self.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-        entries = [{str(token): {"logprob": float(row[token]), "rank": 1}} for row, token in zip(logp, ids[1:], strict=True)]
+        chosen = [{token, *row.topk(k).indices.tolist()} for row, token in zip(logp, ids[1:], strict=True)]
+        entries = [{str(token): {"logprob": float(row[token])} for token in tokens} for row, tokens in zip(logp, chosen, strict=True)]
         return {"model": "teacher", "choices": [{"index": 0, "text": "x", "prompt_logprobs": [None, *entries]}]}
 
 

@@ -189,7 +189,7 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         ([URL, "teacher.quantization=nf4"], QUOTED, "teacher.quantization=none"),
         ([URL, "teacher.placement=offload"], QUOTED, "teacher.placement=same"),
         ([URL, "ppo.estimator=exact"], "ppo.estimator=exact", "ppo.estimator=sampled"),
-        ([URL, "ppo.estimator=topk"], "ppo.estimator=topk", "ppo.estimator=sampled"),
+        ([URL, "ppo.estimator=exact"], "ppo.estimator=exact", "ppo.estimator=topk"),
         ([URL, "ppo.baseline=true"], "ppo.baseline=True", "ppo.baseline=false"),
         ([URL, "ppo.temperature=0.7"], "ppo.temperature=0.7", "ppo.temperature=1"),
         ([URL, "ppo.importance_cap=null"], "ppo.importance_cap=None", "sampling.temperature=1"),

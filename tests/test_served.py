@@ -21,7 +21,8 @@ from opd.config.compose import PACKAGE
 from opd.config.schema import TeacherConfig
 from opd.data.rollouts import collate
 from opd.errors import ENGINE, EngineError, Preempted, TeacherError
-from opd.teachers import LocalTeacher, ServedTeacher, served
+from opd.objective import forward_kl, reverse_kl, topk
+from opd.teachers import LocalTeacher, ServedTeacher, check_weights, served
 from opd.train import main
 
 ASSETS = PACKAGE / "assets"
@@ -53,9 +54,9 @@ def server(model):
 
 @pytest.fixture
 def connect(server):
-    def make(*urls, timeout=5.0, longest=40, tokenizer=None, path="any"):
+    def make(*urls, timeout=5.0, longest=40, tokenizer=None, path="any", k=0):
         config = TeacherConfig(path=path, url=list(urls) or server.url, timeout=timeout)
-        return ServedTeacher(config, tokenizer or Tokenizer(), 60, longest, [1, 5, 9, 14, 3, 22])
+        return ServedTeacher(config, tokenizer or Tokenizer(), 60, longest, [1, 5, 9, 14, 3, 22], k)
 
     return make
 
@@ -79,6 +80,36 @@ def test_log_probs_are_the_local_teachers_in_order_whatever_the_batch(rollouts):
                 batch = collate(rollouts, indices, pad_id=0, packed=packed)
                 expected = LocalTeacher(local, 60).logp(collate(rollouts, indices, pad_id=0).teacher_inputs, batch.ids_N, 1.0)
                 assert torch.allclose(remote.logp(batch.teacher_inputs, batch.ids_N, 1.0), expected, atol=1e-4)
+
+
+def test_the_most_probable_ids_make_the_objective_of_the_local_teacher(connect, model):
+    batch = collate([rollout_of((3, 4), (5, 6, 1)), rollout_of((7,), (9, 8))], [0, 1], pad_id=0)
+    states, top = LocalTeacher(model, 60).states(batch.teacher_inputs), connect(k=4).top(batch.teacher_inputs)
+    assert top.id_NK.shape == (5, 4)
+    logits_NV = torch.randn(5, 60, generator=torch.Generator().manual_seed(0))
+    for divergence in (reverse_kl, forward_kl):
+        expected, found = (topk(batch.ids_N, teacher, 1.0, divergence, 4)(logits_NV, slice(0, 5)) for teacher in (states, top))
+        assert torch.allclose(found[0], expected[0], atol=1e-4)
+        for name in ("logp", "teacher_logp", "entropy"):
+            assert torch.allclose(found[1][name], expected[1][name], atol=1e-4)
+        assert (found[1]["reverse_kl"] < expected[1]["reverse_kl"]).all()  # a bucket holds less than its ids
+
+
+def test_k_beyond_what_the_server_sends_is_told_at_the_start(connect):
+    with pytest.raises(EngineError, match=r"^ppo\.k=21: .*set ppo\.k=20, or start the server with --max-logprobs 21$"):
+        connect(k=21)
+
+
+def test_finished_rollouts_are_scored_before_anybody_waits_for_them(connect, server):
+    teacher, rollout = connect(), rollout_of((3, 4), (5, 6, 1))
+    batch = collate([rollout], [0], pad_id=0)
+    expected = teacher.logp(batch.teacher_inputs, batch.ids_N, 1.0)
+    server.asked.clear()
+    teacher.expect([rollout])
+    while not server.bodies("/v1/completions"):
+        time.sleep(0.01)
+    assert torch.equal(teacher.logp(batch.teacher_inputs, batch.ids_N, 1.0), expected)
+    assert len(server.bodies("/v1/completions")) == 1
 
 
 def test_servers_take_turns_and_one_that_is_away_is_passed_over(connect, server, model, caplog):
@@ -259,6 +290,22 @@ def test_the_canary_finds_another_model_and_a_uniform_one(connect, server, model
         teacher.check()
 
 
+def test_a_server_with_another_model_than_the_weights_at_teacher_path_is_refused(connect, server, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    teacher, student = connect(path=str(tmp_path)), random_model(60, seed=5, hidden=24)
+    config = TeacherConfig(path=str(tmp_path), url=server.url)
+    teacher.check()
+    check_weights(teacher, config, student, 60)
+    with torch.no_grad():  # no canary of before can tell
+        server.model.lm_head.weight += 0.3 * torch.randn(server.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    teacher.reference = []
+    teacher.check()
+    with pytest.raises(EngineError, match=r"nats per token from those of the weights at teacher\.path"):
+        check_weights(teacher, config, student, 60)
+    (tmp_path / "model.safetensors").unlink()
+    check_weights(teacher, config, student, 60)  # nothing to compare with
+
+
 def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
     student = random_model(VOCABULARY, seed=1)
     for same in (True, False):
@@ -274,11 +321,11 @@ def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
 
 @pytest.fixture
 def make_served_trainer(tmp_path):
-    def make(fake, name="run", every=9, lag=False):
-        options = {"teacher__url": fake.url, "teacher__timeout": 0.3, "checkpoint__every": every, **(SERVER if lag else {})}
+    def make(fake, name="run", every=9, lag=False, k=0, **options):
+        options |= {"teacher__url": fake.url, "teacher__timeout": 0.3, "checkpoint__every": every, **(SERVER if lag else {})}
         trainer = make_trainer(tmp_path / name, **options)
         trainer.sampler = ServerSampler(trainer) if lag else trainer.sampler
-        trainer.scoring.teacher = ServedTeacher(trainer.config.teacher, Tokenizer(), VOCABULARY, 40, [1, 5, 9, 14, 3, 22])
+        trainer.scoring.teacher = ServedTeacher(trainer.config.teacher, Tokenizer(), VOCABULARY, 40, [1, 5, 9, 14, 3, 22], k)
         return trainer
 
     return make
@@ -310,6 +357,16 @@ def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_traine
     assert [rollout.completion for rollout in resumed.sample()] == [rollout.completion for rollout in rollouts]  # not sampled again
     list(resumed.run())
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_run_with_the_most_probable_ids_equals_the_local_one(make_served_trainer, small_server, tmp_path):
+    options = {"ppo__estimator": "topk", "ppo__k": 5, "ppo__steps": 2}
+    remote = make_served_trainer(small_server, "remote", k=5, **options)
+    local = make_trainer(tmp_path / "local", **{**options, "ppo__temperature": 1.0})
+    for trainer in (remote, local):
+        list(trainer.run())
+    assert torch.allclose(weights(remote), weights(local), atol=1e-5)
+    assert not torch.equal(weights(local), weights(make_trainer(tmp_path / "start")))
 
 
 def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):

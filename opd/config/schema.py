@@ -476,9 +476,9 @@ class Config(Section):
             self.require("teacher.placement", in_place, remedy)
 
         if self.teacher.url is not None:
-            remedy = "needs the teacher's whole distributions, which a server does not send: set ppo.estimator=sampled ppo.baseline=false"
-            self.require("ppo.estimator", self.ppo.estimator is Estimator.sampled, remedy)
-            self.require("ppo.baseline", not self.ppo.baseline, remedy)
+            whole = "needs the teacher's whole distributions, which a server does not send: set "
+            self.require("ppo.estimator", self.ppo.estimator is not Estimator.exact, f"{whole}ppo.estimator=sampled or ppo.estimator=topk")
+            self.require("ppo.baseline", not self.ppo.baseline, f"{whole}ppo.baseline=false")
             remedy = "with teacher.url, which scores at temperature 1: set ppo.temperature=1, or null"
             self.require("ppo.temperature", self.temperature == 1, remedy)
             remedy = "is not measured with teacher.url: set another metric"

@@ -24,7 +24,7 @@ from opd import signals
 from opd.data.rollouts import Request, Rollout
 from opd.errors import OutputError
 from opd.models.server import Server, served_models, short
-from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
 from opd.samplers.weights import write_weights
 
@@ -51,7 +51,7 @@ class ServedSampler:
 
     def sync_weights(self, on_main: OnMain = run_here) -> None: ...
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
         options = {**sampling_options(decoding, self.spec.eos), **self.restriction}
 
@@ -64,6 +64,7 @@ class ServedSampler:
             for rollout in pool.map(generate, requests):
                 signals.check()
                 rollouts.append(rollout)
+                on_done([rollout])
             return rollouts
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -152,11 +153,11 @@ class VllmServerSampler(ServedSampler):
         on_main(lambda: self.send(file, failure))
         self.stale = False
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
         if self.stale and self.spec.is_main:
             self.sync_weights()
-        return super().sample(requests, decoding, stream)
+        return super().sample(requests, decoding, stream, on_done)
 
     def send(self, file: Path, failure: OSError | None) -> None:
         """Let the server load the weights in `file` and drop cached keys and values of the old ones. `failure`: why there is no file."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Placement, Quantization
+from opd.config.schema import Config, Engine, Estimator, Placement, Quantization
 from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
@@ -36,7 +36,7 @@ from opd.models.policy import (
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import LocalTeacher, ServedTeacher, Teacher, loading_device, place
+from opd.teachers import LocalTeacher, ServedTeacher, Teacher, check_weights, loading_device, place
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
@@ -141,6 +141,9 @@ def build(
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
         choices["bf16_copy"] = sampler.copy is not None
+    served = None
+    if is_served:
+        served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
@@ -153,10 +156,11 @@ def build(
     teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
     teacher: Teacher
     teacher_sampler: Sampler
-    if teacher_model is None:
-        teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
+    if served is not None:
+        teacher = served
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
+        assert teacher_model is not None
         teacher = LocalTeacher(
             teacher_model,
             vocabulary,
@@ -197,7 +201,7 @@ def build(
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
     differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
-    place_of_teacher = "" if teacher_model is not None else f"{served.name} at {', '.join(config.teacher.urls)}"
+    place_of_teacher = "" if served is None else f"{served.name} at {', '.join(config.teacher.urls)}"
     return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
 
 
@@ -229,17 +233,30 @@ def connect_teacher(
     config: Config,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
     vocabulary: int,
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     choices: dict[str, Any],
 ) -> ServedTeacher:
-    """Return the served teacher. Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed."""
+    """Connect to the served teacher, before the student is sharded.
+
+    Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed.
+    """
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
     canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
-    teacher = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
+    teacher = ServedTeacher(
+        config.teacher,
+        tokenizer,
+        vocabulary,
+        longest,
+        canary[: longest - 1],
+        config.ppo.k if config.ppo.estimator is Estimator.topk else 0,
+    )
     teacher.reference = [] if config.resume_force else choices.get("canary", [])
     on_main_process(accelerator, teacher.check)
+    if "canary" not in choices:
+        on_main_process(accelerator, lambda: check_weights(teacher, config.teacher, student, vocabulary))
     choices["canary"] = teacher.reference
     return teacher
 

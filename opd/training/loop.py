@@ -315,7 +315,7 @@ class Trainer:
     def sample_step(self, step: int) -> list[Rollout]:
         sampling = self.config.sampling
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
-        return self.sampler.sample(self.requests(step), decoding, "train")
+        return self.sampler.sample(self.requests(step), decoding, "train", lambda done: self.scoring.teacher.expect(self.with_masks(done)))
 
     def wait_for_ahead(self) -> None:
         """Wait for the background: nothing else may sample, or change the weights that it samples with."""

@@ -29,7 +29,7 @@ from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
 from opd.models.policy import padding_limit
-from opd.objective import Clips, Sampled, chunked_loss, discounted, exact, sampled, topk
+from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounted, exact, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import Teacher
@@ -89,7 +89,7 @@ class Step:
         for part in tokens.slices:
             inputs, ids_N = part.batch.teacher_inputs, part.batch.ids_N
             if not is_sampled or ppo.baseline:
-                part.teacher = self.teacher.states(inputs)
+                part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
                 if needs_scores:
                     scores.append(part.teacher.token_logp(ids_N, temperature))
             elif needs_scores:
@@ -212,6 +212,7 @@ class Step:
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
             if ppo.estimator is Estimator.topk:
                 return topk(ids_N, part.teacher, temperature, divergence, ppo.k)
+            assert isinstance(part.teacher, TeacherStates)
             return exact(ids_N, part.teacher, temperature, divergence)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         advantage_N = None
@@ -225,7 +226,7 @@ class Step:
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
-            baseline=part.teacher,
+            baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
         )
         return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 
