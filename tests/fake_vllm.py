@@ -37,6 +37,9 @@ class FakeServer(ThreadingHTTPServer):
         }
         self.completion = completion()
 
+    def handle_error(self, request, client_address):
+        """Print nothing: clients that are gone are part of some tests."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
