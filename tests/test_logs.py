@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.config.schema import GuardAction, SamplingConfig
+from opd.config.schema import Config, GuardAction, PPOConfig, SamplingConfig
 from opd.errors import INTERNAL, NumericError
 from opd.training.logs import Guard, watchdog
 
@@ -34,7 +34,7 @@ def metrics(**values: float) -> dict[str, float]:
 
 
 def test_the_guard_warns_once_after_ten_bad_steps_and_again_after_a_good_one(caplog: pytest.LogCaptureFixture) -> None:
-    guard = Guard(SamplingConfig())
+    guard = Guard(Config(sampling=SamplingConfig()))
     for step in range(1, 31):
         guard.check(step, metrics(truncated=0.94 if step == 16 else 0.95, repetition=0.49))
     assert [record.message.split(":")[0] for record in caplog.records] == ["step 10", "step 26"]
@@ -42,7 +42,7 @@ def test_the_guard_warns_once_after_ten_bad_steps_and_again_after_a_good_one(cap
 
 
 def test_the_guard_stops_a_run_that_repeats_itself(caplog: pytest.LogCaptureFixture) -> None:
-    guard = Guard(SamplingConfig(guard=GuardAction.stop))
+    guard = Guard(Config(sampling=SamplingConfig(guard=GuardAction.stop)))
     for step in range(1, 10):
         guard.check(step, metrics(repetition=0.5))
     with pytest.raises(NumericError, match=r"step 10: repetition=0\.50.*optim\.lr.*sampling\.guard=warn"):
@@ -50,7 +50,7 @@ def test_the_guard_stops_a_run_that_repeats_itself(caplog: pytest.LogCaptureFixt
 
 
 def test_the_guard_is_silent_when_it_is_off(caplog: pytest.LogCaptureFixture) -> None:
-    guard = Guard(SamplingConfig(guard=GuardAction.none))
+    guard = Guard(Config(sampling=SamplingConfig(guard=GuardAction.none)))
     for step in range(20):
         guard.check(step, metrics(repetition=0.9, truncated=1.0))
     assert not caplog.records
@@ -58,10 +58,16 @@ def test_the_guard_is_silent_when_it_is_off(caplog: pytest.LogCaptureFixture) ->
 
 @pytest.mark.parametrize(("options", "warned"), [({}, True), ({"top_p": 0.9}, False), ({"top_k": 5}, False), ({"max_gap": 0.5}, False)])
 def test_a_gap_between_sampler_and_trainer_is_warned_of_once(options, warned, caplog: pytest.LogCaptureFixture) -> None:
-    guard = Guard(SamplingConfig(**options))
+    guard = Guard(Config(sampling=SamplingConfig(**options)))
     for step in range(3):
         guard.check(step, metrics(engine_gap=0.2))
     assert len(caplog.records) == int(warned)
+
+
+def test_a_gap_is_expected_where_another_temperature_is_scored(caplog: pytest.LogCaptureFixture) -> None:
+    for temperature, warned in ((1.0, False), (0.7, True)):
+        Guard(Config(ppo=PPOConfig(temperature=temperature))).check(1, metrics(engine_gap=0.2))
+        assert bool(caplog.records) is warned
 
 
 def test_a_run_that_hangs_ends_with_its_stacks_and_exit_code_70(tmp_path: Path) -> None:

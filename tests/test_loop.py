@@ -1,6 +1,5 @@
 """The loop: events, order of data, learning rate, saving, resume, rewind, preemption, sampling ahead, and runs with one trajectory."""
 
-import copy
 import signal
 from types import SimpleNamespace
 
@@ -12,8 +11,8 @@ from training_helpers import (
     UNEVEN,
     NoEvaluator,
     PoisonedTeacher,
+    ServerSampler,
     config,
-    make_sampler,
     make_trainer,
     untimed,
     weights,
@@ -326,22 +325,6 @@ def test_with_lag_1_the_next_step_is_sampled_with_the_weights_from_before_the_up
     for _ in range(2):
         trainer.train_step()
     assert trainer.ahead is None  # nothing is sampled after the last step
-
-
-class ServerSampler:
-    """Samples with the weights of the last `sync_weights`, whatever happens to the trainer's meanwhile."""
-
-    def __init__(self, trainer):
-        self.trainer, self.model = trainer, copy.deepcopy(trainer.student)
-        self.inner = make_sampler(self.model)
-
-    def sample(self, requests, decoding, stream):
-        return self.inner.sample(requests, decoding, stream)
-
-    def refresh(self): ...
-
-    def sync_weights(self, on_main):
-        self.model.load_state_dict(self.trainer.student.state_dict())
 
 
 @pytest.mark.parametrize("check", [2, 3, 4, None])

@@ -127,6 +127,25 @@ def test_expected_gradient_of_sampled_is_the_gradient_of_the_reverse_kl(baseline
     assert torch.allclose(of_kl, closed_form, atol=1e-12)
 
 
+@pytest.mark.parametrize("drawn_at", [0.5, 1.6])
+def test_importance_weights_correct_for_another_sampling_temperature(drawn_at):
+    """By enumeration, with samples of b at another temperature than the loss: Σ_y b(y)·w(y)·∇loss(y) = ∇KL; not without w."""
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(1, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, V, generator=generator, dtype=torch.float64).log_softmax(-1)
+    drawn = (logits.detach() / drawn_at).log_softmax(-1)
+    found = {}
+    for cap in (math.inf, None):
+        found[cap] = torch.zeros_like(logits)
+        for token in range(V):
+            tokens = Sampled(target_N=torch.tensor([token]), teacher_logp_N=teacher[:, token], behaviour_logp_N=drawn[:, token])
+            loss, _ = sampled(tokens, 1.0, Clips(math.inf, math.inf, None, cap))(logits, slice(0, 1))
+            found[cap] += drawn[0, token].exp() * torch.autograd.grad(loss.sum(), logits)[0]
+    (of_kl,) = torch.autograd.grad(reverse_kl(logits.log_softmax(-1), teacher).sum(), logits)
+    assert torch.allclose(found[math.inf], of_kl, rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(found[None], of_kl, rtol=0.1)
+
+
 def test_gradient_carries_the_teacher():
     """mean(logp_s − logp_t) back-propagated has a gradient that no teacher changes; ours changes with it."""
     hidden, weight, bias, teacher_hidden, teacher, targets = problem()

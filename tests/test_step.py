@@ -34,11 +34,11 @@ LONG = (7, 8, 9, 10, 11, 12, 1)
 HOLES = (True, False, True, True, False, True, True)
 
 
-def old_logp(trainer: Trainer, model: torch.nn.Module, rollout: Rollout) -> torch.Tensor:
+def old_logp(trainer: Trainer, model: torch.nn.Module, rollout: Rollout, temperature: float | None = None) -> torch.Tensor:
     """Return the log-probs of the trained tokens by a plain forward pass over the rollout alone."""
     prompt = rollout.request.prompt.ids
     ids = torch.tensor([prompt + rollout.completion])
-    logits = model(ids).logits[0, len(prompt) - 1 : -1, :VOCABULARY] / trainer.config.sampling.temperature
+    logits = model(ids).logits[0, len(prompt) - 1 : -1, :VOCABULARY] / (temperature or trainer.config.temperature)
     logp = logits.log_softmax(-1).gather(-1, torch.tensor(rollout.completion)[:, None])[:, 0]
     return logp[rollout.trained]
 
@@ -66,6 +66,25 @@ def test_the_gradient_is_that_of_one_mean_over_all_trained_tokens(tmp_path, redu
         losses.append(-(old_logp(trainer, trainer.scoring.teacher.model, rollout) - logp).detach() * logp)
     loss = torch.cat(losses).mean() if reduction == "token" else torch.stack([each.mean() for each in losses]).mean()
     loss.backward()
+    for name, parameter in trainer.student.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_another_temperature_than_the_samplers_scores_at_it_and_weighs_by_it(tmp_path):
+    options = {"sampling__temperature": 0.6, "ppo__temperature": 1.0, "ppo__importance_cap": 50.0, "ppo__advantage_clip": None}
+    trainer = make_trainer(tmp_path, **options)
+    tokens = trainer.begin_step()
+    weight_R, total = trainer.scoring.token_weights(tokens.rollouts)
+    trainer.scoring.gradients(tokens, weight_R[tokens.rollout_N], total)
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.student.named_parameters()}
+    trainer.student.zero_grad()
+    losses = []
+    for rollout in tokens.rollouts:
+        logp, teacher = (old_logp(trainer, model, rollout) for model in (trainer.student, trainer.scoring.teacher.model))
+        drawn = old_logp(trainer, trainer.student, rollout, temperature=0.6).detach()
+        assert torch.allclose(drawn, rollout.behaviour_logp, atol=1e-5)
+        losses.append(-(logp.detach() - drawn).exp() * (teacher - logp).detach() * logp)
+    torch.cat(losses).mean().backward()
     for name, parameter in trainer.student.named_parameters():
         assert torch.allclose(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4), name
 

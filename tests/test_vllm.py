@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -290,18 +291,17 @@ def test_each_of_two_processes_has_an_engine_with_the_current_weights(student_fo
     assert len(steps) == 4 and max(step["engine_gap"] for step in steps) < 1e-4
 
 
-@pytest.fixture(scope="module")
-def server(student_folder, tmp_path_factory):
-    """A real server, started as opd/samplers/README.md says, with a smaller cache."""
+@contextmanager
+def serving(folder, log):
+    """Let a real server, started as opd/samplers/README.md says with a smaller cache, answer for the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [Path(sys.executable).parent / "vllm", "serve", student_folder, "--host", "127.0.0.1", "--port", str(port)]
+    command = [Path(sys.executable).parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", "--logprobs-mode", "processed_logprobs"]
     command += ["--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M"]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    log = tmp_path_factory.mktemp("server") / "log"
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process:
         try:
@@ -313,6 +313,12 @@ def server(student_folder, tmp_path_factory):
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(student_folder, tmp_path_factory):
+    with serving(student_folder, tmp_path_factory.mktemp("server") / "log") as url:
+        yield url
 
 
 def answers(url):

@@ -1,5 +1,6 @@
 """What tests of the trainer share: a small trainer, rollouts made by hand, and stand-ins for its parts."""
 
+import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,12 +161,28 @@ class FixedSampler:
     def sync_weights(self, *_: Any) -> None: ...
 
 
+class ServerSampler:
+    """Samples with the weights of the last `sync_weights`, whatever happens to the trainer's meanwhile."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.model = trainer, copy.deepcopy(trainer.student)
+        self.inner = make_sampler(self.model)
+
+    def sample(self, *args: Any) -> list[Rollout]:
+        return self.inner.sample(*args)
+
+    def refresh(self) -> None: ...
+
+    def sync_weights(self, *_: Any) -> None:
+        self.model.load_state_dict(self.trainer.student.state_dict())
+
+
 class PoisonedTeacher:
     """A teacher whose answer for the first token of each micro-batch is NaN while `is_poisoned()`."""
 
     def __init__(self, teacher: Teacher, is_poisoned: Any = lambda: True) -> None:
         self.teacher, self.is_poisoned = teacher, is_poisoned
-        self.states, self.ready = teacher.states, teacher.ready
+        self.states, self.ready, self.check = teacher.states, teacher.ready, teacher.check
 
     def logp(self, *args: Any) -> torch.Tensor:
         logp_N = self.teacher.logp(*args)

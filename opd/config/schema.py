@@ -111,6 +111,7 @@ class Direction(Enum):
 
 
 AUTO = "auto"
+SERVER = re.compile(r"https?://[^/\s]+/?")
 # The metrics of summary.json and, where one value is better than another, the direction.
 METRICS: dict[str, Direction | None] = {
     "reward_before": Direction.maximize,
@@ -211,6 +212,8 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     PREFIX: ClassVar[str] = "teacher."
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    url: Any = None
+    timeout: float = bounded(600.0, above=0, hint="seconds")
     system: str | None = None
     placement: Placement = Placement.same
     device: str | None = None
@@ -229,6 +232,16 @@ class TeacherConfig(ModelConfig):
             self.require("quantization", whole, f"does not work with teacher.placement={self.placement.value}: set teacher.placement=same")
             remedy = "does not work with teacher.gguf_file, which is dequantized on loading: set teacher.quantization=none"
             self.require("quantization", self.gguf_file is None, remedy)
+        if self.url is not None:
+            known = bool(self.urls) and all(isinstance(url, str) and SERVER.fullmatch(url) for url in self.urls)
+            self.require("url", known, "must be a server such as http://127.0.0.1:8000, a list of servers, or null for a local teacher")
+            here = self.placement is Placement.same and self.quantization is Quantization.none
+            self.require("url", here, "the server has the weights: set teacher.placement=same teacher.quantization=none")
+
+    @property
+    def urls(self) -> list[str]:
+        """The servers, none for a local teacher."""
+        return [] if self.url is None else [self.url] if isinstance(self.url, str) else list(self.url)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -280,7 +293,7 @@ class VllmConfig(Section):
     timeout: float = bounded(600.0, above=0, hint="seconds")
 
     def __post_init__(self) -> None:
-        known = self.url is None or re.fullmatch(r"https?://[^/\s]+/?", self.url) is not None
+        known = self.url is None or SERVER.fullmatch(self.url) is not None
         self.require("url", known, "must be a server such as http://127.0.0.1:8000, or null for an engine in this process")
 
 
@@ -317,6 +330,7 @@ class PPOConfig(Section):
     PREFIX: ClassVar[str] = "ppo."
     estimator: Estimator = Estimator.sampled
     divergence: Divergence = Divergence.reverse_kl
+    temperature: float | None = bounded(None, above=0, hint="null: sampling.temperature")
     steps: int = bounded(1, at_least=1)
     clip_eps: float = bounded(0.2, above=0, hint="0.2 is usual")
     advantage_clip: float | None = bounded(5.0, above=0)
@@ -461,11 +475,26 @@ class Config(Section):
             remedy = "the teacher shares the student's weights: set teacher.placement=same teacher.quantization=none"
             self.require("teacher.placement", in_place, remedy)
 
+        if self.teacher.url is not None:
+            whole = "needs the teacher's whole distributions, which a server does not send: set "
+            self.require("ppo.estimator", self.ppo.estimator is not Estimator.exact, f"{whole}ppo.estimator=sampled or ppo.estimator=topk")
+            self.require("ppo.baseline", not self.ppo.baseline, f"{whole}ppo.baseline=false")
+            remedy = "with teacher.url, which scores at temperature 1: set ppo.temperature=1, or null"
+            self.require("ppo.temperature", self.temperature == 1, remedy)
+            remedy = "is not measured with teacher.url: set another metric"
+            self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl"), remedy)
+
         corrected, truncated = self.ppo.importance_cap is not None, self.sampling.top_p < 1 or self.sampling.top_k > 0
         remedy = "sampling.lag=1 samples with the previous step's weights: set ppo.importance_cap=2.0, or sampling.lag=0"
         self.require("ppo.importance_cap", corrected or self.sampling.lag == 0, remedy)
         if self.ppo.estimator is Estimator.sampled:
             self.require("sampling.top_k", self.sampling.top_k != 1, "leaves one token to sample: set sampling.top_k=0, or more than 1")
+            retempered = self.temperature != self.sampling.temperature
+            remedy = f"the sampler draws at another temperature than ppo.temperature={self.temperature:g}: set ppo.importance_cap=2.0, or "
+            same = f"sampling.temperature={self.temperature:g}"
+            self.require("ppo.importance_cap", corrected or not retempered, remedy + same)
+            remedy = f"sums log-probs at the sampler's temperature, which is not ppo.temperature: set {same}, or ppo.discount=0"
+            self.require("ppo.discount", self.ppo.discount == 0 or not retempered, remedy)
             off = "sampling.top_p=1 sampling.top_k=0"
             remedy = f"top-p and top-k sample from a truncated distribution: set ppo.importance_cap=2.0, or {off}"
             self.require("ppo.importance_cap", corrected or not truncated, remedy)
@@ -486,7 +515,20 @@ class Config(Section):
         self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl") or self.eval.kl_prompts > 0, remedy)
 
     @property
+    def temperature(self) -> float:
+        """The temperature at which student and teacher are scored."""
+        default = self.sampling.temperature if self.teacher.url is None else 1.0  # which is what servers compute at
+        return default if self.ppo.temperature is None else self.ppo.temperature
+
+    @property
+    def draws_from_scored(self) -> bool:
+        """Whether the sampler draws from the distribution that is scored, up to rounding: their log-probs can then be compared."""
+        sampling = self.sampling
+        return sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature == self.temperature
+
+    @property
     def shares_base(self) -> bool:
         """Whether the teacher is the student's base model without the adapter, so that only one copy is loaded."""
         base = (self.model.path, self.model.revision, self.model.gguf_file)
-        return self.lora.rank > 0 and base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)
+        is_local = self.teacher.url is None
+        return is_local and self.lora.rank > 0 and base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)

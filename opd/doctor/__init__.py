@@ -116,8 +116,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
 
 def check_ends(config: Config, built: Built, student: PreTrainedTokenizerBase) -> list[Finding]:
     teacher = models.load_tokenizer(config.teacher, "teacher")
-    teacher_eos = built.eos if config.shares_base else models.eos_ids(built.teacher.model, teacher)
-    kwargs = config.data.chat_template_kwargs
+    kwargs, teacher_eos = config.data.chat_template_kwargs, built.teacher_eos
     return [
         *tokens.check_eos(student, teacher, built.eos, teacher_eos),
         *tokens.check_turn_end(student, built.eos, "student", kwargs),

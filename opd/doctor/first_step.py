@@ -70,9 +70,10 @@ def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequenc
 def check_sampler(step: Step, config: Config) -> list[Finding]:
     """Compare the sampler's log-probs with the trainer's."""
     gap = step.metrics["engine_gap"]
-    truncated = config.sampling.top_p < 1 or config.sampling.top_k > 0
-    what = f"the sampler's log-probs are {gap:.1e} nats from the trainer's" + (", as expected with top-p or top-k" if truncated else "")
-    if gap > config.sampling.max_gap and not truncated:
+    comparable = config.draws_from_scored
+    why = "" if comparable else ", as expected with top-p, top-k or ppo.temperature"
+    what = f"the sampler's log-probs are {gap:.1e} nats from the trainer's" + why
+    if gap > config.sampling.max_gap and comparable:
         return [warn("sampler", what, "set sampling.engine=generate sampling.dtype=trainer, which compute as the trainer does")]
     return [ok("sampler", what)]
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, broadcast_object_list
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -170,6 +170,14 @@ def run_stoppable(accelerator: Accelerator, work: Callable[[], T]) -> T:
         assert signals.requested()
     stop_all_processes(accelerator)
     return results[0]
+
+
+def share_failure(accelerator: Accelerator, failure: OpdError | None) -> None:
+    """Raise the first process's failure in all processes; does nothing where none has one."""
+    failures = [failure] if accelerator.num_processes == 1 else gather_object([failure])
+    for error in failures:
+        if error is not None:
+            raise error
 
 
 def is_peer_failure(error: Exception) -> bool:

@@ -201,8 +201,10 @@ def quantized(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesCon
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def eos_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Return every id that ends a completion: the tokenizer's, the model's and its generation config's."""
+    if model is None:
+        return (tokenizer.eos_token_id,)
     generation = model.generation_config.eos_token_id if model.generation_config is not None else None
     eos: set[int] = set()
     for ids in (tokenizer.eos_token_id, model.config.eos_token_id, generation):
@@ -222,14 +224,16 @@ def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenize
         )
 
 
-def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel) -> int:
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel | None) -> int:
     """Return how many ids both heads have: ids beyond the tokenizer's last are padding of the head.
 
-    Added tokens may be without a row, such as one for images; `check_known` looks for them in prompts. Padding gets one that has a row.
+    Added tokens may be without a row, such as one for images; `check_known` looks for them in prompts. Padding gets one that has a row. A
+    served teacher (None) has as many as the tokenizer.
 
     Raises `ConfigError` when a head is too narrow for the tokenizer.
     """
-    size = min(output_head(student).vocabulary, output_head(teacher).vocabulary)
+    theirs = max(tokenizer.get_vocab().values()) + 1 if teacher is None else output_head(teacher).vocabulary
+    size = min(output_head(student).vocabulary, theirs)
     last = max({*tokenizer.get_vocab().values()} - {*tokenizer.get_added_vocab().values()} | {tokenizer.eos_token_id or 0})
     if last >= size:
         raise ConfigError(

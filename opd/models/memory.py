@@ -98,7 +98,9 @@ def estimate(
     Raises:
         ConfigError: a model's config cannot be read.
     """
-    student, teacher = empty_model(config.model, "model"), empty_model(config.teacher, "teacher")
+    student = empty_model(config.model, "model")
+    served = config.teacher.url is not None
+    teacher = student if served else empty_model(config.teacher, "teacher")
     parameters = count(student)
     uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
     sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device, uses_line)  # without adapters
@@ -113,7 +115,7 @@ def estimate(
     resident = {
         "the process": in_use,
         "student": round(share * weights),
-        "teacher": 0 if config.shares_base else teacher_bytes(config.teacher, teacher, processes, device),
+        "teacher": 0 if config.shares_base or served else teacher_bytes(config.teacher, teacher, processes, device),
         "optimizer": round(share * MOMENTS * trained),
     }
     if "decode line" in sampling:

@@ -1,7 +1,7 @@
 """The per-token losses that `chunked_loss` is called with, one function for each `ppo.estimator`.
 
 Each returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and detached statistics (C,). These are `logp` and
-`teacher_logp` of the token at the sampling temperature, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
+`teacher_logp` of the token at `ppo.temperature`, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
 `sampled` estimates from the token), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip
 changed it).
 
@@ -155,6 +155,31 @@ class TeacherStates:
         return top["id"], top["logp"]
 
 
+@dataclass(frozen=True, slots=True)
+class TeacherTop:
+    """The teacher's most probable ids at each position: all that a server sends of its distributions.
+
+    Args:
+        id_NK: The k most probable ids.
+        logp_NK: Their log-probs at the temperature of the objective.
+        token_logp_N: The log-prob of the sampled token, which need not be among them.
+    """
+
+    id_NK: Tensor
+    logp_NK: Tensor
+    token_logp_N: Tensor
+
+    def token_logp(self, target_N: Tensor, temperature: float) -> Tensor:
+        """Return the log-probs (N,) of the sampled tokens."""
+        return self.token_logp_N
+
+    def with_tail(self, part: slice) -> Tensor:
+        """Return the log-probs (C, K + 1) of the ids and of one bucket for all others, at least float32's rounding."""
+        logp_CK = self.logp_NK[part]
+        rest_C1 = (1 - logp_CK.double().exp().sum(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).eps)
+        return torch.cat((logp_CK, rest_C1.log().to(logp_CK)), -1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """The inputs of the sampled objective.
@@ -234,14 +259,39 @@ def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergen
     return loss
 
 
-def topk(target_N: Tensor, teacher: TeacherStates, temperature: float, divergence: Divergence, k: int) -> TokenLoss:
-    """Return the divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`."""
+def topk(target_N: Tensor, teacher: TeacherStates | TeacherTop, temperature: float, divergence: Divergence, k: int) -> TokenLoss:
+    """Return the divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`.
+
+    The statistic `reverse_kl` is over the whole vocabulary, or where the teacher sent only its most probable ids over them and the bucket,
+    which is less.
+    """
+    if isinstance(teacher, TeacherTop):
+        return sent_top(target_N, teacher, temperature, divergence)
 
     def on_top(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
         top_CK = teacher_CV.topk(min(k, teacher_CV.shape[-1]), -1).indices
         return divergence(with_tail(student_CV, top_CK), with_tail(teacher_CV, top_CK))
 
     return exact(target_N, teacher, temperature, on_top)
+
+
+def sent_top(target_N: Tensor, teacher: TeacherTop, temperature: float, divergence: Divergence) -> TokenLoss:
+    """Return `topk` for a teacher of which only the most probable ids are known."""
+
+    def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
+        student_CV = scaled_logp(logits_CV, temperature)
+        student_top, teacher_top = with_tail(student_CV, teacher.id_NK[part]), teacher.with_tail(part).to(student_CV)
+        loss_C = divergence(student_top, teacher_top)
+        with torch.no_grad():
+            stats = {
+                "logp": student_CV.gather(-1, target_N[part][:, None])[:, 0],
+                "teacher_logp": teacher.token_logp_N[part],
+                "entropy": entropy(student_CV),
+                "reverse_kl": reverse_kl(student_top, teacher_top),
+            }
+        return loss_C, stats
+
+    return loss
 
 
 def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tensor:

@@ -246,7 +246,7 @@ def token_view(data: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
 <div class="view"><div id="columns" class="columns"></div>
 <aside id="detail" aria-live="polite"><p class="hint">Point at a token, tap it, or use the arrow keys.</p></aside></div>"""
     about = (
-        "Completions of the student before that step’s update, coloured by teacher − student log-probability at the sampling temperature: "
+        "Completions of the student before that step’s update, coloured by teacher − student log-probability at the loss’s temperature: "
         "the larger the difference, the stronger the training signal."
     )
     return _section("Tokens", body + left_out, "tokens", about)

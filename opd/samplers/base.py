@@ -10,6 +10,12 @@ from opd.data.rollouts import Request, Rollout
 
 OnMain = Callable[[Callable[[], None]], object]
 """Runs something in the main process while the others wait, and raises its error in all of them."""
+OnDone = Callable[[Sequence[Rollout]], None]
+"""Is given rollouts as soon as they are finished, while others are still sampled."""
+
+
+def ignore(rollouts: Sequence[Rollout]) -> None:
+    """The `OnDone` that does nothing."""
 
 
 def run_here(work: Callable[[], None]) -> None:
@@ -60,7 +66,7 @@ class SamplerSpec:
 class Sampler(Protocol):
     """Generates completions. `stream` keeps the random numbers of different uses (training, evaluation) apart."""
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Return one rollout for each request, in order. Raises `Preempted`, between decode steps, when this process is asked to stop."""
         ...
 

@@ -29,7 +29,7 @@ from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.models.device import free_memory
-from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
 from opd.samplers.weights import checkpoint_weights
 
 TESTED = "0.32"
@@ -85,7 +85,7 @@ class VllmSampler:
                 self.wake()
                 self.sleep()
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Raises `EngineError` unless the engine returns a completion with finite log-probs for each request."""
         from vllm import TokensPrompt
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -102,6 +102,7 @@ class VllmSampler:
             ids = list(output.outputs[0].token_ids)
             logp = [step[token].logprob for token, step in zip(ids, output.outputs[0].logprobs, strict=True)]
             rollouts.append(make_rollout(request, ids, logp, decoding, self.spec))
+        on_done(rollouts)
         return rollouts
 
     def generate(self, prompts: Sequence[Any], options: Sequence[Any]) -> list[Any]:

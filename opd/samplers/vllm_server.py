@@ -8,7 +8,6 @@ The server is started by the user, with the student that the run begins with:
 The developer mode opens the addresses through which weights are exchanged. Anyone who reaches the port can use them: keep it local.
 """
 
-import http.client
 import json
 import math
 import shutil
@@ -18,14 +17,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from opd import signals
 from opd.data.rollouts import Request, Rollout
-from opd.errors import EngineError, OutputError
-from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
+from opd.errors import OutputError
+from opd.models.server import Server, served_models, short
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
 from opd.samplers.weights import write_weights
 
@@ -34,53 +33,58 @@ ZERO_TOLERANCE = 1e-4  # nats
 PROBE_TOKENS = 8
 
 
-class Server:
-    """A JSON client. Every failure is an `EngineError` of one line."""
+class ServedSampler:
+    """Implements `Sampler` with a server's own model, such as a teacher; `spec.batch_size` completions are requested at a time.
 
-    def __init__(self, url: str, timeout: float) -> None:
-        parts = urlsplit(url)
-        self.name = f"sampling.vllm.url={url}"
-        self.address = parts.netloc
-        self.connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self.timeout = timeout
+    Args:
+        spec: Of the model, without its weights.
+        model: Its name on the server.
+    """
 
-    def get(self, path: str) -> Any:
-        return self.ask("GET", path, None)
+    def __init__(self, server: Server, model: str, spec: SamplerSpec) -> None:
+        self.server = server
+        self.model_name = model
+        self.spec = spec
+        self.restriction: dict[str, Any] = {}
 
-    def post(self, path: str, body: object = None) -> Any:
-        return self.ask("POST", path, json.dumps(body).encode())
+    def refresh(self) -> None: ...
 
-    def ask(self, method: str, path: str, body: bytes | None) -> Any:
-        connection = self.connect(self.address, timeout=self.timeout)
+    def sync_weights(self, on_main: OnMain = run_here) -> None: ...
+
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+        """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
+        options = {**sampling_options(decoding, self.spec.eos), **self.restriction}
+
+        def generate(request: Request) -> Rollout:
+            ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.spec.seed))
+            return make_rollout(request, ids, logp, decoding, self.spec)
+
+        pool, rollouts = ThreadPoolExecutor(self.spec.batch_size), []
         try:
-            connection.request(method, path, body, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            status, answer = response.status, response.read()
-        except TimeoutError:
-            raise self.error(f"no answer to {path} within {self.timeout:g} s; see its log, or raise sampling.vllm.timeout") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise self.error(f"no answer to {path} ({error or type(error).__name__}): is it running? {START}") from None
+            for rollout in pool.map(generate, requests):
+                signals.check()
+                rollouts.append(rollout)
+                on_done([rollout])
+            return rollouts
         finally:
-            connection.close()
-        if status == 404:
-            raise self.error(f"it has no {path}: {START}, with VLLM_SERVER_DEV_MODE=1")
-        if status != 200:
-            raise self.error(f"it refuses {path} ({status}): {short(answer)}; see its log")
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def complete(self, model: str, prompt: Sequence[int], options: dict[str, Any], seed: int) -> tuple[list[int], list[float]]:
+        """Return the sampled ids of a completion and their log-probs."""
+        body = {"model": model, "prompt": list(prompt), "seed": seed, "return_token_ids": True, **options}
+        answer = self.server.post("/v1/completions", body)
         try:
-            return json.loads(answer) if answer else None
-        except ValueError:
-            raise self.error(f"its answer to {path} is not JSON: {short(answer)}") from None
-
-    def error(self, what: str) -> EngineError:
-        return EngineError(f"{self.name}: {what}")
-
-
-def short(answer: bytes) -> str:
-    return " ".join(answer.decode(errors="replace").split())[:200] or "nothing"
+            choice = answer["choices"][0]
+            ids, logp = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            if not all(isinstance(token, int) for token in ids) or not all(math.isfinite(value) for value in logp):
+                raise ValueError
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise self.server.error(f"its completion lacks token ids or log-probs: {short(json.dumps(answer).encode())}") from None
+        return ids, logp
 
 
-class VllmServerSampler:
-    """Implements `Sampler` with a vLLM server, which `spec.batch_size` completions are requested from at a time.
+class VllmServerSampler(ServedSampler):
+    """Implements `Sampler` with a vLLM server that gets the student's weights.
 
     Args:
         spec: The student. The main process sends its weights, in `sync_weights`, before any process asks for completions.
@@ -94,16 +98,16 @@ class VllmServerSampler:
     """
 
     def __init__(self, spec: SamplerSpec, bf16: bool, url: str, timeout: float = 600.0, weights_folder: str | None = None) -> None:
-        self.spec = spec
+        super().__init__(Server(url, timeout, "sampling.vllm", f"{START}, with VLLM_SERVER_DEV_MODE=1"), "", spec)
         self.dtype = torch.bfloat16 if bf16 else torch.float32
-        self.server = Server(url, timeout)
         if weights_folder is None:
             weights_folder = tempfile.mkdtemp(prefix="opd-vllm-")
             weakref.finalize(self, shutil.rmtree, weights_folder, ignore_errors=True)
         self.folder = Path(weights_folder).expanduser().resolve()
         # The student's head may have rows for ids that the teacher does not have.
         head = spec.model.get_output_embeddings().weight.shape[0]
-        self.restriction = {"allowed_token_ids": list(range(spec.vocabulary))} if spec.vocabulary < head else {}
+        if spec.vocabulary < head:
+            self.restriction = {"allowed_token_ids": list(range(spec.vocabulary))}
         self.model_name = self.check_server(spec.longest)
         self.stale = True
 
@@ -112,11 +116,7 @@ class VllmServerSampler:
         answer = self.server.get("/version")
         if not (isinstance(answer, dict) and str(answer.get("version")).startswith(f"{TESTED}.")):
             raise self.server.error(f"this is not vLLM {TESTED}.x, which opd is tested with: {short(json.dumps(answer).encode())}")
-        models = self.server.get("/v1/models")
-        try:
-            name, room = str(models["data"][0]["id"]), int(models["data"][0]["max_model_len"])
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise self.server.error(f"it names no served model: {short(json.dumps(models).encode())}") from None
+        name, room = next(iter(served_models(self.server).items()))
         if room < longest:
             raise self.server.error(f"it takes {room} tokens, this run {longest}: start it with --max-model-len {longest}")
         self.server.get("/is_sleeping")  # there in developer mode only
@@ -153,37 +153,11 @@ class VllmServerSampler:
         on_main(lambda: self.send(file, failure))
         self.stale = False
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
         if self.stale and self.spec.is_main:
             self.sync_weights()
-        options = {**sampling_options(decoding, self.spec.eos), **self.restriction}
-
-        def generate(request: Request) -> Rollout:
-            ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.spec.seed))
-            return make_rollout(request, ids, logp, decoding, self.spec)
-
-        pool, rollouts = ThreadPoolExecutor(self.spec.batch_size), []
-        try:
-            for rollout in pool.map(generate, requests):
-                signals.check()
-                rollouts.append(rollout)
-            return rollouts
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def complete(self, model: str, prompt: Sequence[int], options: dict[str, Any], seed: int) -> tuple[list[int], list[float]]:
-        """Return the sampled ids of a completion and their log-probs."""
-        body = {"model": model, "prompt": list(prompt), "seed": seed, "return_token_ids": True, **options}
-        answer = self.server.post("/v1/completions", body)
-        try:
-            choice = answer["choices"][0]
-            ids, logp = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-            if not all(isinstance(token, int) for token in ids) or not all(math.isfinite(value) for value in logp):
-                raise ValueError
-        except (KeyError, IndexError, TypeError, ValueError):
-            raise self.server.error(f"its completion lacks token ids or log-probs: {short(json.dumps(answer).encode())}") from None
-        return ids, logp
+        return super().sample(requests, decoding, stream, on_done)
 
     def send(self, file: Path, failure: OSError | None) -> None:
         """Let the server load the weights in `file` and drop cached keys and values of the old ones. `failure`: why there is no file."""

@@ -1,7 +1,9 @@
 """Teachers score the tokens that the student generated."""
 
 from opd.teachers.base import Teacher
+from opd.teachers.contract import check_weights
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
+from opd.teachers.served import ServedTeacher
 
-__all__ = ["LocalTeacher", "Teacher", "loading_device", "place"]
+__all__ = ["LocalTeacher", "ServedTeacher", "Teacher", "check_weights", "loading_device", "place"]

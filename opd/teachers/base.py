@@ -1,12 +1,13 @@
 """The protocol of a teacher."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
 
-from opd.data.rollouts import Inputs
-from opd.objective import TeacherStates
+from opd.data.rollouts import Inputs, Rollout
+from opd.objective import TeacherStates, TeacherTop
 
 
 class Teacher(Protocol):
@@ -18,6 +19,22 @@ class Teacher(Protocol):
 
     def states(self, inputs: Inputs) -> TeacherStates:
         """Return final hidden states (N, H) and output head, for objectives that need whole distributions."""
+        ...
+
+    def top(self, inputs: Inputs) -> TeacherStates | TeacherTop:
+        """Return what `ppo.estimator=topk` needs: the states, or the `ppo.k` most probable ids."""
+        ...
+
+    def expect(self, rollouts: Sequence[Rollout]) -> None:
+        """Begin to score rollouts that will be asked for, where that goes on beside this process's work."""
+        ...
+
+    def active(self) -> AbstractContextManager[None]:
+        """Let its model compute as the teacher for the block, also when a sampler uses it."""
+        ...
+
+    def check(self) -> None:
+        """Raise `EngineError` where it is no longer the teacher that the run began with. In the main process only."""
         ...
 
     def ready(self) -> AbstractContextManager[None]:

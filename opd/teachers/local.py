@@ -1,6 +1,6 @@
 """A teacher in this process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.data.rollouts import Inputs
+from opd.data.rollouts import Inputs, Rollout
 from opd.models.device import autocast
 from opd.models.distributed import full_tensor, unsharded
 from opd.models.policy import adapters_disabled, output_head, predicting_hidden
@@ -60,6 +60,12 @@ class LocalTeacher:
     def ready(self) -> AbstractContextManager[None]:
         return unsharded(self.model) if self.gather is None else self.gather()
 
+    def top(self, inputs: Inputs) -> TeacherStates:
+        return self.states(inputs)
+
+    def expect(self, rollouts: Sequence[Rollout]) -> None: ...
+
+    def check(self) -> None: ...
+
     def active(self) -> AbstractContextManager[None]:
-        """Let the model compute as the teacher for the block, also when another caller uses the module."""
         return adapters_disabled(self.adapters)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Placement, Quantization
+from opd.config.schema import Config, Engine, Estimator, Placement, Quantization
 from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
@@ -35,13 +35,16 @@ from opd.models.policy import (
 )
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
-from opd.teachers import LocalTeacher, loading_device, place
+from opd.samplers.vllm_server import ServedSampler
+from opd.teachers import LocalTeacher, ServedTeacher, Teacher, check_weights, loading_device, place
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
 from opd.training.loop import Trainer
 from opd.training.speed import measure_speed
 from opd.training.step import Step
+
+CANARY_PROMPTS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,16 +67,19 @@ class Built:
         adapters: peft's handle on the student's adapters, if it has any.
         differences: What does not match between student and teacher, or does not reach the student, one line each.
         sampling: The engine and weights that sample, in words.
+        served: Where the teacher is, in words; empty for a local one.
     """
 
     trainer: Trainer
     tokenizer: PreTrainedTokenizerBase
-    teacher: LocalTeacher
+    teacher: Teacher
     teacher_sampler: Sampler
+    teacher_eos: tuple[int, ...]
     adapters: Any | None
     eos: tuple[int, ...]
     differences: list[str]
     sampling: str
+    served: str
 
 
 def build(
@@ -87,6 +93,8 @@ def build(
     """
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
+    if given.teacher is not None and config.teacher.url is not None:
+        raise ConfigError("teacher.url: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
@@ -99,10 +107,13 @@ def build(
     torch.manual_seed(config.seed)
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
-    teacher_model = student if config.shares_base else build_teacher(config, given, accelerator)
+    is_served = config.teacher.url is not None
+    teacher_model = None if is_served else student if config.shares_base else build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
     load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
+    if is_served and set(teacher_eos) <= set(eos):
+        teacher_eos = eos  # a tokenizer names one token, a model may have more
     spec = SamplerSpec(
         model=student,
         eos=eos,
@@ -116,11 +127,12 @@ def build(
         sharded=sharded,
     )
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
-    for role, model in (("model", student), ("teacher", teacher_model)):
+    local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
+    for role, model in local.items():
         lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
         check_positions(model, role, "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
         check_evaluated_positions(evaluator, model, role)
-    packed = uses_packing(student, config.train.packing) and uses_packing(teacher_model, config.train.packing)
+    packed = all(uses_packing(model, config.train.packing) for model in local.values())
     if packed:
         with autocast(device, autocasts):
             check_packing(student, "model")
@@ -129,23 +141,42 @@ def build(
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
         choices["bf16_copy"] = sampler.copy is not None
+    served = None
+    if is_served:
+        served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
-    place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
+    if teacher_model is not None:
+        place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher = LocalTeacher(
-        teacher_model,
-        vocabulary,
-        adapters if config.shares_base else None,
-        choices["head_rows"],
-        bf16=config.shares_base and autocasts,
-        device=device,
-        ready=strategy.gathered_weights if config.shares_base else None,
-    )
+    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
+    teacher: Teacher
+    teacher_sampler: Sampler
+    if served is not None:
+        teacher = served
+        teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
+    else:
+        assert teacher_model is not None
+        teacher = LocalTeacher(
+            teacher_model,
+            vocabulary,
+            adapters if config.shares_base else None,
+            choices["head_rows"],
+            bf16=config.shares_base and autocasts,
+            device=device,
+            ready=strategy.gathered_weights if config.shares_base else None,
+        )
+        teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
+        if not config.shares_base:
+            with teacher.ready():
+                if packed:
+                    check_packing(teacher_model, "teacher")
+                if evaluator.answered:
+                    run_stoppable(accelerator, lambda: local_sampler.check("teacher"))
     trainer = Trainer(
         config=config,
         strategy=strategy,
@@ -166,19 +197,12 @@ def build(
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
-    teacher_spec = replace(spec, model=teacher_model, eos=teacher_eos, bf16=config.shares_base and autocasts)
-    teacher_sampler = GenerateSampler(teacher_spec)
-    if not config.shares_base:
-        with teacher.ready():
-            if packed:
-                check_packing(teacher_model, "teacher")
-            if evaluator.answered:
-                run_stoppable(accelerator, lambda: teacher_sampler.check("teacher"))
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
     differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
-    return Built(trainer, tokenizer, teacher, teacher_sampler, adapters, eos, differences, sampling)
+    place_of_teacher = "" if served is None else f"{served.name} at {', '.join(config.teacher.urls)}"
+    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
 
 
 def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
@@ -202,6 +226,38 @@ def build_teacher(config: Config, given: Given, accelerator: Accelerator) -> Pre
     teacher = prepare_teacher(given.teacher or load.load_model(config.teacher, "teacher", computes_on), device)
     if can_fuse(config):
         fuse_layers(teacher)
+    return teacher
+
+
+def connect_teacher(
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    student: PreTrainedModel,
+    vocabulary: int,
+    train: Sequence[Prompt],
+    evaluation: Sequence[Prompt],
+    choices: dict[str, Any],
+) -> ServedTeacher:
+    """Connect to the served teacher, before the student is sharded.
+
+    Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed.
+    """
+    longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
+    canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    teacher = ServedTeacher(
+        config.teacher,
+        tokenizer,
+        vocabulary,
+        longest,
+        canary[: longest - 1],
+        config.ppo.k if config.ppo.estimator is Estimator.topk else 0,
+    )
+    teacher.reference = [] if config.resume_force else choices.get("canary", [])
+    on_main_process(accelerator, teacher.check)
+    if "canary" not in choices:
+        on_main_process(accelerator, lambda: check_weights(teacher, config.teacher, student, vocabulary))
+    choices["canary"] = teacher.reference
     return teacher
 
 
@@ -281,7 +337,7 @@ def make_evaluator(
         accelerator,
         tokenizer,
         answered=judged[: config.eval.limit] if config.eval.reward is not None else [],
-        kl_prompts=prompts[: config.eval.kl_prompts],
+        kl_prompts=prompts[: config.eval.kl_prompts] if config.teacher.url is None else [],  # servers send no whole distributions
         decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
         kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
         grader=grader,

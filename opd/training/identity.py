@@ -26,7 +26,7 @@ MAY_CHANGE = (
     "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.max_tokens_per_micro_batch",
     "train.activation_checkpointing", "sampling.batch_size",
     "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "sampling.guard", "sampling.vllm", "launch",
-    "sweep", "teacher.placement", "teacher.device",
+    "sweep", "teacher.placement", "teacher.device", "teacher.url", "teacher.timeout",
 )  # fmt: skip
 CHUNK = 2**24  # numbers that are summed at a time
 
@@ -57,12 +57,12 @@ def digest_files(path: Path) -> str | None:
 
 
 def content(
-    tokenizer: PreTrainedTokenizerBase, student: nn.Module, teacher: nn.Module, train: Sequence[Prompt], evaluation: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase, student: nn.Module, teacher: nn.Module | None, train: Sequence[Prompt], evaluation: Sequence[Prompt]
 ) -> dict[str, str]:
-    """Return digests of what was loaded and is in no checkpoint."""
+    """Return digests of what was loaded and is in no checkpoint. `teacher`: None where a server has it, which the canary identifies."""
     return {
         "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]),
-        "teacher": digest(frozen(teacher)),
+        "teacher": digest(["served"] if teacher is None else frozen(teacher)),
         "the student's frozen weights": digest(frozen(student)),
         "training data": digest(rows(train)),
         "evaluation data": digest(rows(evaluation)),

@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from opd.config.compose import to_dict
-from opd.config.schema import Config, GuardAction, SamplingConfig, Tracker
+from opd.config.schema import Config, GuardAction, Tracker
 from opd.errors import INTERNAL, ConfigError, NumericError
 from opd.runs.reader import flatten
 from opd.training.evaluate import Evaluation
@@ -60,8 +60,9 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
 class Guard:
     """Watch the completions for collapse. Each problem is reported once, and again only after it has gone away."""
 
-    def __init__(self, config: SamplingConfig) -> None:
-        self.config = config
+    def __init__(self, config: Config) -> None:
+        self.config = config.sampling
+        self.comparable = config.draws_from_scored and config.sampling.lag == 0
         self.steps_above = dict.fromkeys(GUARD_LIMITS, 0)
         self.gap_reported = False
 
@@ -78,9 +79,8 @@ class Guard:
             log.warning(problem)
 
     def check_gap(self, step: int, gap: float) -> None:
-        # With top-p, top-k or lag=1 the sampler's distribution is not the trainer's, and a gap is expected.
-        comparable = self.config.top_p == 1 and self.config.top_k == 0 and self.config.lag == 0
-        if comparable and gap > self.config.max_gap and not self.gap_reported:
+        # With top-p, top-k, another temperature or lag=1 the sampler's distribution is not the trainer's, and a gap is expected.
+        if self.comparable and gap > self.config.max_gap and not self.gap_reported:
             log.warning(
                 f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.3f} nats on average, more than "
                 f"sampling.max_gap={self.config.max_gap:g}: it computes in bf16, or its weights are not the student's. Importance weights "

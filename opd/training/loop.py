@@ -21,7 +21,7 @@ from opd.config.schema import Config, Engine, SamplingDtype, Truncated
 from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
-from opd.errors import NumericError, Preempted
+from opd.errors import EngineError, NumericError, Preempted, TeacherError
 from opd.models.device import peak_memory
 from opd.models.distributed import Strategy, on_main_process, run_stoppable, stop_all_processes
 from opd.models.policy import padding_limit
@@ -39,6 +39,7 @@ from opd.training.tokens import Tokens, concatenate, load_tokens
 log = logging.getLogger(__name__)
 
 NON_FINITE_LIMIT = 3  # steps in a row
+SAME_MODEL = 1e-3  # nats per token between the teacher and a student that is the same model
 ALTERNATIVES = 5  # most probable tokens of the teacher that are stored at each token, in detailed steps
 
 
@@ -134,7 +135,7 @@ class Trainer:
     guard: Guard = field(init=False)
 
     def __post_init__(self) -> None:
-        self.guard = Guard(self.config.sampling)
+        self.guard = Guard(self.config)
 
     @property
     def accelerator(self) -> Accelerator:
@@ -154,11 +155,11 @@ class Trainer:
     def run(self) -> Iterator[Event]:
         """Train until `max_steps`, evaluate every `eval.steps` and before and after, save every `checkpoint.every` steps.
 
-        Saves and raises `Preempted` when a signal asks it to stop.
+        Saves and raises `Preempted` when a signal asks it to stop, or `TeacherError` when a served teacher stays away.
         """
         try:
             yield from self.loop()
-        except Preempted:
+        except (Preempted, TeacherError):
             yield self.save(needed=True)
             raise
 
@@ -174,6 +175,8 @@ class Trainer:
             yield done
             self.guard.check(done.step, done.metrics)
             self.check_copy(done.metrics["engine_gap"])
+            if self.step == 1:
+                self.check_distance(done.tokens)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
@@ -209,7 +212,7 @@ class Trainer:
     def check_copy(self, gap: float) -> None:
         """With sampling.dtype=auto, stop sampling with a bf16 copy whose log-probs are too far from the trainer's."""
         sampling, sampler = self.config.sampling, self.sampler
-        comparable = sampling.top_p == 1 and sampling.top_k == 0
+        comparable = self.config.draws_from_scored
         if sampling.dtype is not SamplingDtype.auto or not comparable or not gap > sampling.max_gap:  # also where it is not finite
             return
         if isinstance(sampler, GenerateSampler) and sampler.copy is not None:
@@ -222,6 +225,14 @@ class Trainer:
                 gap,
                 sampling.max_gap,
             )
+
+    def check_distance(self, tokens: Tokens) -> None:
+        """Warn where the teacher's scores are the student's: there is nothing to learn."""
+        columns = tokens.columns
+        gap_N = (columns["teacher_logp"] - columns["logp"]).abs() if "logp" in columns else torch.ones(0)
+        if len(gap_N) and float(gap_N.mean()) < SAME_MODEL:
+            name = "teacher.url" if self.config.teacher.url else "teacher.path"
+            log.warning("%s: its log-probs are the student's up to %.1e nats: this teacher is the student", name, float(gap_N.mean()))
 
     # A step.
 
@@ -253,7 +264,13 @@ class Trainer:
         self.note_memory("sampling")
         sampled = clock(self.device)
         tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
-        self.scoring.score(tokens)
+        try:
+            self.scoring.score(tokens)
+        except (EngineError, Preempted):
+            self.wait_for_ahead()
+            self.ahead = Future()  # saved, and scored after a resume
+            self.ahead.set_result(rollouts)
+            raise
         self.note_memory("scoring")
         tokens.seconds |= {"sample": done - begin, "wait": sampled - done, "score": clock(self.device) - sampled}
         return tokens
@@ -298,7 +315,7 @@ class Trainer:
     def sample_step(self, step: int) -> list[Rollout]:
         sampling = self.config.sampling
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
-        return self.sampler.sample(self.requests(step), decoding, "train")
+        return self.sampler.sample(self.requests(step), decoding, "train", lambda done: self.scoring.teacher.expect(self.with_masks(done)))
 
     def wait_for_ahead(self) -> None:
         """Wait for the background: nothing else may sample, or change the weights that it samples with."""
@@ -350,9 +367,9 @@ class Trainer:
     def alternatives(self, rollouts: Sequence[Rollout]) -> Alternatives:
         """Return the teacher's most probable ids and log-probs (tokens, k) at each token of the stored rollouts.
 
-        In the main process, in the steps of `is_detailed_step`; else nothing.
+        In the main process, in the steps of `is_detailed_step`, where the teacher is local; else nothing.
         """
-        if not is_detailed_step(self.step, self.max_steps):
+        if self.config.teacher.url is not None or not is_detailed_step(self.step, self.max_steps):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
         alternatives = {}
@@ -360,7 +377,7 @@ class Trainer:
             max_padding = padding_limit(self.device)
             for batch in micro_batches(stored, self.scoring.choices["max_tokens"], self.scoring.pad_id, self.scoring.packed, max_padding):
                 states = self.scoring.teacher.states(batch.teacher_inputs)
-                ids, logp = (values.cpu() for values in states.top(ALTERNATIVES, self.config.sampling.temperature))
+                ids, logp = (values.cpu() for values in states.top(ALTERNATIVES, self.config.temperature))
                 lengths = [len(stored[index].trained) for index in batch.rollouts]
                 for index, own_ids, own_logp in zip(batch.rollouts, ids.split(lengths), logp.split(lengths), strict=True):
                     alternatives[index] = (own_ids, own_logp)
@@ -386,7 +403,12 @@ class Trainer:
 
         Args:
             best, needed: As in `Checkpoints.save`.
+
+        Raises:
+            EngineError: A served teacher is another one by now: the last steps are not worth saving. Not where it is `needed`.
         """
+        if not needed:
+            on_main_process(self.accelerator, self.scoring.teacher.check)
         tables, numbers = {AHEAD: self.sampled_ahead()}, None
         if self.tokens is not None:
             means = self.tokens.means.over_processes(self.accelerator)

@@ -305,6 +305,8 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         held = f"{trainer.strategy.held_parameters() / 1e6:,.2f} M of the parameters"
         display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
     display.note(f"sampling: {built.sampling}")
+    if built.served:
+        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL over the vocabulary in evaluations")
     for line in built.differences:
         display.note(f"warning: {line}")
     if start is not None:

@@ -63,10 +63,13 @@ class Speed:
         return shares
 
 
-def measure_speed(config: Config, student: PreTrainedModel, teacher: PreTrainedModel, bf16: bool, decodes_in: torch.dtype | None) -> Speed:
+def measure_speed(
+    config: Config, student: PreTrainedModel, teacher: PreTrainedModel | None, bf16: bool, decodes_in: torch.dtype | None
+) -> Speed:
     """Return the rates of the student's device and the costs of both models.
 
     Args:
+        teacher: None where a server has it.
         bf16: Whether the update computes in bf16.
         decodes_in: Dtype of the weights that sample; None where another engine samples.
     """
@@ -80,7 +83,7 @@ def measure_speed(config: Config, student: PreTrainedModel, teacher: PreTrainedM
         copy_rate=2 * source.numel() / fastest(lambda: target.copy_(source), device),
         product_rate=2 * size**3 / fastest(lambda: factor @ factor, device),
         student=product_parameters(student),
-        teacher=product_parameters(teacher),
+        teacher=0 if teacher is None else product_parameters(teacher),
         passes=2 if config.lora.rank else 3,
         weight_bytes=width * product_parameters(student),
         cache_bytes=round(measure("the cache", cache_of, student, width)[0]),

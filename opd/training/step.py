@@ -1,6 +1,6 @@
 """One step of on-policy distillation: score the student's tokens with the teacher, then update the student.
 
-For every trained token, with log-probs in nats at the sampling temperature:
+For every trained token, with log-probs in nats at `ppo.temperature`, which is the sampling temperature by default:
 
     advantage    A = teacher_logp - old_logp, clipped to +-advantage_clip                     (no gradient)
     ratio        r = exp(logp - old_logp)
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import Rollout
-from opd.errors import InsufficientMemory
+from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
-from opd.models.distributed import Strategy, any_process, global_sum
+from opd.models.distributed import Strategy, any_process, global_sum, share_failure
 from opd.models.policy import padding_limit
-from opd.objective import Clips, Sampled, chunked_loss, discounted, exact, sampled, topk
+from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounted, exact, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import Teacher
@@ -81,7 +81,7 @@ class Step:
 
     def score_slices(self, tokens: Tokens) -> None:
         """Fill the column `teacher_logp`, or keep the teacher's hidden states per micro-batch, as the objective needs. No collectives."""
-        ppo, temperature = self.config.ppo, self.config.sampling.temperature
+        ppo, temperature = self.config.ppo, self.config.temperature
         tokens.split(self.choices["max_tokens"], self.pad_id, self.packed, padding_limit(self.device))
         is_sampled = ppo.estimator is Estimator.sampled
         needs_scores = is_sampled and "teacher_logp" not in tokens.columns  # scores of an earlier try stay
@@ -89,7 +89,7 @@ class Step:
         for part in tokens.slices:
             inputs, ids_N = part.batch.teacher_inputs, part.batch.ids_N
             if not is_sampled or ppo.baseline:
-                part.teacher = self.teacher.states(inputs)
+                part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
                 if needs_scores:
                     scores.append(part.teacher.token_logp(ids_N, temperature))
             elif needs_scores:
@@ -100,7 +100,7 @@ class Step:
     def fit_memory(self, tokens: Tokens, work: Callable[[], T], retry: Callable[[], None] = lambda: None) -> T:
         """Return the result of `work`; while any process runs out of memory, all halve their micro-batches and try again.
 
-        Micro-batch boundaries do not affect gradients.
+        Micro-batch boundaries do not affect gradients. Raises in all processes what a served teacher raises in one.
 
         Args:
             work: Works on the table's micro-batches without collectives.
@@ -109,12 +109,16 @@ class Step:
         while True:
             results: list[T] = []
             complaint = ""
+            failure: OpdError | None = None
             try:
                 results.append(work())
             except torch.OutOfMemoryError as error:
                 complaint = str(error).splitlines()[0]
+            except (EngineError, Preempted) as error:  # a served teacher's, perhaps in this process only
+                failure = error
             if not any_process(self.strategy.accelerator, not results):
                 return results[0]
+            share_failure(self.strategy.accelerator, failure)
             tokens.slices = []
             retry()
             release_memory(self.device)
@@ -202,12 +206,13 @@ class Step:
 
     def token_loss(self, tokens: Tokens, part: Slice) -> TokenLoss:
         """Return the configured objective of a micro-batch's tokens."""
-        ppo, temperature, rows, ids_N = self.config.ppo, self.config.sampling.temperature, part.rows, part.batch.ids_N
+        ppo, temperature, rows, ids_N = self.config.ppo, self.config.temperature, part.rows, part.batch.ids_N
         if ppo.estimator is not Estimator.sampled:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
             if ppo.estimator is Estimator.topk:
                 return topk(ids_N, part.teacher, temperature, divergence, ppo.k)
+            assert isinstance(part.teacher, TeacherStates)
             return exact(ids_N, part.teacher, temperature, divergence)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         advantage_N = None
@@ -221,7 +226,7 @@ class Step:
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
-            baseline=part.teacher,
+            baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
         )
         return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, MicroBatch, Request, Rollout, micro_batches
-from opd.objective import TeacherStates
+from opd.objective import TeacherStates, TeacherTop
 
 FINISH = tuple(FinishReason)
 COLUMN = "column."  # prefix of columns in a checkpoint
@@ -62,12 +62,12 @@ class Slice:
     Args:
         rows: Its rows.
         batch: What the models read, on the device.
-        teacher: The teacher's hidden states, where the objective needs whole distributions.
+        teacher: The teacher's hidden states or most probable ids, where the objective compares distributions.
     """
 
     rows: slice
     batch: MicroBatch
-    teacher: TeacherStates | None = None
+    teacher: TeacherStates | TeacherTop | None = None
 
 
 @dataclass(slots=True)

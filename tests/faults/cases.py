@@ -3,7 +3,7 @@
 The first line of a case's docstring says what is injected, the rest what must hold then.
 """
 
-from faults import inputs, running, saving, stopping
+from faults import inputs, running, saving, stopping, teachers
 from faults.harness import Case
 
 CASES: dict[str, tuple[Case, int, int]] = {
@@ -30,5 +30,6 @@ CASES: dict[str, tuple[Case, int, int]] = {
     "outside": (inputs.outside, 4, 22),
     "data": (inputs.data, 4, 26),
     "vocabularies": (inputs.vocabularies, 2, 10),
+    "wrong-teachers": (teachers.wrong_teachers, 2, 21),
     "answers": (inputs.answers, 13, 37),
 }
