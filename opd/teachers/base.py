@@ -26,7 +26,7 @@ class Teacher(Protocol):
         ...
 
     def expect(self, rollouts: Sequence[Rollout]) -> None:
-        """Begin to score rollouts that will be asked for, where that goes on beside this process's work."""
+        """Begin to score rollouts that will be asked for, where that does not keep this process from its work."""
         ...
 
     def active(self) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 An answer counts only if it has a finite log-prob of the very token at every position: anything else ends the run with exit code 76. While
 servers are away, requests are repeated until `teacher.timeout` has passed; then the run saves and ends, and the same command resumes it.
-Scoring goes on beside sampling: rollouts that are finished are sent while others are still generated.
+Rollouts that are finished are sent while others are still generated.
 
 That it is the right teacher is checked at start (names of tokens, longest sequence, a canary text, the first batch twice, and once by the
 weights at `teacher.path` if they are there), and with the canary before each checkpoint.
