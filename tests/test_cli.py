@@ -165,8 +165,11 @@ MISTAKES = [
     ("data=my.jsonl", 64, "data.train_path="),
     ("experiment=tny", 64, "did you mean tiny"),
     ("modle=qwen05b", 64, "did you mean model?"),
-    ("optim.learning_rate=1", 64, "optim has lr, weight_decay"),
-    ("temperature=1", 64, "did you mean sampling.temperature or eval.temperature?"),
+    ("optim.learning_rate=1", 64, "did you mean optim.lr?"),
+    ("optim.rate=1", 64, "optim has lr, weight_decay"),
+    ("temperature=1", 64, "did you mean sampling.temperature or ppo.temperature or eval.temperature?"),
+    ("learning_rate=3", 64, "did you mean optim.lr?"),
+    ("train.num_generations=3", 64, "did you mean sampling.n?"),
     ("optim.lr=abc", 64, "optim.lr=abc: must be a number"),
     ("lora=[1,2]", 64, "lora=[1,2]: lora is chosen by name; choose from default, none"),
     ("optim.lr=null", 64, "must be a number"),
@@ -578,3 +581,9 @@ def test_signs_that_standard_output_cannot_encode_are_replaced(monkeypatch: pyte
 def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["train", "name=\udcc3\udca4"]) == errors.USAGE
     assert "PYTHONUTF8=1" in capsys.readouterr().err
+
+
+def test_names_from_elsewhere_lead_to_options_that_exist() -> None:
+    assert set(hydra_errors.ELSEWHERE.values()) <= hydra_errors.options().keys() and not hydra_errors.ELSEWHERE.keys() & {
+        name.rpartition(".")[2] for name in hydra_errors.options()
+    }

@@ -27,6 +27,33 @@ YOUR_OWN = {
     "teacher": "; a hub id or a folder goes in teacher.path=…",
     "data": "; a file of your own goes in data=jsonl data.train_path=…",
 }
+# What transformers, TRL and others call an option.
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "lr_scheduler_type": "optim.schedule",
+    "num_train_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.max_tokens_per_micro_batch",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "bf16": "model.dtype",
+    "max_completion_length": "sampling.max_new_tokens",
+    "max_length": "sampling.max_new_tokens",
+    "max_prompt_length": "data.max_prompt_tokens",
+    "num_generations": "sampling.n",
+    "num_iterations": "ppo.steps",
+    "epsilon": "ppo.clip_eps",
+    "use_vllm": "sampling.engine",
+    "model_name_or_path": "model.path",
+    "teacher_model_name_or_path": "teacher.path",
+    "dataset_name": "data.path",
+    "dataset_config": "data.subset",
+    "eval_steps": "eval.steps",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "report_to": "track.tool",
+    "output_dir": "name",
+    "run_name": "name",
+}
 
 
 def options(section: type = schema.Config, prefix: str = "") -> dict[str, Any]:
@@ -77,6 +104,8 @@ def unknown_option(key: str) -> str:
     namesakes = [name for name in known if name.rpartition(".")[2] == last]
     if message := removed(key):
         return message
+    if not namesakes and last in ELSEWHERE:
+        namesakes = [ELSEWHERE[last]]
     if namesakes:
         return f"{key}: no such option; did you mean {' or '.join(namesakes)}?"
     if key.startswith("hydra."):
