@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 MAX_TEXTS = 1000  # prompts that are searched for special tokens
 KWARGS = "data.chat_template_kwargs"
+VIEWS = {"teacher": "teacher.prompt", "contrast": "teacher.contrast"}
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
@@ -169,44 +170,43 @@ def extract_row_answers(row: Row, index: int, config: DataConfig) -> tuple[str, 
 
 
 def views_of(row: Row, index: int, config: DataConfig, teacher: TeacherConfig | None) -> dict[str, View]:
-    """Return the row's chat as the "student" sees it and, where it differs, as the "teacher" does, and in its view "contrast"."""
+    """Return the row's chat as the "student" sees it and, where they are asked for, in the views "teacher" and "contrast"."""
     messages, kwargs, where = to_messages(row, index, config), config.chat_template_kwargs, f"row {index}: data.prompt={config.prompt}"
     views = {"student": View(messages, kwargs, where)}
-    templates = {} if teacher is None or not teacher.has_own_view else {"teacher": teacher.prompt}
-    templates |= {} if teacher is None or teacher.contrast is None else {"contrast": teacher.contrast}
-    for name, template in templates.items():
-        assert teacher is not None
-        chat = messages
-        if template is not None:
-            option = "teacher.prompt" if name == "teacher" else "teacher.contrast"
-            chat = fill_chat(template, messages, row, extract_row_answers(row, index, config), config, f"{option}: row {index}")
-        chat = chat if teacher.system is None else with_system(chat, teacher.system)
-        own = teacher.chat_template_kwargs
-        option = "teacher.chat_template_kwargs" if "chat_template" in own else KWARGS
-        views[name] = View(chat, {**kwargs, **own}, f"{where} in the view {name}", option, is_filled=template is not None)
+    if teacher is None:
+        return views
+    own = teacher.chat_template_kwargs
+    option = "teacher.chat_template_kwargs" if "chat_template" in own else KWARGS
+    for name, is_used, template in (
+        ("teacher", teacher.has_own_view, teacher.prompt),
+        ("contrast", teacher.contrast is not None, teacher.contrast),
+    ):
+        if is_used:
+            chat = messages if template is None else fill_chat(template, messages, row, index, config, VIEWS[name])
+            chat = chat if teacher.system is None else with_system(chat, teacher.system)
+            views[name] = View(chat, {**kwargs, **own}, f"{where} in the teacher's view", option, is_filled=template is not None)
     return views
 
 
-def fill_chat(
-    template: str, messages: Sequence[Message], row: Row, answers: Sequence[str], config: DataConfig, where: str
-) -> list[Message]:
+def fill_chat(template: str, messages: Sequence[Message], row: Row, index: int, config: DataConfig, option: str) -> list[Message]:
     """Return the chat with the filled template in place of its last user message, or the chat in the column that is the whole template.
 
     `{prompt}` is that message and `{answer}` the first accepted answer, whatever other columns there are.
 
     Args:
         messages: The student's chat.
-        where: Option and row, for messages.
+        option: What set the template, for messages.
     """
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
     columns = {**row, "prompt": None if last is None else messages[last]["content"]}
     if config.answer is not None:
-        columns["answer"] = answers[0] if answers else None
-    content = fill(template, columns, where)
+        columns["answer"] = next(iter(extract_row_answers(row, index, config)), None)
+    content = fill(template, columns, option, index)
     if isinstance(content, list):
-        return to_chat(content, config, where)
+        return to_chat(content, config, f"{option}: row {index}")
     if last is None:
-        raise DataError(f"{where} has no message of the user to replace; name a column with a list of messages as the whole template")
+        remedy = "name a column with a list of messages as the whole template"
+        raise DataError(f"{option}: row {index} has no message of the user to replace; {remedy}")
     return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
 
 
