@@ -274,8 +274,9 @@ def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
 
 @pytest.fixture
 def make_served_trainer(tmp_path):
-    def make(fake, name="run", every=9, lag=False):
-        options = {"teacher__url": fake.url, "teacher__timeout": 0.3, "checkpoint__every": every, **(SERVER if lag else {})}
+    def make(fake, name="run", every=9, lag=False, timeout=0.3, contrast=None):
+        options = {"teacher__url": fake.url, "teacher__timeout": timeout, "checkpoint__every": every, **(SERVER if lag else {})}
+        options |= {"teacher__contrast": contrast}
         trainer = make_trainer(tmp_path / name, **options)
         trainer.sampler = ServerSampler(trainer) if lag else trainer.sampler
         trainer.scoring.teacher = ServedTeacher(trainer.config.teacher, Tokenizer(), VOCABULARY, 40, [1, 5, 9, 14, 3, 22])
@@ -310,6 +311,14 @@ def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_traine
     assert [rollout.completion for rollout in resumed.sample()] == [rollout.completion for rollout in rollouts]  # not sampled again
     list(resumed.run())
     assert torch.equal(weights(resumed), weights(whole))
+
+
+def test_a_served_teacher_scores_the_contrast_as_a_local_one_does(make_served_trainer, small_server, tmp_path):
+    remote = make_served_trainer(small_server, timeout=60.0, contrast="x")
+    local = make_trainer(tmp_path / "local", ppo__temperature=1.0, teacher__contrast="x")
+    for name in ("teacher_logp", "contrast_logp"):
+        found, expected = (trainer.begin_step().as_sampled(name) for trainer in (remote, local))
+        assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):
