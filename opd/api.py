@@ -16,6 +16,7 @@ from opd.config.compose import to_config
 from opd.config.schema import Config, removed
 from opd.data.prompts import extract_answers
 from opd.data.rewards import best
+from opd.data.views import columns_of
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.runs.reader import open_run
@@ -43,7 +44,7 @@ class OnPolicyDistillationTrainer:
         model, teacher_model: A hub id, a folder, or a loaded causal language model; the student is trained in place and ends in float32.
         train_dataset, eval_dataset: Rows with `prompt` (a text or a list of chat messages) and, where they are judged, `answer` (or
             a list of accepted ones) or `get_reward`, a function from the completion's text to a float or None. Rows are mappings, or
-            objects with these attributes.
+            objects with these attributes, and those that `teacher.prompt` and `teacher.contrast` name.
         tokenizer: Needed with a loaded model whose folder is not known.
         eval_steps: Steps between evaluations; 0 for only before and after training.
         reward: Judges completions of rows with an `answer`: `exact`, `number`, `math`, `module:function`, or a function of completion and
@@ -90,12 +91,13 @@ class OnPolicyDistillationTrainer:
         self.output_dir = Path(output_dir)
         self.callbacks = list(callbacks)
         self.state = TrainerState()
+        named = [name for option in ("teacher.prompt", "teacher.contrast") for name in columns_of((options or {}).get(option))]
         self.given = Given(
             student=model if isinstance(model, PreTrainedModel) else None,
             teacher=teacher_model if isinstance(teacher_model, PreTrainedModel) else None,
             tokenizer=tokenizer,
-            train_rows=as_rows(train_dataset, reward),
-            eval_rows=as_rows(eval_dataset or [], reward),
+            train_rows=as_rows(train_dataset, reward, named),
+            eval_rows=as_rows(eval_dataset or [], reward, named),
         )
         self.config: Config = from_options(
             {
@@ -181,15 +183,19 @@ class OnPolicyDistillationTrainer:
             callback(event)
 
 
-def as_rows(dataset: Sequence[Any], reward: Reward) -> list[Mapping[str, Any]]:
-    """Return the items of a dataset as mappings, judged by `reward` where it is a function. Raises `ConfigError` for other items."""
+def as_rows(dataset: Sequence[Any], reward: Reward, named: Sequence[str] = ()) -> list[Mapping[str, Any]]:
+    """Return the items of a dataset as mappings, judged by `reward` where it is a function. Raises `ConfigError` for other items.
+
+    Args:
+        named: Attributes of objects that are columns too.
+    """
     rows: list[Mapping[str, Any]] = []
     for index, item in enumerate(dataset):
         row: dict[str, Any]
         if isinstance(item, Mapping):
             row = dict(item)
         else:
-            row = {name: getattr(item, name) for name in ("prompt", "answer", "get_reward") if hasattr(item, name)}
+            row = {name: getattr(item, name) for name in ("prompt", "answer", "get_reward", *named) if hasattr(item, name)}
         if "prompt" not in row and not isinstance(item, Mapping):
             raise ConfigError(
                 f"train_dataset, eval_dataset: item {index} is a {type(item).__name__}; give mappings with `prompt` and `answer`, or "

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from tokenizers import normalizers, processors
 
 from opd.api import as_rows, from_options
-from opd.config.schema import DataConfig, ModelConfig, Source
+from opd.config.schema import DataConfig, ModelConfig, Source, TeacherConfig
 from opd.data.prompts import Prompt, encode_rows, extract_answers, text_warnings
 from opd.data.rewards import make_grader
 from opd.data.rollouts import FinishReason, Request, Rollout
@@ -102,10 +102,10 @@ def changed(tokenizer):
     return change
 
 
-def encode(tokenizer, *prompts, teacher_system=None, **options):
+def encode(tokenizer, *prompts, teacher=None, **options):
     rows = [{"prompt": prompt, "who": "theirs"} for prompt in prompts]
     config = DataConfig(**{"source": Source.jsonl, "train_path": "rows.jsonl", "prompt": "prompt", "answer": None, **options})
-    return encode_rows(rows, tokenizer, config, "training", teacher_system)
+    return encode_rows(rows, tokenizer, config, "training", teacher)
 
 
 def encoded_text(tokenizer, *prompts, **options):
@@ -139,7 +139,7 @@ def test_only_tables_have_fields_of_other_records_removed(changed):
 
 def test_a_system_message_of_an_option_replaces_that_of_the_chat(tokenizer):
     chat = [{"role": "system", "content": "own"}, user("a")]
-    (prompt,) = encode(tokenizer, chat, system="who", teacher_system="hint")
+    (prompt,) = encode(tokenizer, chat, system="who", teacher=TeacherConfig(system="hint"))
     assert tokenizer.decode(prompt.ids) == "<|system|>theirs<|end|><|user|>a<|end|><|assistant|>"
     assert tokenizer.decode(prompt.teacher_ids) == "<|system|>hint<|end|><|user|>a<|end|><|assistant|>"
 

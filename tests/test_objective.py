@@ -127,6 +127,25 @@ def test_expected_gradient_of_sampled_is_the_gradient_of_the_reverse_kl(baseline
     assert torch.allclose(of_kl, closed_form, atol=1e-12)
 
 
+def test_expected_gradient_with_a_contrast_is_that_of_the_reverse_kl_to_the_student_moved_along_it():
+    """By enumeration: Σ_y p(y)·∇loss(y) with A = log t − log c is ∇KL(p‖q), q ∝ p·t/c held constant; and A = 0 moves nothing."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(1, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher, contrast = (torch.randn(1, V, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    own = (logits.detach() / TEMPERATURE).log_softmax(-1)
+    found = {}
+    for name, second in (("contrast", contrast), ("same", teacher)):
+        found[name] = torch.zeros_like(logits)
+        for token in range(V):
+            facts = {"target_N": torch.tensor([token]), "teacher_logp_N": teacher[:, token], "behaviour_logp_N": own[:, token]}
+            loss, _ = sampled(Sampled(**facts, advantage_N=(teacher - second)[:, token]), TEMPERATURE, UNBOUNDED)(logits, slice(0, 1))
+            found[name] += own[0, token].exp() * torch.autograd.grad(loss.sum(), logits)[0]
+    target = (own + teacher - contrast).log_softmax(-1)
+    (of_kl,) = torch.autograd.grad(reverse_kl((logits / TEMPERATURE).log_softmax(-1), target).sum(), logits)
+    assert torch.allclose(found["contrast"], of_kl, rtol=1e-12, atol=1e-14) and of_kl.abs().max() > 1e-3
+    assert found["same"].abs().max() == 0
+
+
 @pytest.mark.parametrize("drawn_at", [0.5, 1.6])
 def test_importance_weights_correct_for_another_sampling_temperature(drawn_at):
     """By enumeration, with samples of b at another temperature than the loss: Σ_y b(y)·w(y)·∇loss(y) = ∇KL; not without w."""

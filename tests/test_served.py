@@ -321,8 +321,9 @@ def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
 
 @pytest.fixture
 def make_served_trainer(tmp_path):
-    def make(fake, name="run", every=9, lag=False, k=0, **options):
-        options |= {"teacher__url": fake.url, "teacher__timeout": 0.3, "checkpoint__every": every, **(SERVER if lag else {})}
+    def make(fake, name="run", every=9, lag=False, timeout=0.3, k=0, contrast=None, **options):
+        options |= {"teacher__url": fake.url, "teacher__timeout": timeout, "checkpoint__every": every, **(SERVER if lag else {})}
+        options |= {"teacher__contrast": contrast}
         trainer = make_trainer(tmp_path / name, **options)
         trainer.sampler = ServerSampler(trainer) if lag else trainer.sampler
         trainer.scoring.teacher = ServedTeacher(trainer.config.teacher, Tokenizer(), VOCABULARY, 40, [1, 5, 9, 14, 3, 22], k)
@@ -367,6 +368,14 @@ def test_a_run_with_the_most_probable_ids_equals_the_local_one(make_served_train
         list(trainer.run())
     assert torch.allclose(weights(remote), weights(local), atol=1e-5)
     assert not torch.equal(weights(local), weights(make_trainer(tmp_path / "start")))
+
+
+def test_a_served_teacher_scores_the_contrast_as_a_local_one_does(make_served_trainer, small_server, tmp_path):
+    remote = make_served_trainer(small_server, timeout=60.0, contrast="x")
+    local = make_trainer(tmp_path / "local", ppo__temperature=1.0, teacher__contrast="x")
+    for name in ("teacher_logp", "contrast_logp"):
+        found, expected = (trainer.begin_step().as_sampled(name) for trainer in (remote, local))
+        assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):

@@ -98,7 +98,7 @@ def test_a_loaded_table_keeps_its_progress_and_counts_its_metrics_once_over_proc
     assert (second.means.sums, second.means.counts) == ({"loss": 0.0}, {"loss": 0.0})
 
 
-@pytest.mark.parametrize("options", [{"ppo__loss_prefix": 12}, {"sampling__truncated": "drop"}])
+@pytest.mark.parametrize("options", [{"ppo__loss_prefix": 12, "teacher__contrast": "x"}, {"sampling__truncated": "drop"}])
 def test_the_table_of_a_step_is_shared_by_another_number_of_processes(tmp_path, options):
     trainer = make_trainer(tmp_path, train__batch_size=4, **UNEVEN, **options)
     tokens = trainer.begin_step()

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,11 @@ class NoEvaluator:
         return Evaluation(step, None, None)
 
 
-def make_prompts() -> list[Prompt]:
-    """Return ten prompts of two to five random ids."""
+def make_prompts(contrast: bool = False) -> list[Prompt]:
+    """Return ten prompts of two to five random ids, with `contrast` in a second view of the teacher's too."""
     generator = torch.Generator().manual_seed(0)
+    if contrast:
+        return [replace(prompt, contrast_ids=(7, 8, *prompt.ids[1:])) for prompt in make_prompts()]
     return [Prompt(i, tuple(torch.randint(2, VOCABULARY, (2 + i % 4,), generator=generator).tolist()), "") for i in range(10)]
 
 
@@ -96,7 +99,7 @@ def make_trainer(
         sampler=make_sampler(student, settings.seed, bf16_copy),
         evaluator=NoEvaluator(),
         checkpoints=Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best),
-        prompts=make_prompts(),
+        prompts=make_prompts(settings.teacher.contrast is not None),
         scoring=Step(
             config=settings,
             strategy=strategy,

@@ -112,6 +112,7 @@ class Direction(Enum):
 
 AUTO = "auto"
 SERVER = re.compile(r"https?://[^/\s]+/?")
+PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # in a template over the columns of a row: a literal brace, or {column}
 # The metrics of summary.json and, where one value is better than another, the direction.
 METRICS: dict[str, Direction | None] = {
     "reward_before": Direction.maximize,
@@ -215,6 +216,9 @@ class TeacherConfig(ModelConfig):
     url: Any = None
     timeout: float = bounded(600.0, above=0, hint="seconds")
     system: str | None = None
+    prompt: str | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    contrast: str | None = None
     placement: Placement = Placement.same
     device: str | None = None
     quantization: Quantization = Quantization.none
@@ -237,6 +241,16 @@ class TeacherConfig(ModelConfig):
             self.require("url", known, "must be a server such as http://127.0.0.1:8000, a list of servers, or null for a local teacher")
             here = self.placement is Placement.same and self.quantization is Quantization.none
             self.require("url", here, "the server has the weights: set teacher.placement=same teacher.quantization=none")
+        for option in ("prompt", "contrast"):
+            rest = PLACEHOLDER.sub("", getattr(self, option) or "")
+            remedy = "has a brace that is not part of a {column}: write a literal brace as {{ or }}"
+            self.require(option, "{" not in rest and "}" not in rest, remedy)
+        self.require("contrast", self.contrast is None or self.contrast != self.prompt, "must be another text than teacher.prompt, or null")
+
+    @property
+    def has_own_view(self) -> bool:
+        """Whether the teacher reads another chat than the student."""
+        return self.system is not None or self.prompt is not None or bool(self.chat_template_kwargs)
 
     @property
     def urls(self) -> list[str]:
@@ -469,8 +483,8 @@ class Config(Section):
         self.require("resume", bool(self.resume.strip()), "must be auto, never or the path of a checkpoint")
 
         if self.shares_base:
-            remedy = "the teacher is the student without its adapter: set teacher.system='…' for it, or another teacher.path"
-            self.require("lora.rank", self.teacher.system is not None, remedy)
+            remedy = "the teacher is the student without its adapter: set teacher.system='…' or teacher.prompt='…', or another teacher.path"
+            self.require("lora.rank", self.teacher.has_own_view, remedy)
             in_place = self.teacher.placement is Placement.same and self.teacher.quantization is Quantization.none
             remedy = "the teacher shares the student's weights: set teacher.placement=same teacher.quantization=none"
             self.require("teacher.placement", in_place, remedy)
@@ -483,6 +497,12 @@ class Config(Section):
             self.require("ppo.temperature", self.temperature == 1, remedy)
             remedy = "is not measured with teacher.url: set another metric"
             self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl"), remedy)
+
+        if self.teacher.contrast is not None:
+            remedy = "does not work with teacher.contrast, whose advantage needs one log-prob per token: set ppo.estimator=sampled"
+            self.require("ppo.estimator", self.ppo.estimator is Estimator.sampled, remedy)
+            remedy = "is the mean of the advantage without teacher.contrast: set ppo.baseline=false, or teacher.contrast=null"
+            self.require("ppo.baseline", not self.ppo.baseline, remedy)
 
         corrected, truncated = self.ppo.importance_cap is not None, self.sampling.top_p < 1 or self.sampling.top_k > 0
         remedy = "sampling.lag=1 samples with the previous step's weights: set ppo.importance_cap=2.0, or sampling.lag=0"

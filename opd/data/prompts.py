@@ -14,8 +14,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import DataConfig, Source
+from opd.config.schema import DataConfig, Source, TeacherConfig
 from opd.data.sources import Row
+from opd.data.views import fill
 from opd.errors import ConfigError, DataError
 from opd.runs.text import one_line
 from opd.signals import time_limit
@@ -23,10 +24,35 @@ from opd.signals import time_limit
 log = logging.getLogger(__name__)
 
 MAX_TEXTS = 1000  # prompts that are searched for special tokens
+KWARGS = "data.chat_template_kwargs"
+VIEWS = {"teacher": "teacher.prompt", "contrast": "teacher.contrast"}
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
 Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A chat as one of the models reads it.
+
+    Args:
+        messages: The chat.
+        kwargs: For the chat template.
+        where: The place of the chat, for messages.
+        option: What set `kwargs`, for messages.
+        is_filled: Whether it was made from a template over the row's columns.
+    """
+
+    messages: Sequence[Message]
+    kwargs: Mapping[str, Any]
+    where: str
+    option: str = KWARGS
+    is_filled: bool = False
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, max_chars: int | None = None) -> tuple[str, list[int]]:
+        """Return it as text and ids, as the function `render` does."""
+        return render(self.messages, tokenizer, self.kwargs, self.where, max_chars, self.option)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +65,10 @@ class Prompt:
         text: The last message, for people.
         answers: The accepted reference answers.
         get_reward: Grades a completion's text, instead of the configured reward.
-        teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
-        messages: The chat, where the template writes the date into it: the ids are others on another day.
+        teacher_ids: The prompt as the teacher sees it, with `teacher.system`, `teacher.prompt` and `teacher.chat_template_kwargs`.
+        chats: The messages that the ids are made from, where the template writes the date into them: the ids are others on another day.
         lost: A part of the text and what its ids decode to, where that is not the same.
+        contrast_ids: The teacher's second view, with `teacher.contrast`.
     """
 
     sample_id: int
@@ -50,8 +77,9 @@ class Prompt:
     answers: tuple[str, ...] = ()
     get_reward: GetReward | None = None
     teacher_ids: tuple[int, ...] | None = None
-    messages: Sequence[Message] | None = None
+    chats: tuple[Sequence[Message], ...] = ()
     lost: str = ""
+    contrast_ids: tuple[int, ...] | None = None
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -61,51 +89,125 @@ class Prompt:
     def seen_by_teacher(self) -> tuple[int, ...]:
         return self.ids if self.teacher_ids is None else self.teacher_ids
 
+    @property
+    def scored_views(self) -> tuple[tuple[int, ...], ...]:
+        """The prompt in each view in which the teacher scores completions."""
+        return (self.seen_by_teacher,) if self.contrast_ids is None else (self.seen_by_teacher, self.contrast_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest view."""
+        return max(map(len, (self.ids, *self.scored_views)))
+
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str, teacher_system: str | None = None
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str, teacher: TeacherConfig | None = None
 ) -> list[Prompt]:
-    """Return the prompts of at most `data.max_prompt_tokens` tokens; the log has the number of the others.
+    """Return the prompts of at most `data.max_prompt_tokens` tokens in every view; the log has the number of the others.
 
     Args:
         which: "training" or "evaluation", for messages.
-        teacher_system: A system message that only the teacher sees.
+        teacher: What the teacher sees instead; None for what the student sees.
 
     Raises:
-        DataError: A prompt has no text, the chat template refuses it, or no prompt is short enough.
+        DataError: A prompt has no text, a column of the teacher's view is missing, the chat template refuses a chat, no prompt is short
+            enough, or `teacher.contrast` changes none.
     """
     # A longer text has more tokens than allowed and need not be tokenized to its end.
     max_chars = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
-    prompts = [encode_row(row, index, tokenizer, config, teacher_system, max_chars) for index, row in enumerate(rows)]
-    short = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
-    limit = f"data.max_prompt_tokens={config.max_prompt_tokens}"
+    prompts = [encode_row(row, index, tokenizer, config, teacher, max_chars) for index, row in enumerate(rows)]
+    prompts = drop_long(prompts, [len(prompt.ids) for prompt in prompts], config.max_prompt_tokens, f"{which} prompts are longer")
+    longer = f"{which} prompts are longer in the teacher's view"
+    prompts = drop_long(prompts, [prompt.longest for prompt in prompts], config.max_prompt_tokens, longer)
+    if all(prompt.contrast_ids == prompt.seen_by_teacher for prompt in prompts):
+        raise DataError(f"teacher.contrast: is the teacher's own view in all {which} rows, so that nothing is learned: set another text")
+    return prompts
+
+
+def drop_long(prompts: list[Prompt], lengths: Sequence[int], limit: int, what: str) -> list[Prompt]:
+    """Return the prompts of at most `limit` tokens; the log has the number of the others. Raises `DataError` where none is left."""
+    option = f"data.max_prompt_tokens={limit}"
+    short = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
     if not short:
-        shortest = min(len(prompt.ids) for prompt in prompts)
-        raise DataError(f"{limit}: all {which} prompts are longer; the shortest has {shortest} tokens")
+        raise DataError(f"{option}: all {what}; the shortest has {min(lengths)} tokens")
     if len(short) < len(prompts):
-        log.warning(f"{limit}: {len(prompts) - len(short)} of {len(prompts)} {which} prompts are longer and were dropped")
+        log.warning(f"{option}: {len(prompts) - len(short)} of {len(prompts)} {what} and were dropped")
     return short
 
 
 def encode_row(
-    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher_system: str | None, max_chars: int
+    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher: TeacherConfig | None, max_chars: int
 ) -> Prompt:
-    messages, kwargs = to_messages(row, index, config), config.chat_template_kwargs
-    where = f"row {index}: data.prompt={config.prompt}"
-    text, ids = render(messages, tokenizer, kwargs, where, max_chars)
-    if len(text) > max_chars and len(ids) <= config.max_prompt_tokens:  # the tokenizer drops characters
-        text, ids = render(messages, tokenizer, kwargs, where)
-    if not ids:
-        raise DataError(f"{where}: the prompt has no tokens")
-    teacher_ids = None
-    if teacher_system is not None:
-        teacher_ids = tuple(render(with_system(messages, teacher_system), tokenizer, kwargs, f"{where} with teacher.system")[1])
-    lost = find_lost(text, ids, tokenizer) if len(ids) <= config.max_prompt_tokens else ""
-    dated = "strftime_now" in (find_template(tokenizer, kwargs) or "")
+    answers, views = extract_row_answers(row, index, config), views_of(row, index, config, teacher)
+    texts, ids = {}, {}
+    for name, view in views.items():
+        texts[name], encoded = view.render(tokenizer, max_chars)
+        if len(texts[name]) > max_chars and len(encoded) <= config.max_prompt_tokens:  # the tokenizer drops characters
+            texts[name], encoded = view.render(tokenizer)
+        if not encoded:
+            raise DataError(f"{view.where}: the prompt has no tokens")
+        ids[name] = tuple(encoded)
+    lost = (find_lost(texts[name], ids[name], tokenizer) for name in views if len(ids[name]) <= config.max_prompt_tokens)
+    is_dated = any("strftime_now" in (find_template(tokenizer, view.kwargs, view.option) or "") for view in views.values())
+    messages = views["student"].messages
+    chats = (messages, *(view.messages for view in views.values() if view.is_filled))
+    return Prompt(
+        index,
+        ids["student"],
+        messages[-1]["content"] or "",
+        answers,
+        row.get("get_reward"),
+        teacher_ids=ids.get("teacher"),
+        contrast_ids=ids.get("contrast"),
+        chats=chats if is_dated else (),
+        lost=next(filter(None, lost), ""),
+    )
+
+
+def extract_row_answers(row: Row, index: int, config: DataConfig) -> tuple[str, ...]:
     answer = None if config.answer is None else row.get(config.answer)
-    answers = extract_answers(answer, config.answer_after, f"row {index}: data.answer={config.answer}")
-    text = messages[-1]["content"] or ""
-    return Prompt(index, tuple(ids), text, answers, row.get("get_reward"), teacher_ids, messages if dated else None, lost)
+    return extract_answers(answer, config.answer_after, f"row {index}: data.answer={config.answer}")
+
+
+def views_of(row: Row, index: int, config: DataConfig, teacher: TeacherConfig | None) -> dict[str, View]:
+    """Return the row's chat as the "student" sees it and, where they are asked for, in the views "teacher" and "contrast"."""
+    messages, kwargs, where = to_messages(row, index, config), config.chat_template_kwargs, f"row {index}: data.prompt={config.prompt}"
+    views = {"student": View(messages, kwargs, where)}
+    if teacher is None:
+        return views
+    own = teacher.chat_template_kwargs
+    option = "teacher.chat_template_kwargs" if "chat_template" in own else KWARGS
+    for name, is_used, template in (
+        ("teacher", teacher.has_own_view, teacher.prompt),
+        ("contrast", teacher.contrast is not None, teacher.contrast),
+    ):
+        if is_used:
+            chat = messages if template is None else fill_chat(template, messages, row, index, config, VIEWS[name])
+            chat = chat if teacher.system is None else with_system(chat, teacher.system)
+            views[name] = View(chat, {**kwargs, **own}, f"{where} in the teacher's view", option, is_filled=template is not None)
+    return views
+
+
+def fill_chat(template: str, messages: Sequence[Message], row: Row, index: int, config: DataConfig, option: str) -> list[Message]:
+    """Return the chat with the filled template in place of its last user message, or the chat in the column that is the whole template.
+
+    `{prompt}` is that message and `{answer}` the first accepted answer, whatever other columns there are.
+
+    Args:
+        messages: The student's chat.
+        option: What set the template, for messages.
+    """
+    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=None)
+    columns = {**row, "prompt": None if last is None else messages[last]["content"]}
+    if config.answer is not None:
+        columns["answer"] = next(iter(extract_row_answers(row, index, config)), None)
+    content = fill(template, columns, option, index)
+    if isinstance(content, list):
+        return to_chat(content, config, f"{option}: row {index}")
+    if last is None:
+        remedy = "name a column with a list of messages as the whole template"
+        raise DataError(f"{option}: row {index} has no message of the user to replace; {remedy}")
+    return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
@@ -113,21 +215,27 @@ def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:
     prompt: Any = row.get(config.prompt)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    elif config.source is not Source.jsonl:
-        prompt = without_nulls(prompt)
-    try:
-        messages = [to_message(message) for message in prompt]
-    except (TypeError, KeyError, AttributeError):
-        messages = []
-    if not messages:
-        raise DataError(
-            f"row {index}: data.prompt={config.prompt}: must be a text or a list of messages "
-            f'{{"role": "user", "content": "…"}}, whose content is text, not {type(prompt).__name__}'
-        )
+    messages = to_chat(prompt, config, f"row {index}: data.prompt={config.prompt}")
     system = None if config.system is None else row.get(config.system)
     if not isinstance(system, str | None):
         raise DataError(f"row {index}: data.system={config.system}: must be a text, not {type(system).__name__}")
     return messages if system is None else with_system(messages, system)
+
+
+def to_chat(value: Any, config: DataConfig, where: str) -> list[Message]:
+    """Return a list of messages. Raises `DataError`, with `where` first, for anything else."""
+    if config.source is not Source.jsonl:
+        value = without_nulls(value)
+    try:
+        messages = [to_message(message) for message in value]
+    except (TypeError, KeyError, AttributeError):
+        messages = []
+    if not messages:
+        raise DataError(
+            f'{where}: must be a text or a list of messages {{"role": "user", "content": "…"}}, whose content is text, not '
+            f"{type(value).__name__}"
+        )
+    return messages
 
 
 def to_message(message: Mapping[str, Any]) -> Message:
@@ -153,8 +261,8 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str | None:
-    """Return the chat template: the one that `data.chat_template_kwargs` names or spells out, else the default; None for plain text."""
+def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], option: str = KWARGS) -> str | None:
+    """Return the chat template: the one that `kwargs`, set by the option, names or spells out, else the default; None for plain text."""
     stored = tokenizer.chat_template
     templates: dict[str, str | None] = stored if isinstance(stored, dict) else {"default": stored}
     name = str(kwargs.get("chat_template") or ("tool_use" if kwargs.get("tools") and "tool_use" in templates else "default"))
@@ -162,14 +270,18 @@ def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
         return name
     if name not in templates:
         raise ConfigError(
-            f"data.chat_template_kwargs.chat_template={name}: the tokenizer has no chat template of this name; set it to "
-            f"{' or '.join(templates)}"
+            f"{option}.chat_template={name}: the tokenizer has no chat template of this name; set it to {' or '.join(templates)}"
         )
     return templates[name]
 
 
 def render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], where: str, max_chars: int | None = None
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    kwargs: Mapping[str, Any],
+    where: str,
+    max_chars: int | None = None,
+    option: str = KWARGS,
 ) -> tuple[str, list[int]]:
     """Return a chat up to the start of the assistant's turn, as text and ids. If its last message is the assistant's, that stays open.
 
@@ -178,12 +290,13 @@ def render(
     Args:
         where: The place of the chat, for messages.
         max_chars: How much of the text to tokenize.
+        option: What set `kwargs`.
 
     Raises:
         ConfigError: There is no chat template of the configured name.
         DataError: The chat template or the tokenizer fails.
     """
-    template = find_template(tokenizer, kwargs)
+    template = find_template(tokenizer, kwargs, option)
     try:
         with time_limit(TEMPLATE_SECONDS):
             if template is None:

@@ -70,9 +70,8 @@ class Rollout:
 
     @property
     def length(self) -> int:
-        """Tokens that models read of it, in the longer of the student's and the teacher's view."""
-        prompt = self.request.prompt
-        return max(len(prompt.ids), len(prompt.seen_by_teacher)) + len(self.read)
+        """Tokens that models read of it, in the longest view of its prompt."""
+        return self.request.prompt.longest + len(self.read)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,17 +102,20 @@ class MicroBatch:
         ids_N: Their trained tokens, rollout by rollout.
         inputs: What the student reads.
         teacher_inputs: What the teacher reads: the same object unless a prompt has a version of its own for the teacher.
+        contrast_inputs: What the teacher reads with `teacher.contrast`.
     """
 
     rollouts: tuple[int, ...]
     ids_N: Tensor
     inputs: Inputs
     teacher_inputs: Inputs
+    contrast_inputs: Inputs | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         inputs = self.inputs.to(device)
         teacher_inputs = inputs if self.teacher_inputs is self.inputs else self.teacher_inputs.to(device)
-        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs)
+        contrast_inputs = None if self.contrast_inputs is None else self.contrast_inputs.to(device)
+        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs, contrast_inputs)
 
 
 def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int, packed: bool = False) -> MicroBatch:
@@ -123,8 +125,10 @@ def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int, pa
     teacher_inputs = inputs
     if any(rollout.request.prompt.teacher_ids is not None for rollout in chosen):
         teacher_inputs = lay_out(chosen, [rollout.request.prompt.seen_by_teacher for rollout in chosen], pad_id, packed)
+    contrast = [rollout.request.prompt.contrast_ids for rollout in chosen]
+    contrast_inputs = None if None in contrast else lay_out(chosen, [ids for ids in contrast if ids is not None], pad_id, packed)
     ids = [rollout.completion[offset] for rollout in chosen for offset in rollout.trained]
-    return MicroBatch(tuple(indices), torch.tensor(ids, dtype=torch.long), inputs, teacher_inputs)
+    return MicroBatch(tuple(indices), torch.tensor(ids, dtype=torch.long), inputs, teacher_inputs, contrast_inputs)
 
 
 def lay_out(rollouts: Sequence[Rollout], prompts: Sequence[tuple[int, ...]], pad_id: int, packed: bool) -> Inputs:

@@ -8,9 +8,9 @@ import psutil
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config
-from opd.data.prompts import Prompt, to_messages
+from opd.data.prompts import Prompt, to_messages, views_of
 from opd.data.sources import load_rows
-from opd.doctor import first_step, machine, rows, tokens
+from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
 from opd.models import load as models
 from opd.models.device import free_memory
@@ -71,6 +71,9 @@ def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBas
         report.add(*rows.check_columns(train_rows, eval_rows, config))
         findings, report.rendered = tokens.check_templates(student, teacher, to_messages(train_rows[0], 0, config.data), config)
         report.add(*findings)
+        findings, texts = views.check_views(views_of(train_rows[0], 0, config.data, config.teacher), student)
+        report.add(*findings)
+        report.rendered |= texts
         train, evaluation = load_prompts(config, student, Given(train_rows=train_rows, eval_rows=eval_rows))
     if data_errors or not same_ids:
         return None

@@ -60,7 +60,7 @@ class Report:
     Attributes:
         findings: in the order of the checks.
         figures: measured and estimated numbers, as JSON.
-        rendered: the first prompt as each model's chat template renders it.
+        rendered: the first prompt as each model's chat template renders it, and the teacher's views of it.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -119,9 +119,11 @@ def show(report: Report, console: Console | None = None) -> None:
         table.add_row(Text(mark, style=style), Text(finding.check), text)
     console.print(table)
     if report.rendered:
-        texts = {f"first prompt, {role}'s template": text for role, text in report.rendered.items()}
-        if len(set(texts.values())) == 1:
-            texts = {"first prompt": next(iter(texts.values()))}
+        texts = dict(report.rendered)
+        if texts.get("student") == texts.get("teacher"):
+            texts = {"": texts.pop("student"), **{name: text for name, text in texts.items() if name != "teacher"}}
+        titles = {"": "first prompt", "student": "first prompt, student's template", "teacher": "first prompt, teacher's template"}
+        texts = {titles.get(name, f"first prompt, {name}"): text for name, text in texts.items()}
         prompts = Table(show_edge=False)
         for title in texts:
             prompts.add_column(title, overflow="fold", ratio=1)

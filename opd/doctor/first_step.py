@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
@@ -55,7 +55,11 @@ def trial_step(trainer: Trainer) -> Step:
 def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequence[Rollout], bf16: bool) -> list[Finding]:
     """Check that the KL of some of the student's completions is 0 with the student as its own teacher."""
     check = "teacher = student"
-    chosen = list({rollout.request.prompt.sample_id: rollout for rollout in rollouts}.values())[:SELF_PROMPTS]
+    by_prompt = {rollout.request.prompt.sample_id: rollout for rollout in rollouts}
+    chosen = [
+        replace(rollout, request=Request(replace(rollout.request.prompt, teacher_ids=None)))  # without the teacher's own view
+        for rollout in list(by_prompt.values())[:SELF_PROMPTS]
+    ]
     with evaluator.precision():
         teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16)
         pad_id = evaluator.tokenizer.pad_token_id

@@ -26,9 +26,11 @@ def check_columns(train: Rows, evaluation: Rows, config: Config) -> list[Finding
 
 def check_lengths(prompts: Sequence[Prompt], rows: int, which: str, config: Config) -> list[Finding]:
     """Summarise lengths in tokens, and how many of the `rows` were left out because of `data.max_prompt_tokens`."""
-    lengths = sorted(len(prompt.ids) for prompt in prompts)
+    lengths, views = (sorted(of_prompt) for of_prompt in zip(*((len(prompt.ids), prompt.longest) for prompt in prompts), strict=True))
     dropped = rows - len(prompts)
     what = f"{lengths[0]} to {lengths[-1]} tokens, median {median(lengths):g}; {dropped:,} of {rows:,} left out"
+    if views != lengths:
+        what += f"; in the teacher's longest view up to {views[-1]} tokens, median {median(views):g}"
     if dropped > MAX_DROPPED * rows:
         remedy = f"raise data.max_prompt_tokens={config.data.max_prompt_tokens}, unless the run can do without the long ones"
         return [warn(f"{which} prompts", what, remedy)]

@@ -135,11 +135,12 @@ def check_templates(
         remedy = "a teacher scores best in its own format: give both models the same chat template, the teacher's if possible"
         findings.append(warn(check, what, remedy))
     if (system := config.teacher.system) is not None:
-        text = render(with_system(messages, system), student, kwargs, "teacher.system")[0]
+        text = render(with_system(messages, system), student, {**kwargs, **config.teacher.chat_template_kwargs}, "teacher.system")[0]
         if not contains(text, system):
             what = "the chat template of the student, which renders the teacher's prompts too, leaves it out"
             findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
-    return findings + check_options(student, messages, kwargs) + check_switches(student, teacher, kwargs), rendered
+    findings += check_options(student, messages, kwargs, config.teacher.chat_template_kwargs)
+    return findings + check_switches(student, teacher, kwargs), rendered
 
 
 def contains(text: str, part: str) -> bool:
@@ -170,13 +171,19 @@ def check_template(
     return findings
 
 
-def check_options(student: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any]) -> list[Finding]:
-    """Look for options, and fields of messages, that the student's chat template does not use."""
-    template = find_template(student, kwargs) or ""
+def check_options(
+    student: PreTrainedTokenizerBase, messages: Sequence[Message], kwargs: Mapping[str, Any], teacher_kwargs: Mapping[str, Any]
+) -> list[Finding]:
+    """Look for arguments, and fields of messages, that the student's chat template, which renders all views, does not use."""
     fields = {name for message in messages for name, value in message.items() if value} - READ
     findings = []
-    for check, names in (("data.chat_template_kwargs", kwargs.keys() - {"chat_template"}), ("fields of messages", fields)):
-        if unused := sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template)):
+    for check, names, given in (
+        ("data.chat_template_kwargs", kwargs.keys(), kwargs),
+        ("teacher.chat_template_kwargs", teacher_kwargs.keys(), {**kwargs, **teacher_kwargs}),
+        ("fields of messages", fields, kwargs),
+    ):
+        template = find_template(student, given) or ""
+        if unused := sorted(name for name in names - {"chat_template"} if not re.search(rf"\b{re.escape(name)}\b", template)):
             what = f"the chat template of the student does not use {', '.join(unused)}"
             findings.append(warn(check, what, "they change nothing: remove them, correct their names, or take another chat template"))
     return findings

@@ -173,7 +173,7 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
 def _encode(pair: ModelPair, text: str) -> Prompt:
     """Return the prompt of a user's message as training shows it to both models, whatever its length."""
     data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
-    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", pair.config.teacher.system)
+    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", replace(pair.config.teacher, contrast=None))
     models.check_known([prompt], pair.tokenizer, pair.vocabulary)
     return prompt
 

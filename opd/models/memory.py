@@ -262,7 +262,7 @@ def largest_micro_batch(config: Config, prompts: Sequence[Prompt], device: torch
     size, largest = config.train.batch_size, (0, 0)
     for step in range(STEPS):
         drawn = [prompts[index] for _, index in take(config.seed, len(prompts), step * size, size)]
-        lengths = [max(len(prompt.ids), len(prompt.seen_by_teacher)) + config.sampling.max_new_tokens for prompt in drawn]
+        lengths = [prompt.longest + config.sampling.max_new_tokens for prompt in drawn]
         lengths = [length for length in lengths for _ in range(config.sampling.n)]
         groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, max_padding=padding_limit(device))
         largest = max(largest, *((len(group), lengths[group[0]]) for group in groups), key=math.prod)

@@ -129,7 +129,7 @@ def build(
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
     local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
     for role, model in local.items():
-        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
+        lengths = [max(map(len, prompt.scored_views)) if role == "teacher" else len(prompt.ids) for prompt in train_prompts]
         check_positions(model, role, "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
         check_evaluated_positions(evaluator, model, role)
     packed = all(uses_packing(model, config.train.packing) for model in local.values())
@@ -243,7 +243,8 @@ def connect_teacher(
 
     Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed.
     """
-    longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
+    views = [replace(prompt, ids=ids) for prompt in (*train, *evaluation) for ids in prompt.scored_views]
+    longest = longest_sequence(config, views) + 1
     canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     teacher = ServedTeacher(
         config.teacher,
@@ -297,9 +298,9 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
         train_rows, eval_rows = load_rows(config.data)
     else:
         train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
-    system = config.teacher.system
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", system)
-    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", system) if len(eval_rows) else []
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher)
+    evaluated = replace(config.teacher, contrast=None)
+    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated) if len(eval_rows) else []
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
         raise DataError(
             f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "

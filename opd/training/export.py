@@ -174,6 +174,9 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
     }
     if config.teacher.system is not None:
         facts["system prompt of the teacher"] = "`" + one_line(config.teacher.system.replace("`", "'")) + "`"
+    for name, template in (("prompt", config.teacher.prompt), ("contrast", config.teacher.contrast)):
+        if template is not None:
+            facts[f"{name} of the teacher"] = "`" + one_line(template.replace("`", "'")) + "`"
     student_and_data = "\n".join(f"- {label}: {value}" for label, value in facts.items())
     whens = ("before", "after", "teacher")
     rewards = [format_reward(summary.get(f"reward_{when}"), summary.get(f"reward_{when}_interval")) for when in whens]

@@ -78,10 +78,10 @@ def digest(parts: Iterable[object]) -> str:
 
 
 def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
-    """Yield what identifies each prompt: its ids, or its messages where the chat template writes the date into it."""
+    """Yield what identifies each prompt: its ids in each view, or its chats where the chat template writes the date into them."""
     for prompt in prompts:
-        content = (prompt.ids, prompt.teacher_ids) if prompt.messages is None else (prompt.messages,)
-        yield (prompt.sample_id, *content, *(prompt.answers or [None]))
+        ids = (prompt.ids, prompt.teacher_ids) if prompt.contrast_ids is None else (prompt.ids, prompt.teacher_ids, prompt.contrast_ids)
+        yield (prompt.sample_id, *(prompt.chats or ids), *(prompt.answers or [None]))
 
 
 def frozen(model: nn.Module) -> Iterable[object]:
@@ -137,6 +137,7 @@ def differences(old: Any, new: Any, key: str = "", moved: Sequence[str] = ()) ->
     """Return the options that differ and change the training, with old and new value. `moved`: paths of the same files."""
     if key in MAY_CHANGE or key in REMOVED or key in moved:
         return []
+    old = {} if old is None and new == {} else old  # a mapping that older versions did not have
     if isinstance(old, dict) and isinstance(new, dict):
         names = {name: f"{key}.{name}" if key else name for name in (*old, *new)}
         return [line for name, full in names.items() for line in differences(old.get(name), new.get(name), full, moved)]

@@ -42,6 +42,8 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
         if name in tokens.columns:
             means.add_tensors(name, [tokens.as_sampled(name)])
     means.add_tensors("teacher_nll", [-tokens.as_sampled("teacher_logp")])
+    if "contrast_logp" in tokens.columns:
+        means.add_tensors("contrast_nll", [-tokens.as_sampled("contrast_logp")])
     means.add_tensors("engine_gap", [engine_gap(tokens)])
     means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
     means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
@@ -171,6 +173,7 @@ def record(
         "behaviour_logp": rounded(rollout.behaviour_logp),
         "student_logp": spread(rounded(columns["logp"])),
         "teacher_logp": spread(rounded(columns["teacher_logp"])),
+        **({"contrast_logp": spread(rounded(columns["contrast_logp"]))} if "contrast_logp" in columns else {}),
         "entropy": spread(rounded(columns["entropy"])),
         "clipped": spread(flags["clipped"]),
         "cut": spread(flags["cut"]),

@@ -11,6 +11,14 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
 The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions.
 
+With `teacher.contrast` the same teacher scores the tokens in a second view too, and the student's term leaves the advantage:
+
+    advantage    A = teacher_logp - contrast_logp, clipped to +-advantage_clip                (arXiv 2606.11709, 2607.02234)
+
+It is the difference of the advantages in the two views, so that what both have in common cancels, such as the style of a teacher that
+reads a hint, right or wrong. In expectation the gradient is that of KL(student‖q) with q proportional to old * teacher / contrast. As q
+moves with the student, training does not end at a distribution: where the views differ the student grows ever more certain.
+
 Shapes: `N` rows of the token table, `R` rollouts.
 """
 
@@ -24,7 +32,7 @@ import torch
 from torch import Tensor
 
 from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
-from opd.data.rollouts import Rollout
+from opd.data.rollouts import MicroBatch, Rollout
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
@@ -80,7 +88,10 @@ class Step:
             self.fit_memory(tokens, lambda: self.score_slices(tokens))
 
     def score_slices(self, tokens: Tokens) -> None:
-        """Fill the column `teacher_logp`, or keep the teacher's hidden states per micro-batch, as the objective needs. No collectives."""
+        """Fill `teacher_logp` and `contrast_logp`, or keep the teacher's hidden states per micro-batch, as the objective needs.
+
+        No collectives.
+        """
         ppo, temperature = self.config.ppo, self.config.temperature
         tokens.split(self.choices["max_tokens"], self.pad_id, self.packed, padding_limit(self.device))
         is_sampled = ppo.estimator is Estimator.sampled
@@ -96,6 +107,12 @@ class Step:
                 scores.append(self.teacher.logp(inputs, ids_N, temperature))
         if scores:
             tokens.fill("teacher_logp", scores)
+        if self.config.teacher.contrast is not None and "contrast_logp" not in tokens.columns:
+            tokens.fill("contrast_logp", [self.contrast_logp(part.batch) for part in tokens.slices])
+
+    def contrast_logp(self, batch: MicroBatch) -> Tensor:
+        assert batch.contrast_inputs is not None
+        return self.teacher.logp(batch.contrast_inputs, batch.ids_N, self.config.temperature)
 
     def fit_memory(self, tokens: Tokens, work: Callable[[], T], retry: Callable[[], None] = lambda: None) -> T:
         """Return the result of `work`; while any process runs out of memory, all halve their micro-batches and try again.
@@ -215,10 +232,12 @@ class Step:
             assert isinstance(part.teacher, TeacherStates)
             return exact(ids_N, part.teacher, temperature, divergence)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
-        advantage_N = None
+        has_contrast = "contrast_logp" in tokens.columns
+        advantage_N = teacher_logp_N - tokens.columns["contrast_logp"][rows] if has_contrast else None
         if ppo.discount > 0:
             # Sums over later tokens are needed before the first pass: the sampler's log-probs stand in for old_logp, which they equal.
-            advantage_N = discounted(teacher_logp_N - behaviour_logp_N, tokens.rollout_N[rows], ppo.discount)
+            own_N = teacher_logp_N - behaviour_logp_N if advantage_N is None else advantage_N
+            advantage_N = discounted(own_N, tokens.rollout_N[rows], ppo.discount)
         facts = Sampled(
             target_N=ids_N,
             teacher_logp_N=teacher_logp_N,
@@ -248,7 +267,8 @@ class Step:
 
     def not_finite(self, tokens: Tokens) -> list[int]:
         """Return this process's rollouts with a score, of teacher or student, that is not finite."""
-        bad_N = torch.stack([~tokens.columns[name].isfinite() for name in ("logp", "teacher_logp")]).any(0)
+        scores = [tokens.columns[name] for name in ("logp", "teacher_logp", "contrast_logp") if name in tokens.columns]
+        bad_N = torch.stack([~score_N.isfinite() for score_N in scores]).any(0)
         return sorted(set(tokens.rollout_N[bad_N].tolist()))
 
 

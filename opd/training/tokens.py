@@ -1,8 +1,8 @@
 """The token table: everything that is known about the tokens of a step, one row per trained token.
 
 Rows are grouped by rollout, the longest rollout first, so that a micro-batch is a contiguous slice of rows. Sampling fills
-`behaviour_logp`, the teacher `teacher_logp`; the first pass of the update fills `logp`, `entropy`, `reverse_kl` and the advantages, which
-are those before any update. A run can stop between inner steps and resume from the table.
+`behaviour_logp`, the teacher `teacher_logp` and, with `teacher.contrast`, `contrast_logp`; the first pass of the update fills `logp`,
+`entropy`, `reverse_kl` and the advantages, which are those before any update. A run can stop between inner steps and resume from the table.
 
 Shapes: `N` rows, `R` rollouts.
 """
