@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from opd import signals
 from opd.api import OnPolicyDistillationTrainer, from_options
+from opd.cli import main as cli
 from opd.config.schema import Config, TeacherWeights
 from opd.data.rollouts import Rollout
 from opd.errors import OK, ConfigError, DataError, Preempted
@@ -36,7 +37,7 @@ DEBUG = {
     "model.path": "bundled:tiny-student",
     "model.dtype": "float32",
     "teacher.path": "./nowhere",  # is not read
-    "data.source": "arithmetic",
+    "data.source": "python",
     "data.path": None,
     "data.prompt": "prompt",
     "data.answer_after": None,
@@ -56,18 +57,19 @@ DEBUG = {
     "checkpoint.keep_last": 9,
 }
 MODES = ("base", "current", "ema")
+REWARDED = {"ppo__reward_coef": 0.5, "eval__reward": "exact"}
+ROWS = [{"prompt": f"{i}+27=", "answer": str(i + 27)[::-1]} for i in range(10, 30)]
 
 
 def config(weights: str, **options: Any) -> Config:
     """Return the config of a small run with `teacher.weights`. Options have `__` in place of the dot."""
-    return from_options(
-        {**DEBUG, **VIEW, "teacher.weights": weights, **{name.replace("__", "."): value for name, value in options.items()}}
-    )
+    values = {name.replace("__", "."): value for name, value in options.items()}
+    return from_options({**DEBUG, **VIEW, "teacher.weights": weights, **values})
 
 
 def built(settings: Config, folder: Path) -> Built:
     checkpoints = Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, keep_best=False)
-    return build(settings, Accelerator(cpu=True), checkpoints, Given(), ExitStack(), None)
+    return build(settings, Accelerator(cpu=True), checkpoints, Given(train_rows=ROWS, eval_rows=ROWS[:4]), ExitStack(), None)
 
 
 def trained(run: Built) -> dict[str, torch.Tensor]:
@@ -101,15 +103,8 @@ def test_the_teacher_scores_with_its_weights_and_its_own_prompt(tmp_path, weight
         used = {"base": start, "current": now, "ema": average}[weights]
         bf16 = "model__dtype" in options
         for index, rollout in enumerate(done.tokens.rollouts):
-            if options.get("ppo__estimator") != "exact":
-                scored = done.tokens.of_rollout(index)["teacher_logp"]
-                assert torch.allclose(scored, expected_logp(run, used, rollout), atol=0.1 if bf16 else 1e-4)
-        if "ppo__estimator" in options:
-            part = done.tokens.slices[0]
-            rollout = done.tokens.rollouts[part.batch.rollouts[0]]
-            scored = part.teacher.token_logp(part.batch.ids_N, 0.7)[: len(rollout.completion)]
-            if weights != "current":  # whose head is updated by now
-                assert torch.allclose(scored, expected_logp(run, used, rollout), atol=1e-4)
+            scored = done.tokens.of_rollout(index)["teacher_logp"]
+            assert torch.allclose(scored, expected_logp(run, used, rollout), atol=0.1 if bf16 else 1e-4)
         average = {name: 0.5 * average[name] + 0.5 * weight for name, weight in trained(run).items()}
     moved = {name: float((weight - start[name]).abs().max()) for name, weight in trained(run).items()}
     assert max(moved.values()) > 1e-4
@@ -181,13 +176,7 @@ def everything(run: Built) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("weights", "options"),
-    [
-        ("base", {}),
-        ("current", {}),
-        ("ema", {}),
-        ("ema", {"ppo__estimator": "topk"}),
-        ("ema", {"lora__rank": 2, "model__dtype": "bfloat16"}),
-    ],
+    [("base", {}), ("current", {}), ("ema", {"ppo__estimator": "topk"}), ("ema", {"lora__rank": 2, "model__dtype": "bfloat16"})],
 )
 def test_resume_between_inner_steps_and_after_a_step_is_bitwise(tmp_path, monkeypatch, weights, options):
     settings = config(weights, **options)
@@ -237,19 +226,14 @@ def test_a_checkpoint_without_an_average_begins_one_at_its_weights(tmp_path):
     assert all(torch.equal(average, trained(before)[name]) for name, average in run.trainer.average.averages.items())
 
 
-# What is refused, and what is told.
+# Refusals and warnings.
 
 
 @pytest.mark.parametrize(
     ("weights", "options", "option", "remedy"),
     [
         ("current", {"teacher__system": None}, "teacher.weights=current", "teacher.system="),
-        (
-            "current",
-            {"teacher__system": None, "ppo__reward_coef": 0.5, "eval__reward": "exact"},
-            "teacher.weights=current",
-            "teacher.system=",
-        ),
+        ("current", {"teacher__system": None, **REWARDED}, "teacher.weights=current", "teacher.system="),
         ("base", {"teacher__system": None}, "teacher.weights=base", "ppo.reward_coef"),
         ("base", {"teacher__url": "http://a:1"}, "teacher.url='http://a:1'", "teacher.url=null"),
         ("ema", {"teacher__placement": "offload"}, "teacher.placement=offload", "teacher.placement=same"),
@@ -271,9 +255,8 @@ def test_what_cannot_hold_is_refused_with_the_option_and_a_remedy(weights, optio
 
 def test_options_that_say_the_same_of_the_student_are_accepted():
     assert config("base", teacher__dtype="float32").teaches_itself  # the student's
-    rewarded = {"ppo__reward_coef": 0.5, "eval__reward": "exact"}
     for weights in ("base", "ema"):  # hold the student near its start, or its past
-        assert config(weights, teacher__system=None, **rewarded).teacher_weights is TeacherWeights[weights]
+        assert config(weights, teacher__system=None, **REWARDED).teacher_weights is TeacherWeights[weights]
 
 
 def test_a_module_beside_weights_of_the_student_is_refused(tmp_path):
@@ -288,30 +271,28 @@ def test_sharded_present_weights_are_refused_where_the_update_needs_their_head()
 
 
 @pytest.mark.parametrize(
-    ("options", "told"), [({}, False), ({"same": True}, True), ({"teacher__system": None, "ppo__reward_coef": 0.5}, False)]
+    ("weights", "options", "logged"), [("ema", {}, False), ("current", {}, True), ("ema", {"teacher__system": None}, False)]
 )
-def test_a_view_that_changes_nothing_is_told(tmp_path, caplog, monkeypatch, options, told):
-    same = options.pop("same", False)
-    if same:  # as with a chat template that leaves the system message out
+def test_a_view_that_changes_nothing_is_logged(tmp_path, caplog, monkeypatch, weights, options, logged):
+    if logged:  # as with a chat template that leaves the system message out
         monkeypatch.setattr("opd.data.prompts.with_system", lambda messages, system: messages)
-    run = built(config("current" if same else "ema", eval__reward="exact", data__answer="answer", **options), tmp_path)
+    run = built(config(weights, **REWARDED, **options), tmp_path)
     tokens = run.trainer.train_step().tokens
     run.trainer.check_distance(tokens)
-    assert ("changes nothing" in caplog.text) == told and "this teacher is the student" not in caplog.text
+    assert ("changes nothing" in caplog.text) == logged and "this teacher is the student" not in caplog.text
 
 
 # Looking at such a run.
 
 
-@pytest.mark.parametrize("lora", ["none", "default"])
-def test_eval_measures_the_kl_to_the_teacher_of_the_end_of_the_run(tmp_path, monkeypatch, capfd, lora):
+def test_eval_measures_the_kl_to_the_teacher_of_the_end_of_the_run(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    words = ["device=cpu", "teacher.weights=ema", "teacher.ema=0.5", "teacher.system='12'", f"lora={lora}", "optim.lr=1e-3"]
-    assert main(["experiment=debug", "name=run", "train.max_steps=2", "eval.steps=0", "eval.limit=2", *words]) == OK
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["teacher.weights=ema", "teacher.ema=0.5", "teacher.system='12'", "lora=default", "optim.lr=1e-3", "train.max_steps=2"]
+    data = ["data=jsonl", "data.train_path=rows.jsonl", "data.eval_path=rows.jsonl", "eval.steps=0", "eval.limit=2"]
+    assert main(["experiment=debug", "device=cpu", "name=run", *data, *words]) == OK
     summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
     assert "learns from itself (teacher.weights=ema)" in capfd.readouterr().out
-    from opd.cli import main as cli
-
     assert cli.main(["eval", "runs/run", "--json"]) == OK
     task = json.loads(capfd.readouterr().out)["tasks"]["evaluation"]
     assert task["models"]["model"]["kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-4)
