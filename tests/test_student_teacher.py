@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from opd.training.loop import Trouble
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
 
+ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 VIEW = {"teacher.system": "12"}
 DEBUG = {
@@ -325,3 +329,37 @@ def test_a_trained_module_cannot_be_evaluated_against_its_first_weights(tmp_path
     trainer.train()
     with pytest.raises(ConfigError, match=r"^teacher\.weights=base: .*opd eval"):
         trainer.evaluate()
+
+
+# Several processes.
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["teacher.weights=base", "ppo.estimator=exact"],
+        ["teacher.weights=current"],
+        ["teacher.weights=ema", "ppo.estimator=exact"],
+        ["teacher.weights=ema", "lora=default"],
+    ],
+)
+def test_two_processes_with_sharded_weights_train_as_one(tmp_path, words):
+    fsdp2 = ["accelerate", "launch", "--main_process_port", "0", "--config_file", str(ROOT / "scripts/accelerate/fsdp2_cpu2.yaml"), "-m"]
+    common = ["opd.train", "experiment=debug", "device=cpu", "name=run", "optim.eps=1e-3", "sampling.temperature=1.0", "eval.steps=0"]
+    common += ["train.max_steps=3", "teacher.system='12'", "teacher.ema=0.5", *words]
+    found = []
+    for name, launcher, size in (("one", [sys.executable, "-m"], 4), ("two", fsdp2, 2)):
+        (tmp_path / name).mkdir()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        command = [*launcher, *common, f"train.batch_size={size}"]
+        done = subprocess.run(command, cwd=tmp_path / name, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = tmp_path / name / "runs/run"
+        files = [run / "final" / MODEL, *(run / "checkpoints/step_000003").glob(AVERAGE)]
+        kl = json.loads((run / "summary.json").read_text())["eval_kl_after"]
+        found.append(([load_file(file) for file in files], kl))
+    (one, kl_of_one), (two, kl_of_two) = found
+    assert kl_of_one == pytest.approx(kl_of_two, rel=1e-4) and len(one) == len(two)
+    for tensors, others in zip(one, two, strict=True):
+        assert max(float((tensors[name] - others[name]).abs().max()) for name in tensors) < 1e-5
