@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import to_config
-from opd.config.schema import Config, removed
+from opd.config.schema import Config, TeacherWeights, removed
 from opd.data.prompts import extract_answers
 from opd.data.rewards import best
 from opd.data.views import columns_of
@@ -150,6 +150,11 @@ class OnPolicyDistillationTrainer:
             if given.student is None and (self.output_dir / FINAL).is_dir():
                 final = str((self.output_dir / FINAL).resolve())
                 config = replace(config, model=replace(config.model, path=final, revision=None, gguf_file=None))
+            if config.teaches_itself and config.teacher_weights is not TeacherWeights.current and (self.output_dir / FINAL).is_dir():
+                raise ConfigError(
+                    f"teacher.weights={config.teacher_weights.value}: the teacher was made from the student during the run and is gone: "
+                    f"opd eval {self.output_dir}"
+                )
             return runner.evaluate(config, Path(folder), given)
 
     @property

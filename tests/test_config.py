@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config import compose as store
-from opd.config.schema import REMOVED, Config
+from opd.config.schema import REMOVED, Config, TeacherWeights
 from opd.errors import OK, USAGE, ConfigError
 from opd.runs.reader import flatten
 from opd.train import main as train
@@ -291,7 +291,7 @@ def test_a_served_teacher_is_scored_at_temperature_1_and_never_the_students_base
     one, two = compose(URL), compose("teacher.url=[http://a:1,https://b]", "sampling.temperature=1")
     assert one.temperature == 1 and one.teacher.urls == ["http://127.0.0.1:8000"] and not one.draws_from_scored
     assert two.teacher.urls == ["http://a:1", "https://b"] and two.draws_from_scored
-    assert not from_options({"model.path": "a/b", "teacher.path": "a/b", "lora.rank": 8, "teacher.url": "http://a"}).shares_base
+    assert not from_options({"model.path": "a/b", "teacher.path": "a/b", "lora.rank": 8, "teacher.url": "http://a"}).teaches_itself
 
 
 def test_a_teacher_that_is_the_students_base_needs_its_own_system_prompt_and_no_place_of_its_own() -> None:
@@ -300,8 +300,8 @@ def test_a_teacher_that_is_the_students_base_needs_its_own_system_prompt_and_no_
         from_options(same)
     with pytest.raises(ConfigError, match=r"teacher\.placement=offload: .*teacher\.placement=same"):
         from_options({**same, "teacher.system": "s", "teacher.placement": "offload"})
-    assert from_options({**same, "teacher.system": "s"}).shares_base
-    assert not from_options({**same, "teacher.revision": "main"}).shares_base
+    assert from_options({**same, "teacher.system": "s"}).teacher_weights is TeacherWeights.base
+    assert from_options({**same, "teacher.revision": "main"}).teacher_weights is TeacherWeights.own
 
 
 @pytest.mark.parametrize(("key", "remedy"), [("colour", ""), ("optim.momentum", ""), ("ppo.clip_eps_high", "ppo.clip_eps")])

@@ -32,7 +32,7 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 
     runner.quiet_libraries()
     target = find_target(flags.target, config, flags.teacher)
-    models = sample_score.load_pair(target.config, with_teacher=flags.teacher != NONE)
+    models = sample_score.load_pair(target.config, flags.teacher != NONE, target.average)
     console = make_console(80)
     if not flags.prompt and flags.file is None and sys.stdin.isatty():
         console.print("one prompt per line; an empty line ends")
@@ -67,7 +67,7 @@ def score(config: Config, folder: Path, flags: argparse.Namespace) -> None:
         check_output_path(flags.html)
     text = flags.text if flags.text is not None else sample_score.read_text("/dev/stdin" if flags.file == "-" else flags.file)
     target = find_target(flags.target, config, flags.teacher)
-    scores = sample_score.score(sample_score.load_pair(target.config), text, flags.prompt)
+    scores = sample_score.score(sample_score.load_pair(target.config, average=target.average), text, flags.prompt)
     if flags.html is not None:
         write_output(flags.html, score_page(scores, f"{target.name} and {target.config.teacher.path}"))
     if flags.json:

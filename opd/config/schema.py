@@ -72,6 +72,13 @@ class Divergence(Enum):
     jsd = "jsd"
 
 
+class TeacherWeights(Enum):
+    own = "own"  # the model at teacher.path
+    base = "base"  # the student's at the start of the run
+    current = "current"  # the student's present ones
+    ema = "ema"  # a moving average of the student's
+
+
 class Placement(Enum):
     same = "same"
     device = "device"
@@ -111,6 +118,8 @@ class Direction(Enum):
 
 
 AUTO = "auto"
+# Options of a teacher with weights of its own, which say nothing about a student that is its own teacher.
+UNREAD = ("url", "placement", "quantization", "gguf_file", "revision", "dtype", "attn_implementation")
 SERVER = re.compile(r"https?://[^/\s]+/?")
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # in a template over the columns of a row: a literal brace, or {column}
 # The metrics of summary.json and, where one value is better than another, the direction.
@@ -213,6 +222,8 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     PREFIX: ClassVar[str] = "teacher."
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"
+    weights: TeacherWeights = TeacherWeights.own
+    ema: float = bounded(0.99, above=0, below=1, hint="0.99 averages about the last 100 steps")
     url: Any = None
     timeout: float = bounded(600.0, above=0, hint="seconds")
     system: str | None = None
@@ -482,12 +493,8 @@ class Config(Section):
         self.require("name", fits, "it names the run folder; use letters, digits and . _ - + = , only")
         self.require("resume", bool(self.resume.strip()), "must be auto, never or the path of a checkpoint")
 
-        if self.shares_base:
-            remedy = "the teacher is the student without its adapter: set teacher.system='…' or teacher.prompt='…', or another teacher.path"
-            self.require("lora.rank", self.teacher.has_own_view, remedy)
-            in_place = self.teacher.placement is Placement.same and self.teacher.quantization is Quantization.none
-            remedy = "the teacher shares the student's weights: set teacher.placement=same teacher.quantization=none"
-            self.require("teacher.placement", in_place, remedy)
+        if self.teaches_itself:
+            self.check_self_teaching()
 
         if self.teacher.url is not None:
             whole = "needs the teacher's whole distributions, which a server does not send: set "
@@ -541,14 +548,57 @@ class Config(Section):
         return default if self.ppo.temperature is None else self.ppo.temperature
 
     @property
+    def needs_teacher_states(self) -> bool:
+        """Whether the update needs the teacher's whole distributions, and so its output head."""
+        return self.ppo.estimator is not Estimator.sampled or self.ppo.baseline
+
+    @property
     def draws_from_scored(self) -> bool:
         """Whether the sampler draws from the distribution that is scored, up to rounding: their log-probs can then be compared."""
         sampling = self.sampling
         return sampling.top_p == 1 and sampling.top_k == 0 and sampling.temperature == self.temperature
 
     @property
-    def shares_base(self) -> bool:
-        """Whether the teacher is the student's base model without the adapter, so that only one copy is loaded."""
+    def teacher_weights(self) -> TeacherWeights:
+        """Whose weights the teacher has: also `base` where `teacher.path` is the model that gets adapters, which is then loaded once."""
+        if self.names_weights or self.teacher.url is not None or self.lora.rank == 0:
+            return self.teacher.weights
         base = (self.model.path, self.model.revision, self.model.gguf_file)
-        is_local = self.teacher.url is None
-        return is_local and self.lora.rank > 0 and base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)
+        shares_base = base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)
+        return TeacherWeights.base if shares_base else TeacherWeights.own
+
+    @property
+    def names_weights(self) -> bool:
+        return self.teacher.weights is not TeacherWeights.own
+
+    @property
+    def teaches_itself(self) -> bool:
+        """Whether the student is its own teacher: nothing is loaded from `teacher.path`."""
+        return self.teacher_weights is not TeacherWeights.own
+
+    @property
+    def teacher_files(self) -> ModelConfig:
+        """The files that the teacher's tokenizer, and unless a server has them its weights, are loaded from."""
+        return self.model if self.teaches_itself else self.teacher
+
+    @property
+    def teacher_name(self) -> str:
+        return f"itself (teacher.weights={self.teacher_weights.value})" if self.teaches_itself else self.teacher.path
+
+    def check_self_teaching(self) -> None:
+        """Raise `ConfigError` for what cannot hold where the student is its own teacher, or leaves it nothing to learn."""
+        weights, usual = self.teacher_weights, TeacherConfig()
+        for option in UNREAD if self.names_weights else ("placement", "quantization"):
+            can_hold = getattr(self.teacher, option) in (getattr(usual, option), getattr(self.model, option, None))
+            remedy = f"the teacher is the student, with teacher.weights={weights.value}: set teacher.{option}="
+            shown = getattr(usual, option)
+            remedy += f"{getattr(shown, 'value', 'null' if shown is None else shown)}, or teacher.weights=own and another teacher.path"
+            self.require(f"teacher.{option}", can_hold, remedy)
+        rewarded = weights is not TeacherWeights.current and self.ppo.reward_coef > 0
+        remedy = "the teacher is the student and reads the same prompts, so that there is nothing to learn: set teacher.prompt='…' or "
+        remedy += "teacher.system='…' for it"
+        remedy += ", or another teacher" if weights is TeacherWeights.current else ", ppo.reward_coef above 0, or another teacher"
+        self.require("teacher.weights" if self.names_weights else "lora.rank", self.teacher.has_own_view or rewarded, remedy)
+        remedy = "teacher.weights=current changes at each inner step, but whole distributions are computed from the weights that it had "
+        remedy += "before: set ppo.steps=1, teacher.weights=ema, or ppo.estimator=sampled ppo.baseline=false"
+        self.require("ppo.steps", self.ppo.steps == 1 or weights is not TeacherWeights.current or not self.needs_teacher_states, remedy)

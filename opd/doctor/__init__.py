@@ -57,15 +57,15 @@ def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBas
         raw_student = tokens.load_raw(config.model, "model")
         student = models.load_tokenizer(config.model, "model")
     with report.catch("tokenizer of the teacher") as teacher_errors:
-        raw_teacher = tokens.load_raw(config.teacher, "teacher")
-        teacher = models.load_tokenizer(config.teacher, "teacher")
+        raw_teacher = tokens.load_raw(config.teacher_files, "teacher")
+        teacher = models.load_tokenizer(config.teacher_files, "teacher")
     if student_errors or teacher_errors:
         return None
     same_ids = report.run("tokenizers", lambda: tokens.check_maps(student, teacher))
     report.add(*tokens.check_pad(raw_student, "student"), *tokens.check_pad(raw_teacher, "teacher"))
     sampling = f"temperature {config.sampling.temperature:g}, top_p {config.sampling.top_p:g}, top_k {config.sampling.top_k}"
     report.run("student", lambda: tokens.check_generation_config(config.model, "student", sampling))
-    report.run("teacher", lambda: tokens.check_generation_config(config.teacher, "teacher", sampling))
+    report.run("teacher", lambda: tokens.check_generation_config(config.teacher_files, "teacher", sampling))
     with report.catch("data") as data_errors:
         train_rows, eval_rows = load_rows(config.data)
         report.add(*rows.check_columns(train_rows, eval_rows, config))
@@ -118,7 +118,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
 
 
 def check_ends(config: Config, built: Built, student: PreTrainedTokenizerBase) -> list[Finding]:
-    teacher = models.load_tokenizer(config.teacher, "teacher")
+    teacher = models.load_tokenizer(config.teacher_files, "teacher")
     kwargs, teacher_eos = config.data.chat_template_kwargs, built.teacher_eos
     return [
         *tokens.check_eos(student, teacher, built.eos, teacher_eos),

@@ -22,7 +22,7 @@ REMEDIES = {
     "optimizer": "set lora=default, or take a smaller student",
     "gradients": "set lora=default, or take a smaller student",
     "student": "take a smaller student",
-    "teacher": "set teacher.dtype=bfloat16, or take a smaller teacher",
+    "teacher": "set teacher.dtype=bfloat16, or take a smaller teacher; for a student that is its own teacher, set lora=default",
 }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd.config.schema import Config
 from opd.data.rollouts import Request
-from opd.evaluation.sample_score import load, shared_vocabulary
+from opd.evaluation.sample_score import load, load_teacher, shared_vocabulary
 from opd.evaluation.target import Target
 from opd.models import load as models
 from opd.models.device import release_memory
@@ -61,7 +61,7 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
     answers: dict[str, list[Answer]] = {}
     kl: dict[str, float | None] = {}
     with ExitStack() as stack:
-        teacher = load(config.teacher, "teacher", accelerator.device)
+        teacher = load_teacher(config, accelerator.device, target.average)
         for role, model in candidates.items():
             student = load(model, "model", accelerator.device, config.sampling.dtype)
             vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,10 +13,11 @@ from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
-from opd.models.policy import check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
+from opd.models.policy import add_adapters, check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
+from opd.training.checkpoint import AVERAGE, read, restore_weights, trained_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +101,34 @@ def load(config: ModelConfig, role: str, device: torch.device, sampling: Samplin
     return LoadedModel(role, model, tokenizer, models.eos_ids(model, tokenizer), copies)
 
 
+def load_teacher(config: Config, device: torch.device, average: Path | None = None) -> LoadedModel:
+    """Load the teacher. `average`: the checkpoint of a run whose teacher had the average of the trained weights that is in it."""
+    teacher = load(config.teacher, "teacher", device)
+    if average is not None:
+        teacher.model.requires_grad_(config.lora.rank == 0)
+        adapters = add_adapters(teacher.model, config.lora) if config.lora.rank else None
+        restore_weights(read(average), trained_tensors(teacher.model), AVERAGE)
+        if adapters is not None:
+            adapters.merge_and_unload()
+        teacher.model.requires_grad_(False)
+    return teacher
+
+
 def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
     """Return the number of ids that both models know. Raises `ConfigError` where an id is another token in the other model."""
     models.check_same_ids(student.tokenizer, teacher.tokenizer)
     return models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
 
 
-def load_pair(config: Config, with_teacher: bool = True) -> ModelPair:
-    """Load both models. Raises `ConfigError` where one is missing or their tokenizers differ."""
+def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:
+    """Load both models. `average`: as in `load_teacher`. Raises `ConfigError` where one is missing or their tokenizers differ."""
     device = models.find_device(config.device)
     models.locate(config.model, "model")
     if with_teacher:
         models.locate(config.teacher, "teacher")  # before the student takes its time to load
     loaded = {"student": load(config.model, "model", device, config.sampling.dtype)}
     if with_teacher:
-        loaded["teacher"] = load(config.teacher, "teacher", device)
+        loaded["teacher"] = load_teacher(config, device, average)
     return ModelPair(config, loaded, shared_vocabulary(loaded["student"], loaded.get("teacher", loaded["student"])))
 
 

@@ -1,7 +1,7 @@
 """What `opd eval`, `sample` and `score` look at: a run folder, a model folder, a hub id, or a model named by options."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config import compose
-from opd.config.schema import Config, ModelConfig
+from opd.config.schema import Config, ModelConfig, TeacherConfig, TeacherWeights
 from opd.errors import ConfigError, DataError
-from opd.runs.folder import FINAL
+from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.runs.reader import is_run, open_run
+from opd.training.checkpoint import Checkpoints, verify
 
 NONE = "none"
 
@@ -28,6 +29,7 @@ class Target:
         run: its folder, if the target is a run.
         baseline: the model before training, or another one; None to leave it out.
         overrides: as typed on the command line.
+        average: the checkpoint whose average of weights the teacher has, where it followed the student.
     """
 
     config: Config
@@ -35,6 +37,7 @@ class Target:
     run: Path | None
     baseline: ModelConfig | None
     overrides: tuple[str, ...] = ()
+    average: Path | None = None
 
 
 def find_target(word: str | None, composed: Config, teacher: str | None = None, baseline: str | None = None) -> Target:
@@ -68,10 +71,32 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     if teacher is not None and teacher != NONE:
         model = _model(teacher, config.teacher)
         options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code")}
-        config = replace(config, teacher=replace(config.teacher, **options))
+        config = replace(config, teacher=replace(config.teacher, **options, weights=TeacherWeights.own))
+    average = None
+    if config.names_weights:
+        is_average = config.teacher.weights is TeacherWeights.ema
+        average = newest_average(run) if run is not None and is_average else None
+        config = replace(config, teacher=student_as_teacher(config, before))
     if baseline is not None:
         before = None if baseline == NONE else _model(baseline, before or config.model)
-    return Target(config, word or config.model.path, run, before, overrides)
+    return Target(config, word or config.model.path, run, before, overrides, average)
+
+
+def student_as_teacher(config: Config, before: ModelConfig | None) -> TeacherConfig:
+    """Return, as a model to load, the teacher of a run whose student is its own teacher. `before`: the student before training."""
+    student = config.model if before is None or config.teacher.weights is TeacherWeights.current else before
+    files = {item.name: getattr(student, item.name) for item in fields(ModelConfig)}
+    return replace(config.teacher, **files, weights=TeacherWeights.own)
+
+
+def newest_average(run: Path) -> Path:
+    """Return the run's newest checkpoint, which has the teacher's average. Raises `DataError` where there is none, or it is damaged."""
+    checkpoints = Checkpoints(run / CHECKPOINTS, 1, keep_best=False)
+    moments = checkpoints.moments()
+    problem = verify(checkpoints.path(*moments[-1])) if moments else "there is none"
+    if problem is not None:
+        raise DataError(f"{run}: its teacher's weights are an average in its newest checkpoint: {problem}; name another teacher: --teacher")
+    return checkpoints.path(*moments[-1])
 
 
 def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Sequence[str]) -> Config:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig
+from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig, TeacherWeights
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
@@ -99,8 +99,8 @@ def estimate(
         ConfigError: a model's config cannot be read.
     """
     student = empty_model(config.model, "model")
-    served = config.teacher.url is not None
-    teacher = student if served else empty_model(config.teacher, "teacher")
+    loads_teacher = config.teacher.url is None and not config.teaches_itself
+    teacher = empty_model(config.teacher, "teacher") if loads_teacher else student
     parameters = count(student)
     uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
     sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device, uses_line)  # without adapters
@@ -109,13 +109,14 @@ def estimate(
         add_adapters(student, config.lora)
     bf16 = computes_in_bf16(config.model.dtype, device)
     trained, weights = trained_bytes(student), weight_bytes(student, bf16)
+    copied = 0 if not config.teaches_itself else copy_bytes(config, trained, weights, bf16, sharded)
     if bf16 and not sharded:
         weights += trained * BFLOAT16 // FLOAT32  # float32 masters in addition to the bf16 module
     share = 1 / processes if sharded else 1.0
     resident = {
         "the process": in_use,
         "student": round(share * weights),
-        "teacher": 0 if config.shares_base or served else teacher_bytes(config.teacher, teacher, processes, device),
+        "teacher": teacher_bytes(config.teacher, teacher, processes, device) if loads_teacher else copied,
         "optimizer": round(share * MOMENTS * trained),
     }
     if "decode line" in sampling:
@@ -158,7 +159,7 @@ def sampling_bytes(
     sampling, evaluated = config.sampling, config.eval
     longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
     in_bf16 = samples_with_copy(config, device) or computes_in_bf16(config.model.dtype, device)
-    teacher_in_bf16 = computes_in_bf16(config.teacher.dtype, device)
+    teacher_in_bf16 = computes_in_bf16((config.model if config.teaches_itself else config.teacher).dtype, device)
     of_student = measure("the cache", cache_bytes, student, BFLOAT16 if in_bf16 else FLOAT32)
     of_teacher = measure("the cache", cache_bytes, teacher, BFLOAT16 if teacher_in_bf16 else FLOAT32)
     rows = min(sampling.batch_size, config.train.batch_size * sampling.n)
@@ -333,6 +334,21 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
         case Placement.offload:
             arriving = width * max(map(sum, pairwise([0, *map(count, blocks)])))  # the next layer is copied while one computes
             return arriving + (total if device.type == "cpu" else total - width * inside)
+
+
+def copy_bytes(config: Config, trained: int, weights: int, bf16: bool, sharded: bool) -> int:
+    """Return what a student that is its own teacher needs besides its own weights.
+
+    Args:
+        trained, weights: The student's trained weights in float32, and all of its weights as they are sharded.
+    """
+    kind = config.teacher_weights
+    if kind is TeacherWeights.current or (kind is TeacherWeights.base and config.lora.rank > 0):
+        return 0
+    if sharded:  # whole in each process, and so are the frozen weights that it shared with the student before
+        return weights
+    copied = trained * BFLOAT16 // FLOAT32 if bf16 else trained
+    return copied + (trained if bf16 and kind is TeacherWeights.ema else 0)  # bf16 to compute with, the average in float32
 
 
 def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:

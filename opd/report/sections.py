@@ -60,9 +60,10 @@ def heading(runs: Sequence[Run]) -> str:
     else:
         [run] = runs
         options = flatten(run.config)
+        weights = options.get("teacher.weights", "own")
         named = {
             "student": options.get("model.path"),
-            "teacher": options.get("teacher.path"),
+            "teacher": options.get("teacher.path") if weights == "own" else f"the student itself ({weights})",
             "data": options.get("data.path") or options.get("data.source"),
         }
         if run.metrics:

@@ -5,5 +5,16 @@ from opd.teachers.contract import check_weights
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
+from opd.teachers.student import CurrentTeacher, MovingAverage, teaching_module
 
-__all__ = ["LocalTeacher", "ServedTeacher", "Teacher", "check_weights", "loading_device", "place"]
+__all__ = [
+    "CurrentTeacher",
+    "LocalTeacher",
+    "MovingAverage",
+    "ServedTeacher",
+    "Teacher",
+    "check_weights",
+    "loading_device",
+    "place",
+    "teaching_module",
+]

@@ -13,7 +13,7 @@ from opd.data.rollouts import Inputs, Rollout
 from opd.models.device import autocast
 from opd.models.distributed import full_tensor, unsharded
 from opd.models.policy import adapters_disabled, output_head, predicting_hidden
-from opd.objective import TeacherStates
+from opd.objective import Head, TeacherStates
 
 
 class LocalTeacher:
@@ -22,7 +22,7 @@ class LocalTeacher:
     Args:
         model: The model.
         vocabulary, rows: Size and rows of its `Head`.
-        adapters: The student's, where the teacher is the student's own base.
+        adapters: The student's, where the teacher is the student without them.
         bf16: Compute under bf16 autocast. Otherwise the weights' dtype decides, even where the student computes under autocast.
         device: The student's device, to which results are moved.
         ready: Replaces `ready`, where the student's sharding strategy gathers the weights.
@@ -43,10 +43,14 @@ class LocalTeacher:
         self.bf16 = bf16
         self.device = device or model.device
         self.gather = ready
-        head = output_head(model, vocabulary, rows, torch.bfloat16 if bf16 else model.dtype)
-        # The objective reads it outside of `ready`, together with the student's: in full, and on its device.
+        self.vocabulary, self.rows = vocabulary, rows
+        self.head = self.read_head()
+
+    def read_head(self) -> Head:
+        """Return the output head in full and on the student's device: the objective reads it outside of `ready`, with the student's own."""
+        head = output_head(self.model, self.vocabulary, self.rows, torch.bfloat16 if self.bf16 else self.model.dtype)
         bias_V = None if head.bias_V is None else full_tensor(head.bias_V).to(self.device)
-        self.head = replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V)
+        return replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V)
 
     @torch.no_grad()
     def states(self, inputs: Inputs) -> TeacherStates:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Estimator, Placement, Quantization
+from opd.config.schema import Config, Engine, Estimator, Placement, Quantization, TeacherWeights
 from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
@@ -36,8 +36,18 @@ from opd.models.policy import (
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import LocalTeacher, ServedTeacher, Teacher, check_weights, loading_device, place
-from opd.training.checkpoint import Checkpoints
+from opd.teachers import (
+    CurrentTeacher,
+    LocalTeacher,
+    MovingAverage,
+    ServedTeacher,
+    Teacher,
+    check_weights,
+    loading_device,
+    place,
+    teaching_module,
+)
+from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
 from opd.training.loop import Trainer
@@ -95,11 +105,14 @@ def build(
         check_installed()
     if given.teacher is not None and config.teacher.url is not None:
         raise ConfigError("teacher.url: a teacher was passed as a module too; leave one of them out")
+    if given.teacher is not None and config.names_weights:
+        raise ConfigError(f"teacher.weights={config.teacher.weights.value}: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
-    teacher_tokenizer = tokenizer if given.teacher is not None else load.load_tokenizer(config.teacher, "teacher")
+    has_tokenizer = given.teacher is None and not config.teaches_itself
+    teacher_tokenizer = load.load_tokenizer(config.teacher, "teacher") if has_tokenizer else tokenizer
     load.check_same_ids(tokenizer, teacher_tokenizer)
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
@@ -108,7 +121,13 @@ def build(
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
     is_served = config.teacher.url is not None
-    teacher_model = None if is_served else student if config.shares_base else build_teacher(config, given, accelerator)
+    teacher_model = average = None
+    if config.teaches_itself:
+        teacher_model = teaching_module(config, student, sharded)
+        if config.teacher_weights is TeacherWeights.ema:
+            average = MovingAverage(teacher_model, trained_tensors(student, masters), config.teacher.ema)
+    elif not is_served:
+        teacher_model = build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
     load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
@@ -153,7 +172,7 @@ def build(
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
+    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.teaches_itself and autocasts)
     teacher: Teacher
     teacher_sampler: Sampler
     if served is not None:
@@ -161,17 +180,18 @@ def build(
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
         assert teacher_model is not None
-        teacher = LocalTeacher(
+        kind: type[LocalTeacher] = CurrentTeacher if config.teacher_weights is TeacherWeights.current else LocalTeacher
+        teacher = kind(
             teacher_model,
             vocabulary,
-            adapters if config.shares_base else None,
+            adapters if config.teacher_weights is TeacherWeights.base else None,
             choices["head_rows"],
-            bf16=config.shares_base and autocasts,
+            bf16=config.teaches_itself and autocasts,
             device=device,
-            ready=strategy.gathered_weights if config.shares_base else None,
+            ready=strategy.gathered_weights if teacher_model is student else None,
         )
         teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
-        if not config.shares_base:
+        if not config.teaches_itself:
             with teacher.ready():
                 if packed:
                     check_packing(teacher_model, "teacher")
@@ -195,6 +215,7 @@ def build(
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
+        average=average,
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"

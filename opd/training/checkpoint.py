@@ -3,7 +3,8 @@
 A checkpoint is a folder `step_000200/` with `model.safetensors` (float32 weights), `optimizer.safetensors`, `state.json` and, written last,
 `manifest.json` with the sha256 of each file. One taken between inner steps is called `step_000200_1/` (one inner step of step 201 is done)
 and holds `tokens.safetensors` too: the token table of that step. With `sampling.lag`, `ahead.safetensors` holds the rollouts of the next
-step. No pickle. The next data and random numbers follow from the step.
+step; with `teacher.weights=ema`, `average.safetensors` holds the teacher's weights in float32. No pickle. The next data and random numbers
+follow from the step.
 """
 
 import json
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 MODEL, OPTIMIZER, STATE, MANIFEST, BEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json", "best.json"
 TOKENS = "tokens.safetensors"
 AHEAD = "ahead.safetensors"
+AVERAGE = "average.safetensors"
 FORMAT = 2  # of state.json and tokens.safetensors
 NAME = re.compile(r"step_(\d+)(?:_(\d+))?")
 FAILURES_LIMIT = 3
@@ -57,7 +59,7 @@ class Checkpoint:
         return self.step, int(self.state["inner"])
 
     def tensors(self, name: str) -> dict[str, Tensor] | None:
-        """Return the tensors of `TOKENS` or `AHEAD`; None where the checkpoint has no such file."""
+        """Return the tensors of `TOKENS`, `AHEAD` or `AVERAGE`; None where the checkpoint has no such file."""
         return load_file(self.path / name) if (self.path / name).is_file() else None
 
 
@@ -301,9 +303,13 @@ def snapshot(
 def model_tensors(model: nn.Module, masters: MasterWeights | None = None) -> dict[str, Tensor]:
     """Return trained parameters, or their float32 masters, and saved buffers; a tied one appears once."""
     persistent = model.state_dict().keys()
+    return {**trained_tensors(model, masters), **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
+
+
+def trained_tensors(model: nn.Module, masters: MasterWeights | None = None) -> dict[str, Tensor]:
+    """Return trained parameters, or their float32 masters; a tied one appears once."""
     named = model.named_parameters() if masters is None else masters.named_parameters()
-    trained = {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-    return {**trained, **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
+    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
@@ -327,12 +333,13 @@ def restore(checkpoint: Checkpoint, weights: dict[str, Tensor], optimizer: Optim
 
 
 @torch.no_grad()
-def restore_weights(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
-    """Copy the weights into `tensors`. Raises `OutputError` where they are another model's."""
-    if tensor_names(checkpoint.path / MODEL) != tensors.keys():
+def restore_weights(checkpoint: Checkpoint, tensors: dict[str, Tensor], name: str = MODEL) -> None:
+    """Copy the weights of the file `MODEL` or `AVERAGE` into `tensors`. Raises `OutputError` where they are another model's."""
+    file = checkpoint.path / name
+    if tensor_names(file) != tensors.keys():
         raise OutputError(f"{checkpoint.path}: contains the weights of another model")
     for name, tensor in tensors.items():
-        tensor.copy_(shard_like(stored_tensor(checkpoint.path / MODEL, name), tensor))
+        tensor.copy_(shard_like(stored_tensor(file, name), tensor))
 
 
 def tensor_names(file: Path) -> set[str]:

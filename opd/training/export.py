@@ -169,7 +169,7 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
 
     facts = {
         "student": _model_name(config.model),
-        "teacher": _model_name(config.teacher),
+        "teacher": f"the student {config.teacher_name}" if config.teaches_itself else _model_name(config.teacher),
         "data": f"`{config.data.path or config.data.train_path or config.data.source.value}`",
     }
     if config.teacher.system is not None:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config, Engine, SamplingDtype, Truncated
+from opd.config.schema import Config, Engine, SamplingDtype, TeacherWeights, Truncated
 from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
@@ -28,7 +28,19 @@ from opd.models.policy import padding_limit
 from opd.objective import group_normalised
 from opd.runs.outcome import is_detailed_step
 from opd.samplers import Decoding, GenerateSampler, Sampler
-from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, model_tensors, restore, snapshot
+from opd.teachers import MovingAverage
+from opd.training.checkpoint import (
+    AHEAD,
+    AVERAGE,
+    TOKENS,
+    Checkpoint,
+    Checkpoints,
+    Snapshot,
+    model_tensors,
+    restore,
+    snapshot,
+    trained_tensors,
+)
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
@@ -109,6 +121,7 @@ class Trainer:
         tokens: The table of the step that has begun.
         best: The best evaluation's score so far.
         ahead: The next step's rollouts, sampled in the background.
+        average: The teacher's weights, where they follow the student's.
         grown: Bytes by which this process's peak memory rose in each kind of work so far.
     """
 
@@ -130,6 +143,7 @@ class Trainer:
     tokens: Tokens | None = None
     trouble: Trouble = field(default_factory=Trouble)
     ahead: Future[list[Rollout]] | None = None
+    average: MovingAverage | None = None
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
     guard: Guard = field(init=False)
@@ -228,11 +242,16 @@ class Trainer:
 
     def check_distance(self, tokens: Tokens) -> None:
         """Warn where the teacher's scores are the student's: there is nothing to learn."""
+        if self.config.teaches_itself and not self.config.teacher.has_own_view:  # it moves away by the rewards of the task
+            return
         columns = tokens.columns
         gap_N = (columns["teacher_logp"] - columns["logp"]).abs() if "logp" in columns else torch.ones(0)
         if len(gap_N) and float(gap_N.mean()) < SAME_MODEL:
             name = "teacher.url" if self.config.teacher.url else "teacher.path"
-            log.warning("%s: its log-probs are the student's up to %.1e nats: this teacher is the student", name, float(gap_N.mean()))
+            problem = "this teacher is the student"
+            if self.config.teaches_itself:
+                name, problem = f"teacher.weights={self.config.teacher_weights.value}", "what it reads besides changes nothing"
+            log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
 
     # A step.
 
@@ -250,7 +269,10 @@ class Trainer:
         self.step += 1
         self.trouble.steps = 0 if is_finite else self.trouble.steps + 1
         self.trouble.places = [] if is_finite else self.trouble.places
-        return self.finish_step(tokens, rate)
+        done = self.finish_step(tokens, rate)  # which asks the teacher of this step
+        if self.average is not None:
+            self.average.update(trained_tensors(self.student, self.strategy.masters))
+        return done
 
     def begin_step(self) -> Tokens:
         """Sample, and let the teacher score."""
@@ -367,9 +389,10 @@ class Trainer:
     def alternatives(self, rollouts: Sequence[Rollout]) -> Alternatives:
         """Return the teacher's most probable ids and log-probs (tokens, k) at each token of the stored rollouts.
 
-        In the main process, in the steps of `is_detailed_step`, where the teacher is local; else nothing.
+        In the main process, in the steps of `is_detailed_step`, where the teacher is here and has the weights that scored; else nothing.
         """
-        if self.config.teacher.url is not None or not is_detailed_step(self.step, self.max_steps):
+        is_gone = self.config.teacher.url is not None or self.config.teacher_weights is TeacherWeights.current
+        if is_gone or not is_detailed_step(self.step, self.max_steps):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
         alternatives = {}
@@ -409,7 +432,7 @@ class Trainer:
         """
         if not needed:
             on_main_process(self.accelerator, self.scoring.teacher.check)
-        tables, numbers = {AHEAD: self.sampled_ahead()}, None
+        tables, numbers = {AHEAD: self.sampled_ahead(), AVERAGE: None if self.average is None else self.average.averages}, None
         if self.tokens is not None:
             means = self.tokens.means.over_processes(self.accelerator)
             numbers = {**self.tokens.numbers(), "sums": means.sums, "counts": means.counts}
@@ -442,6 +465,8 @@ class Trainer:
         self.ahead = None
         restore(checkpoint, model_tensors(self.student, self.strategy.masters), self.strategy.optimizer)
         self.strategy.update_module()
+        if self.average is not None:  # another run's checkpoint, accepted with resume_force, may have none
+            self.average.restore(checkpoint.tensors(AVERAGE) or trained_tensors(self.student, self.strategy.masters))
         self.sampler.refresh()
         self.step = checkpoint.step
         self.trouble = Trouble(**checkpoint.state["trouble"])

@@ -294,7 +294,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     size, n = config.train.batch_size, config.sampling.n
     parameters = sum(parameter.numel() for parameter in trainer.student.parameters())
     display.note(
-        f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher.path} on {trainer.accelerator.device}"
+        f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher_name} on {trainer.accelerator.device}"
     )
     display.note(
         f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
