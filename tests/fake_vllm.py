@@ -105,12 +105,15 @@ class ScoringServer(ModelServer):
             self.sample(handler, body)
             return
         assert body["max_tokens"] == 1 and "echo" not in body
-        self.fault(handler, body, self.scores(body["prompt"]))
+        self.fault(handler, body, self.scores(body["prompt"], body["prompt_logprobs"]))
 
     @torch.inference_mode()
-    def scores(self, ids):
+    def scores(self, ids, top=0):
         logp = self.model(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-        entries = [{str(token): {"logprob": float(row[token]), "rank": 1}} for row, token in zip(logp, ids[1:], strict=True)]
+        entries = [
+            {str(each): {"logprob": float(row[each]), "rank": 1} for each in (*row.topk(top).indices.tolist(), token)}
+            for row, token in zip(logp, ids[1:], strict=True)
+        ]
         return {"model": "teacher", "choices": [{"index": 0, "text": "x", "prompt_logprobs": [None, *entries]}]}
 
 

@@ -14,6 +14,7 @@ from opd.objective.losses import (
     token_logp,
     topk,
 )
+from opd.objective.masked import masked_mass, masked_stats
 from opd.objective.sampling import behaviour_logp, draw
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "group_normalised",
     "jsd",
     "kl",
+    "masked_mass",
+    "masked_stats",
     "reverse_kl",
     "sampled",
     "token_logp",

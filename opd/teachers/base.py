@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opd.data.rollouts import Inputs
 from opd.objective import TeacherStates
+from opd.objective.head import TokenStats
 
 
 class Teacher(Protocol):
@@ -14,6 +15,10 @@ class Teacher(Protocol):
 
     def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
         """Return the log-probs (N,), in nats at the temperature, of the trained tokens `ids_N` of the sequences."""
+        ...
+
+    def columns(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> TokenStats:
+        """Return the log-probs as `teacher_logp` and, where its vocabulary overlaps the student's, what `masked_stats` returns."""
         ...
 
     def states(self, inputs: Inputs) -> TeacherStates:

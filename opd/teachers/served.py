@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,10 @@ from opd import signals
 from opd.config.schema import TeacherConfig
 from opd.data.rollouts import Inputs
 from opd.errors import EngineError, TeacherError
+from opd.models.overlap import Overlap
 from opd.models.server import Server, ServerAway, served_models, short
 from opd.objective import TeacherStates
+from opd.objective.head import TokenStats
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ CANARY_TOKENS = 64
 NAMED_TOKENS = 256  # compared by name, in addition to the special ones
 MAX_SPREAD = 0.05  # nats per token between two scorings of a text: about what one model in float32 and in bf16 differs by
 MIN_SIGNAL = 0.2  # nats per token between a teacher's log-probs and those of the uniform distribution
+TOP = 5  # most probable tokens that are looked at for masked ones
 MINUS_INFINITY = -9999.0  # what vLLM sends for it
 
 
@@ -55,18 +58,26 @@ class ServedTeacher:
         vocabulary: Ids that student and teacher share.
         longest: Tokens of the longest sequence, the one token included that a server generates after it.
         canary: A fixed text's ids.
+        overlap: What the vocabularies share, where each has tokens of its own.
 
     Raises:
         EngineError: A server does not answer, takes too few tokens, or has other names for the tokens.
     """
 
     def __init__(
-        self, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, longest: int, canary: Sequence[int]
+        self,
+        config: TeacherConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        longest: int,
+        canary: Sequence[int],
+        overlap: Overlap | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
         self.timeout = config.timeout
         self.servers = [Server(url, config.timeout / ATTEMPTS, "teacher", START, headers) for url in config.urls]
         self.vocabulary = vocabulary
+        self.overlap = overlap
         self.canary = list(canary[:CANARY_TOKENS])
         self.reference: list[float] = []
         self.turns = count()
@@ -78,17 +89,31 @@ class ServedTeacher:
             raise EngineError(f"teacher.url: the servers have different models ({', '.join(sorted(names))}); list servers of one model")
         self.name = names.pop()
         for server in self.servers:
-            check_names(server, self.name, tokenizer, vocabulary)
+            check_names(server, self.name, tokenizer, vocabulary, overlap)
 
     def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
+        return self.columns(inputs, ids_N, temperature)["teacher_logp"]
+
+    def columns(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> TokenStats:
+        """Return the columns of the token table. Of masked ids only those count that are among the `TOP` most probable tokens.
+
+        Servers send log-probs over all of their vocabulary. Where masked ids have probability m, `teacher_logp` is log(1 - m) too low, for
+        all tokens of that position alike: no expected gradient changes, and the reported KL is too high by -log(1 - m).
+        """
         assert temperature == 1.0
         sequences = list(unpack(inputs))
-        scores = self.score([ids for ids, _ in sequences])
+        scores = self.ask([ids for ids, _ in sequences])
         if not self.is_compared:  # in another order, which must not matter
-            self.compare(scores, self.score([ids for ids, _ in sequences[::-1]])[::-1])
+            again = self.score([ids for ids, _ in sequences[::-1]])[::-1]
+            self.compare([[score.logp for score in own] for own in scores], again)
         # Position 0 of a sequence has no score: the one of the token after `position` has that index.
-        logp = [own[position] for own, (_, positions) in zip(scores, sequences, strict=True) for position in positions]
-        return torch.tensor(logp, dtype=torch.float32, device=ids_N.device)
+        chosen = [own[position] for own, (_, positions) in zip(scores, sequences, strict=True) for position in positions]
+        device = ids_N.device
+        columns = {"teacher_logp": torch.tensor([score.logp for score in chosen], dtype=torch.float32, device=device)}
+        if self.overlap is not None:
+            columns["teacher_masked"] = torch.tensor([score.masked for score in chosen], dtype=torch.float32, device=device)
+            columns["teacher_masked_id"] = torch.tensor([score.masked_id for score in chosen], dtype=torch.long, device=device)
+        return columns
 
     def states(self, inputs: Inputs) -> TeacherStates:
         raise NotImplementedError("servers send no whole distributions; the config refuses what needs them")
@@ -129,7 +154,11 @@ class ServedTeacher:
     # Requests.
 
     def score(self, sequences: Sequence[Sequence[int]], servers: Sequence[Server] | None = None) -> list[list[float]]:
-        """Return the log-probs of all tokens but the first of each sequence, in nats.
+        """Return the log-probs of all tokens but the first of each sequence, in nats. Raises what `ask` raises."""
+        return [[score.logp for score in own] for own in self.ask(sequences, servers)]
+
+    def ask(self, sequences: Sequence[Sequence[int]], servers: Sequence[Server] | None = None) -> list[list["Score"]]:
+        """Return the scores of all tokens but the first of each sequence.
 
         Raises:
             TeacherError: Servers stay away, refuse, or send anything but one finite log-prob for each token.
@@ -149,8 +178,9 @@ class ServedTeacher:
             over.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def score_one(self, ids: Sequence[int], servers: Sequence[Server], over: threading.Event) -> list[float]:
-        body = {"model": self.name, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+    def score_one(self, ids: Sequence[int], servers: Sequence[Server], over: threading.Event) -> list["Score"]:
+        top = 0 if self.overlap is None else TOP
+        body = {"model": self.name, "prompt": list(ids), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top}
         end, pause = time.monotonic() + self.timeout, PAUSES[0]
         while True:
             server = servers[next(self.turns) % len(servers)]
@@ -166,7 +196,7 @@ class ServedTeacher:
             except EngineError as error:
                 raise TeacherError(str(error)) from None
         try:
-            scores = read_scores(answer, ids)
+            scores = read_scores(answer, ids, self.overlap)
         except (KeyError, IndexError, TypeError, ValueError):
             what = f"{server.name}: its answer is not one log-prob for each of the {len(ids)} tokens sent"
             raise TeacherError(f"{what}: {short(json.dumps(answer).encode())}") from None
@@ -181,12 +211,24 @@ class ServedTeacher:
                 log.warning(message)
 
 
-def read_scores(answer: Any, ids: Sequence[int]) -> list[float]:
-    """Return the log-probs in an answer. Each position names its token, so that another sequence's answer raises KeyError."""
+class Score(NamedTuple):
+    """A token's log-prob in nats, and the probability of the masked ids among the most probable at its place, with the first of them."""
+
+    logp: float
+    masked: float = 0.0
+    masked_id: int = -1
+
+
+def read_scores(answer: Any, ids: Sequence[int], overlap: Overlap | None = None) -> list[Score]:
+    """Return the scores in an answer. Each position names its token, so that another sequence's answer raises KeyError."""
     (choice,) = answer["choices"]
-    scores = [entry[str(token)]["logprob"] for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True)]
-    if not all(MINUS_INFINITY < score <= 1e-3 for score in scores):  # NaN is not
-        raise ValueError
+    scores = []
+    for entry, token in zip(choice["prompt_logprobs"][1:], ids[1:], strict=True):
+        logp = entry[str(token)]["logprob"]
+        if not MINUS_INFINITY < logp <= 1e-3:  # NaN is not
+            raise ValueError
+        others = [] if overlap is None else [(math.exp(e["logprob"]), int(i)) for i, e in entry.items() if int(i) not in overlap.shared]
+        scores.append(Score(logp, sum(mass for mass, _ in others), max(others)[1]) if others else Score(logp))
     return scores
 
 
@@ -218,10 +260,11 @@ def find_model(server: Server, path: str, longest: int) -> str:
     return name
 
 
-def check_names(server: Server, model: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Raise `EngineError` unless the server has the tokenizer's text for all special tokens and a sample of the others."""
+def check_names(server: Server, model: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int, overlap: Overlap | None = None) -> None:
+    """Raise `EngineError` unless the server has the tokenizer's text for all shared special tokens and a sample of the others."""
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids = sorted({*range(0, vocabulary, max(1, vocabulary // NAMED_TOKENS)), *(token for token in special if token < vocabulary)})
+    ids = ids if overlap is None else [token for token in ids if token in overlap.shared]
     answer = server.post("/detokenize", {"model": model, "tokens": ids})
     ours, theirs = str(tokenizer.decode(ids)), str(answer.get("prompt")) if isinstance(answer, dict) else ""
     if "".join(theirs.split()) != "".join(ours.split()):  # versions of transformers differ in how they clean up spaces

@@ -23,6 +23,7 @@ from opd.models.device import autocast
 from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
+from opd.models.overlap import Overlap, end_ids
 from opd.models.policy import (
     Policy,
     add_adapters,
@@ -39,7 +40,7 @@ from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import LocalTeacher, ServedTeacher, Teacher, loading_device, place
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
-from opd.training.identity import content, identity
+from opd.training.identity import content, digest, identity
 from opd.training.loop import Trainer
 from opd.training.speed import measure_speed
 from opd.training.step import Step
@@ -100,7 +101,7 @@ def build(
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
     teacher_tokenizer = tokenizer if given.teacher is not None else load.load_tokenizer(config.teacher, "teacher")
-    load.check_same_ids(tokenizer, teacher_tokenizer)
+    overlap = load.check_same_ids(tokenizer, teacher_tokenizer)
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
@@ -110,10 +111,15 @@ def build(
     is_served = config.teacher.url is not None
     teacher_model = None if is_served else student if config.shares_base else build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
-    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
+    masked = None if overlap is None else overlap.masked(vocabulary).to(device)
+    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary, overlap)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
     if is_served and set(teacher_eos) <= set(eos):
         teacher_eos = eos  # a tokenizer names one token, a model may have more
+    own_eos = (eos, teacher_eos)
+    if overlap is not None:
+        pairs = [(tokenizer, eos), (teacher_tokenizer, teacher_eos)]
+        eos = teacher_eos = end_ids(overlap, pairs, config.data.chat_template_kwargs)
     spec = SamplerSpec(
         model=student,
         eos=eos,
@@ -125,8 +131,9 @@ def build(
         batch_size=config.sampling.batch_size,
         is_main=accelerator.is_main_process,
         sharded=sharded,
+        masked=masked,
     )
-    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, masked)
     local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
     for role, model in local.items():
         lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
@@ -144,17 +151,19 @@ def build(
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    if overlap is not None:
+        digests["masked ids"] = digest([overlap.masked(vocabulary).tolist(), eos])
     if teacher_model is not None:
         place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
-    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
+    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, autocasts, masked)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
     teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
     teacher: Teacher
     teacher_sampler: Sampler
     if teacher_model is None:
-        teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
+        teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices, overlap)
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
         teacher = LocalTeacher(
@@ -165,6 +174,7 @@ def build(
             bf16=config.shares_base and autocasts,
             device=device,
             ready=strategy.gathered_weights if config.shares_base else None,
+            masked=masked,
         )
         teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
         if not config.shares_base:
@@ -188,6 +198,7 @@ def build(
             pad_id=tokenizer.pad_token_id,
             packed=packed,
             choices=choices,
+            overlap=overlap,
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -196,8 +207,9 @@ def build(
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
-    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
+    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, own_eos, overlap, eos), *warnings]
     place_of_teacher = "" if teacher_model is not None else f"{served.name} at {', '.join(config.teacher.urls)}"
+    eos = tuple(sorted({*eos, *own_eos[0]}))  # an end that is masked here may still be written by the trained model
     return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
 
 
@@ -233,11 +245,12 @@ def connect_teacher(
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     choices: dict[str, Any],
+    overlap: Overlap | None = None,
 ) -> ServedTeacher:
     """Return the served teacher. Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed."""
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
     canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
-    teacher = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
+    teacher = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1], overlap)
     teacher.reference = [] if config.resume_force else choices.get("canary", [])
     on_main_process(accelerator, teacher.check)
     choices["canary"] = teacher.reference
@@ -314,6 +327,7 @@ def make_evaluator(
     grader: Grader | None,
     vocabulary: int,
     bf16: bool,
+    masked: Tensor | None = None,
 ) -> Evaluator:
     judged = [prompt for prompt in prompts if can_judge(prompt)]
     return Evaluator(
@@ -327,6 +341,7 @@ def make_evaluator(
         max_tokens=config.train.max_tokens_per_micro_batch,
         vocabulary=vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
+        masked=masked,
     )
 
 
