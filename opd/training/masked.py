@@ -19,7 +19,7 @@ FIRST = 4  # positions of a completion that are looked at one by one
 MAX_TEACHER = 0.01  # mean probability
 MAX_FIRST = 0.5  # of the teacher, at any of the first positions, where it decides how to answer
 MAX_STUDENT = 0.001
-NAMED = 3
+NAMED, SHOWN = 3, 5e-5  # ids in a message, and the least mean probability that is worth a name
 
 
 def add_masked_metrics(tokens: Tokens) -> None:
@@ -38,22 +38,31 @@ def check_masses(metrics: Mapping[str, float], tokens: Tokens, overlap: Overlap)
     """Return what is wrong with a step's masked probabilities, and the remedy; None where they are within the bounds."""
     student, teacher = (metrics.get(f"masked/{role}", 0.0) for role in ROLES)
     first, position = max((metrics.get(f"masked/teacher_{position}", 0.0), position) for position in range(1, FIRST + 1))
-    if teacher > MAX_TEACHER or first > MAX_FIRST:
-        share = f"{first:.1%} of its probability at token {position}" if first > MAX_FIRST else f"{teacher:.2%} of its probability"
-        bound = f"{MAX_FIRST:.0%}" if first > MAX_FIRST else f"{MAX_TEACHER:.0%}"
-        what = f"it gives {share}, more than {bound}, to tokens that the student lacks (over all tokens: {name_masked('teacher', tokens, overlap)})"
-        return f"teacher.path: {what}", (
-            "let it answer without thinking: data.chat_template_kwargs.enable_thinking=false, or for the teacher alone "
-            "teacher.chat_template_kwargs.enable_thinking=false; or set model.path to a student that has these tokens"
-        )
-    if student > MAX_STUDENT:
-        names = name_masked("student", tokens, overlap)
-        what = f"it gives {student:.2%} of its probability, more than {MAX_STUDENT:.1%}, to tokens that the teacher lacks (over all tokens: {names})"
-        return f"model.path: {what}", (
-            "it would still write them after training: set data.chat_template_kwargs.enable_thinking=false, or teacher.path to a teacher "
-            "that has these tokens"
-        )
+    too_much = [
+        ("teacher", "student", first > MAX_FIRST, f"{first:.1%} of its probability at token {position}, more than {MAX_FIRST:.0%}"),
+        ("teacher", "student", teacher > MAX_TEACHER, f"{teacher:.2%} of its probability, more than {MAX_TEACHER:.0%}"),
+        ("student", "teacher", student > MAX_STUDENT, f"{student:.2%} of its probability, more than {MAX_STUDENT:.1%}"),
+    ]
+    for role, other, is_too_much, share in too_much:
+        if is_too_much:
+            option, remedy = REMEDIES[role]
+            names = name_masked(role, tokens, overlap)
+            return f"{option}: the {role} gives {share}, to tokens that the {other} lacks (over all tokens: {names})", remedy
     return None
+
+
+REMEDIES = {
+    "teacher": (
+        "teacher.path",
+        "let it answer without thinking: data.chat_template_kwargs.enable_thinking=false, or for the teacher alone "
+        "teacher.chat_template_kwargs.enable_thinking=false; or set model.path to a student that has these tokens",
+    ),
+    "student": (
+        "model.path",
+        "it would still write them after training: set data.chat_template_kwargs.enable_thinking=false, or teacher.path to a teacher that "
+        "has these tokens",
+    ),
+}
 
 
 def name_masked(role: str, tokens: Tokens, overlap: Overlap) -> str:
@@ -64,4 +73,4 @@ def name_masked(role: str, tokens: Tokens, overlap: Overlap) -> str:
     ids, place_N = id_N.unique(return_inverse=True)
     mean_M = torch.zeros(len(ids), dtype=torch.double).index_add_(0, place_N, mass_N) / max(1, len(mass_N))
     best = sorted(zip(mean_M.tolist(), ids.tolist(), strict=True), reverse=True)[:NAMED]
-    return ", ".join(f"{overlap.name(token)} {mean:.2%}" for mean, token in best if token >= 0 and mean > 0)
+    return ", ".join(f"{overlap.name(token)} {mean:.2%}" for mean, token in best if token >= 0 and mean >= SHOWN)
