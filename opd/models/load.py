@@ -243,18 +243,18 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedMod
 
 def check_known(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, vocabulary: int, overlap: Overlap | None = None) -> None:
     """Raise `DataError` for a prompt with a token that the models have no row for, or that its reader does not know."""
-    sides = [] if overlap is None else [("student", overlap.teacher), ("teacher", overlap.student)]
-    if max(tokenizer.get_vocab().values()) < vocabulary and not any(unknown for _, unknown in sides):
+    sides = [] if overlap is None else [("student", "model", overlap.teacher), ("teacher", "teacher", overlap.student)]
+    if max(tokenizer.get_vocab().values()) < vocabulary and overlap is None:
         return
     for prompt in prompts:
         if (last := max(prompt.ids + prompt.seen_by_teacher)) >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(last)
             raise DataError(f"row {prompt.sample_id}: contains {token!r} ({last}), a token that the models have no row for; remove it")
-        for (reader, unknown), ids in zip(sides, (prompt.ids, prompt.seen_by_teacher), strict=False):
+        for (reader, option, unknown), ids in zip(sides, (prompt.ids, prompt.seen_by_teacher), strict=False):
             if (alone := next((token for token in ids if token in unknown), None)) is not None:
                 raise DataError(
                     f"row {prompt.sample_id}: contains {unknown[alone]!r} ({alone}), a token that the {reader} does not have; remove it "
-                    "from the text, or from the chat template: data.chat_template_kwargs"
+                    f"from the text, or from the chat template with data.chat_template_kwargs, or set {option}.path to one that has it"
                 )
 
 

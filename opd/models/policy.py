@@ -124,6 +124,7 @@ def output_head(
     if values.get("logits_scaling"):  # Granite
         scale = scale / values["logits_scaling"]
     cap = values.get("final_logit_softcapping") or values.get("logits_soft_cap")  # Gemma 2; RecurrentGemma
+    masked = None if masked is None else masked.to(layer.weight.device)
     return Head(layer.weight, layer.bias, size, scale, cap, rows, dtype, masked=masked)
 
 

@@ -17,7 +17,7 @@ ROWS = 1024  # tokens at a time
 def masked_mass(hidden_NH: Tensor, head: Head, target_N: Tensor, logp_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Return the probability (N,) of all ids outside the shared vocabulary without the mask, and the most probable of them (N,).
 
-    The shared ids' normaliser follows from one of their log-probs, log z = logit / temperature - logp: beside it only the logits of the
+    The shared ids' normaliser follows from one of their log-probs, log z = logit / temperature - logp: apart from it only the logits of the
     few ids outside are computed. Ids are -1 where the head has a row for shared ids only.
 
     Args:
