@@ -207,15 +207,15 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(engine, make_model, tied):
 
 @pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 22)])
 def test_masked_ids_are_never_drawn_and_the_others_share_their_probability(engine, model, top_p, top_k):
-    masked = torch.tensor([3, 7, 8, 20])
+    masked = torch.tensor([3, 7, 8, 20, 22])
     unrestricted = engine.sampler(model).sample(requests(8), Decoding(2.0, 12), "train")
     assert set(masked.tolist()) & set().union(*completions(unrestricted))
-    sampler = engine.sampler(model, masked=masked, vocabulary=V - 1)
+    sampler = engine.sampler(model, masked=masked)
     for temperature in (2.0, 0.0):
         drawn = set().union(*completions(sampler.sample(requests(8), Decoding(temperature, 12, top_p, top_k), "train")))
-        assert drawn <= set(range(V - 1)) - set(masked.tolist())
+        assert drawn <= set(range(V)) - set(masked.tolist())
     decoding = Decoding(0.8, 12, top_p, top_k)
-    engine.assert_log_probs_of(model, sampler.sample(requests(), decoding, "train"), decoding, V - 1, masked)
+    engine.assert_log_probs_of(model, sampler.sample(requests(), decoding, "train"), decoding, masked=masked)
 
 
 def test_random_numbers_come_from_seed_epoch_sample_attempt_and_stream(engine, model):
