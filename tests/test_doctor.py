@@ -22,6 +22,7 @@ from opd.doctor import first_step, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
 from opd.doctor.machine import REMEDIES
 from opd.models.memory import Memory
+from opd.training.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -296,7 +297,9 @@ def test_rewards_of_student_and_teacher_decide() -> None:
 
 def test_kl_entropy_and_truncation_of_the_first_step_decide() -> None:
     def findings(config: Config | None = None, **metrics: float) -> dict[str, Finding]:
-        step = first_step.Step({}, {"reverse_kl": 0.5, "entropy": 1.0, "truncated": 0.0, "length": 9.0, **metrics}, [])
+        step = first_step.Step(
+            {}, {"reverse_kl": 0.5, "entropy": 1.0, "truncated": 0.0, "length": 9.0, **metrics}, Tokens([], torch.device("cpu"))
+        )
         return {finding.check: finding for finding in first_step.check_start(step, config or Config())}
 
     assert all(finding.status is Status.ok for finding in findings().values())

@@ -432,7 +432,7 @@ def test_completions_that_spell_a_token_of_the_teacher_are_counted():
     overlap = models.check_same_ids(tokenizer, fast(with_tokens(BASE, "<think>")))
     spelled = tuple(tokenizer("so <think> it is")["input_ids"])
     rollouts = [rollout_of((3,), spelled), rollout_of((3,), (5, 6))]
-    step = first_step.Step({}, {"masked/student": 0.0, "masked/teacher": 0.0}, rollouts, Tokens(rollouts, torch.device("cpu")))
+    step = first_step.Step({}, {"masked/student": 0.0, "masked/teacher": 0.0}, Tokens(rollouts, torch.device("cpu")))
     (finding,) = first_step.check_masked(step, overlap, tokenizer)
     assert "1 of 2 completions" in finding.what
     assert first_step.check_masked(step, None, tokenizer) == []

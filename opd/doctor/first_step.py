@@ -30,12 +30,15 @@ SHORT_STEP = 5.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step's rollouts, token table, metrics, and seconds of sampling, scoring and updating."""
+    """A step's token table, metrics, and seconds of sampling, scoring and updating."""
 
     seconds: dict[str, float]
     metrics: dict[str, float]
-    rollouts: list[Rollout]
     tokens: Tokens
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return self.tokens.rollouts
 
 
 def trial_step(trainer: Trainer) -> Step:
@@ -54,7 +57,7 @@ def trial_step(trainer: Trainer) -> Step:
         if time.perf_counter() - start >= SHORT_STEP:
             break
     add_rollout_metrics(tokens, trainer.config.sampling.max_new_tokens)
-    return Step(dict(tokens.seconds), tokens.means.means() | trainer.speed.metrics(tokens), tokens.rollouts, tokens)
+    return Step(dict(tokens.seconds), tokens.means.means() | trainer.speed.metrics(tokens), tokens)
 
 
 def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequence[Rollout], bf16: bool) -> list[Finding]:
