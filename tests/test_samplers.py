@@ -55,11 +55,11 @@ def completions(rollouts):
     return [rollout.completion for rollout in rollouts]
 
 
-def gaps(model, rollouts, decoding, vocabulary=None):
+def gaps(model, rollouts, decoding, vocabulary=None, masked=None):
     """Return |behaviour_logp - that of a forward pass of the model| of each token; infinite for one that this pass would not draw."""
     batch = collate(rollouts, range(len(rollouts)), pad_id=0).to(model.device)
     with torch.no_grad():
-        logits_NV = output_head(model, vocabulary).logits(predicting_hidden(model.base_model, batch.inputs))
+        logits_NV = output_head(model, vocabulary, masked=masked).logits(predicting_hidden(model.base_model, batch.inputs))
     logp_NV = behaviour_logp(logits_NV, decoding.temperature, decoding.top_k, decoding.top_p)
     expected_N = logp_NV.gather(-1, batch.ids_N[:, None])[:, 0].cpu()
     return (expected_N - torch.cat([rollout.behaviour_logp for rollout in rollouts])).abs()
@@ -99,8 +99,8 @@ class Engine:
         """Return a context with the model in the precision that the engine draws from."""
         return Bf16Copy(model) if self.rounds else nullcontext(model)
 
-    def assert_log_probs_of(self, model, rollouts, decoding, vocabulary=None):
-        gaps_N = gaps(model, rollouts, decoding, vocabulary)
+    def assert_log_probs_of(self, model, rollouts, decoding, vocabulary=None, masked=None):
+        gaps_N = gaps(model, rollouts, decoding, vocabulary, masked)
         if not self.rounds:
             assert gaps_N.max() < 1e-4
             return
@@ -203,6 +203,19 @@ def test_ids_beyond_the_vocabulary_are_never_drawn(engine, make_model, tied):
     for temperature in (2.0, 0.0):
         assert max(map(max, completions(sampler.sample(narrow, Decoding(temperature, 12), "train")))) < 9
     engine.assert_log_probs_of(model, sampler.sample(narrow, DECODING, "train"), DECODING, vocabulary=9)
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.9, 0), (1.0, 22)])
+def test_masked_ids_are_never_drawn_and_the_others_share_their_probability(engine, model, top_p, top_k):
+    masked = torch.tensor([3, 7, 8, 20, 22])
+    unrestricted = engine.sampler(model).sample(requests(8), Decoding(2.0, 12), "train")
+    assert set(masked.tolist()) & set().union(*completions(unrestricted))
+    sampler = engine.sampler(model, masked=masked)
+    for temperature in (2.0, 0.0):
+        drawn = set().union(*completions(sampler.sample(requests(8), Decoding(temperature, 12, top_p, top_k), "train")))
+        assert drawn <= set(range(V)) - set(masked.tolist())
+    decoding = Decoding(0.8, 12, top_p, top_k)
+    engine.assert_log_probs_of(model, sampler.sample(requests(), decoding, "train"), decoding, masked=masked)
 
 
 def test_random_numbers_come_from_seed_epoch_sample_attempt_and_stream(engine, model):

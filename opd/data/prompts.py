@@ -313,6 +313,17 @@ def render(
         raise DataError(f"{where}: the chat template refuses the messages: {reason}; change them, or the template") from None
 
 
+def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+    """Return the text of a chat whose last turn is closed and followed by no other; nothing where the template has no such text."""
+    try:
+        template = find_template(tokenizer, kwargs)
+        return (
+            str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{**kwargs, "chat_template": template})) if template else ""
+        )
+    except Exception:  # noqa: BLE001 - a template is a program, which may fail in any way
+        return ""
+
+
 def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids of a text with what the tokenizer puts before texts, but once, and without what it may put behind: it is continued."""
     encoded = tokenizer(text, return_special_tokens_mask=True)

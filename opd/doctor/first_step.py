@@ -4,17 +4,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, Truncated
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
 from opd.doctor.findings import Finding, fail, ok, warn
+from opd.models.load import decode
+from opd.models.overlap import Overlap
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
 from opd.training.evaluate import Evaluator, exact_kl, interval
 from opd.training.loop import Trainer
+from opd.training.masked import ROLES, check_masses, name_masked
 from opd.training.metrics import add_rollout_metrics
+from opd.training.tokens import Tokens
 
 SELF_PROMPTS = 4
 MAX_SELF_KL = {False: 1e-4, True: 2e-2}  # nats per token between a model and itself, in float32 and in bf16
@@ -26,11 +30,15 @@ SHORT_STEP = 5.0  # seconds
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step's rollouts, metrics, and seconds of sampling, scoring and updating."""
+    """A step's token table, metrics, and seconds of sampling, scoring and updating."""
 
     seconds: dict[str, float]
     metrics: dict[str, float]
-    rollouts: list[Rollout]
+    tokens: Tokens
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return self.tokens.rollouts
 
 
 def trial_step(trainer: Trainer) -> Step:
@@ -49,7 +57,7 @@ def trial_step(trainer: Trainer) -> Step:
         if time.perf_counter() - start >= SHORT_STEP:
             break
     add_rollout_metrics(tokens, trainer.config.sampling.max_new_tokens)
-    return Step(dict(tokens.seconds), tokens.means.means() | trainer.speed.metrics(tokens), tokens.rollouts)
+    return Step(dict(tokens.seconds), tokens.means.means() | trainer.speed.metrics(tokens), tokens)
 
 
 def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequence[Rollout], bf16: bool) -> list[Finding]:
@@ -61,9 +69,9 @@ def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequenc
         for rollout in list(by_prompt.values())[:SELF_PROMPTS]
     ]
     with evaluator.precision():
-        teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16)
+        teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16, masked=evaluator.masked)
         pad_id = evaluator.tokenizer.pad_token_id
-        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, evaluator.max_tokens, pad_id)
+        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, evaluator.max_tokens, pad_id, evaluator.masked)
     kl = total / tokens
     what = f"KL {kl:.1e} nats/token on {len(chosen)} prompts"
     if abs(kl) > MAX_SELF_KL[bf16]:
@@ -80,6 +88,25 @@ def check_sampler(step: Step, config: Config) -> list[Finding]:
     if gap > config.sampling.max_gap and comparable:
         return [warn("sampler", what, "set sampling.engine=generate sampling.dtype=trainer, which compute as the trainer does")]
     return [ok("sampler", what)]
+
+
+def check_masked(step: Step, overlap: Overlap | None, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
+    """Check how much probability student and teacher give to the tokens that only one of them has."""
+    if overlap is None:
+        return []
+    check = "masked tokens"
+    if (problem := check_masses(step.metrics, step.tokens, overlap)) is not None:
+        return [fail(check, *problem)]
+    parts = []
+    for role in ROLES:
+        names = name_masked(role, step.tokens, overlap)
+        parts.append(f"{role} {step.metrics[f'masked/{role}']:.3%} of its probability" + (f" ({names})" if names else ""))
+    what = f"on tokens that only one model has: {', '.join(parts)}"
+    texts = [decode(tokenizer, rollout.completion) for rollout in step.rollouts]
+    if spelled := sum(any(token in text for token in overlap.teacher.values()) for text in texts):
+        remedy = "the teacher reads such text as one token elsewhere: leave these rows out, if there are more than a few"
+        return [warn(check, f"{what}; {spelled} of {len(texts)} completions spell one of the teacher's in several tokens", remedy)]
+    return [ok(check, what)]
 
 
 def check_start(step: Step, config: Config) -> list[Finding]:

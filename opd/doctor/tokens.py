@@ -7,10 +7,11 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, text_warnings, with_system
+from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, with_system
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
 from opd.models import load as models
+from opd.models.overlap import turn_end
 
 # Settings with which generate() samples from another distribution than the model's, and the values that switch them off.
 PROCESSORS: Mapping[str, Any] = {
@@ -35,7 +36,6 @@ DECODING: Mapping[str, Any] = {
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
 # Fields that need no notice: templates leave out earlier thoughts, and have many names for them.
 READ = {"role", "content", "reasoning_content", "reasoning", "thinking"}
-ANSWER = "the answer that opd looks for"
 
 
 def load_raw(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
@@ -46,7 +46,9 @@ def load_raw(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
 
 def check_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Finding]:
     """Raise `ConfigError` if a token has different ids in the two tokenizers."""
-    models.check_same_ids(student, teacher)
+    overlap = models.check_same_ids(student, teacher)
+    if overlap is not None:
+        return [ok("tokenizers", overlap.describe())]
     return [ok("tokenizers", f"the same {len(student.get_vocab()):,} tokens have the same ids in student and teacher")]
 
 
@@ -77,25 +79,12 @@ def check_eos(
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
     """Check that the token with which the chat template ends an answer also ends a completion."""
-    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
-    rest = text.rpartition(ANSWER)[2].strip()
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
-    if not ids or ids[0] in eos:
+    token = turn_end(tokenizer, kwargs)
+    if token < 0 or token in eos:
         return []
-    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(ids[0])!r}, which does not end a completion"
-    remedy = f"completions run to their limit: add {ids[0]} to eos_token_id in its generation_config.json, or take the chat-tuned model"
+    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(token)!r}, which does not end a completion"
+    remedy = f"completions run to their limit: add {token} to eos_token_id in its generation_config.json, or take the chat-tuned model"
     return [warn(f"end of a turn of the {role}", what, remedy)]
-
-
-def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    """Return the text of a chat whose last turn is closed and followed by no other; nothing where the template has no such text."""
-    try:
-        template = find_template(tokenizer, kwargs)
-        return (
-            str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{**kwargs, "chat_template": template})) if template else ""
-        )
-    except Exception:  # noqa: BLE001 - a template is a program, which may fail in any way
-        return ""
 
 
 def check_texts(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], prompts: Sequence[Prompt]) -> list[Finding]:

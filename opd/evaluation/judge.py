@@ -18,7 +18,7 @@ from torch import Tensor
 
 from opd.config.schema import Config
 from opd.data.rollouts import Request
-from opd.evaluation.sample_score import load, load_teacher, shared_vocabulary
+from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target
 from opd.models import load as models
 from opd.models.device import release_memory
@@ -64,20 +64,20 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
         teacher = load_teacher(config, accelerator.device, target.average)
         for role, model in candidates.items():
             student = load(model, "model", accelerator.device, config.sampling.dtype)
-            vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id
+            ids, pad_id = share_ids(config, student, teacher), student.tokenizer.pad_token_id
             if role == "model":
                 _, prompts = load_prompts(config, student.tokenizer, Given())
-                models.check_known(prompts, student.tokenizer, vocabulary)
+                models.check_known(prompts, student.tokenizer, ids.vocabulary, ids.overlap)
                 grader = make_run_grader(config, prompts, stack)
-            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, bf16=False)
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids.vocabulary, False, ids.masked)
             for loaded in (student, teacher):
                 check_evaluated_positions(evaluator, loaded.model, loaded.role)
-            sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, vocabulary, config.seed))
+            sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
-            kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
+            kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(ids))
             del student, sampler
             release_memory(accelerator.device)
-        sampler = run_stoppable(accelerator, partial(teacher.sampler, pad_id, vocabulary, config.seed))
+        sampler = run_stoppable(accelerator, partial(teacher.sampler, pad_id, ids, config.seed))
         answers["teacher"] = _answer(evaluator, sampler, samples, as_teacher=True)
     return {
         "target": target.name,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig, SamplingDtype
@@ -13,6 +14,7 @@ from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
+from opd.models.overlap import Overlap, end_ids
 from opd.models.policy import add_adapters, check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
@@ -36,15 +38,32 @@ class LoadedModel:
     eos: tuple[int, ...]
     copies: bool
 
-    def sampler(self, pad_id: int, vocabulary: int, seed: int) -> GenerateSampler:
+    def sampler(self, pad_id: int, ids: "SharedIds", seed: int) -> GenerateSampler:
         """Return a sampler of the model. Raises `ConfigError` where its samples would not be the model's."""
-        spec = SamplerSpec(model=self.model, eos=self.eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=False)
+        eos = self.eos if ids.ends is None else ids.ends
+        spec = SamplerSpec(model=self.model, eos=eos, pad_id=pad_id, vocabulary=ids.vocabulary, seed=seed, bf16=False, masked=ids.masked)
         sampler = GenerateSampler(spec, self.copies)
         sampler.check(self.role)
         return sampler
 
-    def teacher(self, vocabulary: int) -> LocalTeacher:
-        return LocalTeacher(self.model, vocabulary)
+    def teacher(self, ids: "SharedIds") -> LocalTeacher:
+        return LocalTeacher(self.model, ids.vocabulary, masked=ids.masked)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedIds:
+    """The ids that two models share.
+
+    Attributes:
+        vocabulary: both heads have the ids below it.
+        overlap, masked, ends: where each has tokens of its own, what they share, the ids below `vocabulary` that they do not, and the ids
+            that end a completion; else None.
+    """
+
+    vocabulary: int
+    overlap: Overlap | None = None
+    masked: Tensor | None = None
+    ends: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +72,12 @@ class ModelPair:
 
     Attributes:
         loaded: the "student" and, unless it was left out, the "teacher".
-        vocabulary: the number of ids that both know.
+        ids: what they share.
     """
 
     config: Config
     loaded: dict[str, LoadedModel]
-    vocabulary: int
+    ids: SharedIds
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -114,10 +133,15 @@ def load_teacher(config: Config, device: torch.device, average: Path | None = No
     return teacher
 
 
-def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
-    """Return the number of ids that both models know. Raises `ConfigError` where an id is another token in the other model."""
-    models.check_same_ids(student.tokenizer, teacher.tokenizer)
-    return models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
+def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> SharedIds:
+    """Return the ids that both models know. Raises `ConfigError` where an id is another token in the other model."""
+    overlap = models.check_same_ids(student.tokenizer, teacher.tokenizer)
+    vocabulary = models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
+    if overlap is None:
+        return SharedIds(vocabulary)
+    pairs = [(loaded.tokenizer, loaded.eos) for loaded in (student, teacher)]
+    ends = end_ids(overlap, pairs, config.data.chat_template_kwargs)
+    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(student.model.device), ends)
 
 
 def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:
@@ -129,7 +153,7 @@ def load_pair(config: Config, with_teacher: bool = True, average: Path | None = 
     loaded = {"student": load(config.model, "model", device, config.sampling.dtype)}
     if with_teacher:
         loaded["teacher"] = load_teacher(config, device, average)
-    return ModelPair(config, loaded, shared_vocabulary(loaded["student"], loaded.get("teacher", loaded["student"])))
+    return ModelPair(config, loaded, share_ids(config, loaded["student"], loaded.get("teacher", loaded["student"])))
 
 
 def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]:
@@ -141,7 +165,7 @@ def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]
     for role, loaded in pair.loaded.items():
         seen = prompt.for_teacher() if role == "teacher" else prompt
         check_positions(loaded.model, loaded.role, "sampling.max_new_tokens", [len(seen.ids)], decoding.max_new_tokens)
-        sampler = loaded.sampler(tokenizer.pad_token_id, pair.vocabulary, pair.config.seed)
+        sampler = loaded.sampler(tokenizer.pad_token_id, pair.ids, pair.config.seed)
         rollouts = sampler.sample([Request(seen, 0, attempt) for attempt in range(samples)], decoding, "sample")
         completions[role] = [
             models.decode(tokenizer, rollout.answer, skip_special_tokens=True) + (" […]" if rollout.truncated else "")
@@ -170,7 +194,7 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
         seen, completion = _encode(pair, prompt), list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not completion:
         raise DataError("the text has no token that follows another one; give a longer one")
-    models.check_known([Prompt(0, (*seen.ids, *completion), "")], tokenizer, pair.vocabulary)
+    models.check_known([Prompt(0, (*seen.ids, *completion), "")], tokenizer, pair.ids.vocabulary, pair.ids.overlap)
     rollout = Rollout(Request(seen), tuple(completion), torch.zeros(len(completion)), FinishReason.stop)
     batch = collate([rollout], [0], 0)
     logp: dict[str, list[float]] = {}
@@ -179,7 +203,8 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
         limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and inputs.ids_BT.numel() > limit:
             raise DataError(f"the text has {inputs.ids_BT.numel():,} tokens, the {role} takes {limit:,}; give a shorter one")
-        states = TeacherStates(predicting_hidden(loaded.model.base_model, inputs), output_head(loaded.model, pair.vocabulary))
+        head = output_head(loaded.model, pair.ids.vocabulary, masked=pair.ids.masked)
+        states = TeacherStates(predicting_hidden(loaded.model.base_model, inputs), head)
         logp[role] = states.token_logp(batch.ids_N.to(loaded.model.device), 1.0).tolist()
     tokens = [models.decode(tokenizer, [token]) for token in completion]
     return ScoredText(tokens, logp["student"], logp["teacher"], models.decode(tokenizer, seen.ids) if prompt is None else "")
@@ -189,7 +214,7 @@ def _encode(pair: ModelPair, text: str) -> Prompt:
     """Return the prompt of a user's message as training shows it to both models, whatever its length."""
     data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
     (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", replace(pair.config.teacher, contrast=None))
-    models.check_known([prompt], pair.tokenizer, pair.vocabulary)
+    models.check_known([prompt], pair.tokenizer, pair.ids.vocabulary, pair.ids.overlap)
     return prompt
 
 

@@ -25,6 +25,7 @@ from opd.data import hub
 from opd.data.prompts import Prompt
 from opd.data.sources import local_path
 from opd.errors import ConfigError, DataError
+from opd.models.overlap import Overlap, compare_tokenizers
 from opd.models.policy import output_head
 
 log = logging.getLogger(__name__)
@@ -212,16 +213,12 @@ def eos_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -
     return tuple(sorted(eos))
 
 
-def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise `ConfigError`, naming the first tokens that differ, unless every token has the same id in both."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        differing = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
-        shown = ", ".join(f"{token!r} (student {ours.get(token, 'none')}, teacher {theirs.get(token, 'none')})" for token in differing[:3])
-        raise ConfigError(
-            f"teacher: its tokenizer maps {len(differing)} tokens to other ids than the student's: {shown}; "
-            "scoring needs the same ids: set teacher.path to a model of the student's family"
-        )
+def check_same_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> Overlap | None:
+    """Return None where every token has the same id in both; where they differ in added tokens only, what they share.
+
+    Raises `ConfigError`, naming the first difference, for any others.
+    """
+    return None if student.get_vocab() == teacher.get_vocab() else compare_tokenizers(student, teacher)
 
 
 def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedModel, teacher: PreTrainedModel | None) -> int:
@@ -244,28 +241,45 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, student: PreTrainedMod
     return size
 
 
-def check_known(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Raise `DataError` for a prompt with a token that the models have no row for."""
-    if max(tokenizer.get_vocab().values()) < vocabulary:
+def check_known(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, vocabulary: int, overlap: Overlap | None = None) -> None:
+    """Raise `DataError` for a prompt with a token that the models have no row for, or that its reader does not know."""
+    sides = [] if overlap is None else [("student", "model", overlap.teacher), ("teacher", "teacher", overlap.student)]
+    if max(tokenizer.get_vocab().values()) < vocabulary and overlap is None:
         return
     for prompt in prompts:
         if (last := max(map(max, (prompt.ids, *prompt.scored_views)))) >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(last)
             raise DataError(f"row {prompt.sample_id}: contains {token!r} ({last}), a token that the models have no row for; remove it")
+        for (reader, option, unknown), ids in zip(sides, (prompt.ids, prompt.seen_by_teacher), strict=False):
+            if (alone := next((token for token in ids if token in unknown), None)) is not None:
+                raise DataError(
+                    f"row {prompt.sample_id}: contains {unknown[alone]!r} ({alone}), a token that the {reader} does not have; remove it "
+                    f"from the text, or from the chat template with data.chat_template_kwargs, or set {option}.path to one that has it"
+                )
 
 
 def pair_differences(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, eos: tuple[tuple[int, ...], tuple[int, ...]]
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    eos: tuple[tuple[int, ...], tuple[int, ...]],
+    overlap: Overlap | None = None,
+    ends: tuple[int, ...] = (),
 ) -> list[str]:
-    """Return differences of student and teacher that may cost quality, one line each: chat template, end of sequence, padding."""
-    differences = []
+    """Return differences of student and teacher that may cost quality, one line each: tokens, chat template, end of sequence, padding.
+
+    Args:
+        eos: Ids with which student and teacher themselves end a completion.
+        ends: Those that end it here, where the vocabularies overlap.
+    """
+    differences = [] if overlap is None else [overlap.describe()]
     if student.chat_template != teacher.chat_template:
         differences.append("the chat templates of student and teacher differ; both see the student's rendering")
     if set(eos[0]) != set(eos[1]):
-        names = [[student.convert_ids_to_tokens(i) for i in ids] for ids in eos]
-        differences.append(
-            f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; the teacher may never ask the student to stop"
-        )
+        names = [[side.convert_ids_to_tokens(i) for i in ids] for side, ids in zip((student, teacher), eos, strict=True)]
+        result = "the teacher may never ask the student to stop"
+        if overlap is not None:
+            result = f"a completion ends at {' or '.join(repr(student.convert_ids_to_tokens(i)) for i in ends)}"
+        differences.append(f"end-of-sequence tokens differ: student {names[0]}, teacher {names[1]}; {result}")
     if student.pad_token_id != teacher.pad_token_id:
         differences.append(f"padding tokens differ: student {student.pad_token!r}, teacher {teacher.pad_token!r}; padding is never scored")
     return differences

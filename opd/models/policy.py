@@ -106,11 +106,17 @@ def adapters_disabled(adapters: Any | None) -> Iterator[None]:
         adapters.enable_adapter_layers()
 
 
-def output_head(model: PreTrainedModel, size: int | None = None, rows: int | None = None, dtype: torch.dtype | None = None) -> Head:
+def output_head(
+    model: PreTrainedModel,
+    size: int | None = None,
+    rows: int | None = None,
+    dtype: torch.dtype | None = None,
+    masked: Tensor | None = None,
+) -> Head:
     """Return the model's output layer, with the scale and soft cap of the architectures that have them.
 
     Args:
-        size, rows, dtype: As in `Head`.
+        size, rows, dtype, masked: As in `Head`.
     """
     layer = model.get_output_embeddings()
     values = model.config.get_text_config().to_dict()
@@ -118,7 +124,8 @@ def output_head(model: PreTrainedModel, size: int | None = None, rows: int | Non
     if values.get("logits_scaling"):  # Granite
         scale = scale / values["logits_scaling"]
     cap = values.get("final_logit_softcapping") or values.get("logits_soft_cap")  # Gemma 2; RecurrentGemma
-    return Head(layer.weight, layer.bias, size, scale, cap, rows, dtype)
+    masked = None if masked is None else masked.to(layer.weight.device)
+    return Head(layer.weight, layer.bias, size, scale, cap, rows, dtype, masked=masked)
 
 
 @torch.no_grad()
@@ -215,7 +222,7 @@ class Policy(nn.Module):
 
     Args:
         model: The student.
-        size, rows: As in `Head`.
+        size, rows, masked: As in `Head`.
         checkpointing: Recompute activations in the backward pass.
         compiled: Run the layers through torch.compile.
         bf16: Compute under bf16 autocast. Set for FSDP only: without sharding, Accelerate's `prepare_model` does it.
@@ -229,9 +236,11 @@ class Policy(nn.Module):
         checkpointing: bool = False,
         compiled: bool = False,
         bf16: bool = False,
+        masked: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.model = model
+        self.masked = masked
         self.size = size
         self.rows = rows
         self.bf16 = bf16
@@ -262,4 +271,4 @@ class Policy(nn.Module):
         finally:
             for layer in self.checkpointed:
                 layer.training = False
-        return loss(hidden_NH, output_head(self.model, self.size, self.rows))
+        return loss(hidden_NH, output_head(self.model, self.size, self.rows, masked=self.masked))

@@ -15,6 +15,7 @@ from opd.objective.losses import (
     token_logp,
     topk,
 )
+from opd.objective.masked import masked_mass, masked_stats
 from opd.objective.sampling import behaviour_logp, draw
 
 __all__ = [
@@ -35,6 +36,8 @@ __all__ = [
     "group_normalised",
     "jsd",
     "kl",
+    "masked_mass",
+    "masked_stats",
     "reverse_kl",
     "sampled",
     "token_logp",

@@ -20,16 +20,20 @@ TokenStats = dict[str, Tensor]
 # (logits_CV in any dtype, the rows of the chunk) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
+MASKED = -1e30  # the logit of a masked id: of probability 0 at any temperature, and finite, so that 0 log 0 is 0
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output layer of a causal language model: softcap tanh(scale (hidden weight^T + bias) / softcap).
+    """The output layer of a causal language model: softcap tanh(scale (hidden weight^T + bias) / softcap), masked.
 
     Args:
         size: Only the first so many ids count: student and teacher may pad the same vocabulary to different widths.
         rows: How many tokens' logits exist at a time; None for a modest number.
         dtype: Of the matrix product; None for autocast's, else the weight's.
         product: Computes the matrix product with all rows of the weight.
+        masked: Ids below `size` that get no probability, because only one of student and teacher has them. None where both have the same
+            vocabulary; with an empty tensor they differ in rows beyond `size`.
     """
 
     weight_VH: Tensor
@@ -40,6 +44,7 @@ class Head:
     rows: int | None = None
     dtype: torch.dtype | None = None
     product: Callable[[Tensor], Tensor] | None = None
+    masked: Tensor | None = None
 
     @property
     def vocabulary(self) -> int:
@@ -59,11 +64,12 @@ class Head:
             return F.linear(hidden_NH.to(dtype), weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype))
 
     def shape(self, raw_NV: Tensor) -> Tensor:
-        """Apply scale and soft cap, in float32 at least; without either, the product is returned as it is."""
-        if self.scale == 1.0 and self.softcap is None:
-            return raw_NV
-        logits_NV = at_least_float32(raw_NV) * self.scale
-        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+        """Apply scale and soft cap, in float32 at least, and the mask; without any of them, the product is returned as it is."""
+        logits_NV = raw_NV
+        if self.scale != 1.0 or self.softcap is not None:
+            logits_NV = at_least_float32(raw_NV) * self.scale
+            logits_NV = logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+        return logits_NV if self.masked is None or len(self.masked) == 0 else logits_NV.index_fill(-1, self.masked, MASKED)
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Return the logits (N, V) as the model itself computes them, in float32 at least."""

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opd.objective.divergences import reverse_kl, with_tail
 from opd.objective.head import Head, TokenLoss, TokenStats, at_least_float32, chunked_stats, chunks
+from opd.objective.masked import masked_stats
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -143,6 +144,11 @@ class TeacherStates:
             return {"logp": token_logp(logits_CV, target_N[part], temperature)[0]}
 
         return chunked_stats(self.hidden_NH, self.head, pick)["logp"]
+
+    def columns(self, target_N: Tensor, temperature: float) -> TokenStats:
+        """Return `teacher_logp` of the given ids and, where the head has a mask, what `masked_stats` returns; (N,) each."""
+        logp_N = self.token_logp(target_N, temperature)
+        return {"teacher_logp": logp_N, **masked_stats("teacher", self.hidden_NH, self.head, target_N, logp_N, temperature)}
 
     def top(self, k: int, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the k most probable ids of each position and their log-probs at the temperature, (N, k) each, best first."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.data.rollouts import Request, Rollout
@@ -43,6 +44,7 @@ class SamplerSpec:
         eos: Ids that end a completion.
         pad_id: Id of padding.
         vocabulary: Only ids below it are drawn.
+        masked: As in `Head`: of these, ids that are not drawn.
         seed: The run's seed.
         bf16: Whether the trainer computes in bf16.
         longest: Tokens of the longest prompt and the longest completion together.
@@ -61,6 +63,15 @@ class SamplerSpec:
     batch_size: int = 64
     is_main: bool = True
     sharded: bool = False
+    masked: Tensor | None = None
+
+    @property
+    def allowed(self) -> list[int] | None:
+        """Return the ids that may be drawn, ascending; None where student and teacher have the same vocabulary."""
+        if self.masked is None:
+            return None
+        masked = set(self.masked.tolist())
+        return [token for token in range(self.vocabulary) if token not in masked]
 
 
 class Sampler(Protocol):

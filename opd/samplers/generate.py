@@ -98,7 +98,7 @@ class GenerateSampler:
                     batch = collate([rollout], [0], spec.pad_id).to(spec.model.device)
                     with autocast(spec.model.device, spec.bf16):
                         hidden_NH = predicting_hidden(spec.model.base_model, batch.inputs)
-                        logp_NV = output_head(spec.model, spec.vocabulary).logits(hidden_NH).log_softmax(-1)
+                        logp_NV = output_head(spec.model, spec.vocabulary, masked=spec.masked).logits(hidden_NH).log_softmax(-1)
                     gaps.append((logp_NV.gather(-1, batch.ids_N[:, None])[:, 0].cpu() - rollout.behaviour_logp).abs())
         finally:
             self.eos = eos
@@ -159,7 +159,7 @@ class GenerateSampler:
         output = self.model.base_model(
             input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=True, **{self.cache_argument: cache}
         )
-        head = output_head(self.model, self.spec.vocabulary)
+        head = output_head(self.model, self.spec.vocabulary, masked=self.spec.masked)
         return (head if self.copy is None else self.copy.head(head)).logits(output.last_hidden_state[:, -1])
 
     def uniforms(self, requests: Sequence[Request], decoding: Decoding, stream: str) -> Tensor:

@@ -90,7 +90,11 @@ class VllmSampler:
         from vllm import TokensPrompt
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-        shared = {**sampling_options(decoding, self.spec.eos), "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+        shared = {
+            **sampling_options(decoding, self.spec.eos, self.spec.allowed),
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
         options = [SamplingParams(**shared, seed=request_seed(request, stream, self.spec.seed)) for request in requests]
         prompts = [TokensPrompt(prompt_token_ids=list(request.prompt.ids)) for request in requests]
         with isolated(self.device):
@@ -278,8 +282,13 @@ def request_seed(request: Request, stream: str, seed: int) -> int:
     return derive_seed(stream, seed, request.epoch, request.prompt.sample_id, request.attempt)
 
 
-def sampling_options(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
-    """Return the decoding as vLLM's sampling parameters; everything it could add is neutral or off."""
+def sampling_options(decoding: Decoding, eos: Sequence[int], allowed: list[int] | None = None) -> dict[str, Any]:
+    """Return the decoding as vLLM's sampling parameters; everything it could add is neutral or off.
+
+    Args:
+        allowed: Ids that may be drawn; None for all. vLLM sets the logits of the others to -inf before anything else.
+    """
+    restriction = {} if allowed is None else {"allowed_token_ids": allowed}
     return {
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -292,6 +301,7 @@ def sampling_options(decoding: Decoding, eos: Sequence[int]) -> dict[str, Any]:
         "stop_token_ids": list(eos),
         "ignore_eos": True,  # the ids above are all that end a completion
         "logprobs": 0,  # of the drawn token only
+        **restriction,
     }
 
 
@@ -308,6 +318,8 @@ def make_rollout(request: Request, ids: Sequence[int], logp: Sequence[float], de
         raise EngineError(f"vLLM returned invalid log-probs: {list(logp)[:5]} for {len(ids)} tokens; see its log")
     if not all(0 <= token < spec.vocabulary for token in ids):
         raise EngineError(f"vLLM drew id {max(ids)}, beyond the {spec.vocabulary} ids that student and teacher share")
+    if spec.masked is not None and (drawn := set(ids).intersection(spec.masked.tolist())):
+        raise EngineError(f"vLLM drew id {min(drawn)}, which is not a token of both student and teacher; see its log")
     greedy = decoding.temperature == 0
     behaviour_logp: Tensor = torch.zeros(len(ids)) if greedy else torch.tensor(list(logp), dtype=torch.float32)
     return Rollout(request, tuple(ids), behaviour_logp, FinishReason.stop if ends else FinishReason.length)

@@ -45,7 +45,7 @@ class ServedSampler:
         self.server = server
         self.model_name = model
         self.spec = spec
-        self.restriction: dict[str, Any] = {}
+        self.allowed = spec.allowed
 
     def refresh(self) -> None: ...
 
@@ -53,7 +53,7 @@ class ServedSampler:
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
-        options = {**sampling_options(decoding, self.spec.eos), **self.restriction}
+        options = sampling_options(decoding, self.spec.eos, self.allowed)
 
         def generate(request: Request) -> Rollout:
             ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.spec.seed))
@@ -106,8 +106,8 @@ class VllmServerSampler(ServedSampler):
         self.folder = Path(weights_folder).expanduser().resolve()
         # The student's head may have rows for ids that the teacher does not have.
         head = spec.model.get_output_embeddings().weight.shape[0]
-        if spec.vocabulary < head:
-            self.restriction = {"allowed_token_ids": list(range(spec.vocabulary))}
+        if self.allowed is None and spec.vocabulary < head:
+            self.allowed = list(range(spec.vocabulary))
         self.model_name = self.check_server(spec.longest)
         self.stale = True
 

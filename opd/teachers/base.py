@@ -8,6 +8,7 @@ from torch import Tensor
 
 from opd.data.rollouts import Inputs, Rollout
 from opd.objective import TeacherStates, TeacherTop
+from opd.objective.head import TokenStats
 
 
 class Teacher(Protocol):
@@ -15,6 +16,10 @@ class Teacher(Protocol):
 
     def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
         """Return the log-probs (N,), in nats at the temperature, of the trained tokens `ids_N` of the sequences."""
+        ...
+
+    def columns(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> TokenStats:
+        """Return the log-probs as `teacher_logp` and, where its vocabulary overlaps the student's, what `masked_stats` returns."""
         ...
 
     def states(self, inputs: Inputs) -> TeacherStates:

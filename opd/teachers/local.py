@@ -14,6 +14,7 @@ from opd.models.device import autocast
 from opd.models.distributed import full_tensor, unsharded
 from opd.models.policy import adapters_disabled, output_head, predicting_hidden
 from opd.objective import Head, TeacherStates
+from opd.objective.head import TokenStats
 
 
 class LocalTeacher:
@@ -21,7 +22,7 @@ class LocalTeacher:
 
     Args:
         model: The model.
-        vocabulary, rows: Size and rows of its `Head`.
+        vocabulary, rows, masked: Size, rows and masked ids of its `Head`.
         adapters: The student's, where the teacher is the student without them.
         bf16: Compute under bf16 autocast. Otherwise the weights' dtype decides, even where the student computes under autocast.
         device: The student's device, to which results are moved.
@@ -37,18 +38,19 @@ class LocalTeacher:
         bf16: bool = False,
         device: torch.device | None = None,
         ready: Callable[[], AbstractContextManager[None]] | None = None,
+        masked: Tensor | None = None,
     ) -> None:
         self.model = model
         self.adapters = adapters
         self.bf16 = bf16
         self.device = device or model.device
         self.gather = ready
-        self.vocabulary, self.rows = vocabulary, rows
+        self.vocabulary, self.rows, self.masked = vocabulary, rows, masked
         self.head = self.read_head()
 
     def read_head(self) -> Head:
         """Return the output head in full and on the student's device: the objective reads it outside of `ready`, with the student's own."""
-        head = output_head(self.model, self.vocabulary, self.rows, torch.bfloat16 if self.bf16 else self.model.dtype)
+        head = output_head(self.model, self.vocabulary, self.rows, torch.bfloat16 if self.bf16 else self.model.dtype, self.masked)
         bias_V = None if head.bias_V is None else full_tensor(head.bias_V).to(self.device)
         return replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V)
 
@@ -60,6 +62,9 @@ class LocalTeacher:
 
     def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
         return self.states(inputs).token_logp(ids_N, temperature)
+
+    def columns(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> TokenStats:
+        return self.states(inputs).columns(ids_N, temperature)
 
     def ready(self) -> AbstractContextManager[None]:
         return unsharded(self.model) if self.gather is None else self.gather()

@@ -30,8 +30,10 @@ from opd import signals
 from opd.config.schema import TeacherConfig
 from opd.data.rollouts import Inputs, Rollout
 from opd.errors import EngineError, TeacherError
+from opd.models.overlap import Overlap
 from opd.models.server import Server, ServerAway, served_models, short
 from opd.objective import TeacherStates, TeacherTop
+from opd.objective.head import TokenStats
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ CANARY_TOKENS = 256
 NAMED_TOKENS = 256  # compared by name, in addition to the special ones
 MAX_SPREAD = 0.05  # nats per token between two scorings of a text: about what one model in float32 and in bf16 differs by
 MIN_SIGNAL = 0.2  # nats per token between a teacher's log-probs and those of the uniform distribution
+TOP = 5  # most probable tokens that are looked at for masked ones
 MINUS_INFINITY = -9999.0  # what vLLM sends for it
 
 
@@ -71,19 +74,28 @@ class ServedTeacher:
         longest: Tokens of the longest sequence, the one token included that a server generates after it.
         canary: A fixed text's ids.
         k: How many most probable ids are asked for at each token.
+        overlap: What the vocabularies share, where each has tokens of its own.
 
     Raises:
         EngineError: A server does not answer, takes too few tokens, sends fewer ids, or has other names for the tokens.
     """
 
     def __init__(
-        self, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, longest: int, canary: Sequence[int], k: int = 0
+        self,
+        config: TeacherConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: int,
+        longest: int,
+        canary: Sequence[int],
+        k: int = 0,
+        overlap: Overlap | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
         self.timeout = config.timeout
         self.servers = [Server(url, config.timeout / ATTEMPTS, "teacher", START, headers) for url in config.urls]
         self.vocabulary = vocabulary
-        self.k = min(k, vocabulary)
+        self.overlap = overlap
+        self.k = min(k or (0 if overlap is None else TOP), vocabulary)
         self.canary = list(canary[:CANARY_TOKENS])
         self.reference: list[float] = []
         self.turns = count()
@@ -98,13 +110,29 @@ class ServedTeacher:
             raise EngineError(f"teacher.url: the servers have different models ({', '.join(sorted(names))}); list servers of one model")
         self.name = names.pop()
         for server in self.servers:
-            check_names(server, self.name, tokenizer, vocabulary)
-            if self.k:
+            check_names(server, self.name, tokenizer, vocabulary, overlap)
+            if k:
                 check_top(server, self.name, self.canary, self.k)
 
     def logp(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> Tensor:
+        return self.columns(inputs, ids_N, temperature)["teacher_logp"]
+
+    def columns(self, inputs: Inputs, ids_N: Tensor, temperature: float) -> TokenStats:
+        """Return the columns of the token table. Of masked ids only those count that are among the `TOP` most probable tokens.
+
+        Servers send log-probs over all of their vocabulary. Where masked ids have probability m, `teacher_logp` is log(1 - m) too low, for
+        all tokens of that position alike: no expected gradient changes, and the reported KL is too high by -log(1 - m).
+        """
         assert temperature == 1.0
-        return self.top(inputs).token_logp_N
+        top = self.top(inputs)
+        columns = {"teacher_logp": top.token_logp_N}
+        if self.overlap is not None:
+            shared = torch.tensor(sorted(self.overlap.shared), device=top.id_NK.device)
+            mass_NK = top.logp_NK.exp().masked_fill(torch.isin(top.id_NK, shared), 0)
+            highest_N, place_N = mass_NK.max(-1)
+            columns["teacher_masked"] = mass_NK.sum(-1)
+            columns["teacher_masked_id"] = top.id_NK.gather(-1, place_N[:, None])[:, 0].where(highest_N > 0, -1)
+        return columns
 
     def states(self, inputs: Inputs) -> TeacherStates:
         raise NotImplementedError("servers send no whole distributions; the config refuses what needs them")
@@ -238,10 +266,8 @@ def read_scores(answer: Any, ids: Sequence[int], k: int = 0) -> Scores:
     logp = [entry[str(token)]["logprob"] for entry, token in zip(entries, ids[1:], strict=True)]
     top = []
     for entry in entries if k else []:
-        pairs = sorted(((value["logprob"], int(token)) for token, value in entry.items()), reverse=True)[
-            :k
-        ]  # the token itself may be one more
-        top.append([(token, value) for value, token in pairs])
+        pairs = sorted(((value["logprob"], int(token)) for token, value in entry.items()), reverse=True)
+        top.append([(token, value) for value, token in pairs[:k]])  # the token itself may be one more
     values = logp + [value for pairs in top for _, value in pairs]
     if not all(MINUS_INFINITY < value <= 1e-3 for value in values) or any(len(pairs) < k for pairs in top):  # NaN is not
         raise ValueError
@@ -286,10 +312,11 @@ def check_top(server: Server, model: str, ids: Sequence[int], k: int) -> None:
         raise EngineError(f"ppo.k={k}: {error}; set ppo.k=20, or start the server with --max-logprobs {k}") from None
 
 
-def check_names(server: Server, model: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
-    """Raise `EngineError` unless the server has the tokenizer's text for all special tokens and a sample of the others."""
+def check_names(server: Server, model: str, tokenizer: PreTrainedTokenizerBase, vocabulary: int, overlap: Overlap | None = None) -> None:
+    """Raise `EngineError` unless the server has the tokenizer's text for all shared special tokens and a sample of the others."""
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     ids = sorted({*range(0, vocabulary, max(1, vocabulary // NAMED_TOKENS)), *(token for token in special if token < vocabulary)})
+    ids = ids if overlap is None else [token for token in ids if token in overlap.shared]
     answer = server.post("/detokenize", {"model": model, "tokens": ids})
     ours, theirs = str(tokenizer.decode(ids)), str(answer.get("prompt")) if isinstance(answer, dict) else ""
     if "".join(theirs.split()) != "".join(ours.split()):  # versions of transformers differ in how they clean up spaces

@@ -23,6 +23,7 @@ from opd.models.device import autocast
 from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
+from opd.models.overlap import Overlap, end_ids
 from opd.models.policy import (
     Policy,
     add_adapters,
@@ -49,7 +50,7 @@ from opd.teachers import (
 )
 from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
-from opd.training.identity import content, identity
+from opd.training.identity import content, digest, identity
 from opd.training.loop import Trainer
 from opd.training.speed import measure_speed
 from opd.training.step import Step
@@ -113,7 +114,7 @@ def build(
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
     has_tokenizer = given.teacher is None and not config.teaches_itself
     teacher_tokenizer = load.load_tokenizer(config.teacher, "teacher") if has_tokenizer else tokenizer
-    load.check_same_ids(tokenizer, teacher_tokenizer)
+    overlap = load.check_same_ids(tokenizer, teacher_tokenizer)
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
@@ -129,10 +130,15 @@ def build(
     elif not is_served:
         teacher_model = build_teacher(config, given, accelerator)
     vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
-    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
+    masked = None if overlap is None else overlap.masked(vocabulary).to(device)
+    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary, overlap)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
     if is_served and set(teacher_eos) <= set(eos):
         teacher_eos = eos  # a tokenizer names one token, a model may have more
+    own_eos = (eos, teacher_eos)
+    if overlap is not None:
+        pairs = [(tokenizer, eos), (teacher_tokenizer, teacher_eos)]
+        eos = teacher_eos = end_ids(overlap, pairs, config.data.chat_template_kwargs)
     spec = SamplerSpec(
         model=student,
         eos=eos,
@@ -144,8 +150,9 @@ def build(
         batch_size=config.sampling.batch_size,
         is_main=accelerator.is_main_process,
         sharded=sharded,
+        masked=masked,
     )
-    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, masked)
     local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
     for role, model in local.items():
         lengths = [max(map(len, prompt.scored_views)) if role == "teacher" else len(prompt.ids) for prompt in train_prompts]
@@ -162,14 +169,16 @@ def build(
         choices["bf16_copy"] = sampler.copy is not None
     served = None
     if is_served:
-        served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices)
+        served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    if overlap is not None:
+        digests["masked ids"] = digest([overlap.masked(vocabulary).tolist(), eos])
     if teacher_model is not None:
         place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
-    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
+    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, autocasts, masked)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
     teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.teaches_itself and autocasts)
@@ -189,6 +198,7 @@ def build(
             bf16=config.teaches_itself and autocasts,
             device=device,
             ready=strategy.gathered_weights if teacher_model is student else None,
+            masked=masked,
         )
         teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
         if not config.teaches_itself:
@@ -212,6 +222,7 @@ def build(
             pad_id=tokenizer.pad_token_id,
             packed=packed,
             choices=choices,
+            overlap=overlap,
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -221,8 +232,9 @@ def build(
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
-    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
+    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, own_eos, overlap, eos), *warnings]
     place_of_teacher = "" if served is None else f"{served.name} at {', '.join(config.teacher.urls)}"
+    eos = tuple(sorted({*eos, *own_eos[0]}))  # an end that is masked here may still be written by the trained model
     return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
 
 
@@ -259,6 +271,7 @@ def connect_teacher(
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     choices: dict[str, Any],
+    overlap: Overlap | None = None,
 ) -> ServedTeacher:
     """Connect to the served teacher, before the student is sharded.
 
@@ -267,13 +280,17 @@ def connect_teacher(
     views = [replace(prompt, ids=ids) for prompt in (*train, *evaluation) for ids in prompt.scored_views]
     longest = longest_sequence(config, views) + 1
     canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    is_topk = config.ppo.estimator is Estimator.topk
+    if is_topk and overlap is not None:
+        raise ConfigError("ppo.estimator=topk: servers send ids that the student lacks among the most probable; set ppo.estimator=sampled")
     teacher = ServedTeacher(
         config.teacher,
         tokenizer,
         vocabulary,
         longest,
         canary[: longest - 1],
-        config.ppo.k if config.ppo.estimator is Estimator.topk else 0,
+        config.ppo.k if is_topk else 0,
+        overlap,
     )
     teacher.reference = [] if config.resume_force else choices.get("canary", [])
     on_main_process(accelerator, teacher.check)
@@ -353,6 +370,7 @@ def make_evaluator(
     grader: Grader | None,
     vocabulary: int,
     bf16: bool,
+    masked: Tensor | None = None,
 ) -> Evaluator:
     judged = [prompt for prompt in prompts if can_judge(prompt)]
     return Evaluator(
@@ -366,6 +384,7 @@ def make_evaluator(
         max_tokens=config.train.max_tokens_per_micro_batch,
         vocabulary=vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
+        masked=masked,
     )
 
 

@@ -81,11 +81,17 @@ def interval(rewards: Sequence[float], shares: bool = True) -> tuple[float, floa
 
 
 def exact_kl(
-    model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout], vocabulary: int, max_tokens: int, pad_id: int
+    model: PreTrainedModel,
+    teacher: Teacher,
+    rollouts: Sequence[Rollout],
+    vocabulary: int,
+    max_tokens: int,
+    pad_id: int,
+    masked: Tensor | None = None,
 ) -> tuple[float, int]:
-    """Return the sum over tokens of KL(student‖teacher) at T = 1 over the vocabulary, in nats, and the number of tokens."""
+    """Return the sum over tokens of KL(student‖teacher) at T = 1 over the shared vocabulary, in nats, and the number of tokens."""
     total, tokens = 0.0, 0
-    head = output_head(model, vocabulary)
+    head = output_head(model, vocabulary, masked=masked)
     for batch in micro_batches(rollouts, max_tokens, pad_id):
         batch = batch.to(model.device)
         token_loss = exact(batch.ids_N, teacher.states(batch.teacher_inputs), 1.0, reverse_kl)
@@ -107,6 +113,7 @@ class Evaluator:
         answered: Prompts that are answered and judged.
         kl_prompts: Prompts on whose samples the KL is measured.
         precision: Context in which the student computes.
+        masked: As in `Head`.
     """
 
     accelerator: Accelerator
@@ -119,6 +126,7 @@ class Evaluator:
     max_tokens: int
     vocabulary: int
     precision: Callable[[], Any]
+    masked: Tensor | None = None
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
         """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
@@ -150,7 +158,7 @@ class Evaluator:
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
         with ready(), self.precision():
-            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id)
+            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id, self.masked)
         parts = gather_object([result])
         total, tokens = (sum(column) for column in zip(*parts, strict=True))
         return float(total / tokens)

@@ -118,7 +118,8 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
 
 def check_content(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
     """Do what `check_same` does, for what was loaded."""
-    changed = [f"{name} changed" for name in wanted["content"] if stored["content"].get(name) != wanted["content"][name]]
+    old, new = stored["content"], wanted["content"]
+    changed = [f"{name} changed" for name in {**old, **new} if old.get(name) != new.get(name)]
     if stored["prompts"] != wanted["prompts"]:
         changed.append(f"there were {stored['prompts']} prompts, there are {wanted['prompts']}")
     return refuse(changed, where, force)

@@ -21,7 +21,7 @@ from opd.config.schema import Config, Engine, SamplingDtype, TeacherWeights, Tru
 from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
-from opd.errors import EngineError, NumericError, Preempted, TeacherError
+from opd.errors import ConfigError, EngineError, NumericError, Preempted, TeacherError
 from opd.models.device import peak_memory
 from opd.models.distributed import Strategy, on_main_process, run_stoppable, stop_all_processes
 from opd.models.policy import padding_limit
@@ -43,6 +43,7 @@ from opd.training.checkpoint import (
 )
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
+from opd.training.masked import check_masses
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
 from opd.training.speed import Speed
 from opd.training.step import NotFinite, Step, lr_factor
@@ -191,6 +192,7 @@ class Trainer:
             self.check_copy(done.metrics["engine_gap"])
             if self.step == 1:
                 self.check_distance(done.tokens)
+                self.check_masked(done)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
@@ -252,6 +254,12 @@ class Trainer:
             if self.config.teaches_itself:
                 name, problem = f"teacher.weights={self.config.teacher_weights.value}", "what it reads besides changes nothing"
             log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
+
+    def check_masked(self, done: StepDone) -> None:
+        """Raise `ConfigError`, before anything is saved, where student or teacher wants to write what the other one lacks."""
+        overlap = self.scoring.overlap
+        if overlap is not None and (problem := check_masses(done.metrics, done.tokens, overlap)):
+            raise ConfigError("; ".join(problem))
 
     # A step.
 

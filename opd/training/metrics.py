@@ -20,6 +20,7 @@ from opd.models.device import peak_memory
 from opd.models.distributed import global_quantile, global_sum
 from opd.models.load import decode
 from opd.runs.text import one_line
+from opd.training.masked import add_masked_metrics
 from opd.training.tokens import Means, Tokens
 
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
@@ -41,6 +42,7 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     for name in ("reverse_kl", "entropy", "advantage", "cut"):
         if name in tokens.columns:
             means.add_tensors(name, [tokens.as_sampled(name)])
+    add_masked_metrics(tokens)
     means.add_tensors("teacher_nll", [-tokens.as_sampled("teacher_logp")])
     if "contrast_logp" in tokens.columns:
         means.add_tensors("contrast_nll", [-tokens.as_sampled("contrast_logp")])

@@ -36,8 +36,9 @@ from opd.data.rollouts import MicroBatch, Rollout
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
+from opd.models.overlap import Overlap
 from opd.models.policy import padding_limit
-from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounted, exact, sampled, topk
+from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounted, exact, masked_stats, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import Teacher
@@ -66,6 +67,7 @@ class Step:
         pad_id: Id of padding.
         packed: Whether sequences are packed into one row.
         choices: Decisions of the run that checkpoints keep, with `max_tokens` of a micro-batch, halved when memory runs out.
+        overlap: What the vocabularies share, where each has tokens of its own.
     """
 
     config: Config
@@ -74,6 +76,7 @@ class Step:
     pad_id: int
     packed: bool
     choices: dict[str, Any]
+    overlap: Overlap | None = None
 
     @property
     def device(self) -> torch.device:
@@ -92,27 +95,34 @@ class Step:
 
         No collectives.
         """
-        ppo, temperature = self.config.ppo, self.config.temperature
+        ppo = self.config.ppo
         tokens.split(self.choices["max_tokens"], self.pad_id, self.packed, padding_limit(self.device))
         is_sampled = ppo.estimator is Estimator.sampled
         needs_scores = is_sampled and "teacher_logp" not in tokens.columns  # scores of an earlier try stay
         scores = []
         for part in tokens.slices:
-            inputs, ids_N = part.batch.teacher_inputs, part.batch.ids_N
             if not is_sampled or ppo.baseline:
+                inputs = part.batch.teacher_inputs
                 part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
-                if needs_scores:
-                    scores.append(part.teacher.token_logp(ids_N, temperature))
-            elif needs_scores:
-                scores.append(self.teacher.logp(inputs, ids_N, temperature))
-        if scores:
-            tokens.fill("teacher_logp", scores)
+            if needs_scores:
+                scores.append(self.teacher_scores(part))
+        for name in scores[0] if scores else ():
+            tokens.fill(name, [score[name] for score in scores])
         if self.config.teacher.contrast is not None and "contrast_logp" not in tokens.columns:
             tokens.fill("contrast_logp", [self.contrast_logp(part.batch) for part in tokens.slices])
 
     def contrast_logp(self, batch: MicroBatch) -> Tensor:
         assert batch.contrast_inputs is not None
         return self.teacher.logp(batch.contrast_inputs, batch.ids_N, self.config.temperature)
+
+    def teacher_scores(self, part: Slice) -> TokenStats:
+        """Return the teacher's columns of a micro-batch."""
+        inputs, ids_N, temperature = part.batch.teacher_inputs, part.batch.ids_N, self.config.temperature
+        if isinstance(part.teacher, TeacherStates):
+            return part.teacher.columns(ids_N, temperature)
+        if self.overlap is None:
+            return {"teacher_logp": self.teacher.logp(inputs, ids_N, temperature)}
+        return self.teacher.columns(inputs, ids_N, temperature)
 
     def fit_memory(self, tokens: Tokens, work: Callable[[], T], retry: Callable[[], None] = lambda: None) -> T:
         """Return the result of `work`; while any process runs out of memory, all halve their micro-batches and try again.
@@ -212,14 +222,24 @@ class Step:
         for part in tokens.slices:
             token_loss = self.token_loss(tokens, part)
 
-            def head_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss = token_loss, rows: slice = part.rows) -> Any:
-                return chunked_loss(hidden_NH, head, token_loss, weight_N=weight_N[rows])
+            def head_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss = token_loss, part: Slice = part) -> Any:
+                loss, stats = chunked_loss(hidden_NH, head, token_loss, weight_N=weight_N[part.rows])
+                return loss, stats | self.masked_columns(hidden_NH, head, part, stats) if self.overlap and not tokens.inner else stats
 
             loss, part_stats = self.strategy.policy(part.batch.inputs, head_loss)
             (loss / total).backward()
             loss_sum += loss.detach()  # read once at the end: until then the device is never waited for
             stats.append(part_stats)
         return float(loss_sum), stats
+
+    def masked_columns(self, hidden_NH: Tensor, head: Head, part: Slice, stats: TokenStats) -> TokenStats:
+        """Return the masked probability of the student, and of a teacher whose log-probs the loss has computed."""
+        ids_N, temperature = part.batch.ids_N, self.config.temperature
+        columns = masked_stats("student", hidden_NH, head, ids_N, stats["logp"], temperature)
+        states = part.teacher
+        if self.config.ppo.estimator is not Estimator.sampled and isinstance(states, TeacherStates):
+            columns |= masked_stats("teacher", states.hidden_NH, states.head, ids_N, stats["teacher_logp"], temperature)
+        return columns
 
     def token_loss(self, tokens: Tokens, part: Slice) -> TokenLoss:
         """Return the configured objective of a micro-batch's tokens."""
