@@ -267,7 +267,7 @@ def test_served_teacher_names_only_shared_ids_sends_their_log_probs_and_shows_th
     overlap = Overlap(frozenset(range(23)) - {5, 22}, {5: "<tool>"}, {22: "<think>"})
     batch = collate([rollout_of((3, 4), (6, 8, 1)), rollout_of((9, 2, 7), (3, 14))], [0, 1], pad_id=0)
     with running(ScoringServer(model, Named("!"))) as fake:
-        served = ServedTeacher(TeacherConfig(url=fake.url), Named(), 23, 40, [1, 6, 9], overlap)
+        served = ServedTeacher(TeacherConfig(url=fake.url), Named(), 23, 40, [1, 6, 9], overlap=overlap)
         columns = served.columns(batch.teacher_inputs, batch.ids_N, 1.0)
         plain = LocalTeacher(model, 23)
         masked = LocalTeacher(model, 23, masked=torch.tensor([5, 22])).columns(batch.teacher_inputs, batch.ids_N, 1.0)
