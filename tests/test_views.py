@@ -351,3 +351,16 @@ def test_rows_from_python_have_views_too(tmp_path):
         trainer = OnPolicyDistillationTrainer(*paths, dataset, options=options, **settings)
         trainer.train()
         assert trainer.state.log_history[1]["contrast_nll"] > 0
+
+
+@pytest.mark.long
+def test_a_student_learns_answers_to_questions_that_only_the_teacher_reads(folder):
+    """Four numbers, whose sums only the teacher sees: the student, never right at first, learns the answers by heart."""
+    lines = (folder / "rows.jsonl").read_text().splitlines()[::9]
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    loss = ["ppo.estimator=exact", "ppo.divergence=forward_kl", "optim.lr=2e-3", "optim.schedule=constant"]
+    words = ["experiment=tiny", "train.max_steps=120", "train.batch_size=8", "eval.kl_prompts=4", "eval.steps=0", "name=run"]
+    assert main([*words, *loss, *DEBUG[1:], VIEW]) == OK
+    summary = json.loads((folder / "runs" / "run" / "summary.json").read_text())
+    assert summary["reward_before"] == 0 and summary["reward_after"] == summary["reward_teacher"] == 1
+    assert summary["eval_kl_after"] < 0.2 * summary["eval_kl_before"]
