@@ -169,6 +169,7 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
     assert compose().name == "qwen05b-from-qwen15b-on-gsm8k"
     assert compose("model=qwen3b", "teacher=qwen7b", "data=arithmetic", "seed=2").name == "qwen3b-from-qwen7b-on-arithmetic-seed2"
     assert compose("experiment=tiny").name == "tiny-from-tiny-on-arithmetic"
+    assert compose("experiment=tiny", "teacher.weights=ema", "teacher.system=x").name == "tiny-from-itself-on-arithmetic"
     assert compose("model.path=./my models/student/", "teacher.path=Org/Big-7B").name == "student-from-Big-7B-on-gsm8k"
     assert compose("name=mine", "seed=2").name == "mine"
 

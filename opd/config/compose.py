@@ -21,7 +21,7 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
-from opd.config.schema import Config, removed
+from opd.config.schema import Config, TeacherWeights, removed
 from opd.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -40,7 +40,12 @@ def choice(group: str, *, _root_: DictConfig) -> str:
 
 
 def model_name(group: str, *, _root_: DictConfig) -> str:
-    """Resolve `${model_name:GROUP}`: the file picked in `model` or `teacher`, or the last part of a path that is not this file's."""
+    """Resolve `${model_name:GROUP}`: the file picked in `model` or `teacher`, or the last part of a path that is not this file's.
+
+    A student that is its own teacher learns from `itself`.
+    """
+    if group == "teacher" and _root_[group].get("weights", TeacherWeights.own) is not TeacherWeights.own:
+        return "itself"
     picked, path = choice(group, _root_=_root_), _root_[group].path
     files = (conf_dir() / folder / f"{picked}.yaml" for folder in (group, "model"))
     file = next((file for file in files if file.is_file()), None)
