@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.data.prompts import render_closed
 from opd.errors import ConfigError
 
-REMEDY = "scoring needs the same ids: set teacher.path to a model of the student's family, or teacher.alignment=spans for another tokenizer"
+REMEDY = "scoring needs the same ids: set teacher.path to a model of the student's family"
 SHOWN = 3  # tokens that a message names
 ANSWER = "the answer that opd looks for"
 
