@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -94,7 +95,8 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         accelerator = make_accelerator(config, Path(folder))
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
-        built = build(config, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
+        samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
+        built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, built.trainer.evaluator
         report.add(*check_ends(config, built, tokenizer), *tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 

@@ -22,6 +22,7 @@ REMEDIES = {
     "optimizer": "set lora=default, or take a smaller student",
     "gradients": "set lora=default, or take a smaller student",
     "student": "take a smaller student",
+    "reference": "set lora=default, whose start takes no memory, or ppo.reference_coef=0",
     "teacher": "set teacher.dtype=bfloat16, or take a smaller teacher",
 }
 

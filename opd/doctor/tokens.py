@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, text_warnings, with_system
+from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, turn_end, with_system
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
 from opd.models import load as models
@@ -35,7 +35,6 @@ DECODING: Mapping[str, Any] = {
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
 # Fields that need no notice: templates leave out earlier thoughts, and have many names for them.
 READ = {"role", "content", "reasoning_content", "reasoning", "thinking"}
-ANSWER = "the answer that opd looks for"
 
 
 def load_raw(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
@@ -77,25 +76,12 @@ def check_eos(
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
     """Check that the token with which the chat template ends an answer also ends a completion."""
-    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
-    rest = text.rpartition(ANSWER)[2].strip()
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
-    if not ids or ids[0] in eos:
+    end = turn_end(tokenizer, kwargs)
+    if end is None or end in eos:
         return []
-    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(ids[0])!r}, which does not end a completion"
-    remedy = f"completions run to their limit: add {ids[0]} to eos_token_id in its generation_config.json, or take the chat-tuned model"
+    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, which does not end a completion"
+    remedy = f"completions run to their limit: add {end} to eos_token_id in its generation_config.json, or take the chat-tuned model"
     return [warn(f"end of a turn of the {role}", what, remedy)]
-
-
-def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    """Return the text of a chat whose last turn is closed and followed by no other; nothing where the template has no such text."""
-    try:
-        template = find_template(tokenizer, kwargs)
-        return (
-            str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{**kwargs, "chat_template": template})) if template else ""
-        )
-    except Exception:  # noqa: BLE001 - a template is a program, which may fail in any way
-        return ""
 
 
 def check_texts(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], prompts: Sequence[Prompt]) -> list[Finding]:

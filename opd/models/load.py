@@ -249,7 +249,7 @@ def check_known(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, v
     if max(tokenizer.get_vocab().values()) < vocabulary:
         return
     for prompt in prompts:
-        if (last := max(prompt.ids + prompt.seen_by_teacher)) >= vocabulary:
+        if (last := max(prompt.ids + prompt.seen_by_teacher + sum(prompt.given, ()))) >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(last)
             raise DataError(f"row {prompt.sample_id}: contains {token!r} ({last}), a token that the models have no row for; remove it")
 

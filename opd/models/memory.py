@@ -118,6 +118,8 @@ def estimate(
         "teacher": 0 if config.shares_base or served else teacher_bytes(config.teacher, teacher, processes, device),
         "optimizer": round(share * MOMENTS * trained),
     }
+    if config.ppo.reference_coef > 0 and config.lora.rank == 0:
+        resident["reference"] = parameters * (BFLOAT16 if bf16 else FLOAT32)
     if "decode line" in sampling:
         resident["decode line"] = sampling.pop("decode line")
     update = {"gradients": trained}

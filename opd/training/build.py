@@ -1,5 +1,6 @@
 """From a typed config to everything a run needs: models, data, sampler, teacher, evaluator, trainer."""
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, Engine, Estimator, Placement, Quantization
+from opd.data.given import check_given
 from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
@@ -146,7 +149,8 @@ def build(
         served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
-    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    start = copy_start(student, accelerator, autocasts) if config.ppo.reference_coef > 0 and config.lora.rank == 0 else None
+    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts, start))
     if teacher_model is not None:
         place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
@@ -177,6 +181,14 @@ def build(
                     check_packing(teacher_model, "teacher")
                 if evaluator.answered:
                     run_stoppable(accelerator, lambda: local_sampler.check("teacher"))
+    reference = None
+    if start is not None:
+        reference = LocalTeacher(start, vocabulary, rows=choices["head_rows"], device=device)
+    elif config.ppo.reference_coef > 0 and config.shares_base:
+        assert isinstance(teacher, LocalTeacher)
+        reference = teacher
+    elif config.ppo.reference_coef > 0:
+        reference = LocalTeacher(student, vocabulary, adapters, choices["head_rows"], autocasts, device, strategy.gathered_weights)
     trainer = Trainer(
         config=config,
         strategy=strategy,
@@ -192,6 +204,7 @@ def build(
             pad_id=tokenizer.pad_token_id,
             packed=packed,
             choices=choices,
+            reference=reference,
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -214,6 +227,16 @@ def build_student(config: Config, given: Given, device: torch.device, bf16: bool
     if can_fuse(config):
         fuse_layers(student)
     return student, add_adapters(student, config.lora) if config.lora.rank else None
+
+
+def copy_start(student: PreTrainedModel, accelerator: Accelerator, autocasts: bool) -> PreTrainedModel:
+    """Return a frozen copy of the student, in its compute dtype, before it is sharded and trained. Collective."""
+    start = copy.deepcopy(student).requires_grad_(False)
+    for weight in start.parameters():
+        weight.data = weight.data.to(torch.bfloat16) if autocasts else weight.data
+        if accelerator.num_processes > 1:
+            broadcast(weight.data)  # as `prepare` does for the student
+    return start
 
 
 def build_teacher(config: Config, given: Given, accelerator: Accelerator) -> PreTrainedModel:
@@ -299,6 +322,8 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
         train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
     system = config.teacher.system
     train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", system)
+    if config.data.completion is not None:
+        check_given(train_prompts, config)
     eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", system) if len(eval_rows) else []
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
         raise DataError(

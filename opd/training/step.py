@@ -11,12 +11,19 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
 The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions.
 
+`ppo.reference_coef` adds that times KL(student‖the student's start): over whole distributions, or for `sampled` as
+reference_coef (reference_logp - old_logp) in the advantage, after its clip.
+
+Tokens of given completions (`train.given_share`) have the loss -logp instead of w s, the teacher's log-likelihood where the text is the
+teacher's; with `exact` and `topk` the same divergence as all others (GKD, arXiv 2306.13649).
+
 Shapes: `N` rows of the token table, `R` rollouts.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,10 +36,10 @@ from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
 from opd.models.policy import padding_limit
-from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounted, exact, sampled, topk
+from opd.objective import Clips, Sampled, TeacherStates, anchored, chunked_loss, discounted, exact, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
-from opd.teachers import Teacher
+from opd.teachers import LocalTeacher, Teacher
 from opd.training.tokens import Slice, Tokens
 
 log = logging.getLogger(__name__)
@@ -58,6 +65,7 @@ class Step:
         pad_id: Id of padding.
         packed: Whether sequences are packed into one row.
         choices: Decisions of the run that checkpoints keep, with `max_tokens` of a micro-batch, halved when memory runs out.
+        reference: The student's start, where `ppo.reference_coef` asks for it; the same object as the teacher where that has its weights.
     """
 
     config: Config
@@ -66,6 +74,7 @@ class Step:
     pad_id: int
     packed: bool
     choices: dict[str, Any]
+    reference: LocalTeacher | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,8 +85,15 @@ class Step:
 
     def score(self, tokens: Tokens) -> None:
         """Cut micro-batches and let the teacher score them. Collective."""
-        with self.teacher.ready():
+        with self.scorers_ready():
             self.fit_memory(tokens, lambda: self.score_slices(tokens))
+
+    @contextmanager
+    def scorers_ready(self) -> Iterator[None]:
+        """Make teacher and reference answer without collectives for the block. All processes enter."""
+        other = None if self.reference is self.teacher else self.reference
+        with self.teacher.ready(), nullcontext() if other is None else other.ready():
+            yield
 
     def score_slices(self, tokens: Tokens) -> None:
         """Fill the column `teacher_logp`, or keep the teacher's hidden states per micro-batch, as the objective needs. No collectives."""
@@ -85,8 +101,13 @@ class Step:
         tokens.split(self.choices["max_tokens"], self.pad_id, self.packed, padding_limit(self.device))
         is_sampled = ppo.estimator is Estimator.sampled
         needs_scores = is_sampled and "teacher_logp" not in tokens.columns  # scores of an earlier try stay
-        scores = []
+        needs_reference = self.reference is not None and "reference_logp" not in tokens.columns
+        scores, reference = [], []
         for part in tokens.slices:
+            if self.reference is not None and not is_sampled:
+                part.reference = self.reference.states(part.batch.inputs)
+            elif self.reference is not None and needs_reference:
+                reference.append(self.reference.logp(part.batch.inputs, part.batch.ids_N, temperature))
             inputs, ids_N = part.batch.teacher_inputs, part.batch.ids_N
             if not is_sampled or ppo.baseline:
                 part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
@@ -96,6 +117,8 @@ class Step:
                 scores.append(self.teacher.logp(inputs, ids_N, temperature))
         if scores:
             tokens.fill("teacher_logp", scores)
+        if reference:
+            tokens.fill("reference_logp", reference)
 
     def fit_memory(self, tokens: Tokens, work: Callable[[], T], retry: Callable[[], None] = lambda: None) -> T:
         """Return the result of `work`; while any process runs out of memory, all halve their micro-batches and try again.
@@ -144,7 +167,8 @@ class Step:
         tokens.means.add("loss", loss_sum, own)
         for name in ("ratio", "clipped"):
             if stats and name in stats[0]:
-                tokens.means.add_tensors(name, [part[name] for part in stats])
+                values = [part[name] for part in stats]
+                tokens.means.add_tensors(name, values if tokens.given_N is None else [torch.cat(values)[~tokens.given_N]])
         if "logp" not in tokens.columns:
             for name in stats[0] if stats else ():
                 tokens.fill(name, [part[name] for part in stats])
@@ -169,7 +193,7 @@ class Step:
                 self.score_slices(tokens)
             return self.gradients(tokens, weight_N, total)
 
-        with self.teacher.ready():
+        with self.scorers_ready():
             return self.fit_memory(tokens, work, self.strategy.optimizer.zero_grad)
 
     def sharded_gradients(self, tokens: Tokens, weight_N: Tensor, total: float) -> tuple[float, list[TokenStats]]:
@@ -207,13 +231,16 @@ class Step:
     def token_loss(self, tokens: Tokens, part: Slice) -> TokenLoss:
         """Return the configured objective of a micro-batch's tokens."""
         ppo, temperature, rows, ids_N = self.config.ppo, self.config.temperature, part.rows, part.batch.ids_N
+        given_N = None if tokens.given_N is None else tokens.given_N[rows]
         if ppo.estimator is not Estimator.sampled:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
             if ppo.estimator is Estimator.topk:
-                return topk(ids_N, part.teacher, temperature, divergence, ppo.k)
-            assert isinstance(part.teacher, TeacherStates)
-            return exact(ids_N, part.teacher, temperature, divergence)
+                loss = topk(ids_N, part.teacher, temperature, divergence, ppo.k)
+            else:
+                assert isinstance(part.teacher, TeacherStates)
+                loss = exact(ids_N, part.teacher, temperature, divergence)
+            return loss if part.reference is None else anchored(loss, part.reference, temperature, ppo.reference_coef, given_N)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         advantage_N = None
         if ppo.discount > 0:
@@ -227,6 +254,9 @@ class Step:
             advantage_N=advantage_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
             baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
+            reference_logp_N=tokens.columns["reference_logp"][rows] if self.reference is not None else None,
+            reference_coef=ppo.reference_coef,
+            given_N=given_N,
         )
         return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 
