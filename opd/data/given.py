@@ -7,6 +7,7 @@ completions are never right learns nothing from them.
 import logging
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -61,3 +62,17 @@ def check_given(prompts: Sequence[Prompt], config: Config) -> None:
         log.warning(f"{option}: {long} of {len(given)} texts have more than sampling.max_new_tokens={limit} tokens and {what[handling]}")
     if not config.train.takes_given:
         log.warning(f"{option}: is not used with train.given_share=0; set a share, such as train.given_share=0.25")
+
+
+def eval_file(out: Path) -> Path:
+    """Return the file with the evaluation rows beside the one with the teacher's completions."""
+    return out.with_name(f"{out.stem}-eval{out.suffix}")
+
+
+def warm_start(config: Config, out: Path) -> list[str]:
+    """Return the options of a run that starts on the file that `opd sample --out` wrote: alone for a quarter of its steps, then few."""
+    steps = config.train.max_steps or 200
+    shares = {0: 1.0, max(1, steps // 4): 0.25, max(2, steps // 2): 0}
+    system = [] if config.data.system is None else ["data.system=system"]
+    files = [f"data.train_path={out}", f"data.eval_path={eval_file(out)}"]
+    return ["data=jsonl", *files, "data.completion=completion", *system, f"train.given_share={shares}"]
