@@ -13,6 +13,7 @@ from opd.data.prompts import Prompt, to_messages
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens
 from opd.doctor.findings import Finding, Report, Status, ok
+from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
 from opd.models.device import free_memory
 from opd.models.distributed import make_accelerator
@@ -113,7 +114,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
             with built.teacher.active():
                 teacher = first_step.answer_rewards(evaluator, built.teacher_sampler, answered, as_teacher=True)
             report.figures["rewards"] = {"student": student, "teacher": teacher}
-            report.add(*first_step.check_rewards(student, teacher))
+            report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
 
 
 def check_ends(config: Config, built: Built, student: PreTrainedTokenizerBase) -> list[Finding]:
