@@ -285,7 +285,9 @@ def test_rewards_of_student_and_teacher_decide() -> None:
         (only,) = first_step.check_rewards(student, teacher)
         return only
 
-    assert "start with SFT" in finding([0.0] * 20, [1.0] * 20).remedy
+    assert "the command" in first_step.check_rewards([0.0] * 20, [1.0] * 20, "the command")[0].remedy
+    assert "the command" in first_step.check_rewards([0.0] * 20 + [1.0], [1.0] * 21, "the command")[0].remedy, "nearly never right"
+    assert first_step.check_rewards([0.0] * 20, [1.0] * 20, "the command", takes_given=True)[0].status is Status.ok
     assert "eval.max_new_tokens" in finding([0.0] * 20, [0.0] * 20).remedy
     assert finding([1.0, 0.0] * 10, [1.0] * 20).status is Status.ok
     assert finding([1.0] * 20, [0.0] * 20).status is Status.fail

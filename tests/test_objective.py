@@ -15,6 +15,7 @@ from opd.objective import (
     Head,
     Sampled,
     TeacherStates,
+    anchored,
     behaviour_logp,
     chunked_loss,
     chunked_stats,
@@ -125,6 +126,58 @@ def test_expected_gradient_of_sampled_is_the_gradient_of_the_reverse_kl(baseline
     closed_form = p * (logp.detach() - teacher - (p * (logp.detach() - teacher)).sum()) / TEMPERATURE
     assert torch.allclose(expected, of_kl, atol=1e-12)
     assert torch.allclose(of_kl, closed_form, atol=1e-12)
+
+
+def test_expected_gradient_of_the_anchor_is_the_gradient_of_the_kl_to_the_start():
+    """By enumeration: sampled, with the advantage clip at 0, which leaves the anchor alone, and as a part of `exact`."""
+    generator = torch.Generator().manual_seed(5)
+    make = partial(torch.randn, generator=generator, dtype=torch.float64)
+    logits, hidden, head = make(1, V).requires_grad_(), make(1, HT), Head(make(V, HT))
+    teacher, start = TeacherStates(make(1, HT), Head(make(V, HT))), TeacherStates(hidden, head)
+    teacher_logp, start_logp = (states.logp(slice(0, 1), TEMPERATURE) for states in (teacher, start))
+    student = (logits / TEMPERATURE).log_softmax(-1)
+    (of_kl,) = torch.autograd.grad(reverse_kl(student, start_logp).sum(), logits, retain_graph=True)
+    (of_teacher,) = torch.autograd.grad(reverse_kl(student, teacher_logp).sum(), logits)
+    expected, kl = torch.zeros_like(logits), 0.0
+    for token in range(V):
+        tokens = Sampled(
+            target_N=torch.tensor([token]),
+            teacher_logp_N=teacher_logp[:, token],
+            behaviour_logp_N=teacher_logp[:, token],
+            reference_logp_N=start_logp[:, token],
+            reference_coef=0.3,
+        )
+        loss, stats = sampled(tokens, TEMPERATURE, Clips(math.inf, math.inf, 0.0, None))(logits, slice(0, 1))
+        expected += student[0, token].exp().item() * torch.autograd.grad(loss.sum(), logits)[0]
+        kl += student[0, token].exp().item() * stats["reference_kl"].item()
+    assert torch.allclose(expected, 0.3 * of_kl, atol=1e-12)
+    assert math.isclose(kl, reverse_kl(student, start_logp).item(), rel_tol=1e-12)
+    whole = anchored(exact(torch.tensor([0]), teacher, TEMPERATURE, reverse_kl), start, TEMPERATURE, 0.3)
+    loss, stats = whole(logits, slice(0, 1))
+    assert torch.allclose(torch.autograd.grad(loss.sum(), logits)[0], of_teacher + 0.3 * of_kl, atol=1e-12)
+    assert math.isclose(stats["reference_kl"].item(), kl, rel_tol=1e-12)
+
+
+def test_expected_gradient_of_the_teachers_texts_is_that_of_the_forward_kl_and_mixes_by_the_share():
+    """By enumeration: given tokens drawn from the teacher, sampled ones from the student, with a share of 0.25 given (GKD's lambda)."""
+    generator = torch.Generator().manual_seed(6)
+    logits = torch.randn(1, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, V, generator=generator, dtype=torch.float64).log_softmax(-1)
+    student = (logits / TEMPERATURE).log_softmax(-1)
+    (of_forward,) = torch.autograd.grad(forward_kl(student, teacher).sum(), logits, retain_graph=True)
+    (of_reverse,) = torch.autograd.grad(reverse_kl(student, teacher).sum(), logits)
+    found = torch.zeros_like(logits)
+    for given, drawn_from, share in ((True, teacher, 0.25), (False, student.detach(), 0.75)):
+        for token in range(V):
+            tokens = Sampled(
+                target_N=torch.tensor([token]),
+                teacher_logp_N=teacher[:, token],
+                behaviour_logp_N=student[:, token].detach(),
+                given_N=torch.tensor([given]),
+            )
+            loss, _ = sampled(tokens, TEMPERATURE, UNBOUNDED)(logits, slice(0, 1))
+            found += share * drawn_from[0, token].exp() * torch.autograd.grad(loss.sum(), logits)[0]
+    assert torch.allclose(found, 0.25 * of_forward + 0.75 * of_reverse, atol=1e-12)
 
 
 def test_expected_gradient_with_a_contrast_is_that_of_the_reverse_kl_to_the_student_moved_along_it():

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import DataConfig, Source, TeacherConfig
+from opd.config.schema import DataConfig, Source, TeacherConfig, TeacherWeights
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
 from opd.data.views import columns_of, fill
@@ -136,7 +136,7 @@ def test_options_that_do_not_fit_are_refused(options, option, remedy):
 def test_a_view_makes_a_teacher_of_the_students_base():
     same = {"model.path": "a/b", "teacher.path": "a/b", "lora.rank": 8}
     for view in ({"teacher.prompt": "{prompt}{hint}"}, {"teacher.chat_template_kwargs": {"enable_thinking": True}}):
-        assert from_options({**same, **view}).shares_base
+        assert from_options({**same, **view}).teacher_weights is TeacherWeights.base
     with pytest.raises(ConfigError, match=r"^lora\.rank=8: .*teacher\.prompt"):
         from_options({**same, "teacher.contrast": "x"})
 

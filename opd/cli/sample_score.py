@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from opd import errors
@@ -20,11 +22,16 @@ def make_sample_parser() -> FlagParser:
     parser.add_argument("--file")
     parser.add_argument("--teacher")
     parser.add_argument("-n", "--samples", type=positive_int, default=1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only-right", action="store_true")
     return parser
 
 
 def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
-    """Print the answers of both models to each prompt: from `--prompt`, `--file`, or the terminal."""
+    """Print the answers of both models to each prompt: from `--prompt`, `--file`, or the terminal. With `--out`, write the teacher's."""
+    if flags.out is not None or flags.only_right:
+        write_teacher(config, folder, flags)
+        return
     from opd.evaluation import sample_score
     from opd.evaluation.show import completion_table
     from opd.evaluation.target import NONE, find_target
@@ -42,6 +49,32 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
             print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), flush=True)
         else:
             console.print(completion_table(prompt, answers))
+
+
+def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> None:
+    """Write the teacher's completions of the training data to `--out`, and print how to train on them."""
+    from opd.data.given import warm_start
+    from opd.evaluation.completions import write_completions
+    from opd.evaluation.target import NONE, find_target
+    from opd.training import runner  # imports torch, which --help does not need
+
+    runner.quiet_libraries()
+    if flags.out is None:
+        raise errors.ConfigError("--only-right: chooses the rows of a file: add --out FILE.jsonl")
+    if flags.prompt or flags.file is not None or flags.teacher == NONE:
+        raise errors.ConfigError(
+            "--out: takes the teacher's completions of the configured data: leave out --prompt, --file and --teacher none"
+        )
+    target = find_target(flags.target, config, flags.teacher)
+    written = write_completions(target.config, folder, flags.out, flags.samples, flags.only_right, target.average)
+    options = warm_start(target.config, flags.out)
+    if flags.json:
+        print(json.dumps({"file": str(flags.out), **asdict(written), "options": options}))
+        return
+    reward = "not judged" if written.reward is None else f"mean reward {written.reward:.1%}"
+    console = make_console(80)
+    console.print(f"{flags.out}: {written.kept:,} of {written.prompts:,} prompts; {reward}, {written.truncated:.1%} cut off and left out")
+    console.print(f"to train on it: opd train … {shlex.join(options)}", soft_wrap=True)
 
 
 def make_score_parser() -> FlagParser:

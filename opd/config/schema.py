@@ -120,6 +120,7 @@ class Direction(Enum):
 AUTO = "auto"
 # Options of a teacher with weights of its own, which say nothing about a student that is its own teacher.
 UNREAD = ("url", "placement", "quantization", "gguf_file", "revision", "dtype", "attn_implementation")
+STEP = re.compile(r"0|[1-9]\d*")
 SERVER = re.compile(r"https?://[^/\s]+/?")
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # in a template over the columns of a row: a literal brace, or {column}
 # The metrics of summary.json and, where one value is better than another, the direction.
@@ -173,6 +174,10 @@ COMPARISONS = {
 def bounded(default: float | None, *, hint: str = "", **bounds: float) -> Any:
     """Return a dataclass field for a number within `bounds`: at_least, above, at_most, below. Errors show the hint, what is usual."""
     return field(default=default, metadata={"bounds": bounds, "hint": f" ({hint})" if hint else ""})
+
+
+def is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 class Section:
@@ -292,6 +297,7 @@ class DataConfig(Section):
     eval_path: str | None = None
     prompt: str = "question"
     answer: str | None = "answer"
+    completion: str | None = None
     answer_after: str | None = "####"
     system: str | None = None
     max_prompt_tokens: int = bounded(512, at_least=1)
@@ -367,6 +373,7 @@ class PPOConfig(Section):
     discount: float = bounded(0.0, at_least=0, at_most=1, hint="0: each token counts only its own advantage")
     loss_prefix: int | None = bounded(None, at_least=1)
     reward_coef: float = bounded(0.0, at_least=0, hint="0 is off")
+    reference_coef: float = bounded(0.0, at_least=0, hint="0 is off")
 
     def __post_init__(self) -> None:
         for option in ("baseline", "discount", "reward_coef") if self.estimator is not Estimator.sampled else ():
@@ -395,6 +402,7 @@ class TrainConfig(Section):
     max_steps: int | None = bounded(200, at_least=1)
     epochs: float | None = bounded(None, above=0)
     batch_size: int = bounded(4, at_least=1, hint="prompts per process")
+    given_share: Any = 0.0
     max_tokens_per_micro_batch: int = bounded(8192, at_least=1, hint="a longer sequence is a micro-batch of its own")
     packing: bool | None = None
     activation_checkpointing: bool | None = None
@@ -404,6 +412,26 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         one = (self.max_steps is None) != (self.epochs is None)
         self.require("max_steps", one, "set one of train.max_steps and train.epochs, and the other to null")
+        known = all(STEP.fullmatch(step) is not None and is_share(share) for step, share in self.given_shares.items())
+        rule = "must be a share from 0 to 1, or shares by the step from which they count, such as {0: 1.0, 50: 0.25, 100: 0}"
+        self.require("given_share", known and "0" in self.given_shares, rule)
+        if isinstance(self.given_share, dict):
+            self.given_share = self.given_shares  # as JSON stores it, so that a resumed run finds the same
+
+    @property
+    def given_shares(self) -> dict[str, float]:
+        """The shares of rows that take given completions, by the first step at which they count."""
+        share = self.given_share
+        return {str(step): value for step, value in share.items()} if isinstance(share, dict) else {"0": share}
+
+    def given_share_at(self, step: int) -> float:
+        """Return the share at a step (0-based): that of the last listed step up to it."""
+        return float(self.given_shares[str(max(int(first) for first in self.given_shares if int(first) <= step))])
+
+    @property
+    def takes_given(self) -> bool:
+        """Whether rows take given completions at any step."""
+        return any(self.given_shares.values())
 
 
 @dataclass(kw_only=True, slots=True)
@@ -527,6 +555,8 @@ class Config(Section):
             self.require("ppo.importance_cap", corrected or not truncated, remedy)
             remedy = f"sums log-probs that top-p and top-k distort: set {off}, or ppo.discount=0"
             self.require("ppo.discount", self.ppo.discount == 0 or not truncated, remedy)
+        remedy = "rows take the texts of a column: set data.completion=COLUMN (opd sample --out FILE writes one), or train.given_share=0"
+        self.require("train.given_share", self.data.completion is not None or not self.train.takes_given, remedy)
         comparable = self.eval.reward is not None and self.sampling.n > 1
         remedy = "compares the rewards of a prompt's completions: set eval.reward=NAME and sampling.n above 1"
         self.require("ppo.reward_coef", self.ppo.reward_coef == 0 or comparable, remedy)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_TEXTS = 1000  # prompts that are searched for special tokens
 KWARGS = "data.chat_template_kwargs"
 VIEWS = {"teacher": "teacher.prompt", "contrast": "teacher.contrast"}
+ANSWER = "the answer that opd looks for"
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
@@ -69,6 +70,7 @@ class Prompt:
         chats: The messages that the ids are made from, where the template writes the date into them: the ids are others on another day.
         lost: A part of the text and what its ids decode to, where that is not the same.
         contrast_ids: The teacher's second view, with `teacher.contrast`.
+        given: Completions that may be taken instead of sampled ones, each with its end-of-sequence token.
     """
 
     sample_id: int
@@ -80,6 +82,7 @@ class Prompt:
     chats: tuple[Sequence[Message], ...] = ()
     lost: str = ""
     contrast_ids: tuple[int, ...] | None = None
+    given: tuple[tuple[int, ...], ...] = ()
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -106,7 +109,7 @@ def encode_rows(
     """Return the prompts of at most `data.max_prompt_tokens` tokens in every view; the log has the number of the others.
 
     Args:
-        which: "training" or "evaluation", for messages.
+        which: "training" or "evaluation", for messages. Only training prompts have given completions.
         teacher: What the teacher sees instead; None for what the student sees.
 
     Raises:
@@ -115,7 +118,9 @@ def encode_rows(
     """
     # A longer text has more tokens than allowed and need not be tokenized to its end.
     max_chars = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
-    prompts = [encode_row(row, index, tokenizer, config, teacher, max_chars) for index, row in enumerate(rows)]
+    config = config if which == "training" else replace(config, completion=None)
+    end = None if config.completion is None else completion_end(tokenizer, config.chat_template_kwargs)
+    prompts = [encode_row(row, index, tokenizer, config, teacher, max_chars, end) for index, row in enumerate(rows)]
     prompts = drop_long(prompts, [len(prompt.ids) for prompt in prompts], config.max_prompt_tokens, f"{which} prompts are longer")
     longer = f"{which} prompts are longer in the teacher's view"
     prompts = drop_long(prompts, [prompt.longest for prompt in prompts], config.max_prompt_tokens, longer)
@@ -136,7 +141,13 @@ def drop_long(prompts: list[Prompt], lengths: Sequence[int], limit: int, what: s
 
 
 def encode_row(
-    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher: TeacherConfig | None, max_chars: int
+    row: Row,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    teacher: TeacherConfig | None,
+    max_chars: int,
+    end: int | None = None,
 ) -> Prompt:
     answers, views = extract_row_answers(row, index, config), views_of(row, index, config, teacher)
     texts, ids = {}, {}
@@ -150,6 +161,11 @@ def encode_row(
     lost = (find_lost(texts[name], ids[name], tokenizer) for name in views if len(ids[name]) <= config.max_prompt_tokens)
     is_dated = any("strftime_now" in (find_template(tokenizer, view.kwargs, view.option) or "") for view in views.values())
     messages = views["student"].messages
+    given: tuple[tuple[int, ...], ...] = ()
+    if config.completion is not None and end is not None and len(ids["student"]) <= config.max_prompt_tokens:
+        completions = given_texts(row.get(config.completion), f"row {index}: data.completion={config.completion}")
+        is_plain = find_template(tokenizer, config.chat_template_kwargs) is None
+        given = tuple(encode_completion(text, texts["student"], ids["student"], tokenizer, is_plain, end) for text in completions)
     chats = (messages, *(view.messages for view in views.values() if view.is_filled))
     return Prompt(
         index,
@@ -161,6 +177,7 @@ def encode_row(
         contrast_ids=ids.get("contrast"),
         chats=chats if is_dated else (),
         lost=next(filter(None, lost), ""),
+        given=given,
     )
 
 
@@ -335,6 +352,46 @@ def tokenize_plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return ids[before * begins_twice : len(added)]
 
 
+def given_texts(value: Any, where: str) -> list[str]:
+    """Return a given text, or those of a list, without null and empty ones. Raises `DataError`, with `where` first, for another value."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise DataError(f"{where}: must be a text or a list of texts, not {type(value).__name__}; name another column")
+    return [text for text in texts if text]
+
+
+def encode_completion(
+    text: str, prompt: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, is_plain: bool, end: int
+) -> tuple[int, ...]:
+    """Return a given text as the student would sample it: the ids that continue the prompt, and the one that ends a completion.
+
+    Args:
+        prompt, ids: The prompt up to the start of the assistant's turn.
+        is_plain: Whether there is no chat template.
+        end: What `completion_end` returned.
+    """
+    # Together with the prompt: some tokenizers put a space before a text on its own.
+    whole = tokenize_plain(prompt + text, tokenizer) if is_plain else tokenizer(prompt + text, add_special_tokens=False)["input_ids"]
+    continues = list(whole[: len(ids)]) == list(ids)  # else the last token of the prompt would be another one
+    own = list(whole[len(ids) :] if continues else tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(own if own[-1:] == [end] else [*own, end])
+
+
+def completion_end(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> int:
+    """Return the token that ends given completions: the special one with which the chat template ends a turn, else the tokenizer's."""
+    end = turn_end(tokenizer, kwargs)
+    is_special = end in {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return int(end if end is not None and is_special else tokenizer.eos_token_id)
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> int | None:
+    """Return the first token that the chat template puts behind an answer; None where it puts nothing there, or there is no template."""
+    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
+    rest = text.rpartition(ANSWER)[2].strip()
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
+    return ids[0] if ids else None
+
+
 def find_lost(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what the tokenizer makes of a part of the text, if the ids do not decode to the text; else nothing."""
     decoded = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -351,6 +408,11 @@ def find_lost(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase)
 def text_warnings(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, eos: Sequence[int]) -> list[str]:
     """Return what does not reach the student or its grader: text that the tokenizer loses, and special tokens and `eos` in texts."""
     warnings = []
+    if early := sum(not set(eos).isdisjoint(ids[:-1]) for prompt in prompts for ids in prompt.given):
+        warnings.append(f"{early:,} given completions contain a token that ends a completion before their end (data.completion)")
+    if ends := {ids[-1] for prompt in prompts for ids in prompt.given} - set(eos):
+        name = tokenizer.convert_ids_to_tokens(min(ends))
+        warnings.append(f"given completions (data.completion) end with {name!r}, which does not end a sampled completion")
     if lost := [prompt.lost for prompt in prompts if prompt.lost]:
         warnings.append(f"the student's tokenizer loses text of {len(lost):,} of {len(prompts):,} prompts: {lost[0]}")
     special = {*eos, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}

@@ -30,14 +30,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """A prompt with one sampled completion.
+    """A prompt with one completion.
 
     Args:
         request: What was asked for.
-        completion: The sampled ids, including the end-of-sequence token.
+        completion: Its ids, including the end-of-sequence token.
         behaviour_logp: Log-prob of each id under the distribution it was drawn from, float32 on the CPU.
         finish_reason: Why the completion ended.
         mask: Which tokens of the completion are trained; None for all of them.
+        given: Whether the completion is the dataset's (`data.completion`) and was not sampled; its behaviour_logp is then 0.
     """
 
     request: Request
@@ -45,6 +46,7 @@ class Rollout:
     behaviour_logp: Tensor
     finish_reason: FinishReason
     mask: tuple[bool, ...] | None = None
+    given: bool = False
 
     @property
     def truncated(self) -> bool:

@@ -44,12 +44,14 @@ def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows,
     """Return both sets. Raises `DataError` if there is nothing to train on or a column is missing."""
     if len(train) == 0:
         raise DataError(f"the training set of data.source={config.source.value} is empty; {origin(config)}")
-    columns = {"prompt": config.prompt, "answer": config.answer, "system": config.system}
+    columns = {"prompt": config.prompt, "answer": config.answer, "system": config.system, "completion": config.completion}
     if config.source is Source.python:
         del columns["answer"]  # rows may mix answers and `get_reward`
     for rows, which in ((train, "training"), (evaluation, "evaluation")):
         for option, column in columns.items():
             if len(rows) and column is not None and not any(column in row for row in rows):
+                if option == "completion" and rows is not train:
+                    continue
                 raise DataError(
                     f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: set "
                     f"data.{option}=COLUMN" + ("" if option == "prompt" else f", or data.{option}=null for none")

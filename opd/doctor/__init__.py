@@ -2,6 +2,7 @@
 
 import tempfile
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,6 +13,7 @@ from opd.data.prompts import Prompt, to_messages, views_of
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
+from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
 from opd.models.device import free_memory
 from opd.models.distributed import make_accelerator
@@ -97,7 +99,8 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         accelerator = make_accelerator(config, Path(folder))
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
-        built = build(config, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
+        samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
+        built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, built.trainer.evaluator
         report.add(*check_ends(config, built, tokenizer), *tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
@@ -115,7 +118,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
             with built.teacher.active():
                 teacher = first_step.answer_rewards(evaluator, built.teacher_sampler, answered, as_teacher=True)
             report.figures["rewards"] = {"student": student, "teacher": teacher}
-            report.add(*first_step.check_rewards(student, teacher))
+            report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
 
 
 def check_ends(config: Config, built: Built, student: PreTrainedTokenizerBase) -> list[Finding]:

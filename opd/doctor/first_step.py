@@ -25,6 +25,7 @@ MAX_SELF_KL = {False: 1e-4, True: 2e-2}  # nats per token between a model and it
 MAX_KL = 3.0  # nats per token; above it the reverse KL of single tokens is mostly noise
 MIN_ENTROPY = 0.02  # nats per token; below it the student's samples are nearly all the same
 MAX_TRUNCATED = 0.5  # share of completions; above it the student hardly learns to stop
+NEAR_ZERO = 0.05  # mean reward; up to it few completions are worth more than others
 SHORT_STEP = 5.0  # seconds
 
 
@@ -141,8 +142,15 @@ def answer_rewards(evaluator: Evaluator, sampler: Sampler, prompts: Sequence[Pro
     return evaluator.judge(sampler.sample(requests, evaluator.decoding, "evaluation"))
 
 
-def check_rewards(student: Sequence[float | None], teacher: Sequence[float | None]) -> list[Finding]:
-    """Compare student and teacher on the same prompts: is there a gap to close, and is the student ever right?"""
+def check_rewards(
+    student: Sequence[float | None], teacher: Sequence[float | None], commands: str = "", takes_given: bool = False
+) -> list[Finding]:
+    """Compare student and teacher on the same prompts: is there a gap to close, and is the student ever right?
+
+    Args:
+        commands: Those of a warm start, for a student that is hardly ever right.
+        takes_given: Whether the run has one already.
+    """
     check = "rewards before training"
     pairs = [(ours, theirs) for ours, theirs in zip(student, teacher, strict=True) if ours is not None and theirs is not None]
     if not pairs:
@@ -158,6 +166,9 @@ def check_rewards(student: Sequence[float | None], teacher: Sequence[float | Non
         return [fail(check, what, "the teacher is worse than the student: take a better teacher, or another task")]
     if theirs <= ours:
         return [warn(check, what, "the teacher is not better than the student here: try more --prompts, or take a better teacher")]
-    if ours == 0:
-        return [warn(check, what, "the student is never right: start with SFT, or with a better student")]
+    if ours <= NEAR_ZERO and takes_given:
+        return [ok(check, f"{what}; the run takes given completions (train.given_share)")]
+    if ours <= NEAR_ZERO:
+        remedy = f"the student is hardly ever right and learns little from its own completions: start on the teacher's: {commands}"
+        return [warn(check, what, remedy)]
     return [ok(check, what)]

@@ -23,6 +23,7 @@ REMEDIES = {
     "gradients": "set lora=default, or take a smaller student",
     "student": "take a smaller student",
     "teacher": "set teacher.dtype=bfloat16, or take a smaller teacher; for a student that is its own teacher, set lora=default",
+    "reference": "set lora=default, whose start takes no memory, or ppo.reference_coef=0",
 }
 
 

@@ -7,11 +7,10 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, with_system
+from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, turn_end, with_system
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
 from opd.models import load as models
-from opd.models.overlap import turn_end
 
 # Settings with which generate() samples from another distribution than the model's, and the values that switch them off.
 PROCESSORS: Mapping[str, Any] = {
@@ -79,11 +78,11 @@ def check_eos(
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
     """Check that the token with which the chat template ends an answer also ends a completion."""
-    token = turn_end(tokenizer, kwargs)
-    if token < 0 or token in eos:
+    end = turn_end(tokenizer, kwargs)
+    if end is None or end in eos:
         return []
-    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(token)!r}, which does not end a completion"
-    remedy = f"completions run to their limit: add {token} to eos_token_id in its generation_config.json, or take the chat-tuned model"
+    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, which does not end a completion"
+    remedy = f"completions run to their limit: add {end} to eos_token_id in its generation_config.json, or take the chat-tuned model"
     return [warn(f"end of a turn of the {role}", what, remedy)]
 
 

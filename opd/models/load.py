@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -247,11 +248,11 @@ def check_known(prompts: Iterable[Prompt], tokenizer: PreTrainedTokenizerBase, v
     if max(tokenizer.get_vocab().values()) < vocabulary and overlap is None:
         return
     for prompt in prompts:
-        if (last := max(map(max, (prompt.ids, *prompt.scored_views)))) >= vocabulary:
+        if (last := max(map(max, (prompt.ids, *prompt.scored_views, *prompt.given)))) >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(last)
             raise DataError(f"row {prompt.sample_id}: contains {token!r} ({last}), a token that the models have no row for; remove it")
-        for (reader, option, unknown), ids in zip(sides, (prompt.ids, prompt.seen_by_teacher), strict=False):
-            if (alone := next((token for token in ids if token in unknown), None)) is not None:
+        for (reader, option, unknown), view in zip(sides, (prompt.ids, prompt.seen_by_teacher), strict=False):
+            if (alone := next((token for token in chain(view, *prompt.given) if token in unknown), None)) is not None:
                 raise DataError(
                     f"row {prompt.sample_id}: contains {unknown[alone]!r} ({alone}), a token that the {reader} does not have; remove it "
                     f"from the text, or from the chat template with data.chat_template_kwargs, or set {option}.path to one that has it"

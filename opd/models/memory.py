@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16 = 4, 2
 NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
+START = TeacherWeights.base
 MOMENTS = 2  # AdamW's, for each trained parameter
 LOGITS_COPIES = 4  # float32 copies of a decoding batch's logits while its next tokens are drawn
 # Share of all layers' activations, where some are freed while others stay. On a CPU glibc's heap keeps freed blocks of up to 32 MiB, and
@@ -109,7 +110,8 @@ def estimate(
         add_adapters(student, config.lora)
     bf16 = computes_in_bf16(config.model.dtype, device)
     trained, weights = trained_bytes(student), weight_bytes(student, bf16)
-    copied = 0 if not config.teaches_itself else copy_bytes(config, trained, weights, bf16, sharded)
+    copied, anchor = (copy_bytes(kind, config.lora.rank > 0, trained, weights, bf16, sharded) for kind in (config.teacher_weights, START))
+    is_anchored = config.ppo.reference_coef > 0 and config.teacher_weights is not START  # else the teacher has these weights
     if bf16 and not sharded:
         weights += trained * BFLOAT16 // FLOAT32  # float32 masters in addition to the bf16 module
     share = 1 / processes if sharded else 1.0
@@ -119,6 +121,8 @@ def estimate(
         "teacher": teacher_bytes(config.teacher, teacher, processes, device) if loads_teacher else copied,
         "optimizer": round(share * MOMENTS * trained),
     }
+    if is_anchored:
+        resident["reference"] = anchor
     if "decode line" in sampling:
         resident["decode line"] = sampling.pop("decode line")
     update = {"gradients": trained}
@@ -336,14 +340,13 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
             return arriving + (total if device.type == "cpu" else total - width * inside)
 
 
-def copy_bytes(config: Config, trained: int, weights: int, bf16: bool, sharded: bool) -> int:
-    """Return what a student that is its own teacher needs besides its own weights.
+def copy_bytes(kind: TeacherWeights, has_adapters: bool, trained: int, weights: int, bf16: bool, sharded: bool) -> int:
+    """Return what a student that is its own teacher needs besides its own weights; nothing for another teacher.
 
     Args:
         trained, weights: The student's trained weights in float32, and all of its weights as they are sharded.
     """
-    kind = config.teacher_weights
-    if kind is TeacherWeights.current or (kind is TeacherWeights.base and config.lora.rank > 0):
+    if kind in (TeacherWeights.own, TeacherWeights.current) or (kind is START and has_adapters):
         return 0
     if sharded:  # whole in each process, and so are the frozen weights that it shared with the student before
         return weights

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opd.data.prompts import render_closed
+from opd.data.prompts import turn_end
 from opd.errors import ConfigError
 
 REMEDY = "scoring needs the same ids: set teacher.path to a model of the student's family"
 SHOWN = 3  # tokens that a message names
-ANSWER = "the answer that opd looks for"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,8 @@ def end_ids(overlap: Overlap, pairs: Sequence[tuple[PreTrainedTokenizerBase, Seq
     """
     ends = {token for _, ids in pairs for token in ids}
     for tokenizer, _ in pairs:
-        if (token := turn_end(tokenizer, kwargs)) in tokenizer.get_added_vocab().values():
+        token = turn_end(tokenizer, kwargs)
+        if token is not None and token in tokenizer.get_added_vocab().values():
             ends.add(token)
     if not ends & overlap.shared:
         raise ConfigError(
@@ -129,11 +129,3 @@ def end_ids(overlap: Overlap, pairs: Sequence[tuple[PreTrainedTokenizerBase, Seq
             "eos_token_id in generation_config.json to one that is, or teacher.path to a model of the student's family"
         )
     return tuple(sorted(ends & overlap.shared))
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> int:
-    """Return the first id of what the chat template puts behind an answer; -1 where there is nothing."""
-    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
-    rest = text.rpartition(ANSWER)[2].strip()
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
-    return int(ids[0]) if ids else -1

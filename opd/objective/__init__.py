@@ -1,5 +1,6 @@
 """The mathematics: pure functions of tensors, usable and tested without the rest of `opd`."""
 
+from opd.objective.anchor import anchored
 from opd.objective.divergences import forward_kl, jsd, kl, reverse_kl, with_tail
 from opd.objective.head import Head, chunk_rows, chunked_loss, chunked_stats
 from opd.objective.losses import (
@@ -24,6 +25,7 @@ __all__ = [
     "Sampled",
     "TeacherStates",
     "TeacherTop",
+    "anchored",
     "behaviour_logp",
     "chunk_rows",
     "chunked_loss",

@@ -198,6 +198,9 @@ class Sampled:
         bonus_N: Added to the advantage after its clip, for example a task reward.
         baseline: The teacher's distributions: the exact KL(student‖teacher) of each position, which is the expectation of -advantage, is
             added to the advantage. It leaves the expected gradient unchanged and removes noise.
+        reference_logp_N: Their log-probs under the student's start: `reference_coef` times reference_logp - old_logp, whose expectation is
+            -KL(student‖start), is added to the advantage after its clip.
+        given_N: Which tokens were not sampled but are a given text's: their loss is -logp, without weights and clips.
     """
 
     target_N: Tensor
@@ -207,6 +210,9 @@ class Sampled:
     advantage_N: Tensor | None = None
     bonus_N: Tensor | None = None
     baseline: TeacherStates | None = None
+    reference_logp_N: Tensor | None = None
+    reference_coef: float = 0.0
+    given_N: Tensor | None = None
 
 
 def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool = False) -> TokenLoss:
@@ -219,6 +225,9 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
         logp_C, entropy_C = token_logp(logits_CV, tokens.target_N[part], temperature, overwrite)
         old_C = logp_C.detach() if tokens.old_logp_N is None else tokens.old_logp_N[part]
+        given_C = None if tokens.given_N is None else tokens.given_N[part]
+        if given_C is not None:  # a ratio of 1 there, whose gradient is finite
+            old_C = torch.where(given_C, logp_C.detach(), old_C)
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():
             gap_C = teacher_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
@@ -229,9 +238,14 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
             stats = {"cut": (advantage_C != gap_C).float()}
             if tokens.bonus_N is not None:
                 advantage_C = advantage_C + tokens.bonus_N[part]
+            if tokens.reference_logp_N is not None:
+                stats["reference_kl"] = old_C - tokens.reference_logp_N[part]
+                advantage_C = advantage_C - tokens.reference_coef * stats["reference_kl"]
         loss_C, clipped_C = clipped_surrogate(logp_C, old_C, advantage_C, clips.low, clips.high)
         if clips.importance is not None:
             loss_C = loss_C * importance_weights(old_C, tokens.behaviour_logp_N[part], clips.importance)
+        if given_C is not None:
+            loss_C = torch.where(given_C, -logp_C, loss_C)
         stats |= {
             "logp": logp_C.detach(),
             "teacher_logp": teacher_C,

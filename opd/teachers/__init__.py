@@ -5,7 +5,7 @@ from opd.teachers.contract import check_weights
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
-from opd.teachers.student import CurrentTeacher, MovingAverage, teaching_module
+from opd.teachers.student import CurrentTeacher, MovingAverage, starting_module, teaching_module
 
 __all__ = [
     "CurrentTeacher",
@@ -16,5 +16,6 @@ __all__ = [
     "check_weights",
     "loading_device",
     "place",
+    "starting_module",
     "teaching_module",
 ]

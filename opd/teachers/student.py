@@ -37,8 +37,21 @@ def teaching_module(config: Config, student: PreTrainedModel, sharded: bool) -> 
             "teacher.weights=current: the output head of sharded weights is gathered for scoring only: set teacher.weights=ema, or "
             "ppo.estimator=sampled ppo.baseline=false"
         )
-    if weights is TeacherWeights.current or (weights is TeacherWeights.base and config.lora.rank > 0):
+    if weights is TeacherWeights.current:
         return student
+    return starting_module(config, student) if weights is TeacherWeights.base else frozen_copy(student)
+
+
+def starting_module(config: Config, student: PreTrainedModel) -> PreTrainedModel:
+    """Return the module that computes with the weights of the start: the student, to be used without its adapters, else a frozen copy.
+
+    Args:
+        student: With its adapters, before it is sharded and trained.
+    """
+    return student if config.lora.rank > 0 else frozen_copy(student)
+
+
+def frozen_copy(student: PreTrainedModel) -> PreTrainedModel:
     shared = {id(weight): weight for weight in student.parameters() if not weight.requires_grad}
     return copy.deepcopy(student, shared).requires_grad_(False)
 

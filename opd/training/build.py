@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, Engine, Estimator, Placement, Quantization, TeacherWeights
+from opd.data.given import check_given
 from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
@@ -46,6 +47,7 @@ from opd.teachers import (
     check_weights,
     loading_device,
     place,
+    starting_module,
     teaching_module,
 )
 from opd.training.checkpoint import Checkpoints, trained_tensors
@@ -172,7 +174,11 @@ def build(
         served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
-    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    start = (
+        starting_module(config, student) if config.ppo.reference_coef > 0 and config.teacher_weights is not TeacherWeights.base else None
+    )
+    copied = None if start is student else start
+    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts, copied))
     if overlap is not None:
         digests["masked ids"] = digest([overlap.masked(vocabulary).tolist(), eos])
     if teacher_model is not None:
@@ -207,6 +213,15 @@ def build(
                     check_packing(teacher_model, "teacher")
                 if evaluator.answered:
                     run_stoppable(accelerator, lambda: local_sampler.check("teacher"))
+    reference = None
+    if config.ppo.reference_coef > 0 and start is None:
+        assert isinstance(teacher, LocalTeacher)
+        reference = teacher  # which has the weights of the start
+    elif start is not None:
+        is_student = start is student
+        gathered = strategy.gathered_weights if is_student else None
+        own = adapters if is_student else None
+        reference = LocalTeacher(start, vocabulary, own, choices["head_rows"], autocasts, device, gathered, masked)
     trainer = Trainer(
         config=config,
         strategy=strategy,
@@ -223,6 +238,7 @@ def build(
             packed=packed,
             choices=choices,
             overlap=overlap,
+            reference=reference,
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -337,6 +353,8 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
     else:
         train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
     train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher)
+    if config.data.completion is not None:
+        check_given(train_prompts, config)
     evaluated = replace(config.teacher, contrast=None)
     eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated) if len(eval_rows) else []
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):

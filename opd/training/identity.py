@@ -57,10 +57,21 @@ def digest_files(path: Path) -> str | None:
 
 
 def content(
-    tokenizer: PreTrainedTokenizerBase, student: nn.Module, teacher: nn.Module | None, train: Sequence[Prompt], evaluation: Sequence[Prompt]
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module,
+    teacher: nn.Module | None,
+    train: Sequence[Prompt],
+    evaluation: Sequence[Prompt],
+    start: nn.Module | None = None,
 ) -> dict[str, str]:
-    """Return digests of what was loaded and is in no checkpoint. `teacher`: None where a server has it, which the canary identifies."""
+    """Return digests of what was loaded and is in no checkpoint.
+
+    Args:
+        teacher: None where a server has it, which the canary identifies.
+        start: The frozen copy of the student's start, if there is one.
+    """
     return {
+        **({} if start is None else {"the student's start": digest(frozen(start))}),
         "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]),
         "teacher": digest(["served"] if teacher is None else frozen(teacher)),
         "the student's frozen weights": digest(frozen(student)),
@@ -81,7 +92,7 @@ def rows(prompts: Sequence[Prompt]) -> Iterable[object]:
     """Yield what identifies each prompt: its ids in each view, or its chats where the chat template writes the date into them."""
     for prompt in prompts:
         ids = (prompt.ids, prompt.teacher_ids) if prompt.contrast_ids is None else (prompt.ids, prompt.teacher_ids, prompt.contrast_ids)
-        yield (prompt.sample_id, *(prompt.chats or ids), *(prompt.answers or [None]))
+        yield (prompt.sample_id, *(prompt.chats or ids), *(prompt.answers or [None]), *([prompt.given] if prompt.given else []))
 
 
 def frozen(model: nn.Module) -> Iterable[object]:

@@ -68,9 +68,9 @@ class Guard:
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Warn of problems in a step's metrics, or raise `NumericError` with `sampling.guard=stop`."""
-        self.check_gap(step, metrics["engine_gap"])
+        self.check_gap(step, metrics.get("engine_gap", 0.0))  # a step of given completions has none
         for name, limit in GUARD_LIMITS.items() if self.config.guard is not GuardAction.none else ():
-            self.steps_above[name] = self.steps_above[name] + 1 if metrics[name] >= limit else 0
+            self.steps_above[name] = self.steps_above[name] + 1 if metrics.get(name, 0.0) >= limit else 0
             if self.steps_above[name] != GUARD_STEPS:
                 continue
             problem = f"step {step}: {name}={metrics[name]:.2f}, at least {limit:g} for {GUARD_STEPS} steps: {GUARD_REMEDIES[name]}"

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from opd.config.schema import Config, Engine, SamplingDtype, TeacherWeights, Truncated
+from opd.data.given import given_rollout, takes_given
 from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
@@ -189,7 +190,7 @@ class Trainer:
             done = self.train_step()
             yield done
             self.guard.check(done.step, done.metrics)
-            self.check_copy(done.metrics["engine_gap"])
+            self.check_copy(done.metrics.get("engine_gap", 0.0))
             if self.step == 1:
                 self.check_distance(done.tokens)
                 self.check_masked(done)
@@ -343,9 +344,19 @@ class Trainer:
             self.ahead = self.background.submit(self.sample_step, self.step + 1)
 
     def sample_step(self, step: int) -> list[Rollout]:
-        sampling = self.config.sampling
+        sampling, requests = self.config.sampling, self.requests(step)
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
-        return self.sampler.sample(self.requests(step), decoding, "train", lambda done: self.scoring.teacher.expect(self.with_masks(done)))
+
+        def expect(done: Sequence[Rollout]) -> None:
+            self.scoring.teacher.expect(self.with_masks(done))
+
+        given = {row: given_rollout(requests[row], sampling.max_new_tokens) for row in self.given_rows(step, requests)}
+        if not given:
+            return self.sampler.sample(requests, decoding, "train", expect)
+        expect(list(given.values()))
+        others = [request for row, request in enumerate(requests) if row not in given]
+        sampled = iter(self.sampler.sample(others, decoding, "train", expect) if others else ())
+        return [given[row] if row in given else next(sampled) for row in range(len(requests))]
 
     def wait_for_ahead(self) -> None:
         """Wait for the background: nothing else may sample, or change the weights that it samples with."""
@@ -386,13 +397,18 @@ class Trainer:
         return masked
 
     def task_bonus(self, rollouts: Sequence[Rollout]) -> Tensor | None:
-        """Return `ppo.reward_coef` times each rollout's reward, normalised among its prompt's completions (R,); None where it is off."""
+        """Return `ppo.reward_coef` times each rollout's reward, normalised among its prompt's completions (R,); None where it is off.
+
+        Given completions get 0 and are not compared with.
+        """
         coefficient = self.config.ppo.reward_coef
         if coefficient == 0:
             return None
-        rewards = torch.tensor([reward or 0.0 for reward in self.evaluator.judge(rollouts)])
-        groups = torch.arange(len(rollouts)) // self.config.sampling.n
-        return coefficient * group_normalised(rewards, groups).to(self.device)
+        sampled = torch.tensor([row for row, rollout in enumerate(rollouts) if not rollout.given], dtype=torch.long)
+        rewards = torch.tensor([reward or 0.0 for reward in self.evaluator.judge([rollouts[row] for row in sampled.tolist()])])
+        bonus_R = torch.zeros(len(rollouts))
+        bonus_R[sampled] = coefficient * group_normalised(rewards, sampled // self.config.sampling.n)
+        return bonus_R.to(self.device)
 
     def alternatives(self, rollouts: Sequence[Rollout]) -> Alternatives:
         """Return the teacher's most probable ids and log-probs (tokens, k) at each token of the stored rollouts.
@@ -426,6 +442,13 @@ class Trainer:
         """Return this process's share of a step's prompts, `sampling.n` times each."""
         drawn = [sample for position in self.places(step) for sample in take(self.config.seed, len(self.prompts), position, 1)]
         return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
+
+    def given_rows(self, step: int, requests: Sequence[Request]) -> list[int]:
+        """Return which of this process's requests of a step take a given completion: a function of the seed and their place in the run."""
+        share = self.config.train.given_share_at(step)
+        first = (step * self.accelerator.num_processes + self.accelerator.process_index) * len(requests)
+        seed = self.config.seed
+        return [row for row, request in enumerate(requests) if request.prompt.given and takes_given(seed, first + row, share)]
 
     # Checkpoints and trouble.
 

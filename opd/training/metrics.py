@@ -32,29 +32,34 @@ Alternatives = Mapping[int, tuple[Tensor, Tensor]]
 
 
 def engine_gap(tokens: Tokens) -> Tensor:
-    """Return |behaviour_logp - logp| of each token (N,), as sampled; with top-p or top-k the truncation is part of it."""
-    return (tokens.as_sampled("behaviour_logp") - tokens.as_sampled("logp")).abs()
+    """Return |behaviour_logp - logp| of each sampled token (N',), as sampled; with top-p or top-k the truncation is part of it."""
+    return (tokens.own("behaviour_logp") - tokens.own("logp")).abs()
 
 
 def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     """Add the metrics of the rollouts and of the student before the update to the table's means."""
-    means, rollouts = tokens.means, tokens.rollouts
-    for name in ("reverse_kl", "entropy", "advantage", "cut"):
+    means, rollouts = tokens.means, [rollout for rollout in tokens.rollouts if not rollout.given]
+    for name in ("reverse_kl", "entropy", "advantage", "cut", "reference_kl"):
         if name in tokens.columns:
-            means.add_tensors(name, [tokens.as_sampled(name)])
+            means.add_tensors(name, [tokens.own(name)])
     add_masked_metrics(tokens)
-    means.add_tensors("teacher_nll", [-tokens.as_sampled("teacher_logp")])
+    means.add_tensors("teacher_nll", [-tokens.own("teacher_logp")])
     if "contrast_logp" in tokens.columns:
-        means.add_tensors("contrast_nll", [-tokens.as_sampled("contrast_logp")])
+        means.add_tensors("contrast_nll", [-tokens.own("contrast_logp")])
     means.add_tensors("engine_gap", [engine_gap(tokens)])
     means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
     means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
     means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
-    add_by_position(means, {name: tokens.as_sampled(name) for name in BY_POSITION}, rollouts, max_new_tokens)
+    add_by_position(means, {name: tokens.own(name) for name in BY_POSITION}, rollouts, max_new_tokens)
+    means.add_tensors("given/nll", [] if tokens.given_N is None else [-tokens.columns["logp"][tokens.given_N]])
 
 
 def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) -> tuple[dict[str, float], ByPosition]:
-    """Return a finished step's metrics over all processes, and those by token position. Collective."""
+    """Return a finished step's metrics over all processes, and those by token position. Collective.
+
+    Given completions have metrics of their own, `given/…`, and count in `loss`, `tokens` and what the update measures. A step without
+    sampled completions has no metrics of them.
+    """
     add_rollout_metrics(tokens, max_new_tokens)
     means = tokens.means.over_processes(accelerator)
     positions = take_by_position(means, max_new_tokens)
@@ -63,13 +68,14 @@ def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) 
     metrics = means.means()
     metrics |= {f"time/{name}": value for name, value in {**tokens.seconds, "step": seconds}.items()}
     for reason in FinishReason:
-        metrics[f"finish/{reason.value}"] = global_sum(accelerator, sum(rollout.finish_reason is reason for rollout in tokens.rollouts))
-    metrics |= {
-        "reverse_kl_p99": global_quantile(accelerator, tokens.as_sampled("reverse_kl"), 0.99),
-        "engine_gap_p99": global_quantile(accelerator, engine_gap(tokens), 0.99),
-        "tokens": trained,
-        "tokens_per_second": trained / seconds,
-    }
+        ended = sum(rollout.finish_reason is reason for rollout in tokens.rollouts if not rollout.given)
+        metrics[f"finish/{reason.value}"] = global_sum(accelerator, ended)
+    if given := global_sum(accelerator, sum(rollout.given for rollout in tokens.rollouts)):
+        metrics["given/rollouts"] = given
+    if "reverse_kl" in metrics:  # some are sampled
+        metrics["reverse_kl_p99"] = global_quantile(accelerator, tokens.own("reverse_kl"), 0.99)
+        metrics["engine_gap_p99"] = global_quantile(accelerator, engine_gap(tokens), 0.99)
+    metrics |= {"tokens": trained, "tokens_per_second": trained / seconds}
     return metrics, positions
 
 
@@ -171,6 +177,7 @@ def record(
         "tokens": [decode(tokenizer, [token]) for token in rollout.completion],
         "ids": list(rollout.completion),
         "finish_reason": rollout.finish_reason.value,
+        "given": rollout.given,
         "learnt": len(rollout.trained) if weight > 0 else 0,
         "behaviour_logp": rounded(rollout.behaviour_logp),
         "student_logp": spread(rounded(columns["logp"])),

@@ -49,14 +49,14 @@ class Speed:
         MFU counts two operations for each parameter and token of a forward pass, as Kaplan et al. (arXiv 2001.08361) do, without attention
         and without what is recomputed. A decoding batch reads all weights for each new token, and the keys and values of all earlier ones.
         """
-        count = sum(rollout.length for rollout in tokens.rollouts)
-        sampled = self.student if self.weight_bytes else 0
-        operations = 2 * count * (sampled + self.teacher + tokens.inner * self.passes * self.student)
+        rollouts = [rollout for rollout in tokens.rollouts if not rollout.given]
+        count, sampled = (sum(rollout.length for rollout in some) for some in (tokens.rollouts, rollouts if self.weight_bytes else []))
+        operations = 2 * (sampled * self.student + count * (self.teacher + tokens.inner * self.passes * self.student))
         shares = {"perf/mfu": operations / sum(tokens.seconds.values()) / self.product_rate}
         if self.weight_bytes:
             read = 0
-            for batch in decoding_batches([rollout.request for rollout in tokens.rollouts], self.batch_size):
-                lengths = [(len(tokens.rollouts[index].request.prompt.ids), len(tokens.rollouts[index].completion)) for index in batch]
+            for batch in decoding_batches([rollout.request for rollout in rollouts], self.batch_size):
+                lengths = [(len(rollouts[index].request.prompt.ids), len(rollouts[index].completion)) for index in batch]
                 cached = sum((new - 1) * prompt + new * (new - 1) // 2 for prompt, new in lengths)
                 read += max(new for _, new in lengths) * self.weight_bytes + cached * self.cache_bytes
             shares["perf/decode_bandwidth"] = read / tokens.seconds["sample"] / self.copy_rate

@@ -19,12 +19,19 @@ It is the difference of the advantages in the two views, so that what both have 
 reads a hint, right or wrong. In expectation the gradient is that of KL(student‖q) with q proportional to old * teacher / contrast. As q
 moves with the student, training does not end at a distribution: where the views differ the student grows ever more certain.
 
+`ppo.reference_coef` adds that times KL(student‖the student's start): over whole distributions, or for `sampled` as
+reference_coef (reference_logp - old_logp) in the advantage, after its clip.
+
+Tokens of given completions (`train.given_share`) have the loss -logp instead of w s, the teacher's log-likelihood where the text is the
+teacher's; with `exact` and `topk` the same divergence as all others (GKD, arXiv 2306.13649).
+
 Shapes: `N` rows of the token table, `R` rollouts.
 """
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,10 +45,10 @@ from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
 from opd.models.overlap import Overlap
 from opd.models.policy import padding_limit
-from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounted, exact, masked_stats, sampled, topk
+from opd.objective import Clips, Sampled, TeacherStates, anchored, chunked_loss, discounted, exact, masked_stats, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
-from opd.teachers import Teacher
+from opd.teachers import LocalTeacher, Teacher
 from opd.training.tokens import Slice, Tokens
 
 log = logging.getLogger(__name__)
@@ -68,6 +75,7 @@ class Step:
         packed: Whether sequences are packed into one row.
         choices: Decisions of the run that checkpoints keep, with `max_tokens` of a micro-batch, halved when memory runs out.
         overlap: What the vocabularies share, where each has tokens of its own.
+        reference: The student's start, where `ppo.reference_coef` asks for it; the same object as the teacher where that has its weights.
     """
 
     config: Config
@@ -77,6 +85,7 @@ class Step:
     packed: bool
     choices: dict[str, Any]
     overlap: Overlap | None = None
+    reference: LocalTeacher | None = None
 
     @property
     def device(self) -> torch.device:
@@ -87,11 +96,18 @@ class Step:
 
     def score(self, tokens: Tokens) -> None:
         """Cut micro-batches and let the teacher score them. Collective."""
-        with self.teacher.ready():
+        with self.scorers_ready():
             self.fit_memory(tokens, lambda: self.score_slices(tokens))
 
+    @contextmanager
+    def scorers_ready(self) -> Iterator[None]:
+        """Make teacher and reference answer without collectives for the block. All processes enter."""
+        other = None if self.reference is self.teacher else self.reference
+        with self.teacher.ready(), nullcontext() if other is None else other.ready():
+            yield
+
     def score_slices(self, tokens: Tokens) -> None:
-        """Fill `teacher_logp` and `contrast_logp`, or keep the teacher's hidden states per micro-batch, as the objective needs.
+        """Fill the columns of log-probs, or keep hidden states per micro-batch, as the objective needs.
 
         No collectives.
         """
@@ -99,8 +115,13 @@ class Step:
         tokens.split(self.choices["max_tokens"], self.pad_id, self.packed, padding_limit(self.device))
         is_sampled = ppo.estimator is Estimator.sampled
         needs_scores = is_sampled and "teacher_logp" not in tokens.columns  # scores of an earlier try stay
-        scores = []
+        needs_reference = self.reference is not None and "reference_logp" not in tokens.columns
+        scores, reference = [], []
         for part in tokens.slices:
+            if self.reference is not None and not is_sampled:
+                part.reference = self.reference.states(part.batch.inputs)
+            elif self.reference is not None and needs_reference:
+                reference.append(self.reference.logp(part.batch.inputs, part.batch.ids_N, self.config.temperature))
             if not is_sampled or ppo.baseline:
                 inputs = part.batch.teacher_inputs
                 part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
@@ -108,6 +129,8 @@ class Step:
                 scores.append(self.teacher_scores(part))
         for name in scores[0] if scores else ():
             tokens.fill(name, [score[name] for score in scores])
+        if reference:
+            tokens.fill("reference_logp", reference)
         if self.config.teacher.contrast is not None and "contrast_logp" not in tokens.columns:
             tokens.fill("contrast_logp", [self.contrast_logp(part.batch) for part in tokens.slices])
 
@@ -171,7 +194,8 @@ class Step:
         tokens.means.add("loss", loss_sum, own)
         for name in ("ratio", "clipped"):
             if stats and name in stats[0]:
-                tokens.means.add_tensors(name, [part[name] for part in stats])
+                values = [part[name] for part in stats]
+                tokens.means.add_tensors(name, values if tokens.given_N is None else [torch.cat(values)[~tokens.given_N]])
         if "logp" not in tokens.columns:
             for name in stats[0] if stats else ():
                 tokens.fill(name, [part[name] for part in stats])
@@ -196,7 +220,7 @@ class Step:
                 self.score_slices(tokens)
             return self.gradients(tokens, weight_N, total)
 
-        with self.teacher.ready():
+        with self.scorers_ready():
             return self.fit_memory(tokens, work, self.strategy.optimizer.zero_grad)
 
     def sharded_gradients(self, tokens: Tokens, weight_N: Tensor, total: float) -> tuple[float, list[TokenStats]]:
@@ -244,13 +268,16 @@ class Step:
     def token_loss(self, tokens: Tokens, part: Slice) -> TokenLoss:
         """Return the configured objective of a micro-batch's tokens."""
         ppo, temperature, rows, ids_N = self.config.ppo, self.config.temperature, part.rows, part.batch.ids_N
+        given_N = None if tokens.given_N is None else tokens.given_N[rows]
         if ppo.estimator is not Estimator.sampled:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
             if ppo.estimator is Estimator.topk:
-                return topk(ids_N, part.teacher, temperature, divergence, ppo.k)
-            assert isinstance(part.teacher, TeacherStates)
-            return exact(ids_N, part.teacher, temperature, divergence)
+                loss = topk(ids_N, part.teacher, temperature, divergence, ppo.k)
+            else:
+                assert isinstance(part.teacher, TeacherStates)
+                loss = exact(ids_N, part.teacher, temperature, divergence)
+            return loss if part.reference is None else anchored(loss, part.reference, temperature, ppo.reference_coef, given_N)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         has_contrast = "contrast_logp" in tokens.columns
         advantage_N = teacher_logp_N - tokens.columns["contrast_logp"][rows] if has_contrast else None
@@ -266,6 +293,9 @@ class Step:
             advantage_N=advantage_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
             baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
+            reference_logp_N=tokens.columns["reference_logp"][rows] if self.reference is not None else None,
+            reference_coef=ppo.reference_coef,
+            given_N=given_N,
         )
         return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 

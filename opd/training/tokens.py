@@ -63,11 +63,13 @@ class Slice:
         rows: Its rows.
         batch: What the models read, on the device.
         teacher: The teacher's hidden states or most probable ids, where the objective compares distributions.
+        reference: The hidden states of the student's start, likewise.
     """
 
     rows: slice
     batch: MicroBatch
     teacher: TeacherStates | TeacherTop | None = None
+    reference: TeacherStates | None = None
 
 
 @dataclass(slots=True)
@@ -95,6 +97,7 @@ class Tokens:
     slices: list[Slice] = field(default_factory=list)
     rollout_N: Tensor = field(init=False)
     sampling_order_N: Tensor = field(init=False)
+    given_N: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
         lengths = [len(rollout.trained) for rollout in self.rollouts]
@@ -103,6 +106,9 @@ class Tokens:
         rows = torch.tensor([index for index in order for _ in range(lengths[index])], dtype=torch.long)
         self.rollout_N = rows.to(self.device)
         self.sampling_order_N = rows.argsort(stable=True).to(self.device)
+        # Which rows are of given completions, or None: a run without them computes as if there were no such thing.
+        is_given = torch.tensor([rollout.given for rollout in self.rollouts], dtype=torch.bool)[rows]
+        self.given_N = is_given.to(self.device) if any(rollout.given for rollout in self.rollouts) else None
         if "behaviour_logp" not in self.columns:
             logp = [self.rollouts[index].behaviour_logp[self.rollouts[index].trained] for index in order]
             self.columns["behaviour_logp"] = torch.cat(logp).to(self.device) if logp else torch.zeros(0, device=self.device)
@@ -123,6 +129,11 @@ class Tokens:
         """Return a column (N,) with its rows in the order in which the rollouts were sampled."""
         return self.columns[name][self.sampling_order_N]
 
+    def own(self, name: str) -> Tensor:
+        """Return a column without the rows of given completions (N',), in the order in which the rollouts were sampled."""
+        values = self.as_sampled(name)
+        return values if self.given_N is None else values[~self.given_N[self.sampling_order_N]]
+
     def of_rollout(self, index: int) -> dict[str, Tensor]:
         """Return the rows of one rollout, by column, on the CPU."""
         rows = self.rollout_N == index
@@ -136,6 +147,7 @@ class Tokens:
             "sample_id": torch.tensor([request.prompt.sample_id for request in requests]),
             "epoch": torch.tensor([request.epoch for request in requests]),
             "attempt": torch.tensor([request.attempt for request in requests]),
+            "given": torch.tensor([rollout.given for rollout in self.rollouts]),
             "finish": torch.tensor([FINISH.index(rollout.finish_reason) for rollout in self.rollouts]),
             "length": torch.tensor([len(rollout.completion) for rollout in self.rollouts]),
             "ids": torch.tensor([token for rollout in self.rollouts for token in rollout.completion]),
@@ -173,11 +185,13 @@ def load_tokens(
     tokens = slice(ends[share.start - 1] if share.start else 0, ends[share.stop - 1])
     lengths = stored["length"][share].tolist()
     ids, masks, logps = (stored[name][tokens].split(lengths) for name in ("ids", "mask", "behaviour_logp"))
-    facts = zip(*(stored[name][share].tolist() for name in ("sample_id", "epoch", "attempt", "finish")), strict=True)
+    stored = {"given": torch.zeros(total, dtype=torch.bool), **stored}  # older versions stored none
+    facts = zip(*(stored[name][share].tolist() for name in ("sample_id", "epoch", "attempt", "finish", "given")), strict=True)
     rollouts = []
-    for (sample_id, epoch, attempt, finish), ids_T, mask_T, logp_T in zip(facts, ids, masks, logps, strict=True):
+    for (sample_id, epoch, attempt, finish, is_given), ids_T, mask_T, logp_T in zip(facts, ids, masks, logps, strict=True):
         mask = None if bool(mask_T.all()) else tuple(mask_T.tolist())
-        rollouts.append(Rollout(Request(prompts[sample_id], epoch, attempt), tuple(ids_T.tolist()), logp_T.clone(), FINISH[finish], mask))
+        request = Request(prompts[sample_id], epoch, attempt)
+        rollouts.append(Rollout(request, tuple(ids_T.tolist()), logp_T.clone(), FINISH[finish], mask, bool(is_given)))
     first_row = int(stored["mask"][: tokens.start].sum())
     rows = slice(first_row, first_row + int(stored["mask"][tokens].sum()))
     table = Tokens(

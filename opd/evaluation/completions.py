@@ -1,0 +1,225 @@
+"""`opd sample --out FILE`: the teacher's completions of the training prompts, as rows to train on with `data.completion`.
+
+While the command runs, FILE.part has its settings in the first line, then a line for each prompt that is done. A command that was killed
+continues with the others. At its end FILE has the rows with a completion, and FILE-eval the evaluation rows, both for `data=jsonl`.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from opd.config.schema import Config
+from opd.data.given import eval_file
+from opd.data.prompts import Prompt, completion_end
+from opd.data.rollouts import Request, Rollout
+from opd.data.sources import Row, Rows, load_rows
+from opd.errors import ConfigError, DataError
+from opd.evaluation.sample_score import SharedIds, load_teacher
+from opd.models import load as models
+from opd.models.distributed import make_accelerator
+from opd.models.overlap import end_ids
+from opd.models.policy import check_positions
+from opd.runs.folder import check_output_path, write_output
+from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
+from opd.samplers.vllm_server import ServedSampler
+from opd.teachers import ServedTeacher
+from opd.training.build import CANARY_PROMPTS, Given, load_prompts, make_evaluator, make_run_grader
+from opd.training.identity import digest, rows
+
+log = logging.getLogger(__name__)
+
+EVERY = 10.0  # seconds between messages of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        prompts: that were answered.
+        kept: rows in the file; the others have no completion that may be kept.
+        truncated: share of completions that reached the limit, which are left out.
+        reward: mean over all completions; None without rewards.
+    """
+
+    prompts: int
+    kept: int
+    truncated: float
+    reward: float | None
+
+
+def write_completions(config: Config, folder: Path, out: Path, samples: int, only_right: bool, average: Path | None = None) -> Written:
+    """Let the teacher answer all training prompts at the config's sampling settings, and write `out` and its evaluation rows.
+
+    Args:
+        config: with the teacher and the data.
+        folder: for the accelerator, which writes nothing to it.
+        samples: completions of each prompt; above 1 `completion` is a list, as is `reward`.
+        only_right: keep those with a reward of 1 only.
+        average: as in `load_teacher`.
+
+    Raises:
+        ConfigError: the options do not go together, or `out` is of another command.
+        DataError: no completion may be kept.
+        OutputError: `out` cannot be written.
+    """
+    part = out.with_name(f"{out.name}.part")
+    for file in (out, eval_file(out)):
+        check_output_path(file)
+        if file.exists():
+            raise ConfigError(f"--out {out}: {file} exists already; remove it, or name another file")
+    if only_right and config.eval.reward is None:
+        raise ConfigError("--only-right: nothing is judged with eval.reward=null; set eval.reward=NAME")
+    accelerator = make_accelerator(config, folder)
+    tokenizer = models.load_tokenizer(config.model, "model")
+    train_rows, eval_rows = load_rows(config.data)
+    prompts, eval_prompts = load_prompts(config, tokenizer, Given(train_rows=train_rows, eval_rows=eval_rows))
+    sampler, vocabulary = teacher_sampler(config, tokenizer, prompts, average)
+    with ExitStack() as stack:
+        grader = make_run_grader(config, prompts, stack)
+        evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, vocabulary, bf16=False)
+        done = begin(part, settings(config, prompts, samples))
+        sampling = config.sampling
+        decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
+        missing = [prompt for prompt in prompts if prompt.sample_id not in done]
+        size, told = max(1, sampling.batch_size // samples), time.monotonic()
+        with part.open("a", encoding="utf-8") as stream:
+            for start in range(0, len(missing), size):
+                chosen = missing[start : start + size]
+                rollouts = sampler.sample(
+                    [Request(prompt.for_teacher(), 0, attempt) for prompt in chosen for attempt in range(samples)], decoding, "sample"
+                )
+                rewards = evaluator.judge(rollouts)
+                for index, prompt in enumerate(chosen):
+                    own = slice(index * samples, (index + 1) * samples)
+                    line = {"row": prompt.sample_id, "texts": texts(tokenizer, rollouts[own]), "rewards": rewards[own]}
+                    done[prompt.sample_id] = line
+                    stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+                stream.flush()
+                if time.monotonic() - told > EVERY:
+                    log.warning(f"{len(done):,} of {len(prompts):,} prompts are answered")
+                    told = time.monotonic()
+    written = [record for prompt in prompts if (record := finished(prompt, train_rows, config, done[prompt.sample_id], only_right))]
+    if not written:
+        why = "right" if only_right else f"complete within sampling.max_new_tokens={config.sampling.max_new_tokens}"
+        raise DataError(
+            f"no completion of the teacher is {why}; remove {part}, and check teacher.path, eval.reward and sampling.max_new_tokens"
+        )
+    write_output(eval_file(out), lines(columns(prompt, eval_rows, config) for prompt in eval_prompts))
+    write_output(out, lines(written))
+    part.unlink()
+    all_texts = [text for line in done.values() for text in line["texts"]]
+    judged = [reward for line in done.values() for reward in line["rewards"] if reward is not None]
+    mean = sum(judged) / len(judged) if judged else None
+    return Written(len(prompts), len(written), all_texts.count(None) / len(all_texts), mean)
+
+
+def teacher_sampler(
+    config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], average: Path | None = None
+) -> tuple[Sampler, int]:
+    """Return a sampler of the local or served teacher, and the number of ids that it may draw."""
+    if config.teacher.url is None:
+        teacher = load_teacher(config, models.find_device(config.device), average)
+        vocabulary = models.shared_vocabulary(tokenizer, teacher.model, None)
+        ids = share_ids(config, tokenizer, teacher.tokenizer, teacher.eos, vocabulary)
+        models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
+        lengths = [len(prompt.seen_by_teacher) for prompt in prompts]
+        check_positions(teacher.model, "teacher", "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
+        return teacher.sampler(tokenizer.pad_token_id, ids, config.seed), vocabulary
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
+    ids = share_ids(config, tokenizer, teacher_tokenizer, (teacher_tokenizer.eos_token_id,), vocabulary)
+    longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
+    canary = [token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher]
+    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[:longest], overlap=ids.overlap)
+    eos = ids.ends or tuple({tokenizer.eos_token_id, completion_end(tokenizer, config.data.chat_template_kwargs)})
+    # The server has the model.
+    spec: Any = SamplerSpec(
+        model=None,  # type: ignore[arg-type]
+        eos=eos,
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=vocabulary,
+        seed=config.seed,
+        bf16=False,
+        batch_size=config.sampling.batch_size,
+        masked=ids.masked,
+    )
+    return ServedSampler(served.servers[0], served.name, spec), vocabulary
+
+
+def share_ids(
+    config: Config, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_eos: Sequence[int], vocabulary: int
+) -> SharedIds:
+    """Return the ids that the teacher may draw: those that the student has too."""
+    overlap = models.check_same_ids(student, teacher)
+    if overlap is None:
+        return SharedIds(vocabulary)
+    ends = end_ids(overlap, [(student, (student.eos_token_id,)), (teacher, teacher_eos)], config.data.chat_template_kwargs)
+    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(models.find_device(config.device)), ends)
+
+
+def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[str, Any]:
+    """Return what decides the completions and their rewards, as JSON."""
+    sampling, teacher = config.sampling, config.teacher
+    return {
+        "teacher.path": teacher.path,
+        "teacher.revision": teacher.revision,
+        "teacher.gguf_file": teacher.gguf_file,
+        "data": digest(rows(prompts)),
+        "samples": samples,
+        "seed": config.seed,
+        "eval.reward": config.eval.reward,
+        **{f"sampling.{name}": getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "max_new_tokens")},
+    }
+
+
+def begin(part: Path, wanted: Mapping[str, Any]) -> dict[int, Any]:
+    """Return the lines of an earlier command by row, or begin the file. Drop a last line that is not whole.
+
+    Raises `ConfigError` where the file is of a command with other settings.
+    """
+    content = part.read_bytes() if part.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        write_output(part, json.dumps(wanted) + "\n")
+        return {}
+    first, *others = whole.decode().splitlines()
+    stored = json.loads(first)
+    if changed := [name for name in wanted if stored.get(name) != wanted[name]]:
+        raise ConfigError(f"{part}: was begun with another {', '.join(changed)}; repeat those options to continue, or remove it")
+    os.truncate(part, len(whole))
+    return {line["row"]: line for line in map(json.loads, others)}
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str | None]:
+    """Return the texts of completions, with their special tokens; None for one that was cut off, which has no end to learn."""
+    return [None if rollout.truncated else models.decode(tokenizer, rollout.answer) for rollout in rollouts]
+
+
+def finished(prompt: Prompt, source: Rows, config: Config, line: Mapping[str, Any], only_right: bool) -> Row | None:
+    """Return a prompt's row of the file; None where it has no completion to keep."""
+    pairs = zip(line["texts"], line["rewards"], strict=True)
+    kept = [(text, reward) for text, reward in pairs if text and (reward == 1 or not only_right)]
+    if not kept:
+        return None
+    completion, reward = ([list(column) for column in zip(*kept, strict=True)] if len(line["texts"]) > 1 else kept[0])  # fmt: skip
+    return {**columns(prompt, source, config), "completion": completion, "reward": reward}
+
+
+def columns(prompt: Prompt, source: Rows, config: Config) -> Row:
+    """Return the columns in use of a prompt's row, by the names that `data=jsonl` has for them."""
+    row, answers = source[prompt.sample_id], list(prompt.answers)
+    system = {} if config.data.system is None else {"system": row.get(config.data.system)}
+    return {"prompt": row[config.data.prompt], **system, "answer": answers[0] if len(answers) == 1 else answers or None}
+
+
+def lines(records: Any) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
