@@ -189,6 +189,7 @@ class Sampled:
         teacher_logp_N, behaviour_logp_N: Their log-probs under the teacher and under the sampler.
         old_logp_N: Their log-probs under the student before the update; None at the first inner step, which computes them.
         advantage_N: Replaces teacher_logp - old_logp, for example by discounted sums of it.
+        score_N: Takes the place of teacher_logp in the advantage.
         bonus_N: Added to the advantage after its clip, for example a task reward.
         baseline: The teacher's distributions: the exact KL(student‖teacher) of each position, which is the expectation of -advantage, is
             added to the advantage. It leaves the expected gradient unchanged and removes noise.
@@ -199,6 +200,7 @@ class Sampled:
     behaviour_logp_N: Tensor
     old_logp_N: Tensor | None = None
     advantage_N: Tensor | None = None
+    score_N: Tensor | None = None
     bonus_N: Tensor | None = None
     baseline: TeacherStates | None = None
 
@@ -215,7 +217,8 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
         old_C = logp_C.detach() if tokens.old_logp_N is None else tokens.old_logp_N[part]
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():
-            gap_C = teacher_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
+            score_C = teacher_C if tokens.score_N is None else tokens.score_N[part]
+            gap_C = score_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
             if tokens.baseline is not None:
                 student_CV = scaled_logp(logits_CV, temperature)
                 gap_C = gap_C + reverse_kl(student_CV, tokens.baseline.logp(part, temperature).to(student_CV))

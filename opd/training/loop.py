@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config, Engine, SamplingDtype, Truncated
+from opd.config.schema import Config, Control, Engine, SamplingDtype, Truncated
 from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
@@ -29,6 +29,7 @@ from opd.objective import group_normalised
 from opd.runs.outcome import is_detailed_step
 from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, model_tensors, restore, snapshot
+from opd.training.control import SHUFFLED, shuffled_scores
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
@@ -271,6 +272,8 @@ class Trainer:
             self.ahead = Future()  # saved, and scored after a resume
             self.ahead.set_result(rollouts)
             raise
+        if self.config.control is Control.shuffled:
+            tokens.columns[SHUFFLED] = shuffled_scores(tokens, self.accelerator, self.config.seed, self.step)
         self.note_memory("scoring")
         tokens.seconds |= {"sample": done - begin, "wait": sampled - done, "score": clock(self.device) - sampled}
         return tokens

@@ -8,6 +8,8 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
     importance   w = min(exp(old_logp - behaviour_logp), importance_cap)                      (no gradient)
     loss         sum of w s over all tokens of all processes / their number
 
+`control` replaces the advantage by one without the teacher (`opd.training.control`).
+
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
 The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions.
 
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
+from opd.config.schema import Config, Control, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import Rollout
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
@@ -33,6 +35,7 @@ from opd.objective import Clips, Sampled, TeacherStates, chunked_loss, discounte
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import Teacher
+from opd.training.control import SHUFFLED, constant_advantage
 from opd.training.tokens import Slice, Tokens
 
 log = logging.getLogger(__name__)
@@ -215,16 +218,19 @@ class Step:
             assert isinstance(part.teacher, TeacherStates)
             return exact(ids_N, part.teacher, temperature, divergence)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
-        advantage_N = None
+        score_N = tokens.columns[SHUFFLED][rows] if self.config.control is Control.shuffled else teacher_logp_N
+        advantage_N = constant_advantage(behaviour_logp_N) if self.config.control is Control.constant else None
         if ppo.discount > 0:
             # Sums over later tokens are needed before the first pass: the sampler's log-probs stand in for old_logp, which they equal.
-            advantage_N = discounted(teacher_logp_N - behaviour_logp_N, tokens.rollout_N[rows], ppo.discount)
+            each_N = score_N - behaviour_logp_N if advantage_N is None else advantage_N
+            advantage_N = discounted(each_N, tokens.rollout_N[rows], ppo.discount)
         facts = Sampled(
             target_N=ids_N,
             teacher_logp_N=teacher_logp_N,
             behaviour_logp_N=behaviour_logp_N,
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
+            score_N=score_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
             baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
         )
