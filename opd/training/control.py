@@ -34,7 +34,7 @@ def constant_advantage(behaviour_logp_N: Tensor) -> Tensor:
 def shuffled_scores(tokens: Tokens, accelerator: Accelerator, seed: int, step: int) -> Tensor:
     """Return for each token the teacher's log-prob of the token at the same place of its completion's partner, (N,). Collective.
 
-    Partners are drawn among the completions of all processes. A place is counted in trained tokens; those of a shorter partner are repeated.
+    Partners are drawn among the completions of all processes. Places count trained tokens, and those of a shorter partner are repeated.
     Where a step has only one completion with trained tokens, its tokens get their own `behaviour_logp`: an advantage of 0.
     """
     counts = [len(rollout.trained) for rollout in tokens.rollouts]

@@ -265,6 +265,7 @@ class Trainer:
         self.note_memory("sampling")
         sampled = clock(self.device)
         tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
+        tokens.is_detailed = self.config.teacher.url is None and is_detailed_step(self.step + 1, self.max_steps)
         try:
             self.scoring.score(tokens)
         except (EngineError, Preempted):

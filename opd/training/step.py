@@ -91,7 +91,7 @@ class Step:
         scores = []
         for part in tokens.slices:
             inputs, ids_N = part.batch.teacher_inputs, part.batch.ids_N
-            if not is_sampled or ppo.baseline:
+            if not is_sampled or ppo.baseline or (tokens.is_detailed and tokens.inner == 0):
                 part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
                 if needs_scores:
                     scores.append(part.teacher.token_logp(ids_N, temperature))
@@ -232,7 +232,8 @@ class Step:
             advantage_N=advantage_N,
             score_N=score_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
-            baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
+            whole=part.teacher if isinstance(part.teacher, TeacherStates) and tokens.inner == 0 else None,
+            baseline=part.teacher if isinstance(part.teacher, TeacherStates) and ppo.baseline else None,
         )
         return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 
