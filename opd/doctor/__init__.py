@@ -104,7 +104,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
         report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
-        report.add(*machine.check_time(step.seconds, step.metrics["perf/mfu"], config, trainer.max_steps))
+        report.add(*machine.check_time(step.seconds, rate, step.metrics["perf/mfu"], config, trainer.max_steps))
 
         answered = evaluator.answered[:prompts]
         if answered:
