@@ -21,6 +21,7 @@ from opd.runs.folder import write_json
 from opd.runs.reader import find_runs, open_run
 from opd.training import control
 from opd.training.control import CONSTANT, SHUFFLED, UNLIKELY, constant_advantage, partners
+from opd.training.identity import differences
 from opd.training.tokens import Tokens
 
 ARMS = ("constant", "shuffled")
@@ -127,6 +128,10 @@ def test_arms_that_cannot_be_are_refused(options: dict[str, Any], remedy: str) -
     with pytest.raises(ConfigError, match=r"^control=") as error:
         config(**options)
     assert remedy in str(error.value)
+
+
+def test_a_run_does_not_resume_as_another_arm() -> None:
+    assert differences({"control": "none"}, {"control": "constant"}) == ["control was none, is constant"]
 
 
 # What the teacher accounts for.
