@@ -355,3 +355,22 @@ def test_memory_estimate_is_within_15_percent_of_the_measured_peak(setting: list
     doctor = subprocess.run([sys.executable, "-m", "opd", "doctor", *words, "--json"], capture_output=True, text=True, timeout=300)
     measured = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())["peak_memory_bytes"]
     assert json.loads(doctor.stdout)["figures"]["memory"]["peak"] == pytest.approx(measured, rel=0.15)
+
+
+def test_candidate_teachers_are_ranked_by_gap_and_overlap(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The bundled teacher against the student itself, from which nothing can be learnt, and one that cannot be loaded."""
+    words = ["doctor", "experiment=debug", "device=cpu", "--prompts", "16"]
+    listed = "teacher.path=bundled:tiny-student,./nowhere,bundled:tiny-teacher"
+    assert cli.main([*words, listed, "--json"]) == errors.OK
+    output = capfd.readouterr()
+    found = json.loads(output.out)
+    assert output.err == ""
+    best, same, broken = found["ranking"]
+    assert [each["teacher"] for each in (best, same, broken)] == ["bundled:tiny-teacher", "bundled:tiny-student", "./nowhere"]
+    assert (best["ready"], broken["ready"], same["overlap_mass"]) == (True, False, pytest.approx(1.0))
+    assert best["reward_gap"] > 0 == same["reward_gap"] and 0 < best["overlap_mass"] < 1 and best["memory"] > 0
+    assert found["teachers"]["bundled:tiny-teacher"]["ready"]
+    assert cli.main([*words, "teacher.path=./nowhere,./no"]) == errors.NOT_READY
+    assert "./nowhere: tokenizer of the teacher" in capfd.readouterr().out
+    assert cli.main([*words, listed, "ppo.steps=0"]) == errors.USAGE  # once, not for each teacher
+    assert capfd.readouterr().err.count("ppo.steps") == 1

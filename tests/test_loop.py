@@ -181,6 +181,8 @@ def may_sample_after_step_0(trainer: Trainer) -> None:
         ({"ppo__steps": 3, "ppo__loss_prefix": 5}, 2),
         ({"ppo__steps": 2, "ppo__loss_prefix": 5, "teacher__contrast": "x"}, 1),
         ({"ppo__steps": 3, "ppo__loss_prefix": 5, "ppo__estimator": "exact"}, 2),
+        ({"ppo__steps": 2, "ppo__loss_prefix": 3, "control": "constant"}, 1),
+        ({"ppo__steps": 2, "ppo__loss_prefix": 3, "control": "shuffled"}, 1),
         ({"ppo__steps": 2, **UNEVEN, "sampling__truncated": "drop", "ppo__reward_coef": 0.5, "ppo__baseline": True}, 1),
     ],
 )

@@ -93,6 +93,16 @@ def test_two_processes_write_one_log_and_one_folder_and_show_the_effective_batch
     assert sorted(path.name for path in (folder / "runs/run/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
 
 
+@pytest.mark.long
+def test_shuffled_scores_are_drawn_over_all_processes(tmp_path):
+    shuffled = [*OPTIONS, "control=shuffled"]
+    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *shuffled, "train.batch_size=4"])
+    launch(tmp_path / "two", ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *shuffled, "train.batch_size=2"])
+    launch(tmp_path / "sharded", [*FSDP2, "-m", "opd.train", *shuffled, "train.batch_size=2"])
+    expected = weights(tmp_path / "one")
+    assert distance(weights(tmp_path / "two"), expected) < 1e-6 and distance(weights(tmp_path / "sharded"), expected) < 1e-6
+
+
 def test_accelerate_launch_runs_the_same_job(two, tmp_path):
     config = str(ROOT / "scripts/accelerate/cpu2.yaml")
     launch(tmp_path / "two", ["accelerate", "launch", "--config_file", config, "-m", "opd.train", *OPTIONS, "train.batch_size=2"])

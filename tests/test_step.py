@@ -34,6 +34,12 @@ LONG = (7, 8, 9, 10, 11, 12, 1)
 HOLES = (True, False, True, True, False, True, True)
 
 
+@pytest.fixture(autouse=True)
+def no_detailed_steps(monkeypatch):
+    """Let the teacher score by `logp`, which tests watch; steps that measure the overlap are in test_overlap.py."""
+    monkeypatch.setattr("opd.training.loop.is_detailed_step", lambda step, total: False)
+
+
 def old_logp(trainer: Trainer, model: torch.nn.Module, rollout: Rollout, temperature: float | None = None) -> torch.Tensor:
     """Return the log-probs of the trained tokens by a plain forward pass over the rollout alone."""
     prompt = rollout.request.prompt.ids

@@ -21,6 +21,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.models.distributed import prepare
 from opd.models.policy import Policy
+from opd.objective import TeacherStates
 from opd.samplers import GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher, Teacher
 from opd.training.build import make_optimizer
@@ -185,11 +186,16 @@ class PoisonedTeacher:
 
     def __init__(self, teacher: Teacher, is_poisoned: Any = lambda: True) -> None:
         self.teacher, self.is_poisoned = teacher, is_poisoned
-        self.states, self.ready, self.check, self.expect = teacher.states, teacher.ready, teacher.check, teacher.expect
+        self.ready, self.check, self.expect = teacher.ready, teacher.check, teacher.expect
 
     def logp(self, *args: Any) -> torch.Tensor:
         logp_N = self.teacher.logp(*args)
         return logp_N.index_fill(0, torch.tensor([0]), math.nan) if self.is_poisoned() else logp_N
+
+    def states(self, *args: Any) -> TeacherStates:
+        states = self.teacher.states(*args)
+        poisoned_NH = states.hidden_NH.index_fill(0, torch.tensor([0]), math.nan)
+        return replace(states, hidden_NH=poisoned_NH) if self.is_poisoned() else states
 
 
 token = st.integers(0, 50)

@@ -66,6 +66,12 @@ class Estimator(Enum):
     topk = "topk"
 
 
+class Control(Enum):
+    none = "none"
+    constant = "constant"
+    shuffled = "shuffled"
+
+
 class Divergence(Enum):
     reverse_kl = "reverse_kl"
     forward_kl = "forward_kl"
@@ -501,6 +507,7 @@ class Config(Section):
     resume: str = "auto"
     resume_force: bool = False
     device: Device = Device.auto
+    control: Control = Control.none
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -560,6 +567,15 @@ class Config(Section):
         comparable = self.eval.reward is not None and self.sampling.n > 1
         remedy = "compares the rewards of a prompt's completions: set eval.reward=NAME and sampling.n above 1"
         self.require("ppo.reward_coef", self.ppo.reward_coef == 0 or comparable, remedy)
+
+        if self.control is not Control.none:
+            remedy = "only applies to ppo.estimator=sampled, where the teacher's part is an advantage: set that, or control=none"
+            self.require("control", self.ppo.estimator is Estimator.sampled, remedy)
+            remedy = "leaves the teacher out, whose distributions ppo.baseline adds: set ppo.baseline=false, or control=none"
+            self.require("control", not self.ppo.baseline, remedy)
+        if self.control is Control.shuffled:
+            remedy = "needs other completions in each process to take scores from: set sampling.n=2 or train.batch_size=2"
+            self.require("control", self.sampling.n * self.train.batch_size > 1, remedy)
 
         for section in (self.sampling, self.eval) if self.sampling.engine is Engine.vllm else ():
             allowed = section.temperature == 0 or 0.01 <= section.temperature <= 2

@@ -105,12 +105,13 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.add(*check_ends(config, built, tokenizer), *tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
         step = first_step.trial_step(trainer)
-        report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, **step.metrics}
+        rate = sum(len(rollout.trained) for rollout in step.rollouts) / sum(step.seconds.values())
+        report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, "tokens_per_second": rate, **step.metrics}
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
         report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
         report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer))
-        report.add(*machine.check_time(step.seconds, step.metrics["perf/mfu"], config, trainer.max_steps))
+        report.add(*machine.check_time(step.seconds, rate, step.metrics["perf/mfu"], config, trainer.max_steps))
 
         answered = evaluator.answered[:prompts]
         if answered:

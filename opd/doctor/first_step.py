@@ -12,6 +12,7 @@ from opd.data.rollouts import Request, Rollout
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.load import decode
 from opd.models.overlap import Overlap
+from opd.objective.overlap import MASS, OVERLAP_K, SHARE
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
 from opd.training.evaluate import Evaluator, exact_kl, interval
@@ -118,6 +119,8 @@ def check_start(step: Step, config: Config) -> list[Finding]:
 
     check = "distance to the teacher"
     what = f"reverse KL {kl:.3f} nats/token over {tokens:,} tokens of the first step, entropy {entropy:.3f}"
+    if MASS in step.metrics:
+        what += f", top-{OVERLAP_K} overlap {step.metrics[MASS]:.0%} of the teacher's probability ({step.metrics[SHARE]:.0%} of its ids)"
     if kl > MAX_KL:
         remedy = "the reverse KL is noisy: lower sampling.temperature or sampling.max_new_tokens, or set ppo.estimator=exact"
         distance = warn(check, what, remedy)

@@ -41,12 +41,12 @@ def check_memory(memory: Memory, free: int, device: torch.device) -> list[Findin
     return [ok("memory", what)]
 
 
-def check_time(seconds: Mapping[str, float], mfu: float, config: Config, steps: int) -> list[Finding]:
+def check_time(seconds: Mapping[str, float], tokens_per_second: float, mfu: float, config: Config, steps: int) -> list[Finding]:
     """Extrapolate from one step to the run, without evaluations and checkpoints."""
     per_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
     parts = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items() if value)
     run = f"{format_duration(per_step * steps)} for {steps:,} steps, without evaluations"
-    return [ok("time", f"about {per_step:.2g} s a step ({parts}; {mfu:.1%} MFU), {run}")]
+    return [ok("time", f"about {per_step:.2g} s a step ({parts}; {tokens_per_second:,.0f} trained tokens/s, {mfu:.1%} MFU), {run}")]
 
 
 def check_packages(config: Config) -> list[Finding]:

@@ -2,8 +2,8 @@
 
 Each returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and detached statistics (C,). These are `logp` and
 `teacher_logp` of the token at `ppo.temperature`, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
-`sampled` estimates from the token), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip
-changed it).
+`sampled` estimates from the token), `overlap/share` and `overlap/mass` where the teacher's distributions are known, and for `sampled` also
+`ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip changed it).
 
 Shapes: `N` trained tokens, `C` tokens of a chunk, `R` rows, `V` vocabulary, `H` hidden, `B` sequences.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from opd.objective.divergences import reverse_kl, with_tail
 from opd.objective.head import Head, TokenLoss, TokenStats, at_least_float32, chunked_stats, chunks
 from opd.objective.masked import masked_stats
+from opd.objective.overlap import OVERLAP_K, overlap, overlap_of_distributions
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -195,7 +196,9 @@ class Sampled:
         teacher_logp_N, behaviour_logp_N: Their log-probs under the teacher and under the sampler.
         old_logp_N: Their log-probs under the student before the update; None at the first inner step, which computes them.
         advantage_N: Replaces teacher_logp - old_logp, for example by discounted sums of it.
+        score_N: Takes the place of teacher_logp in the advantage.
         bonus_N: Added to the advantage after its clip, for example a task reward.
+        whole: The teacher's distributions, to measure the overlap with the student's.
         baseline: The teacher's distributions: the exact KL(student‖teacher) of each position, which is the expectation of -advantage, is
             added to the advantage. It leaves the expected gradient unchanged and removes noise.
         reference_logp_N: Their log-probs under the student's start: `reference_coef` times reference_logp - old_logp, whose expectation is
@@ -208,7 +211,9 @@ class Sampled:
     behaviour_logp_N: Tensor
     old_logp_N: Tensor | None = None
     advantage_N: Tensor | None = None
+    score_N: Tensor | None = None
     bonus_N: Tensor | None = None
+    whole: TeacherStates | None = None
     baseline: TeacherStates | None = None
     reference_logp_N: Tensor | None = None
     reference_coef: float = 0.0
@@ -230,12 +235,18 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
             old_C = torch.where(given_C, logp_C.detach(), old_C)
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():
-            gap_C = teacher_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
-            if tokens.baseline is not None:
+            score_C = teacher_C if tokens.score_N is None else tokens.score_N[part]
+            gap_C = score_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
+            stats: TokenStats = {}
+            teacher = tokens.baseline or tokens.whole
+            if teacher is not None:
                 student_CV = scaled_logp(logits_CV, temperature)
-                gap_C = gap_C + reverse_kl(student_CV, tokens.baseline.logp(part, temperature).to(student_CV))
+                teacher_CV = teacher.logp(part, temperature).to(student_CV)
+                stats |= overlap_of_distributions(student_CV, teacher_CV)
+                if tokens.baseline is not None:
+                    gap_C = gap_C + reverse_kl(student_CV, teacher_CV)
             advantage_C = gap_C if clips.advantage is None else gap_C.clamp(-clips.advantage, clips.advantage)
-            stats = {"cut": (advantage_C != gap_C).float()}
+            stats["cut"] = (advantage_C != gap_C).float()
             if tokens.bonus_N is not None:
                 advantage_C = advantage_C + tokens.bonus_N[part]
             if tokens.reference_logp_N is not None:
@@ -273,6 +284,7 @@ def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergen
                 "teacher_logp": teacher_CV.gather(-1, target_N[part][:, None])[:, 0],
                 "entropy": entropy(student_CV),
                 "reverse_kl": loss_C.detach() if divergence is reverse_kl else reverse_kl(student_CV, teacher_CV),
+                **overlap_of_distributions(student_CV, teacher_CV),
             }
         return loss_C, stats
 
@@ -309,6 +321,8 @@ def sent_top(target_N: Tensor, teacher: TeacherTop, temperature: float, divergen
                 "entropy": entropy(student_CV),
                 "reverse_kl": reverse_kl(student_top, teacher_top),
             }
+            if teacher.id_NK.shape[-1] >= OVERLAP_K:
+                stats |= overlap(student_CV, teacher.id_NK[part, :OVERLAP_K], teacher.logp_NK[part, :OVERLAP_K])
         return loss_C, stats
 
     return loss

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.config.schema import METRICS, Direction
+from opd.report.controls import Effect, effects
 from opd.runs.outcome import run_outcome
 from opd.runs.reader import Run, flatten, format_value
 from opd.runs.text import MISSING, format_duration, format_number, format_reward
@@ -44,6 +45,7 @@ class Comparison:
     metric: str
     direction: Direction
     rows: list[Row]
+    effects: list[Effect]
 
 
 def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction | None = None) -> Comparison:
@@ -62,7 +64,7 @@ def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction
     order = sorted((each[metric] is None, sign * (each[metric] or 0.0), index) for index, each in enumerate(values))
     options = differing_options(runs)
     rows = [Row(runs[index], None if missing else rank, options[index], values[index]) for rank, (missing, _, index) in enumerate(order, 1)]
-    return Comparison(metric, direction, rows)
+    return Comparison(metric, direction, rows, effects(runs))
 
 
 def differing_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -92,7 +94,7 @@ def _overrides(run: Run, names: set[str]) -> dict[str, Any]:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print the table, then each run's folder and how it ended."""
+    """Print the table, each run's folder and how it ended, and what the teacher accounts for where there are control arms."""
     rows = [_cells(row, comparison.metric) for row in comparison.rows]
     table = Table(title=f"by {comparison.metric}, {comparison.direction.value}d", title_justify="left", show_edge=False)
     for column in rows[0]:
@@ -103,6 +105,8 @@ def show(comparison: Comparison, console: Console) -> None:
     for row, cells in zip(comparison.rows, rows, strict=True):
         ending = f": {row.run.status}: {row.run.reason}" if row.run.reason else ""
         console.print(Text(f"{cells['']:>3}  {row.run.path}{ending}"), soft_wrap=True)
+    for effect in comparison.effects:
+        console.print(Text(effect.sentence()), soft_wrap=True)
 
 
 def _cells(row: Row, metric: str) -> dict[str, str]:
@@ -137,7 +141,8 @@ def as_json(comparison: Comparison) -> str:
         }
         for row in comparison.rows
     ]
-    return json.dumps({"metric": comparison.metric, "direction": comparison.direction.value, "runs": runs}, indent=2)
+    effects = [effect.to_dict() for effect in comparison.effects]
+    return json.dumps({"metric": comparison.metric, "direction": comparison.direction.value, "runs": runs, "controls": effects}, indent=2)
 
 
 def as_csv(comparison: Comparison) -> str:

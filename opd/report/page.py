@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from opd import __version__
-from opd.errors import DataError
+from opd.errors import DataError, OpdError
 from opd.report import charts, sections, tokens
+from opd.report.controls import Effect, effects, effects_on
 from opd.runs.outcome import achieved
-from opd.runs.reader import Run
+from opd.runs.reader import MEMBER, Run, find_runs
 
 HERE = Path(__file__).parent
 
@@ -34,7 +35,7 @@ def render_report(runs: Sequence[Run]) -> str:
         notes += left_out
     body = [
         sections.heading(runs),
-        sections.results(runs, outcomes),
+        sections.results(runs, outcomes, _effects(runs)),
         sections.progress(runs),
         sections.positions(runs),
         sections.token_view(token_data, notes),
@@ -43,6 +44,19 @@ def render_report(runs: Sequence[Run]) -> str:
     ]
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return document(f"{title} · opd report", "\n".join(body), token_data)
+
+
+def _effects(runs: Sequence[Run]) -> list[Effect]:
+    """Return what the teacher accounts for; for one run of a sweep, with the other members as far as they can be read."""
+    if len(runs) > 1:
+        return effects(runs)
+    [run] = runs
+    if not (run.path / MEMBER).is_file():
+        return []
+    try:
+        return effects_on(run, find_runs([run.path.parent]))
+    except (OpdError, ValueError, KeyError, TypeError, AttributeError):  # of another run, which has a report of its own
+        return []
 
 
 def document(title: str, body: str, data: Any = None) -> str:

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from opd.report.charts import LIGHT, Band, Line, chart, smoothed, thinned
+from opd.report.controls import Effect
 from opd.runs.outcome import compared_evaluations
 from opd.runs.reader import Run, flatten, format_value
 from opd.runs.text import MISSING, format_bytes, format_duration, format_number, format_percent, format_reward, visible
@@ -65,6 +66,7 @@ def heading(runs: Sequence[Run]) -> str:
             "student": options.get("model.path"),
             "teacher": options.get("teacher.path") if weights == "own" else f"the student itself ({weights})",
             "data": options.get("data.path") or options.get("data.source"),
+            "control": None if options.get("control", "none") == "none" else options["control"],
         }
         if run.metrics:
             tokens = sum(line.get("tokens") or 0 for line in run.metrics)
@@ -79,8 +81,9 @@ def heading(runs: Sequence[Run]) -> str:
     return f'<header><p class="kicker">opd · report</p><h1>{title}</h1>{facts}{"".join(notices)}</header>'
 
 
-def results(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
+def results(runs: Sequence[Run], outcomes: Sequence[Outcome], effects: Sequence[Effect]) -> str:
     body = _result_of_one(runs[0], outcomes[0]) if len(runs) == 1 else _result_of_several(runs, outcomes)
+    body += "".join(f'<p class="effect">{text(effect.sentence())}</p>' for effect in effects)
     about = "Rewards with 95% intervals, under identical decoding; the KL is exact, over the vocabulary at temperature 1."
     return _section("Result", body, "result", about)
 
@@ -141,10 +144,11 @@ def _result_of_several(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
 
 
 def progress(runs: Sequence[Run]) -> str:
-    rewards, bands, kl = [], [], []
+    rewards, bands, kl, overlap = [], [], [], []
     for index, run in enumerate(runs):
         student = [line for line in run.evaluations if line.get("model") == "student"]
         kl.append(Line(run.name, [(line["step"], line.get("kl")) for line in student], _colour(index)))
+        overlap.append(Line(run.name, [(line["step"], (line.get("overlap") or {}).get("mass")) for line in student], _colour(index)))
         judged = [(line["step"], line["rewards"]) for line in student if line.get("rewards")]
         rewards.append(Line(run.name, [(step, found["mean"]) for step, found in judged], _colour(index)))
         bands.append(Band([(step, found["low"], found["high"]) for step, found in judged], _colour(index)))
@@ -155,6 +159,7 @@ def progress(runs: Sequence[Run]) -> str:
     charts = [
         chart("Reward", "evaluation, 95% interval", rewards, percent=shares, bands=bands),
         chart("Exact KL to the teacher", "nats/token", kl, floor=0.0),
+        chart("Top-16 overlap with the teacher", "evaluation, share of its probability", overlap, percent=True),
         _metric_chart(runs, "reverse_kl", "Reverse KL in training", "nats/token"),
         _metric_chart(runs, "entropy", "Entropy of the student", "nats/token"),
         _metric_chart(runs, "length", "Length of completions", "tokens"),
@@ -176,8 +181,9 @@ def _metric_chart(runs: Sequence[Run], name: str, title: str, unit: str) -> str:
 
 def positions(runs: Sequence[Run]) -> str:
     """Return charts of KL, entropy and length by token position: at a run's beginning and end, or the ends of several runs."""
-    kl, entropy, lengths = [], [], []
+    kl, entropy, overlap, lengths = [], [], [], []
     for index, run in enumerate(runs):
+        overlap += _overlap_by_position(run, index, len(runs) == 1)
         lines = [line["by_position"] for line in run.metrics if isinstance(line.get("by_position"), dict)]
         if not lines:
             continue
@@ -194,11 +200,21 @@ def positions(runs: Sequence[Run]) -> str:
     charts = [
         chart("Reverse KL by position", "nats/token", kl, x="position", floor=0.0),
         chart("Entropy by position", "nats/token", entropy, x="position", floor=0.0),
+        chart("Top-16 overlap by position", "evaluation, share of the teacher’s probability", overlap, x="position", percent=True),
         chart("Lengths", "share of completions", lengths[::-1], x="tokens", percent=True, floor=0.0, bars=len(runs) == 1),
     ]
     about = "The last tenth of the steps" + ("; dashed or in outline: the first tenth." if len(runs) == 1 else ".")
     about += f" Positions with less than {MIN_SHARE:.1%} of the tokens are left out."
     return _section("Along the completion", f'{_key(runs)}<div class="charts">{"".join(charts)}</div>', "positions", about)
+
+
+def _overlap_by_position(run: Run, index: int, is_alone: bool) -> list[Line]:
+    """Return the overlap in the last evaluation and, of a single run, in the first one."""
+    found = [line["overlap"]["by_position"] for line in run.evaluations if line.get("overlap")]
+    parts = {f"{run.name}: last evaluation": (found[-1:], "main", _colour(index))}
+    if is_alone:
+        parts = {"first evaluation": (found[:1], "level", 1), "last evaluation": (found[-1:], "main", 0)}
+    return [Line(label, _means_by_position(part, "overlap/mass"), colour, kind) for label, (part, kind, colour) in parts.items() if part]
 
 
 def _means_by_position(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float | None]]:

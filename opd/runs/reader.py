@@ -25,6 +25,7 @@ class Run:
         config: the composed options, nested, as JSON types; empty before the run began.
         overrides: as typed on the command line.
         summary: None unless the run is done.
+        content: digests of data and models; empty before the run began.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     summary: dict[str, Any] | None = None
+    content: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -91,14 +93,16 @@ def open_run(path: Path) -> Run:
             overrides = yaml.safe_load((path / OVERRIDES).read_text())
         else:  # a sweep member that failed before its run began
             overrides = (read_json(path / MEMBER) or {}).get("overrides", [])
+        begun = read_json(path / RUN) or {}
         return Run(
             path,
             status.get("status", "new"),
             status.get("reason", ""),
             status.get("exit_code"),
-            (read_json(path / RUN) or {}).get("config", {}),
+            begun.get("config", {}),
             [str(word) for word in overrides],
             read_json(path / SUMMARY) if status.get("status") == "done" else None,
+            begun.get("content", {}),
         )
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: its files cannot be read: {' '.join(str(error).split())}") from None

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from opd.objective.overlap import OVERLAP_K
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
 from opd.training.evaluate import Evaluation, Rewards
 from opd.training.loop import Evaluated, Event, Rewound, Saved, StepDone
@@ -159,6 +160,8 @@ def describe(evaluation: Evaluation) -> str:
         parts.append(f"reward {describe_rewards(evaluation.rewards)}")
     if evaluation.kl is not None:
         parts.append(f"KL(student‖teacher) {format_number(evaluation.kl)} nats/token")
+    if evaluation.overlap is not None:
+        parts.append(f"top-{OVERLAP_K} overlap {format_percent(evaluation.overlap['mass'], '.0f')}")
     return "  ".join(parts)
 
 

@@ -21,8 +21,12 @@ from opd.models.distributed import run_stoppable
 from opd.models.load import decode
 from opd.models.policy import output_head, predicting_hidden
 from opd.objective import chunked_stats, exact, reverse_kl
+from opd.objective.head import TokenStats
+from opd.objective.overlap import OVERLAP
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
+from opd.training.metrics import add_by_position, take_by_position
+from opd.training.tokens import Means
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +37,10 @@ Z95 = 1.959964
 
 @dataclass(frozen=True, slots=True)
 class Rewards:
-    """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was truncated."""
+    """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was truncated.
+
+    `each`: the reward of each judged prompt, in their order, so that runs can be compared prompt by prompt.
+    """
 
     mean: float
     low: float
@@ -41,16 +48,24 @@ class Rewards:
     count: int
     length: float
     truncated: float
+    each: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The student after `step` steps. `rewards`: None without answers. `kl`: exact KL(student‖teacher) at T = 1, nats per token."""
+    """The student after `step` steps.
+
+    Args:
+        rewards: None without answers.
+        kl: Exact KL(student‖teacher) at T = 1, nats per token.
+        overlap: Top-k overlap on the same samples: means `share` and `mass`, and `by_position` as in metrics.jsonl.
+    """
 
     step: int
     rewards: Rewards | None
     kl: float | None
     example: str | None = None
+    overlap: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,8 +103,14 @@ def exact_kl(
     max_tokens: int,
     pad_id: int,
     masked: Tensor | None = None,
+    overlaps: Callable[[list[Rollout], TokenStats], None] = lambda rollouts, stats: None,
 ) -> tuple[float, int]:
-    """Return the sum over tokens of KL(student‖teacher) at T = 1 over the shared vocabulary, in nats, and the number of tokens."""
+    """Return the sum over tokens of KL(student‖teacher) at T = 1 over the shared vocabulary, in nats, and the number of tokens.
+
+    Args:
+        masked: As in `Head`.
+        overlaps: Gets the rollouts of each micro-batch and the overlap of each of their tokens.
+    """
     total, tokens = 0.0, 0
     head = output_head(model, vocabulary, masked=masked)
     for batch in micro_batches(rollouts, max_tokens, pad_id):
@@ -97,11 +118,14 @@ def exact_kl(
         token_loss = exact(batch.ids_N, teacher.states(batch.teacher_inputs), 1.0, reverse_kl)
 
         def kl_of(logits_CV: Tensor, part: slice, token_loss: Any = token_loss) -> dict[str, Tensor]:
-            return {"kl": token_loss(logits_CV, part)[0]}
+            loss_C, stats = token_loss(logits_CV, part)
+            return {"kl": loss_C, **{name: stats[name] for name in OVERLAP}}
 
         with torch.no_grad():
-            kl_N = chunked_stats(predicting_hidden(model.base_model, batch.inputs), head, kl_of)["kl"]
+            stats = chunked_stats(predicting_hidden(model.base_model, batch.inputs), head, kl_of)
+        kl_N = stats.pop("kl")
         total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
+        overlaps([rollouts[index] for index in batch.rollouts], stats)
     return total, tokens
 
 
@@ -131,7 +155,8 @@ class Evaluator:
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
         """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
         rewards, example = self.rewards(sampler)
-        return Evaluation(step, rewards, self.kl(sampler, model, teacher, ready), example)
+        kl, overlap = self.distance(sampler, model, teacher, ready)
+        return Evaluation(step, rewards, kl, example, overlap)
 
     def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
         """Return the rewards of the model behind `sampler`, and the first prompt with its answer. `as_teacher`: with its prompts."""
@@ -141,7 +166,13 @@ class Evaluator:
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
         judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
         rows = [
-            (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
+            (
+                reward,
+                len(rollout.completion),
+                rollout.finish_reason is FinishReason.length,
+                f"{rollout.request.prompt.text} → {text}",
+                rollout.request.prompt.sample_id,
+            )
             for reward, rollout, text in judged
             if reward is not None
         ]
@@ -150,18 +181,40 @@ class Evaluator:
             return None, None
         values = [row[0] for row in rows]
         low, high = interval(values)
-        return Rewards(fmean(values), low, high, len(rows), fmean(row[1] for row in rows), fmean(row[2] for row in rows)), rows[0][3]
+        # Whole numbers as integers, which are short in JSON: most rewards are 0 or 1.
+        each = tuple(int(row[0]) if row[0] == int(row[0]) else row[0] for row in sorted(rows, key=lambda row: row[4]))
+        lengths, truncated = fmean(row[1] for row in rows), fmean(row[2] for row in rows)
+        return Rewards(fmean(values), low, high, len(rows), lengths, truncated, each), rows[0][3]
 
     def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> float | None:
+        return self.distance(sampler, model, teacher, ready)[0]
+
+    def distance(
+        self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext
+    ) -> tuple[float | None, dict[str, Any] | None]:
+        """Return the KL and the overlap on the student's samples, as in `Evaluation`; None where they are not asked for."""
         if not self.kl_prompts:
-            return None
+            return None, None
+        limit, means = self.kl_decoding.max_new_tokens, Means()
+
+        def overlaps(rollouts: list[Rollout], stats: TokenStats) -> None:
+            for name, values in stats.items():
+                means.add_tensors(name.removeprefix("overlap/"), [values])
+            add_by_position(means, stats, rollouts, limit)
+
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
         with ready(), self.precision():
-            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id, self.masked)
-        parts = gather_object([result])
-        total, tokens = (sum(column) for column in zip(*parts, strict=True))
-        return float(total / tokens)
+            pad_id = self.tokenizer.pad_token_id
+            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps)
+        parts = gather_object([(*result, means.sums, means.counts)])
+        totals, tokens, sums, counts = zip(*parts, strict=True)
+        whole = Means()
+        for own_sums, own_counts in zip(sums, counts, strict=True):  # a process without prompts has none
+            for name in own_sums:
+                whole.add(name, own_sums[name], own_counts[name])
+        by_position = take_by_position(whole, limit)
+        return float(sum(totals) / sum(tokens)), {**whole.means(), "by_position": by_position}
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_config, to_dict
-from opd.config.schema import Config, ModelConfig, Source
+from opd.config.schema import Config, Control, ModelConfig, Source
 from opd.data import hub
 from opd.errors import ConfigError, DataError, OutputError
 from opd.models import load as models
@@ -172,6 +172,8 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
         "teacher": f"the student {config.teacher_name}" if config.teaches_itself else _model_name(config.teacher),
         "data": f"`{config.data.path or config.data.train_path or config.data.source.value}`",
     }
+    if config.control is not Control.none:
+        facts["control"] = f"`{config.control.value}`: trained without what the teacher knows"
     if config.teacher.system is not None:
         facts["system prompt of the teacher"] = "`" + one_line(config.teacher.system.replace("`", "'")) + "`"
     for name, template in (("prompt", config.teacher.prompt), ("contrast", config.teacher.contrast)):

@@ -54,7 +54,11 @@ def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> No
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Return an evaluation as metrics for the tracker."""
     metrics = {} if evaluation.rewards is None else {"eval/reward": evaluation.rewards.mean, "eval/length": evaluation.rewards.length}
-    return metrics if evaluation.kl is None else {**metrics, "eval/kl": evaluation.kl}
+    if evaluation.kl is not None:
+        metrics["eval/kl"] = evaluation.kl
+    if evaluation.overlap is not None:
+        metrics |= {f"eval/overlap_{name}": evaluation.overlap[name] for name in ("share", "mass")}
+    return metrics
 
 
 class Guard:

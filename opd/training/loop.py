@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config, Engine, SamplingDtype, TeacherWeights, Truncated
+from opd.config.schema import Config, Control, Engine, SamplingDtype, TeacherWeights, Truncated
 from opd.data.given import given_rollout, takes_given
 from opd.data.order import nth_position, take
 from opd.data.prompts import Prompt
@@ -42,6 +42,7 @@ from opd.training.checkpoint import (
     snapshot,
     trained_tensors,
 )
+from opd.training.control import SHUFFLED, shuffled_scores
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.masked import check_masses
@@ -295,6 +296,9 @@ class Trainer:
         self.note_memory("sampling")
         sampled = clock(self.device)
         tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
+        has_gone = self.strategy.is_sharded and self.config.teacher_weights is TeacherWeights.current  # the head that scored
+        is_here = self.config.teacher.url is None and not has_gone
+        tokens.is_detailed = is_here and is_detailed_step(self.step + 1, self.max_steps)
         try:
             self.scoring.score(tokens)
         except (EngineError, Preempted):
@@ -302,6 +306,8 @@ class Trainer:
             self.ahead = Future()  # saved, and scored after a resume
             self.ahead.set_result(rollouts)
             raise
+        if self.config.control is Control.shuffled:
+            tokens.columns[SHUFFLED] = shuffled_scores(tokens, self.accelerator, self.config.seed, self.step)
         self.note_memory("scoring")
         tokens.seconds |= {"sample": done - begin, "wait": sampled - done, "score": clock(self.device) - sampled}
         return tokens

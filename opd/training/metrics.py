@@ -19,12 +19,13 @@ from opd.data.rollouts import FinishReason, Rollout, repetition
 from opd.models.device import peak_memory
 from opd.models.distributed import global_quantile, global_sum
 from opd.models.load import decode
+from opd.objective.overlap import OVERLAP
 from opd.runs.text import one_line
 from opd.training.masked import add_masked_metrics
 from opd.training.tokens import Means, Tokens
 
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
-BY_POSITION = ("reverse_kl", "entropy")
+BY_POSITION = ("reverse_kl", "entropy", *OVERLAP)
 PREFIX = "by_position/"
 
 ByPosition = dict[str, int | list[float | None]]
@@ -39,7 +40,7 @@ def engine_gap(tokens: Tokens) -> Tensor:
 def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     """Add the metrics of the rollouts and of the student before the update to the table's means."""
     means, rollouts = tokens.means, [rollout for rollout in tokens.rollouts if not rollout.given]
-    for name in ("reverse_kl", "entropy", "advantage", "cut", "reference_kl"):
+    for name in ("reverse_kl", "entropy", "advantage", "cut", "reference_kl", *OVERLAP):
         if name in tokens.columns:
             means.add_tensors(name, [tokens.own(name)])
     add_masked_metrics(tokens)
@@ -50,7 +51,8 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
     means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
     means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
-    add_by_position(means, {name: tokens.own(name) for name in BY_POSITION}, rollouts, max_new_tokens)
+    known = {name: tokens.own(name) for name in BY_POSITION if name in tokens.columns}
+    add_by_position(means, known, rollouts, max_new_tokens)
     means.add_tensors("given/nll", [] if tokens.given_N is None else [-tokens.columns["logp"][tokens.given_N]])
 
 
@@ -100,7 +102,7 @@ def add_by_position(means: Means, values: Mapping[str, Tensor], rollouts: Sequen
     offsets = [offset for rollout in rollouts for offset in rollout.trained]
     bucket_N = torch.tensor(offsets, dtype=torch.long) // width
     tokens = torch.bincount(bucket_N, minlength=count).tolist()
-    for name in BY_POSITION:
+    for name in values:
         sums = torch.bincount(bucket_N, values[name].double().cpu(), minlength=count).tolist()
         for bucket in range(count):
             means.add(f"{PREFIX}{name}/{bucket:02}", sums[bucket], tokens[bucket])
@@ -114,17 +116,18 @@ def take_by_position(means: Means, max_new_tokens: int) -> ByPosition:
     """Move the metrics by position out of `means`.
 
     Returns:
-        `width`, tokens per bucket; for each bucket the mean `reverse_kl` and `entropy` in nats (None without tokens or where it is not
-        finite), its `tokens`, and as `ends` how many completions have their last token there.
+        `width`, tokens per bucket; for each bucket the mean `reverse_kl` and `entropy` in nats, and the overlap where it was measured (None
+        without tokens or where it is not finite), its `tokens`, and as `ends` how many completions have their last token there.
     """
     names = [name for name in means.sums if name.startswith(PREFIX)]
     sums, counts = ({name: kind.pop(name) for name in names} for kind in (means.sums, means.counts))
     buckets = range(bucket_count(max_new_tokens))
     by_position: ByPosition = {"width": bucket_width(max_new_tokens)}
-    for name in BY_POSITION:
+    known = [name for name in BY_POSITION if f"{PREFIX}{name}/00" in sums]
+    for name in known:
         keys = [f"{PREFIX}{name}/{bucket:02}" for bucket in buckets]
         by_position[name] = [sums[key] / counts[key] if counts[key] and math.isfinite(sums[key]) else None for key in keys]
-    by_position["tokens"] = [counts[f"{PREFIX}{BY_POSITION[0]}/{bucket:02}"] for bucket in buckets]
+    by_position["tokens"] = [counts[f"{PREFIX}{known[0]}/{bucket:02}"] for bucket in buckets]
     by_position["ends"] = [sums[f"{PREFIX}ends/{bucket:02}"] for bucket in buckets]
     return by_position
 

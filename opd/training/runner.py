@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from opd import signals
 from opd.config.compose import to_dict
-from opd.config.schema import Config
+from opd.config.schema import Config, Control
 from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
@@ -305,6 +305,8 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         held = f"{trainer.strategy.held_parameters() / 1e6:,.2f} M of the parameters"
         display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
     display.note(f"sampling: {built.sampling}")
+    if config.control is not Control.none:
+        display.note(f"control={config.control.value}: trained without the information of the teacher, which is measured as usual")
     if built.served:
         display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL over the vocabulary in evaluations")
     for line in built.differences:
@@ -363,6 +365,7 @@ def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, buil
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
     metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
     summary = on_main_process(accelerator, lambda: achieved(read_lines(metrics), read_lines(evaluations))) | costs
+    summary["control"] = config.control.value
     student, weights = final_weights(built)
     if accelerator.is_main_process:
         save_model(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)

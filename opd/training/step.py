@@ -8,6 +8,8 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
     importance   w = min(exp(old_logp - behaviour_logp), importance_cap)                      (no gradient)
     loss         sum of w s over all tokens of all processes / their number
 
+`control` replaces the advantage by one without the teacher (`opd.training.control`).
+
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
 The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions.
 
@@ -38,7 +40,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
+from opd.config.schema import Config, Control, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import MicroBatch, Rollout
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
@@ -49,6 +51,7 @@ from opd.objective import Clips, Sampled, TeacherStates, anchored, chunked_loss,
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import LocalTeacher, Teacher
+from opd.training.control import SHUFFLED, constant_advantage
 from opd.training.tokens import Slice, Tokens
 
 log = logging.getLogger(__name__)
@@ -122,7 +125,7 @@ class Step:
                 part.reference = self.reference.states(part.batch.inputs)
             elif self.reference is not None and needs_reference:
                 reference.append(self.reference.logp(part.batch.inputs, part.batch.ids_N, self.config.temperature))
-            if not is_sampled or ppo.baseline:
+            if not is_sampled or ppo.baseline or (tokens.is_detailed and tokens.inner == 0):
                 inputs = part.batch.teacher_inputs
                 part.teacher = self.teacher.top(inputs) if ppo.estimator is Estimator.topk else self.teacher.states(inputs)
             if needs_scores:
@@ -279,11 +282,16 @@ class Step:
                 loss = exact(ids_N, part.teacher, temperature, divergence)
             return loss if part.reference is None else anchored(loss, part.reference, temperature, ppo.reference_coef, given_N)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
-        has_contrast = "contrast_logp" in tokens.columns
-        advantage_N = teacher_logp_N - tokens.columns["contrast_logp"][rows] if has_contrast else None
+        control, contrast_logp = self.config.control, tokens.columns.get("contrast_logp")
+        score_N = tokens.columns[SHUFFLED][rows] if control is Control.shuffled else teacher_logp_N
+        advantage_N = None
+        if control is Control.constant:
+            advantage_N = constant_advantage(behaviour_logp_N)
+        elif contrast_logp is not None:
+            advantage_N = score_N if control is Control.shuffled else teacher_logp_N - contrast_logp[rows]
         if ppo.discount > 0:
             # Sums over later tokens are needed before the first pass: the sampler's log-probs stand in for old_logp, which they equal.
-            own_N = teacher_logp_N - behaviour_logp_N if advantage_N is None else advantage_N
+            own_N = score_N - behaviour_logp_N if advantage_N is None else advantage_N
             advantage_N = discounted(own_N, tokens.rollout_N[rows], ppo.discount)
         facts = Sampled(
             target_N=ids_N,
@@ -291,8 +299,10 @@ class Step:
             behaviour_logp_N=behaviour_logp_N,
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
+            score_N=score_N,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
-            baseline=part.teacher if isinstance(part.teacher, TeacherStates) else None,
+            whole=part.teacher if isinstance(part.teacher, TeacherStates) and tokens.inner == 0 else None,
+            baseline=part.teacher if isinstance(part.teacher, TeacherStates) and ppo.baseline else None,
             reference_logp_N=tokens.columns["reference_logp"][rows] if self.reference is not None else None,
             reference_coef=ppo.reference_coef,
             given_N=given_N,
@@ -317,7 +327,7 @@ class Step:
 
     def not_finite(self, tokens: Tokens) -> list[int]:
         """Return this process's rollouts with a score, of teacher or student, that is not finite."""
-        scores = [tokens.columns[name] for name in ("logp", "teacher_logp", "contrast_logp") if name in tokens.columns]
+        scores = [tokens.columns[name] for name in ("logp", "teacher_logp", "contrast_logp", "reference_logp") if name in tokens.columns]
         bad_N = torch.stack([~score_N.isfinite() for score_N in scores]).any(0)
         return sorted(set(tokens.rollout_N[bad_N].tolist()))
 

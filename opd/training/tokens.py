@@ -83,6 +83,7 @@ class Tokens:
         bonus_R: Task reward added to the advantages of each rollout's tokens, or None.
         means: Metrics so far.
         inner: Inner steps done.
+        is_detailed: Whether to measure the overlap with a local teacher, which takes its whole distributions.
         seconds: Time spent so far, by kind of work.
         slices: The micro-batches; made again after a resume, or when memory ran out.
     """
@@ -93,6 +94,7 @@ class Tokens:
     bonus_R: Tensor | None = None
     means: Means = field(default_factory=Means)
     inner: int = 0
+    is_detailed: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("sample", "wait", "score", "update"), 0.0))
     slices: list[Slice] = field(default_factory=list)
     rollout_N: Tensor = field(init=False)
@@ -160,7 +162,13 @@ class Tokens:
 
     def numbers(self) -> dict[str, Any]:
         """Return what `to_tensors` leaves out, as JSON."""
-        return {"inner": self.inner, "sums": self.means.sums, "counts": self.means.counts, "seconds": self.seconds}
+        return {
+            "inner": self.inner,
+            "is_detailed": self.is_detailed,
+            "sums": self.means.sums,
+            "counts": self.means.counts,
+            "seconds": self.seconds,
+        }
 
 
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -201,6 +209,7 @@ def load_tokens(
         # Sums over processes are to count them once.
         means=Means(*({name: value if rank == 0 else 0.0 for name, value in numbers[kind].items()} for kind in ("sums", "counts"))),
         inner=numbers["inner"],
+        is_detailed=numbers.get("is_detailed", False),
         seconds=dict(numbers["seconds"]),
     )
     for name in stored:
