@@ -1,4 +1,4 @@
-"""Given completions and the anchor: rows that take a text, what is learnt, metrics, resume; the teacher's completions in a file."""
+"""Given completions and the anchor: rows that take a text, gradients, metrics, resume; the teacher's completions in a file."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_step import old_logp
-from training_helpers import VOCABULARY, make_trainer, weights
+from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import errors
@@ -20,12 +20,13 @@ from opd.config.schema import DataConfig, Source
 from opd.data.given import check_given, given_rollout, takes_given
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
 from opd.objective import reverse_kl
 from opd.runs.reader import open_run
 from opd.teachers import LocalTeacher
 from opd.training.checkpoint import read
+from opd.training.identity import check_same, identity
 
 TINY = ["experiment=debug", "device=cpu", "eval.kl_prompts=0", "eval.limit=4"]
 GIVEN = ((5, 6, 7, 1), (8, 1))
@@ -155,7 +156,7 @@ def test_what_is_not_trained_on_as_it_stands_is_logged(tmp_path, caplog):
         completions(tiny_tokenizer(), 3)
 
 
-# What is learnt.
+# Gradients.
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
@@ -289,6 +290,26 @@ def test_resume_between_inner_steps_keeps_given_rows(tmp_path):
     assert [rollout.given for rollout in resumed.tokens.rollouts] == [rollout.given for rollout in stopped.tokens.rollouts]
     done = resumed.train_step()
     assert torch.equal(weights(resumed), weights(straight)) and done.metrics["given/rollouts"] == 3
+
+
+def test_a_checkpoint_from_before_there_were_given_completions_is_of_the_same_run(tmp_path):
+    config = given_trainer(tmp_path, 0.0).config
+    now = identity(config, SimpleNamespace(num_processes=1))
+    old = copy.deepcopy(now)
+    del old["config"]["train"]["given_share"], old["config"]["ppo"]["reference_coef"]
+    assert check_same(old, now, tmp_path, force=False) == []
+    config.train.given_share = 0.5
+    with pytest.raises(ConfigError, match=r"train\.given_share was 0"):
+        check_same(old, identity(config, SimpleNamespace(num_processes=1)), tmp_path, force=False)
+
+
+def test_with_lag_1_given_rows_are_sampled_ahead_and_stored(tmp_path):
+    trainer = given_trainer(tmp_path, 0.5, **SERVER)
+    trainer.sampler = ServerSampler(trainer)
+    trainer.begin_step()
+    assert [rollout.given for rollout in trainer.ahead.result()].count(True) == 3
+    stored = trainer.sampled_ahead()
+    assert stored["given"].tolist() == [rollout.given for rollout in trainer.ahead.result()]
 
 
 # Runs and the teacher's texts in a file.
