@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_vllm import ScoringServer, running
 from test_step import old_logp
 from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -358,6 +359,17 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     assert "seed" in capfd.readouterr().err, "another command's file"
     assert cli.main([*words, "--out", "part.jsonl"]) == errors.OK
     assert Path("part.jsonl").read_text() == whole and not part.exists()
+
+
+def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+12=", "answer": str(a + 12)[::-1]}) + "\n" for a in range(10, 20)))
+    teacher = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / "tiny-teacher", dtype=torch.float32)
+    words = ["sample", "model=tiny", "teacher=tiny", "data=jsonl", "data.train_path=data.jsonl", "eval=arithmetic", "device=cpu"]
+    with running(ScoringServer(teacher, tiny_tokenizer())) as server:
+        assert cli.main([*words, f"teacher.url={server.url}", "sampling.max_new_tokens=8", "--out", "t.jsonl", "--json"]) == errors.OK
+    assert json.loads(capfd.readouterr().out)["reward"] == 1.0
+    assert all(row["completion"] == row["answer"] for row in map(json.loads, Path("t.jsonl").read_text().splitlines()))
 
 
 def killed_at_the_third(monkeypatch):
