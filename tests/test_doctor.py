@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from opd import errors
@@ -278,6 +280,19 @@ def test_trial_step_leaves_weights_gradients_and_optimizer_as_they_were(doctor: 
     monkeypatch.setattr(first_step, "trial_step", watched)
     assert doctor("--prompts", "0")[0] == errors.OK
     assert rates == [0.0, 0.0], "a short step is repeated"
+
+
+def test_commands_of_a_warm_start_replace_the_data_and_keep_the_rest(doctor: Any, tmp_path: Path) -> None:
+    file = Path(copy_of("tiny-student", tmp_path / "blank")) / "model.safetensors"
+    save_file({name: -weight for name, weight in load_file(file).items()}, file, {"format": "pt"})
+    words = ["model.path=blank", "optim.lr=1e-3", "data.seed=3", "train.max_steps=8"]
+    _, found, _ = doctor("--prompts", "16", *words)
+    commands = found["rewards before training"]["remedy"].partition("opd sample")
+    sample, _, train = (commands[1] + commands[2]).partition(" && ")
+    assert shlex.split(sample) == ["opd", "sample", "experiment=debug", "device=cpu", *words, "--out", "teacher.jsonl"]
+    data = ["data=jsonl", "data.train_path=teacher.jsonl", "data.eval_path=teacher-eval.jsonl", "data.completion=completion"]
+    kept = ["experiment=debug", "device=cpu", "model.path=blank", "optim.lr=1e-3", "train.max_steps=8"]
+    assert shlex.split(train) == ["opd", "train", *kept, *data, "train.given_share={0: 1.0, 2: 0.25, 4: 0}"]
 
 
 def test_rewards_of_student_and_teacher_decide() -> None:

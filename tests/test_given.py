@@ -1,4 +1,4 @@
-"""Given completions and the anchor: rows that take a text, what is learnt, metrics, resume; the teacher's completions in a file."""
+"""Given completions and the anchor: rows that take a text, gradients, metrics, resume; the teacher's completions in a file."""
 
 import copy
 import json
@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fake_vllm import ScoringServer, running
 from test_step import old_logp
-from training_helpers import VOCABULARY, make_trainer, weights
+from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import errors
@@ -20,12 +21,13 @@ from opd.config.schema import DataConfig, Source
 from opd.data.given import check_given, given_rollout, takes_given
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
 from opd.objective import reverse_kl
 from opd.runs.reader import open_run
 from opd.teachers import LocalTeacher
 from opd.training.checkpoint import read
+from opd.training.identity import check_same, identity
 
 TINY = ["experiment=debug", "device=cpu", "eval.kl_prompts=0", "eval.limit=4"]
 GIVEN = ((5, 6, 7, 1), (8, 1))
@@ -155,7 +157,7 @@ def test_what_is_not_trained_on_as_it_stands_is_logged(tmp_path, caplog):
         completions(tiny_tokenizer(), 3)
 
 
-# What is learnt.
+# Gradients.
 
 
 @pytest.mark.parametrize("reduction", ["token", "sequence"])
@@ -291,6 +293,26 @@ def test_resume_between_inner_steps_keeps_given_rows(tmp_path):
     assert torch.equal(weights(resumed), weights(straight)) and done.metrics["given/rollouts"] == 3
 
 
+def test_a_checkpoint_from_before_there_were_given_completions_is_of_the_same_run(tmp_path):
+    config = given_trainer(tmp_path, 0.0).config
+    now = identity(config, SimpleNamespace(num_processes=1))
+    old = copy.deepcopy(now)
+    del old["config"]["train"]["given_share"], old["config"]["ppo"]["reference_coef"]
+    assert check_same(old, now, tmp_path, force=False) == []
+    config.train.given_share = 0.5
+    with pytest.raises(ConfigError, match=r"train\.given_share was 0"):
+        check_same(old, identity(config, SimpleNamespace(num_processes=1)), tmp_path, force=False)
+
+
+def test_with_lag_1_given_rows_are_sampled_ahead_and_stored(tmp_path):
+    trainer = given_trainer(tmp_path, 0.5, **SERVER)
+    trainer.sampler = ServerSampler(trainer)
+    trainer.begin_step()
+    assert [rollout.given for rollout in trainer.ahead.result()].count(True) == 3
+    stored = trainer.sampled_ahead()
+    assert stored["given"].tolist() == [rollout.given for rollout in trainer.ahead.result()]
+
+
 # Runs and the teacher's texts in a file.
 
 
@@ -337,6 +359,17 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     assert "seed" in capfd.readouterr().err, "another command's file"
     assert cli.main([*words, "--out", "part.jsonl"]) == errors.OK
     assert Path("part.jsonl").read_text() == whole and not part.exists()
+
+
+def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+12=", "answer": str(a + 12)[::-1]}) + "\n" for a in range(10, 20)))
+    teacher = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / "tiny-teacher", dtype=torch.float32)
+    words = ["sample", "model=tiny", "teacher=tiny", "data=jsonl", "data.train_path=data.jsonl", "eval=arithmetic", "device=cpu"]
+    with running(ScoringServer(teacher, tiny_tokenizer())) as server:
+        assert cli.main([*words, f"teacher.url={server.url}", "sampling.max_new_tokens=8", "--out", "t.jsonl", "--json"]) == errors.OK
+    assert json.loads(capfd.readouterr().out)["reward"] == 1.0
+    assert all(row["completion"] == row["answer"] for row in map(json.loads, Path("t.jsonl").read_text().splitlines()))
 
 
 def killed_at_the_third(monkeypatch):

@@ -65,7 +65,7 @@ def check_given(prompts: Sequence[Prompt], config: Config) -> None:
 
 
 def eval_file(out: Path) -> Path:
-    """Return the file with the evaluation rows beside the one with the teacher's completions."""
+    """Return the file with the evaluation rows that belongs to the one with the teacher's completions."""
     return out.with_name(f"{out.stem}-eval{out.suffix}")
 
 

@@ -41,7 +41,7 @@ EVERY = 10.0  # seconds between messages of progress
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written.
+    """The outcome of `write_completions`.
 
     Attributes:
         prompts: that were answered.
@@ -69,7 +69,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     Raises:
         ConfigError: the options do not go together, or `out` is of another command.
         DataError: no completion may be kept.
-        OutputError: `out` cannot be written.
+        OutputError: `out` is not writable.
     """
     part = out.with_name(f"{out.name}.part")
     for file in (out, eval_file(out)):
