@@ -85,6 +85,11 @@ class Quantization(Enum):
     nf4 = "nf4"
 
 
+class OptimizerName(Enum):
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
 class Reduction(Enum):
     token = "token"
     sequence = "sequence"
@@ -201,9 +206,15 @@ class ModelConfig(Section):
     dtype: Dtype = Dtype.auto
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None
+    quantization: Quantization = Quantization.none
 
     def __post_init__(self) -> None:
         self.require("path", bool(self.path.strip()), "must be a hub id or a local folder")
+        self.require("adapter", self.adapter is None or bool(self.adapter.strip()), "must be the folder of an adapter, or null")
+        unpacked = self.quantization is Quantization.none or self.gguf_file is None
+        gguf = f"does not work with {self.PREFIX}gguf_file, which is dequantized on loading: set {self.PREFIX}quantization=none"
+        self.require("quantization", unpacked, gguf)
         remedy = f"runs code from the model repository: pin the commit with {self.PREFIX}revision=COMMIT"
         self.require("trust_remote_code", not self.trust_remote_code or self.revision is not None, remedy)
 
@@ -217,7 +228,6 @@ class TeacherConfig(ModelConfig):
     system: str | None = None
     placement: Placement = Placement.same
     device: str | None = None
-    quantization: Quantization = Quantization.none
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
@@ -230,13 +240,12 @@ class TeacherConfig(ModelConfig):
         if self.quantization is not Quantization.none:
             whole = self.placement in (Placement.same, Placement.device)
             self.require("quantization", whole, f"does not work with teacher.placement={self.placement.value}: set teacher.placement=same")
-            remedy = "does not work with teacher.gguf_file, which is dequantized on loading: set teacher.quantization=none"
-            self.require("quantization", self.gguf_file is None, remedy)
         if self.url is not None:
             known = bool(self.urls) and all(isinstance(url, str) and SERVER.fullmatch(url) for url in self.urls)
             self.require("url", known, "must be a server such as http://127.0.0.1:8000, a list of servers, or null for a local teacher")
             here = self.placement is Placement.same and self.quantization is Quantization.none
             self.require("url", here, "the server has the weights: set teacher.placement=same teacher.quantization=none")
+            self.require("adapter", self.adapter is None, "the server has the weights: set teacher.adapter=null")
 
     @property
     def urls(self) -> list[str]:
@@ -351,6 +360,7 @@ class PPOConfig(Section):
 @dataclass(kw_only=True, slots=True)
 class OptimConfig(Section):
     PREFIX: ClassVar[str] = "optim."
+    name: OptimizerName = OptimizerName.adamw
     lr: float = bounded(1e-5, above=0, hint="1e-5 to 5e-5 is usual when all weights are trained")
     weight_decay: float = bounded(0.0, at_least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -468,6 +478,11 @@ class Config(Section):
         self.require("name", fits, "it names the run folder; use letters, digits and . _ - + = , only")
         self.require("resume", bool(self.resume.strip()), "must be auto, never or the path of a checkpoint")
 
+        quantized = self.model.quantization is not Quantization.none
+        remedy = "quantised weights cannot be trained: set lora=default, which trains adapters, or model.quantization=none"
+        self.require("model.quantization", not quantized or self.lora.rank > 0, remedy)
+        copies = self.sampling.dtype is SamplingDtype.bfloat16 and self.sampling.engine is not Engine.vllm
+        self.require("sampling.dtype", not (quantized and copies), "quantised weights have no bf16 copy: set sampling.dtype=auto")
         if self.shares_base:
             remedy = "the teacher is the student without its adapter: set teacher.system='…' for it, or another teacher.path"
             self.require("lora.rank", self.teacher.system is not None, remedy)
@@ -528,7 +543,7 @@ class Config(Section):
 
     @property
     def shares_base(self) -> bool:
-        """Whether the teacher is the student's base model without the adapter, so that only one copy is loaded."""
+        """Whether the teacher is the student's base model without the adapter, quantised as it is, so that only one copy is loaded."""
         base = (self.model.path, self.model.revision, self.model.gguf_file)
-        is_local = self.teacher.url is None
-        return is_local and self.lora.rank > 0 and base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)
+        is_base = self.teacher.url is None and self.teacher.adapter is None
+        return is_base and self.lora.rank > 0 and base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)

@@ -12,7 +12,7 @@ from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
-from opd.models.policy import check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
+from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
@@ -93,9 +93,9 @@ def load(config: ModelConfig, role: str, device: torch.device, sampling: Samplin
         model = prepare_teacher(model, device)
     else:
         model, bf16 = prepare_student(model, device).requires_grad_(False), models.computes_in_bf16(config.dtype, device)
-        for weight in model.parameters():
+        for weight in filter(torch.is_floating_point, model.parameters()):  # not quantised ones, which are integers
             weight.data = weight.data.to(torch.bfloat16 if bf16 else torch.float32)  # buffers, such as rotary frequencies, keep their dtype
-        copies = models.uses_bf16_copy(sampling, device, bf16)
+        copies = not is_quantized(model) and models.uses_bf16_copy(sampling, device, bf16)
     return LoadedModel(role, model, tokenizer, models.eos_ids(model, tokenizer), copies)
 
 

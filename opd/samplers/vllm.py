@@ -6,7 +6,6 @@ from, the metric `engine_gap` shows the difference, and the importance weight co
 It has run on a CPU only. On a GPU the same calls apply, and the engine sleeps outside of `sample` so that training has its memory.
 """
 
-import copy
 import logging
 import math
 import os
@@ -30,7 +29,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.models.device import free_memory
 from opd.samplers.base import Decoding, OnMain, SamplerSpec, run_here
-from opd.samplers.weights import checkpoint_weights
+from opd.samplers.weights import checkpoint_weights, plain_config
 
 TESTED = "0.32"
 
@@ -158,7 +157,7 @@ def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float) -> Any:
     """
     model = spec.model
     on_cpu = model.device.type == "cpu"
-    config = copy.deepcopy(model.config)
+    config = plain_config(model)
     config.architectures = [type(model).__name__]
     config.get_text_config().vocab_size = spec.vocabulary
     room: dict[str, float]
