@@ -316,7 +316,9 @@ def flat(entries: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a parameter's state as tensors: bitsandbytes has some in a dictionary of its own, and counts steps with an int."""
     tensors: dict[str, Tensor] = {}
     for name, value in entries.items():
-        tensors |= flat(value) if isinstance(value, dict) else {name: torch.as_tensor(value)}
+        # All parameters share one table of 256 codes, and safetensors stores no memory twice.
+        is_shared = name in ("qmap1", "qmap2")
+        tensors |= flat(value) if isinstance(value, dict) else {name: value.clone() if is_shared else torch.as_tensor(value)}
     return tensors
 
 
