@@ -12,7 +12,7 @@ from opd.api import from_options
 from opd.config.compose import PACKAGE
 from opd.errors import ConfigError
 from opd.models import load as models
-from opd.models.adapters import lora_options, trained_adapters
+from opd.models.adapters import load_adapter, lora_options, trained_adapters
 from opd.models.memory import estimate
 from opd.train import main
 
@@ -34,7 +34,7 @@ def save_adapter(folder, base=BASE, **settings):
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=2.0)
-    adapted.save_pretrained(folder)
+    adapted.save_pretrained(folder, save_embedding_layers=False)
     with torch.no_grad():
         return adapted.eval()(IDS).logits
 
@@ -198,3 +198,16 @@ def test_adapter_without_peft_is_refused_with_the_extra_to_install(tmp_path, mon
     monkeypatch.setattr(adapters, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^teacher\.adapter=.*pip install 'opd\[lora\]'"):
         models.load_model(options(teacher__adapter=str(tmp_path)).teacher, "teacher", CPU)
+
+
+def test_adapters_on_the_output_head_are_refused_where_they_would_not_be_trained_or_change_a_tied_embedding(tmp_path):
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        save_adapter(folder, random_model(64, tie_word_embeddings=tied), target_modules=["q_proj", "lm_head"])
+        with pytest.raises(ConfigError, match=r"^model\.adapter=.*output head"):
+            trained_adapters(random_model(64, tie_word_embeddings=tied), options(model__adapter=str(folder)))
+        with pytest.raises(ConfigError, match=r"^lora\.targets=.*output head"):
+            trained_adapters(random_model(64, tie_word_embeddings=tied), options(lora__targets=["q_proj", "lm_head"]))
+    with pytest.raises(ConfigError, match=r"^model\.adapter=.*output head"):
+        load_adapter(random_model(64, tie_word_embeddings=True), options(model__adapter=str(folder)).model, "model")
+    load_adapter(random_model(64), options(model__adapter=str(tmp_path / "False")).model, "model")

@@ -88,11 +88,14 @@ def test_more_tokens_than_the_model_has_positions_are_refused(model):
         engine_of(model, longest=5000, batch_size=2)
 
 
-def test_adapters_are_merged_into_the_weights_of_the_engine(make_model):
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "embed_tokens"]], ids=["sent alone", "merged"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+def test_adapters_reach_the_engine_alone_or_merged(make_model, targets):
     pytest.importorskip("peft")
     model = make_model(hidden=64)
-    add_adapters(model, LoraConfig(rank=4))
+    add_adapters(model, LoraConfig(rank=4, targets=targets))
     sampler = engine_of(model)
+    assert sampler.rank == (8 if targets == ["all-linear"] else None)
     sampler.sample(long_requests(), DECODING, "train")
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -75,8 +75,26 @@ def lora_options(config: Config) -> LoraConfig:
 
 def trained_adapters(model: PreTrainedModel, config: Config) -> Any:
     """Add adapters to train to the student in place, new ones or those of `model.adapter`, and return peft's handle on them."""
-    lora = lora_options(config)
-    return add_adapters(model, lora) if config.model.adapter is None else load_adapter(model, config.model, "model")
+    lora, adapter = lora_options(config), config.model.adapter
+    handle = add_adapters(model, lora) if adapter is None else load_adapter(model, config.model, "model")
+    check_vocabulary_layers(model, f"lora.targets={lora.targets}" if adapter is None else f"model.adapter={adapter}", is_trained=True)
+    return handle
+
+
+def check_vocabulary_layers(model: PreTrainedModel, option: str, is_trained: bool) -> None:
+    """Raise `ConfigError` for adapters on the output head, which the loss reads as a plain matrix, or on an embedding tied to it.
+
+    Args:
+        is_trained: Whether adapters are trained. Merged ones may be on a head of its own.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding_is_adapted, head_is_adapted = (isinstance(layer, BaseTunerLayer) for layer in layers)
+    is_tied = layers[0].weight is layers[1].weight  # those of the plain layers, also where they are adapted
+    if (head_is_adapted and (is_trained or is_tied)) or (embedding_is_adapted and is_tied):
+        why = "are not trained here" if is_trained else "change the embedding that is tied to it"
+        raise ConfigError(f"{option}: adapters on the output head, or on the embedding tied to it, {why}; use adapters on other layers")
 
 
 def load_adapter(model: PreTrainedModel, config: ModelConfig, role: str) -> Any:
@@ -97,5 +115,6 @@ def load_adapter(model: PreTrainedModel, config: ModelConfig, role: str) -> Any:
     unplaced = sorted(result.unexpected_keys) + sorted(name for name in result.missing_keys if ".lora_" in name)
     if unplaced:
         raise ConfigError(f"{option}: {len(unplaced)} of its tensors and those of the model do not match, such as {unplaced[0]}; {remedy}")
+    check_vocabulary_layers(model, option, is_trained=False)
     model.eval()
     return adapted.base_model

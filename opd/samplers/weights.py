@@ -20,13 +20,14 @@ from opd.models.policy import is_quantized
 
 
 @torch.no_grad()
-def checkpoint_weights(model: PreTrainedModel, vocabulary: int | None = None) -> Iterator[tuple[str, Tensor]]:
+def checkpoint_weights(model: PreTrainedModel, vocabulary: int | None = None, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield each name and weight in full, detached, on the model's device.
 
     A head that is tied to the embedding comes under both names: an engine may store the two apart and would keep the old one.
 
     Args:
         vocabulary: Rows (V, H) of embedding and output head to yield; None for all.
+        merged: Whether adapters are merged; otherwise they are left out.
     """
     stored = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))}
     vocabulary_layers = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -38,7 +39,7 @@ def checkpoint_weights(model: PreTrainedModel, vocabulary: int | None = None) ->
         holder, _, attribute = name.rpartition(".")
         is_packed = attribute == "weight" and is_quantized(model) and not tensor.is_floating_point()
         value = dequantized(model.get_submodule(holder)) if is_packed else full_tensor(tensor)
-        if name != plain_name and plain_name.endswith(".weight"):
+        if merged and name != plain_name and plain_name.endswith(".weight"):
             adapted: Any = layer  # peft's layer around the plain one
             deltas = [full_tensor(adapted.get_delta_weight(adapter)).float() for adapter in adapted.active_adapters]
             value = torch.stack([value.float(), *deltas]).sum(0)
