@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -293,18 +294,18 @@ def test_each_of_two_processes_has_an_engine_with_the_current_weights(student_fo
     assert len(steps) == 4 and max(step["engine_gap"] for step in steps) < 1e-4
 
 
-@pytest.fixture(scope="module")
-def server(student_folder, tmp_path_factory):
-    """A real server, started as opd/samplers/README.md says, with a smaller cache."""
+@contextmanager
+def serving(student_folder, folder, *options, **variables):
+    """Yield the address of a real server, started as opd/samplers/README.md says, with a smaller cache."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).parent / "vllm", "serve", student_folder, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", "--logprobs-mode", "processed_logprobs"]
-    command += ["--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M"]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    command += ["--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M", *options]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **variables}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    log = tmp_path_factory.mktemp("server") / "log"
+    log = folder / "log"
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process:
         try:
@@ -316,6 +317,25 @@ def server(student_folder, tmp_path_factory):
         finally:
             process.terminate()
             process.wait(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def server(student_folder, tmp_path_factory):
+    with serving(student_folder, tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+def test_run_with_adapters_sends_them_alone_to_a_server_with_room_for_them(student_folder, tmp_path):
+    room = ("--enable-lora", "--max-lora-rank", "16")
+    with serving(student_folder, tmp_path, *room, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as url:
+        options = [f"model.path={student_folder}", f"sampling.vllm.url={url}", "sampling.vllm.weights_folder=w", "optim.lr=1e-2"]
+        done = opd(tmp_path, *options, "name=one", "lora=default")
+        assert done.returncode == 0, done.stderr
+        steps = metrics(tmp_path / "runs" / "one")
+        assert len(steps) == 6 and max(step["engine_gap"] for step in steps) < 1e-4
+        assert {file.name for file in (tmp_path / "w").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        done = opd(tmp_path, *options, "name=two", "lora=default", "lora.rank=32")
+        assert done.returncode == 76 and "rank 32" in done.stderr
 
 
 def answers(url):
