@@ -198,7 +198,7 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         (["teacher.gguf_file=x", "teacher.quantization=int8"], "teacher.quantization=int8", "teacher.quantization=none"),
         (["model.gguf_file=x", "model.quantization=int8"], "model.quantization=int8", "model.quantization=none"),
         (["model.quantization=nf4"], "model.quantization=nf4", "lora=default"),
-        (["model.quantization=nf4", "lora=default", "sampling.dtype=bfloat16"], "sampling.dtype=bfloat16", "sampling.dtype=auto"),
+        (["model.quantization=nf4", "lora.rank=4", "sampling.dtype=bfloat16"], "sampling.dtype=bfloat16", "sampling.dtype=auto"),
         (["model.adapter=''"], "model.adapter=''", "or null"),
         ([URL, "teacher.adapter=x"], "teacher.adapter='x'", "teacher.adapter=null"),
         (["lora.rank=-1"], "lora.rank=-1", "at least 0"),

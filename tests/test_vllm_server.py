@@ -209,7 +209,7 @@ def test_server_with_another_base_model_or_too_little_room_for_the_adapters_is_r
         assert "model.path" in failure(sampler.sync_weights)
         server.answers["/v1/load_lora_adapter"] = lambda handler, body: handler.reply({"error": "rank 4 is too large"}, 400)
         assert "too large" in failure(VllmServerSampler(spec_of(student(False, True)), False, server.url).sync_weights)
-        assert not server.bodies("/collective_rpc")  # vLLM breaks where weights are loaded beside adapters
+        assert not server.bodies("/collective_rpc")  # vLLM breaks where weights are loaded with adapters
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft

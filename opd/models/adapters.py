@@ -18,7 +18,7 @@ from opd.models.policy import MODEL_ERRORS, add_adapters
 
 SETTINGS, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 ALL_LINEAR = ["all-linear"]
-# Settings of peft that train or compute something else than a product of two matrices beside a linear layer.
+# Settings of peft that train or compute something else than a product of two matrices next to a linear layer.
 NOT_TRAINED = (
     "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
 )  # fmt: skip

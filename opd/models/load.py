@@ -173,7 +173,7 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], config: ModelC
 def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
     """Load the student in float32 (the optimizer's master weights), the teacher and what a quantised student computes in bf16 in bf16.
 
-    An adapter is merged, or kept beside quantised weights, which would have to be rounded again.
+    An adapter is merged, or kept next to quantised weights, which would have to be rounded again.
 
     Raises `ConfigError` for what is no causal language model, for weights that are damaged, missing or left over, and for quantised ones of
     the student.

@@ -1,6 +1,6 @@
 """Adapters alone for vLLM, where the student trains nothing else: about a hundredth of the bytes of the merged weights.
 
-vLLM reads them from a folder as peft writes it. It has the base model from its start and multiplies the adapters' matrices beside it. The
+vLLM reads them from a folder as peft writes it. It has the base model from its start and multiplies the adapters' matrices next to it. The
 merged weights stay for a student that vLLM's adapters cannot express, and for a server that was started without them.
 """
 
