@@ -185,7 +185,7 @@ def check_installed() -> None:
 def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float, rank: int | None = None) -> Any:
     """Return a vLLM engine for the model's architecture that has generated a token, with dummy weights.
 
-    With room for adapters of `rank` it has the base model's weights: vLLM cannot exchange them together with adapters, and they do not change.
+    With room for adapters of `rank` it has the base model's weights: vLLM cannot exchange them if it has adapters, and they do not change.
 
     Raises `ConfigError` when vLLM refuses: some shapes it refuses only when it generates.
     """
