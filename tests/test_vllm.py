@@ -89,11 +89,14 @@ def test_more_tokens_than_the_model_has_positions_are_refused(model):
         engine_of(model, longest=5000, batch_size=2)
 
 
-def test_adapters_are_merged_into_the_weights_of_the_engine(make_model):
+@pytest.mark.parametrize("targets", [["all-linear"], ["q_proj", "embed_tokens"]], ids=["sent alone", "merged"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+def test_adapters_reach_the_engine_alone_or_merged(make_model, targets):
     pytest.importorskip("peft")
     model = make_model(hidden=64)
-    add_adapters(model, LoraConfig(rank=4))
+    add_adapters(model, LoraConfig(rank=4, targets=targets))
     sampler = engine_of(model)
+    assert sampler.rank == (8 if targets == ["all-linear"] else None)
     sampler.sample(long_requests(), DECODING, "train")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -292,15 +295,15 @@ def test_each_of_two_processes_has_an_engine_with_the_current_weights(student_fo
 
 
 @contextmanager
-def serving(folder, log):
+def serving(folder, log, *options, **variables):
     """Let a real server, started as opd/samplers/README.md says with a smaller cache, answer for the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [Path(sys.executable).parent / "vllm", "serve", folder, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", "256", "--logprobs-mode", "processed_logprobs"]
-    command += ["--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M"]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    command += ["--enforce-eager", "--max-num-seqs", "16", "--kv-cache-memory-bytes", "64M", *options]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **variables}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment) as process:
@@ -319,6 +322,19 @@ def serving(folder, log):
 def server(student_folder, tmp_path_factory):
     with serving(student_folder, tmp_path_factory.mktemp("server") / "log") as url:
         yield url
+
+
+def test_run_with_adapters_sends_them_alone_to_a_server_with_room_for_them(student_folder, tmp_path):
+    room = ("--enable-lora", "--max-lora-rank", "16")
+    with serving(student_folder, tmp_path / "log", *room, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as url:
+        options = [f"model.path={student_folder}", f"sampling.vllm.url={url}", "sampling.vllm.weights_folder=w", "optim.lr=1e-2"]
+        done = opd(tmp_path, *options, "name=one", "lora=default")
+        assert done.returncode == 0, done.stderr
+        steps = metrics(tmp_path / "runs" / "one")
+        assert len(steps) == 6 and max(step["engine_gap"] for step in steps) < 1e-4
+        assert {file.name for file in (tmp_path / "w").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        done = opd(tmp_path, *options, "name=two", "lora=default", "lora.rank=32")
+        assert done.returncode == 76 and "rank 32" in done.stderr
 
 
 def answers(url):

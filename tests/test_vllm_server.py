@@ -1,5 +1,6 @@
 """The client of a vLLM server: what it sends, and one line for each way in which a server can fail. Needs no vLLM."""
 
+import json
 import math
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from fake_vllm import FakeServer, completion, running
+from fake_vllm import FakeServer, ModelServer, completion, running
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -139,6 +140,87 @@ def test_only_the_main_process_sends_weights(make_sampler, server):
     sampler.refresh()
     sampler.sample(REQUESTS, DECODING, "train")
     assert not server.bodies("/collective_rpc") and len(server.bodies("/v1/completions")) == 1 + len(REQUESTS)
+
+
+class AdapterServer(ModelServer):
+    """Has the base model, and loads adapters from a folder as vLLM does: by the names and with the scale of peft's files."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.base, self.adapted = {name: tensor.clone() for name, tensor in base.state_dict().items()}, False
+        self.model.load_state_dict(self.base)
+        self.answers["/v1/load_lora_adapter"] = self.load
+        self.answers["/v1/completions"] = self.respond
+
+    def load(self, handler, body):
+        assert body["load_inplace"] is True and body["lora_name"] == "opd"
+        folder = Path(body["lora_path"])
+        settings, tensors = json.loads((folder / "adapter_config.json").read_text()), load_file(folder / "adapter_model.safetensors")
+        weights = dict(self.base)
+        for name in (name for name in tensors if name.endswith("lora_A.weight")):
+            plain = name.removeprefix("base_model.model.").replace(".lora_A", "")
+            scale = settings["lora_alpha"] / settings["r"]
+            weights[plain] = weights[plain] + scale * tensors[name.replace("lora_A", "lora_B")] @ tensors[name]
+        self.model.load_state_dict(weights)
+        self.adapted = True
+        handler.reply(b"Success: LoRA adapter 'opd' added successfully.")
+
+    def respond(self, handler, body):
+        if body["top_k"] == 1:
+            handler.reply(completion([3] * 8, [0.0] * 8))
+        else:
+            assert body["model"] == ("opd" if self.adapted else "student")
+            self.sample(handler, body)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+def test_adapters_alone_go_to_a_server_that_takes_them(tmp_path):
+    pytest.importorskip("peft")
+    model = student(tied=False, adapted=True)
+    with running(AdapterServer(student(tied=False, adapted=False))) as server:
+        sampler = VllmServerSampler(spec_of(model, eos=(1,)), False, server.url, 5.0, str(tmp_path / "w"))
+        for _ in range(2):
+            (rollout,) = sampler.sample(REQUESTS[:1], Decoding(1.0, 6), "train")
+            ids = torch.tensor([[*rollout.request.prompt.ids, *rollout.completion]])
+            expected = model(ids).logits[0, 2:-1].log_softmax(-1).gather(-1, ids[0, 3:, None])[:, 0]
+            assert torch.allclose(rollout.behaviour_logp, expected.detach(), atol=1e-4)
+            change_adapters(model)
+            sampler.refresh()
+        assert (
+            not server.bodies("/collective_rpc")
+            and len(server.bodies("/v1/load_lora_adapter")) == len(server.bodies("/reset_prefix_cache")) == 2
+        )
+        sent = sum(file.stat().st_size for file in (tmp_path / "w").iterdir())
+        assert sent < 0.9 * sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+def change_adapters(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(1.5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+def test_server_with_another_base_model_or_too_little_room_for_the_adapters_is_refused(tmp_path):
+    pytest.importorskip("peft")
+    with running(AdapterServer(random_model(seed=5))) as server:
+        sampler = VllmServerSampler(spec_of(student(tied=False, adapted=True)), False, server.url)
+        assert "model.path" in failure(sampler.sync_weights)
+        server.answers["/v1/load_lora_adapter"] = lambda handler, body: handler.reply({"error": "rank 4 is too large"}, 400)
+        assert "too large" in failure(VllmServerSampler(spec_of(student(False, True)), False, server.url).sync_weights)
+        assert not server.bodies("/collective_rpc")  # vLLM breaks where weights are loaded with adapters
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+def test_merged_weights_go_to_a_server_without_adapters_with_a_warning(server, caplog):
+    pytest.importorskip("peft")
+    sampler = VllmServerSampler(spec_of(student(tied=False, adapted=True)), False, server.url)
+    for _ in range(2):
+        sampler.sync_weights()
+        sampler.refresh()
+    assert len(server.bodies("/collective_rpc")) == 2 and len(server.bodies("/v1/load_lora_adapter")) == 1
+    assert sampler.model_name == "student" and "merged" in caplog.text
 
 
 def send_sharded_weights(rank, folder, url):

@@ -98,6 +98,11 @@ class Quantization(Enum):
     nf4 = "nf4"
 
 
+class OptimizerName(Enum):
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
 class Reduction(Enum):
     token = "token"
     sequence = "sequence"
@@ -125,7 +130,7 @@ class Direction(Enum):
 
 AUTO = "auto"
 # Options of a teacher with weights of its own, which say nothing about a student that is its own teacher.
-UNREAD = ("url", "placement", "quantization", "gguf_file", "revision", "dtype", "attn_implementation")
+UNREAD = ("url", "placement", "quantization", "gguf_file", "revision", "adapter", "dtype", "attn_implementation")
 STEP = re.compile(r"0|[1-9]\d*")
 SERVER = re.compile(r"https?://[^/\s]+/?")
 PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # in a template over the columns of a row: a literal brace, or {column}
@@ -222,9 +227,15 @@ class ModelConfig(Section):
     dtype: Dtype = Dtype.auto
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    adapter: str | None = None
+    quantization: Quantization = Quantization.none
 
     def __post_init__(self) -> None:
         self.require("path", bool(self.path.strip()), "must be a hub id or a local folder")
+        self.require("adapter", self.adapter is None or bool(self.adapter.strip()), "must be the folder of an adapter, or null")
+        unpacked = self.quantization is Quantization.none or self.gguf_file is None
+        gguf = f"does not work with {self.PREFIX}gguf_file, which is dequantized on loading: set {self.PREFIX}quantization=none"
+        self.require("quantization", unpacked, gguf)
         remedy = f"runs code from the model repository: pin the commit with {self.PREFIX}revision=COMMIT"
         self.require("trust_remote_code", not self.trust_remote_code or self.revision is not None, remedy)
 
@@ -243,7 +254,6 @@ class TeacherConfig(ModelConfig):
     contrast: str | None = None
     placement: Placement = Placement.same
     device: str | None = None
-    quantization: Quantization = Quantization.none
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
@@ -256,13 +266,12 @@ class TeacherConfig(ModelConfig):
         if self.quantization is not Quantization.none:
             whole = self.placement in (Placement.same, Placement.device)
             self.require("quantization", whole, f"does not work with teacher.placement={self.placement.value}: set teacher.placement=same")
-            remedy = "does not work with teacher.gguf_file, which is dequantized on loading: set teacher.quantization=none"
-            self.require("quantization", self.gguf_file is None, remedy)
         if self.url is not None:
             known = bool(self.urls) and all(isinstance(url, str) and SERVER.fullmatch(url) for url in self.urls)
             self.require("url", known, "must be a server such as http://127.0.0.1:8000, a list of servers, or null for a local teacher")
             here = self.placement is Placement.same and self.quantization is Quantization.none
             self.require("url", here, "the server has the weights: set teacher.placement=same teacher.quantization=none")
+            self.require("adapter", self.adapter is None, "the server has the weights: set teacher.adapter=null")
         for option in ("prompt", "contrast"):
             rest = PLACEHOLDER.sub("", getattr(self, option) or "")
             remedy = "has a brace that is not part of a {column}: write a literal brace as {{ or }}"
@@ -389,6 +398,7 @@ class PPOConfig(Section):
 @dataclass(kw_only=True, slots=True)
 class OptimConfig(Section):
     PREFIX: ClassVar[str] = "optim."
+    name: OptimizerName = OptimizerName.adamw
     lr: float = bounded(1e-5, above=0, hint="1e-5 to 5e-5 is usual when all weights are trained")
     weight_decay: float = bounded(0.0, at_least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
@@ -528,6 +538,11 @@ class Config(Section):
         self.require("name", fits, "it names the run folder; use letters, digits and . _ - + = , only")
         self.require("resume", bool(self.resume.strip()), "must be auto, never or the path of a checkpoint")
 
+        quantized = self.model.quantization is not Quantization.none
+        remedy = "quantised weights cannot be trained: set lora=default, which trains adapters, or model.quantization=none"
+        self.require("model.quantization", not quantized or self.lora.rank > 0, remedy)
+        copies = self.sampling.dtype is SamplingDtype.bfloat16 and self.sampling.engine is not Engine.vllm
+        self.require("sampling.dtype", not (quantized and copies), "quantised weights have no bf16 copy: set sampling.dtype=auto")
         if self.teaches_itself:
             self.check_self_teaching()
 
@@ -609,8 +624,8 @@ class Config(Section):
         """Whose weights the teacher has: also `base` where `teacher.path` is the model that gets adapters, which is then loaded once."""
         if self.names_weights or self.teacher.url is not None or self.lora.rank == 0:
             return self.teacher.weights
-        base = (self.model.path, self.model.revision, self.model.gguf_file)
-        shares_base = base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file)
+        base = (self.model.path, self.model.revision, self.model.gguf_file, None)
+        shares_base = base == (self.teacher.path, self.teacher.revision, self.teacher.gguf_file, self.teacher.adapter)
         return TeacherWeights.base if shares_base else TeacherWeights.own
 
     @property
@@ -621,6 +636,16 @@ class Config(Section):
     def teaches_itself(self) -> bool:
         """Whether the student is its own teacher: nothing is loaded from `teacher.path`."""
         return self.teacher_weights is not TeacherWeights.own
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the student starts as its base model, so that its adapters need only be off for the weights of the start."""
+        return self.lora.rank > 0 and self.model.adapter is None
+
+    @property
+    def teacher_is_start(self) -> bool:
+        """Whether the teacher has the weights of the student's start, and not those of its base model below `model.adapter`."""
+        return self.teacher_weights is TeacherWeights.base and (self.names_weights or self.starts_at_base)
 
     @property
     def teacher_files(self) -> ModelConfig:

@@ -173,6 +173,8 @@ def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[st
         "teacher.path": teacher.path,
         "teacher.revision": teacher.revision,
         "teacher.gguf_file": teacher.gguf_file,
+        "teacher.adapter": teacher.adapter,
+        "teacher.quantization": teacher.quantization.value,
         "data": digest(rows(prompts)),
         "samples": samples,
         "seed": config.seed,

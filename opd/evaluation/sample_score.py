@@ -14,8 +14,9 @@ from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import DataError
 from opd.models import load as models
+from opd.models.adapters import trained_adapters
 from opd.models.overlap import Overlap, end_ids
-from opd.models.policy import add_adapters, check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
+from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
@@ -114,20 +115,22 @@ def load(config: ModelConfig, role: str, device: torch.device, sampling: Samplin
         model = prepare_teacher(model, device)
     else:
         model, bf16 = prepare_student(model, device).requires_grad_(False), models.computes_in_bf16(config.dtype, device)
-        for weight in model.parameters():
+        for weight in filter(torch.is_floating_point, model.parameters()):  # not quantised ones, which are integers
             weight.data = weight.data.to(torch.bfloat16 if bf16 else torch.float32)  # buffers, such as rotary frequencies, keep their dtype
-        copies = models.uses_bf16_copy(sampling, device, bf16)
+        copies = not is_quantized(model) and models.uses_bf16_copy(sampling, device, bf16)
     return LoadedModel(role, model, tokenizer, models.eos_ids(model, tokenizer), copies)
 
 
 def load_teacher(config: Config, device: torch.device, average: Path | None = None) -> LoadedModel:
     """Load the teacher. `average`: the checkpoint of a run whose teacher had the average of the trained weights that is in it."""
-    teacher = load(config.teacher, "teacher", device)
+    averages_adapters = average is not None and config.lora.rank > 0
+    teacher = load(replace(config.teacher, adapter=None) if averages_adapters else config.teacher, "teacher", device)
     if average is not None:
         teacher.model.requires_grad_(config.lora.rank == 0)
-        adapters = add_adapters(teacher.model, config.lora) if config.lora.rank else None
+        trained = replace(config, model=replace(config.model, adapter=config.teacher.adapter))
+        adapters = trained_adapters(teacher.model, trained) if averages_adapters else None
         restore_weights(read(average), trained_tensors(teacher.model), AVERAGE)
-        if adapters is not None:
+        if adapters is not None and not is_quantized(teacher.model):
             adapters.merge_and_unload()
         teacher.model.requires_grad_(False)
     return teacher

@@ -70,7 +70,7 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         config = replace(composed, model=_model(word, composed.model))
     if teacher is not None and teacher != NONE:
         model = _model(teacher, config.teacher)
-        options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code")}
+        options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code", "adapter")}
         config = replace(config, teacher=replace(config.teacher, **options, weights=TeacherWeights.own))
     average = None
     if config.names_weights:

@@ -21,11 +21,12 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TeacherConfig, TrainConfig
+from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
 from opd.data import hub
 from opd.data.prompts import Prompt
 from opd.data.sources import local_path
 from opd.errors import ConfigError, DataError
+from opd.models.adapters import load_adapter
 from opd.models.overlap import Overlap, compare_tokenizers
 from opd.models.policy import output_head
 
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 BUNDLED = "bundled:"
 OTHER_HEADS = ("Classification", "ForMaskedLM", "ForPreTraining", "QuestionAnswering", "MultipleChoice", "RewardModel")
-MERGE = "merge it into its base model (peft: merge_and_unload) and name that folder, or remove the adapter's files"
 
 
 def find_device(device: Device) -> torch.device:
@@ -93,10 +93,14 @@ def locate(config: ModelConfig, role: str) -> str:
     if looks_local and not path.is_dir():
         raise ConfigError(f"{role}.path={config.path}: there is no such folder")
     if (path / "adapter_config.json").is_file():
-        raise ConfigError(f"{role}.path={config.path}: contains an adapter (adapter_config.json); {MERGE}")
+        raise ConfigError(f"{role}.path={config.path}: contains an adapter (adapter_config.json); {adapter_remedy(config, role)}")
     if (path / "final" / "config.json").is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{role}.path={config.path}: a run folder; its model is {role}.path={path / 'final'}")
     return str(path) if path.is_dir() else config.path
+
+
+def adapter_remedy(config: ModelConfig, role: str) -> str:
+    return f"name its base model as {role}.path and the adapter's folder as {role}.adapter={config.path}, or remove the adapter's files"
 
 
 def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs: Any) -> Any:
@@ -148,13 +152,13 @@ def load_config(config: ModelConfig, role: str) -> PreTrainedConfig:
     return settings
 
 
-def check_weights(model: PreTrainedModel, loaded: dict[str, Any], option: str) -> None:
+def check_weights(model: PreTrainedModel, loaded: dict[str, Any], config: ModelConfig, role: str) -> None:
     """Raise `ConfigError` where weights were missing and are random now, or where the folder has weights for which there is no layer.
 
     Args:
         loaded: What transformers returns for `output_loading_info`.
-        option: The model's option and value, for the message.
     """
+    option = f"{role}.path={config.path}"
     parameters, layers = dict(model.named_parameters()), f"{model.base_model_prefix}."
     random = {name for name in loaded["missing_keys"] if name in parameters} | {name for name, *_ in loaded["mismatched_keys"]}
     # A second head or a tower for images may be left out; but no layer, and nothing that belongs to a matrix: its scales, or a bias.
@@ -165,42 +169,70 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], option: str) -
         if names:
             raise ConfigError(f"{option}: with its config.json {len(names)} weights are {problem}, such as {min(names)}; check the folder")
     if model._hf_peft_config_loaded:
-        raise ConfigError(f"{option}: contains an adapter; {MERGE}")
+        raise ConfigError(f"{option}: contains an adapter; {adapter_remedy(config, role)}")
 
 
 def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
-    """Load the student in float32 (the optimizer's master weights), the teacher in its compute dtype.
+    """Load the student in float32 (the optimizer's master weights), the teacher and what a quantised student computes in bf16 in bf16.
+
+    An adapter is merged, or kept next to quantised weights, which would have to be rounded again.
 
     Raises `ConfigError` for what is no causal language model, for weights that are damaged, missing or left over, and for quantised ones of
     the student.
     """
-    load_config(config, role)
-    dtype = torch.bfloat16 if role == "teacher" and computes_in_bf16(config.dtype, device) else torch.float32
+    settings, is_quantized = load_config(config, role), config.quantization is not Quantization.none
+    is_trained = role == "model" and not is_quantized
+    dtype = torch.bfloat16 if not is_trained and computes_in_bf16(config.dtype, device) else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype}
     if config.attn_implementation is not None:
         kwargs["attn_implementation"] = config.attn_implementation
-    if isinstance(config, TeacherConfig) and config.quantization is not Quantization.none:
-        kwargs |= {"quantization_config": quantized(config.quantization, dtype), "device_map": {"": device}}
+    quantized_already = f"{role}.path={config.path}: its weights are quantised and cannot be trained; name the model they were made from"
+    if is_quantized:
+        if role == "model" and "quantization_config" in settings.to_dict():
+            raise ConfigError(quantized_already)
+        kwargs |= {"quantization_config": quantized(config.quantization, dtype, role), "device_map": {"": device}}
     load = AutoModelForCausalLM.from_pretrained
     model: PreTrainedModel
     model, loaded = load_with(load, config, role, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    check_weights(model, loaded, f"{role}.path={config.path}")
+    check_weights(model, loaded, config, role)
+    if role == "model" and config.quantization is Quantization.nf4:
+        keep_gradients(model)
     if config.gguf_file is not None:
         # The weights were expanded on loading; transformers saves the model only if it is marked as an ordinary one.
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
-    if role == "model" and "quantization_config" in model.config.to_dict():
-        raise ConfigError(f"model.path={config.path}: its weights are quantised and cannot be trained; name the model they were made from")
+    if is_trained and "quantization_config" in model.config.to_dict():
+        raise ConfigError(quantized_already)
+    if config.adapter is not None:
+        handle = load_adapter(model, config, role)
+        return model if is_quantized else handle.merge_and_unload()
     return model
 
 
-def quantized(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+def quantized(quantization: Quantization, dtype: torch.dtype, role: str) -> BitsAndBytesConfig:
     """Return the bitsandbytes config of a model that computes in `dtype`. Raises `ConfigError` where the package is missing."""
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"teacher.quantization={quantization.value} needs the package bitsandbytes: pip install 'opd[quantized]'")
+    require_bitsandbytes(f"{role}.quantization={quantization.value}")
     if quantization is Quantization.int8:
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # Columns with outliers, which bitsandbytes would compute in float16, are those of the whole batch: what a student draws from would
+        # depend on its neighbours (0.11 nats per token with SmolLM2-135M). A teacher is compared with nothing and keeps them.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0 if role == "model" else 6.0)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def keep_gradients(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU, after which products with them have no gradients."""
+    from bitsandbytes.nn import Linear4bit
+
+    for layer in model.modules():
+        if isinstance(layer, Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
+def require_bitsandbytes(option: str) -> None:
+    """Raise `ConfigError` where bitsandbytes is missing; else keep it from logging how it rounds at every product, which is its method."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{option} needs the package bitsandbytes: pip install 'opd[quantized]'")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def eos_ids(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ class MasterWeights:
                 self.weights.append(weight)
                 self.masters.append(master)
                 weight.register_post_accumulate_grad_hook(partial(add_gradient, master))
-            weight.data = weight.data.to(torch.bfloat16)  # buffers, such as rotary frequencies, keep their dtype
+            if weight.is_floating_point():  # not quantised ones, which are integers
+                weight.data = weight.data.to(torch.bfloat16)  # buffers, such as rotary frequencies, keep their dtype
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return zip(self.names, self.masters, strict=True)

@@ -16,11 +16,23 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from opd.config.schema import Config, Engine, Estimator, LoraConfig, ModelConfig, Placement, Quantization, TeacherConfig, TeacherWeights
+from opd.config.schema import (
+    Config,
+    Engine,
+    Estimator,
+    LoraConfig,
+    ModelConfig,
+    OptimizerName,
+    Placement,
+    Quantization,
+    TeacherConfig,
+    TeacherWeights,
+)
 from opd.data.order import take
 from opd.data.prompts import Prompt
 from opd.data.rollouts import split_by_tokens
 from opd.errors import ConfigError
+from opd.models.adapters import lora_options
 from opd.models.device import free_memory
 from opd.models.load import computes_in_bf16, load_config, recomputes_activations, uses_bf16_copy
 from opd.models.policy import MODEL_ERRORS, add_adapters, cache_argument, decoder_layers, padding_limit
@@ -33,6 +45,7 @@ FLOAT32, BFLOAT16 = 4, 2
 NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
 START = TeacherWeights.base
 MOMENTS = 2  # AdamW's, for each trained parameter
+MOMENT_8BIT, UNQUANTIZED = 1 + 4 / 256, 4096  # bytes of one, with a float32 scale for every 256; tensors of fewer numbers keep float32
 LOGITS_COPIES = 4  # float32 copies of a decoding batch's logits while its next tokens are drawn
 # Share of all layers' activations, where some are freed while others stay. On a CPU glibc's heap keeps freed blocks of up to 32 MiB, and
 # many of the next ones do not fit: SmolLM2-135M needed 0.25 more with recomputed activations, 0.74 more with adapters, and nothing more
@@ -105,13 +118,16 @@ def estimate(
     parameters = count(student)
     uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
     sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device, uses_line)  # without adapters
+    bf16 = computes_in_bf16(config.model.dtype, device)
+    quantized = quantized_bytes(student, config.model.quantization, BFLOAT16 if bf16 else FLOAT32)  # less than 0
     if config.lora.rank:
         student.requires_grad_(False)
-        add_adapters(student, config.lora)
-    bf16 = computes_in_bf16(config.model.dtype, device)
-    trained, weights = trained_bytes(student), weight_bytes(student, bf16)
-    copied, anchor = (copy_bytes(kind, config.lora.rank > 0, trained, weights, bf16, sharded) for kind in (config.teacher_weights, START))
-    is_anchored = config.ppo.reference_coef > 0 and config.teacher_weights is not START  # else the teacher has these weights
+        add_adapters(student, lora_options(config))
+    trained, weights = trained_bytes(student), weight_bytes(student, bf16) + quantized
+    turns_off = config.starts_at_base or (config.lora.rank > 0 and not config.names_weights)
+    copied = copy_bytes(config.teacher_weights, turns_off, trained, weights, bf16, sharded)
+    anchor = copy_bytes(START, config.starts_at_base, trained, weights, bf16, sharded)
+    is_anchored = config.ppo.reference_coef > 0 and not config.teacher_is_start
     if bf16 and not sharded:
         weights += trained * BFLOAT16 // FLOAT32  # float32 masters in addition to the bf16 module
     share = 1 / processes if sharded else 1.0
@@ -119,7 +135,7 @@ def estimate(
         "the process": in_use,
         "student": round(share * weights),
         "teacher": teacher_bytes(config.teacher, teacher, processes, device) if loads_teacher else copied,
-        "optimizer": round(share * MOMENTS * trained),
+        "optimizer": round(share * optimizer_bytes(student, config.optim.name)),
     }
     if is_anchored:
         resident["reference"] = anchor
@@ -144,6 +160,8 @@ def samples_with_copy(config: Config, device: torch.device, sharded: bool = Fals
     """Return whether this process samples with a copy of the weights in bf16, of `generate` or of vLLM."""
     if config.sampling.engine is Engine.vllm:
         return not config.sampling.by_server
+    if config.model.quantization is not Quantization.none:
+        return False
     return uses_bf16_copy(config.sampling.dtype, device, computes_in_bf16(config.model.dtype, device) and not sharded)
 
 
@@ -236,7 +254,7 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     text = student.config.get_text_config()
     rows, width = largest_micro_batch(config, prompts, device)
     bf16 = computes_in_bf16(config.model.dtype, device)
-    per_token, constant = measure("activations", activations_of_layer, student.config, width, bf16, config.lora)
+    per_token, constant = measure("activations", activations_of_layer, student.config, width, bf16, lora_options(config))
     layer = rows * width * per_token + constant
     activations = text.num_hidden_layers * layer
     recomputes = recomputes_activations(config.train, device)
@@ -325,9 +343,7 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
     blocks = decoder_layers(model)
     inside = sum(map(count, blocks))
     total = width * count(model)
-    if config.quantization is not Quantization.none:
-        matrices = sum(module.weight.numel() for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
-        total += round(((1 if config.quantization is Quantization.int8 else NF4) - width) * matrices)
+    total += quantized_bytes(model, config.quantization, width)
     match config.placement:
         case Placement.same:
             return total
@@ -340,18 +356,35 @@ def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int,
             return arriving + (total if device.type == "cpu" else total - width * inside)
 
 
-def copy_bytes(kind: TeacherWeights, has_adapters: bool, trained: int, weights: int, bf16: bool, sharded: bool) -> int:
+def copy_bytes(kind: TeacherWeights, turns_off: bool, trained: int, weights: int, bf16: bool, sharded: bool) -> int:
     """Return what a student that is its own teacher needs besides its own weights; nothing for another teacher.
 
     Args:
+        turns_off: Whether adapters need only be off for the weights of the start.
         trained, weights: The student's trained weights in float32, and all of its weights as they are sharded.
     """
-    if kind in (TeacherWeights.own, TeacherWeights.current) or (kind is START and has_adapters):
+    if kind in (TeacherWeights.own, TeacherWeights.current) or (kind is START and turns_off):
         return 0
     if sharded:  # whole in each process, and so are the frozen weights that it shared with the student before
         return weights
     copied = trained * BFLOAT16 // FLOAT32 if bf16 else trained
     return copied + (trained if bf16 and kind is TeacherWeights.ema else 0)  # bf16 to compute with, the average in float32
+
+
+def quantized_bytes(model: PreTrainedModel, quantization: Quantization, width: int) -> int:
+    """Return by how many bytes quantisation changes the size of weights of `width` bytes: less than 0, or 0 without it."""
+    if quantization is Quantization.none:
+        return 0
+    blocks = decoder_layers(model)
+    matrices = sum(module.weight.numel() for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
+    return round(((1 if quantization is Quantization.int8 else NF4) - width) * matrices)
+
+
+def optimizer_bytes(model: nn.Module, name: OptimizerName) -> int:
+    """Return what the optimizer keeps for the trained parameters."""
+    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    is_8bit = name is OptimizerName.adamw8bit
+    return round(sum(MOMENTS * size * (MOMENT_8BIT if is_8bit and size >= UNQUANTIZED else FLOAT32) for size in sizes))
 
 
 def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:

@@ -26,6 +26,11 @@ from opd.objective import Head
 MODEL_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Return whether the model's matrices are stored in 8 or 4 bits."""
+    return hasattr(model.config, "quantization_config")
+
+
 @contextmanager
 def refusing(role: str, model: PreTrainedModel, what: str, remedy: str) -> Iterator[None]:
     """Turn an error of the model's code in the block into a `ConfigError`."""
@@ -137,7 +142,7 @@ def check_head(model: PreTrainedModel, role: str) -> None:
         computed = output_head(model).logits(last_hidden(model.base_model, ids_BT).flatten(0, 1))[None]
     if not expected.isfinite().all():
         raise ConfigError(f"{role}: the logits of {type(model).__name__} are not finite; its weights are damaged")
-    rounded = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
+    rounded = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type) or is_quantized(model)
     if not torch.allclose(computed, expected, atol=1e-3 + 3e-2 * float(expected.abs().max()) * rounded, rtol=1e-3):
         raise ConfigError(f"{role}: {type(model).__name__} computes logits in a way that opd does not know; use another architecture")
     first = model(input_ids=ids_BT[:, :4], use_cache=False).logits.float()
@@ -178,7 +183,7 @@ def check_packing(model: PreTrainedModel, role: str) -> None:
         expected_TH = last_hidden(model.base_model, ids_2T)[1]
         packed_TH = last_hidden(model.base_model, ids_2T.view(1, -1), positions_1T)[0, 8:]
     error = float((packed_TH - expected_TH).abs().mean() / expected_TH.abs().mean())
-    if not error <= (1e-1 if packed_TH.dtype == torch.bfloat16 else 1e-3):
+    if not error <= (1e-1 if packed_TH.dtype == torch.bfloat16 or is_quantized(model) else 1e-3):
         raise ConfigError(
             f"train.packing: {role}: sequences packed into one row see each other in {type(model).__name__} "
             f"(hidden states differ by {error:.0%}); {remedy}"

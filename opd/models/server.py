@@ -13,6 +13,10 @@ class ServerAway(EngineError):
     """A server that does not answer now and may do so later."""
 
 
+class NoSuchAddress(EngineError):
+    """A server that does not have what it is asked for, as it was started without it."""
+
+
 class Server:
     """A JSON client. Every failure is an `EngineError` of one line, a `ServerAway` where trying again may help.
 
@@ -36,10 +40,10 @@ class Server:
     def get(self, path: str) -> Any:
         return self.ask("GET", path, None)
 
-    def post(self, path: str, body: object = None) -> Any:
-        return self.ask("POST", path, json.dumps(body).encode())
+    def post(self, path: str, body: object = None, is_json: bool = True) -> Any:
+        return self.ask("POST", path, json.dumps(body).encode(), is_json)
 
-    def ask(self, method: str, path: str, body: bytes | None) -> Any:
+    def ask(self, method: str, path: str, body: bytes | None, is_json: bool = True) -> Any:
         connection = self.connect(self.address, timeout=self.timeout)
         try:
             connection.request(method, path, body, self.headers)
@@ -53,12 +57,12 @@ class Server:
         finally:
             connection.close()
         if status == 404:
-            raise self.error(f"it has no {path}: {self.start}")
+            raise NoSuchAddress(f"{self.name}: it has no {path}: {self.start}")
         if status != 200:
             kind = ServerAway if status == 429 or status >= 500 else EngineError
             raise kind(f"{self.name}: it refuses {path} ({status}): {short(answer)}; see its log")
         try:
-            return json.loads(answer) if answer else None
+            return json.loads(answer) if answer and is_json else None
         except ValueError:
             raise self.error(f"its answer to {path} is not JSON: {short(answer)}") from None
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from opd.data.rollouts import Request, Rollout
 
-OnMain = Callable[[Callable[[], None]], object]
-"""Runs something in the main process while the others wait, and raises its error in all of them."""
+OnMain = Callable[[Callable[[], Any]], Any]
+"""Runs something in the main process while the others wait, and returns its result, or raises its error, in all of them."""
 OnDone = Callable[[Sequence[Rollout]], None]
 """Is given rollouts as soon as they are finished, while others are still sampled."""
 
@@ -19,9 +19,9 @@ def ignore(rollouts: Sequence[Rollout]) -> None:
     """The `OnDone` that does nothing."""
 
 
-def run_here(work: Callable[[], None]) -> None:
+def run_here(work: Callable[[], Any]) -> Any:
     """The `OnMain` of a process that is the only one."""
-    work()
+    return work()
 
 
 @dataclass(frozen=True, slots=True)

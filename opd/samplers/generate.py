@@ -24,7 +24,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, EngineError
 from opd.models.device import autocast
-from opd.models.policy import cache_argument, output_head, predicting_hidden, refusing
+from opd.models.policy import cache_argument, is_quantized, output_head, predicting_hidden, refusing
 from opd.objective import behaviour_logp, draw
 from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
 from opd.samplers.bf16_copy import Bf16Copy
@@ -104,8 +104,7 @@ class GenerateSampler:
             self.eos = eos
         gap = float(torch.cat(gaps).mean())
         in_bf16 = spec.bf16 or spec.model.dtype == torch.bfloat16 or self.copy is not None
-        rounds = in_bf16 or hasattr(spec.model.config, "quantization_config")
-        if not gap <= MAX_CHECK_GAP[rounds]:  # also where it is not finite
+        if not gap <= MAX_CHECK_GAP[in_bf16 or is_quantized(spec.model)]:  # also where it is not finite
             raise ConfigError(
                 f"{role}: {type(spec.model).__name__} cannot be sampled: its samples' log-probs are {gap:.2g} nats from those of plain "
                 f"forward passes; {remedy}"

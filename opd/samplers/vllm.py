@@ -6,11 +6,11 @@ from, the metric `engine_gap` shows the difference, and the importance weight co
 It has run on a CPU only. On a GPU the same calls apply, and the engine sleeps outside of `sample` so that training has its memory.
 """
 
-import copy
 import logging
 import math
 import os
 import random
+import shutil
 import sys
 import tempfile
 import warnings
@@ -18,10 +18,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from opd import signals
@@ -29,8 +31,11 @@ from opd.data.order import derive_seed
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.models.device import free_memory
+from opd.samplers.adapter_sync import NAME, room_for_adapters, write_adapters
 from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
-from opd.samplers.weights import checkpoint_weights
+from opd.samplers.weights import checkpoint_weights, plain_config
+
+log = logging.getLogger(__name__)
 
 TESTED = "0.32"
 
@@ -68,11 +73,25 @@ class VllmSampler:
             os.environ.setdefault(name, value)
         while running:
             running.pop()()
-        with isolated(self.device), silenced():
-            self.engine = start_engine(spec, bf16, memory_share)
+        self.rank = None if spec.sharded else room_for_adapters(spec.model)
+        self.engine = self.start(bf16, memory_share)
+        self.folder = Path(tempfile.mkdtemp(prefix="opd-vllm-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         running.append(weakref.finalize(self, shut_down, self.engine))
         self.asleep = False
-        self.stale = True  # the engine was started with dummy weights
+        self.stale = True  # the engine was started with dummy weights, or without adapters
+
+    def start(self, bf16: bool, memory_share: float) -> Any:
+        """Return the engine, without adapters where vLLM refuses them."""
+        while True:
+            try:
+                with isolated(self.device), silenced():
+                    return start_engine(self.spec, bf16, memory_share, self.rank)
+            except ConfigError as error:
+                if self.rank is None:
+                    raise
+                log.warning("adapters are merged for vLLM: %s", str(error).partition(";")[0])
+                self.rank = None
 
     def refresh(self) -> None:
         """Note that the student's weights changed: the next `sample` copies them."""
@@ -112,7 +131,7 @@ class VllmSampler:
     def generate(self, prompts: Sequence[Any], options: Sequence[Any]) -> list[Any]:
         """Do what the engine's `generate` does, but check for signals between its steps; `Preempted` empties the engine."""
         engine, outputs = self.engine.llm_engine, []
-        names = self.engine.enqueue(prompts, options, use_tqdm=False)
+        names = self.engine.enqueue(prompts, options, lora_request=self.adapter(), use_tqdm=False)
         try:
             while engine.has_unfinished_requests():
                 signals.check()
@@ -129,11 +148,23 @@ class VllmSampler:
             self.asleep = False
         if self.stale:
             with silenced():
-                weights = checkpoint_weights(self.spec.model, self.spec.vocabulary)
-                self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+                if self.rank is None:
+                    weights = checkpoint_weights(self.spec.model, self.spec.vocabulary)
+                    self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+                else:
+                    write_adapters(self.spec.model, self.folder)
+                    self.engine.llm_engine.add_lora(self.adapter(load_inplace=True))
             if not self.engine.reset_prefix_cache():
                 raise EngineError("sampling.engine=vllm: vLLM did not drop the cache of the old weights; use sampling.engine=generate")
             self.stale = False
+
+    def adapter(self, **options: bool) -> Any:
+        """Return vLLM's name for the student's adapters; None where they are merged."""
+        if self.rank is None:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(NAME, 1, str(self.folder), **options)
 
     def sleep(self) -> None:
         """On a GPU: move the weights to main memory and free the cache."""
@@ -156,14 +187,16 @@ def check_installed() -> None:
         )
 
 
-def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float) -> Any:
-    """Return a vLLM engine for the model's architecture, with dummy weights, that has generated a token.
+def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float, rank: int | None = None) -> Any:
+    """Return a vLLM engine for the model's architecture that has generated a token, with dummy weights.
+
+    With room for adapters of `rank` it has the base model's weights: vLLM cannot exchange them if it has adapters, and they do not change.
 
     Raises `ConfigError` when vLLM refuses: some shapes it refuses only when it generates.
     """
     model = spec.model
     on_cpu = model.device.type == "cpu"
-    config = copy.deepcopy(model.config)
+    config = plain_config(model)
     config.architectures = [type(model).__name__]
     config.get_text_config().vocab_size = spec.vocabulary
     room: dict[str, float]
@@ -179,9 +212,16 @@ def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float) -> Any:
             raise ConfigError(f"device={model.device.type}: this vLLM is built for {current_platform.device_type}")
         with tempfile.TemporaryDirectory(prefix="opd-vllm-") as folder:
             config.save_pretrained(folder)
+            adapters: dict[str, Any] = {}
+            if rank is not None:
+                adapters = {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+                base = checkpoint_weights(model, spec.vocabulary, merged=False)
+                dtype = torch.bfloat16 if bf16 else torch.float32
+                weights = {name: value.to("cpu", dtype, copy=True).contiguous() for name, value in base}
+                save_file(weights, Path(folder) / "model.safetensors")
             engine = LLM(
                 model=folder,
-                load_format="dummy",
+                load_format="dummy" if rank is None else "auto",
                 skip_tokenizer_init=True,
                 generation_config="vllm",
                 logprobs_mode="processed_logprobs",
@@ -195,6 +235,7 @@ def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float) -> Any:
                 # One engine per process, inside the run's process group.
                 distributed_executor_backend="external_launcher" if has_peers() else None,
                 **room,
+                **adapters,
             )
         engine.generate(TokensPrompt(prompt_token_ids=[0]), SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
         return engine

@@ -5,10 +5,13 @@ The server is started by the user, with the student that the run begins with:
     VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --host 127.0.0.1 --port 8000 --dtype float32 --max-model-len 1024 \
         --logprobs-mode processed_logprobs
 
+With adapters (`lora.rank`) add VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora --max-lora-rank RANK: then the adapters are sent alone.
+
 The developer mode opens the addresses through which weights are exchanged. Anyone who reaches the port can use them: keep it local.
 """
 
 import json
+import logging
 import math
 import shutil
 import tempfile
@@ -23,14 +26,19 @@ import torch
 from opd import signals
 from opd.data.rollouts import Request, Rollout
 from opd.errors import OutputError
-from opd.models.server import Server, served_models, short
+from opd.models.policy import is_quantized, last_hidden, output_head
+from opd.models.server import NoSuchAddress, Server, served_models, short
+from opd.samplers.adapter_sync import NAME, room_for_adapters, write_adapters
 from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
 from opd.samplers.weights import write_weights
 
+log = logging.getLogger(__name__)
+
 START = "start it as opd/samplers/README.md says"
 ZERO_TOLERANCE = 1e-4  # nats
 PROBE_TOKENS = 8
+BASE_TOLERANCE = 0.3  # nats per token between the server's model and the student: rounding to bf16 is below 0.1
 
 
 class ServedSampler:
@@ -108,7 +116,9 @@ class VllmServerSampler(ServedSampler):
         head = spec.model.get_output_embeddings().weight.shape[0]
         if self.allowed is None and spec.vocabulary < head:
             self.allowed = list(range(spec.vocabulary))
-        self.model_name = self.check_server(spec.longest)
+        self.base_name = self.model_name = self.check_server(spec.longest)
+        # A quantised base is not what the server has, and sharded weights cannot be compared with it.
+        self.sends_adapters = room_for_adapters(spec.model) is not None and not spec.sharded and not is_quantized(spec.model)
         self.stale = True
 
     def check_server(self, longest: int) -> str:
@@ -134,12 +144,21 @@ class VllmServerSampler(ServedSampler):
         self.stale = True
 
     def sync_weights(self, on_main: OnMain = run_here) -> None:
-        """Write the weights to the folder and let the server load them.
+        """Write the weights to the folder and let the server load them: the adapters alone where it takes them.
 
         Raises `OutputError` where the folder is not writable, `EngineError` where the server does not load them.
         """
         if not self.stale:
             return
+        if self.sends_adapters:
+            self.sends_adapters = bool(on_main(self.send_adapters))
+            self.model_name = NAME if self.sends_adapters else self.base_name
+        if not self.sends_adapters:
+            self.send_merged(on_main)
+        self.stale = False
+
+    def send_merged(self, on_main: OnMain) -> None:
+        """Send all weights, with adapters merged. Collective where they are sharded."""
         file = self.folder / "tmp_model.safetensors"
         failure: OSError | None = None
         if self.spec.is_main:
@@ -151,7 +170,42 @@ class VllmServerSampler(ServedSampler):
             writes = self.spec.is_main and failure is None
             failure = write_weights(self.spec.model, file if writes else None, self.dtype) or failure
         on_main(lambda: self.send(file, failure))
-        self.stale = False
+
+    def send_adapters(self) -> bool:
+        """Let the server load the adapters; return whether it takes any. The first time its base model is compared with the student's.
+
+        Raises `OutputError` where the folder is not writable, `EngineError` for another base model, or where it refuses later.
+        """
+        try:
+            write_adapters(self.spec.model, self.folder)
+        except OSError as error:
+            raise self.unwritable(error) from error
+        is_first = self.model_name != NAME
+        try:
+            body = {"lora_name": NAME, "lora_path": str(self.folder), "load_inplace": True}
+            self.server.post("/v1/load_lora_adapter", body, is_json=False)
+        except NoSuchAddress as error:
+            if not is_first:
+                raise
+            log.warning("adapters are merged for the server, which takes none: %s", error)
+            return False
+        self.drop_cache()
+        if is_first:
+            self.check_base()
+        return True
+
+    def check_base(self) -> None:
+        """Raise `EngineError` unless the server's model with the adapters has the student's log-probs."""
+        prompt = [0, 1, 2]
+        ids, logp = self.complete(NAME, prompt, sampling_options(Decoding(1.0, PROBE_TOKENS), [], self.allowed), 0)
+        ids_T = torch.tensor([*prompt, *ids], device=self.spec.model.device)
+        with torch.no_grad():
+            hidden_TH = last_hidden(self.spec.model.base_model, ids_T[None])[0, len(prompt) - 1 : -1]
+            logp_TV = output_head(self.spec.model, self.spec.vocabulary, masked=self.spec.masked).logits(hidden_TH).log_softmax(-1)
+        expected = logp_TV.gather(-1, ids_T[len(prompt) :, None])[:, 0].cpu()
+        gap = float((expected - torch.tensor(logp)).abs().mean())
+        if not gap < BASE_TOLERANCE:  # also where it is not finite
+            raise self.server.error(f"its log-probs are {gap:.2g} nats from the student's: start it with the model that model.path names")
 
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
@@ -166,10 +220,15 @@ class VllmServerSampler(ServedSampler):
                 raise failure
             file.replace(self.folder / "model.safetensors")
         except OSError as error:
-            raise OutputError(
-                f"sampling.vllm.weights_folder: {self.folder}: the weights could not be saved ({error}); name another folder"
-            ) from error
+            raise self.unwritable(error) from error
         self.server.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(self.folder)}})
+        self.drop_cache()
+
+    def unwritable(self, error: OSError) -> OutputError:
+        return OutputError(f"sampling.vllm.weights_folder: {self.folder}: the weights could not be saved ({error}); name another folder")
+
+    def drop_cache(self) -> None:
+        """Drop cached keys and values of the weights before. Raises `EngineError` where the server keeps them."""
         answer = self.server.post("/reset_prefix_cache")
         if not (isinstance(answer, dict) and answer.get("success") is True):
             raise self.server.error(

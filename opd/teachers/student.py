@@ -37,8 +37,8 @@ def teaching_module(config: Config, student: PreTrainedModel, sharded: bool) -> 
             "teacher.weights=current: the output head of sharded weights is gathered for scoring only: set teacher.weights=ema, or "
             "ppo.estimator=sampled ppo.baseline=false"
         )
-    if weights is TeacherWeights.current:
-        return student
+    if weights is TeacherWeights.current or (weights is TeacherWeights.base and not config.names_weights):
+        return student  # which is, without its adapters, the model that teacher.path names
     return starting_module(config, student) if weights is TeacherWeights.base else frozen_copy(student)
 
 
@@ -48,7 +48,7 @@ def starting_module(config: Config, student: PreTrainedModel) -> PreTrainedModel
     Args:
         student: With its adapters, before it is sharded and trained.
     """
-    return student if config.lora.rank > 0 else frozen_copy(student)
+    return student if config.starts_at_base else frozen_copy(student)
 
 
 def frozen_copy(student: PreTrainedModel) -> PreTrainedModel:

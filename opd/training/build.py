@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Estimator, Placement, Quantization, TeacherWeights
+from opd.config.schema import Config, Engine, Estimator, ModelConfig, OptimizerName, Placement, Quantization, TeacherWeights
 from opd.data.given import check_given
 from opd.data.prompts import Prompt, encode_rows, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.models import load
+from opd.models.adapters import trained_adapters
 from opd.models.device import autocast
 from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
@@ -27,10 +28,10 @@ from opd.models.memory import head_rows
 from opd.models.overlap import Overlap, end_ids
 from opd.models.policy import (
     Policy,
-    add_adapters,
     check_packing,
     check_positions,
     fuse_layers,
+    is_quantized,
     prepare_student,
     prepare_teacher,
     uses_packing,
@@ -111,6 +112,7 @@ def build(
     if given.teacher is not None and config.names_weights:
         raise ConfigError(f"teacher.weights={config.teacher.weights.value}: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
+    check_sharding(config, sharded)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
@@ -174,9 +176,7 @@ def build(
         served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
-    start = (
-        starting_module(config, student) if config.ppo.reference_coef > 0 and config.teacher_weights is not TeacherWeights.base else None
-    )
+    start = starting_module(config, student) if config.ppo.reference_coef > 0 and not config.teacher_is_start else None
     copied = None if start is student else start
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts, copied))
     if overlap is not None:
@@ -199,7 +199,7 @@ def build(
         teacher = kind(
             teacher_model,
             vocabulary,
-            adapters if config.teacher_weights is TeacherWeights.base else None,
+            adapters if teacher_model is student and config.teacher_weights is TeacherWeights.base else None,
             choices["head_rows"],
             bf16=config.teaches_itself and autocasts,
             device=device,
@@ -256,20 +256,37 @@ def build(
 
 def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
     """Return the student and peft's handle on its adapters."""
+    check_passed(config.model, given.student, "model")
     if given.student is not None and given.student is given.teacher:
         raise ConfigError("model and teacher_model are the same module, but the teacher must not change: load it twice")
-    model = given.student or load.load_model(config.model, "model", device)
+    # With lora.rank an adapter is loaded below, to be trained; otherwise it is merged here.
+    source = replace(config.model, adapter=None) if config.lora.rank else config.model
+    model = given.student or load.load_model(source, "model", device)
     student = prepare_student(model, device, bf16, frozen=config.lora.rank > 0)
     if can_fuse(config):
         fuse_layers(student)
-    return student, add_adapters(student, config.lora) if config.lora.rank else None
+    return student, trained_adapters(student, config) if config.lora.rank else None
+
+
+def check_passed(model: ModelConfig, module: PreTrainedModel | None, role: str) -> None:
+    """Raise `ConfigError` where a module is passed although an option says how to load it."""
+    if module is not None and model.quantization is not Quantization.none:
+        raise ConfigError(f"{role}.quantization={model.quantization.value}: models are quantised on loading; pass the {role}'s path")
+    if module is not None and model.adapter is not None:
+        raise ConfigError(f"{role}.adapter={model.adapter}: adapters are loaded with a path; pass the {role}'s path")
+
+
+def check_sharding(config: Config, sharded: bool) -> None:
+    """Raise `ConfigError` for options that do not work with FSDP2."""
+    if sharded and config.model.quantization is not Quantization.none:
+        option = f"model.quantization={config.model.quantization.value}"
+        raise ConfigError(f"{option}: FSDP2 cannot shard quantised weights; set launch.config_file=null, or model.quantization=none")
+    if sharded and config.optim.name is OptimizerName.adamw8bit:
+        raise ConfigError("optim.name=adamw8bit: FSDP2 cannot shard its states; set launch.config_file=null, or optim.name=adamw")
 
 
 def build_teacher(config: Config, given: Given, accelerator: Accelerator) -> PreTrainedModel:
-    if given.teacher is not None and config.teacher.quantization is not Quantization.none:
-        raise ConfigError(
-            f"teacher.quantization={config.teacher.quantization.value}: models are quantised on loading; pass the teacher's path"
-        )
+    check_passed(config.teacher, given.teacher, "teacher")
     device = loading_device(config.teacher, accelerator.device, accelerator.num_processes, shards_weights(accelerator))
     computes_on = device if config.teacher.placement is Placement.device else accelerator.device
     teacher = prepare_teacher(given.teacher or load.load_model(config.teacher, "teacher", computes_on), device)
@@ -331,7 +348,8 @@ def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) ->
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,
-        "bf16_copy": on_main_process(
+        "bf16_copy": not is_quantized(spec.model)
+        and on_main_process(
             accelerator, lambda: load.uses_bf16_copy(config.sampling.dtype, spec.model.device, spec.model.dtype == torch.bfloat16)
         ),
     }
@@ -416,15 +434,25 @@ def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role
         check_positions(model, role, option, lengths, decoding.max_new_tokens if prompts else 0)
 
 
-def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> AdamW:
-    """Return AdamW in one fused kernel, with weight decay on matrices only."""
+def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> Optimizer:
+    """Return AdamW, in one fused kernel or with states in 8 bits (arXiv 2110.02861), with weight decay on matrices only.
+
+    Raises `ConfigError` where the package of the 8-bit one is missing.
+    """
     optim = config.optim
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     beta1, beta2 = optim.betas
-    return AdamW([group for group in groups if group["params"]], lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if optim.name is OptimizerName.adamw8bit:
+        load.require_bitsandbytes("optim.name=adamw8bit")
+        from bitsandbytes.optim import AdamW8bit
+
+        small: Optimizer = AdamW8bit(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps)
+        return small
+    return AdamW(groups, lr=optim.lr, betas=(beta1, beta2), eps=optim.eps, fused=True)
 
 
 def total_steps(config: Config, prompts: int, processes: int) -> int:

@@ -315,7 +315,17 @@ def trained_tensors(model: nn.Module, masters: MasterWeights | None = None) -> d
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's state by `<parameter number>.<name>`, sorted, so that a resumed run writes the same files."""
     state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": tensor for number, entries in sorted(state.items()) for name, tensor in sorted(entries.items())}
+    return {f"{number}.{name}": tensor for number, entries in sorted(state.items()) for name, tensor in sorted(flat(entries).items())}
+
+
+def flat(entries: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a parameter's state as tensors: bitsandbytes has some in a dictionary of its own, and counts steps with an int."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in entries.items():
+        # All parameters share one table of 256 codes, and safetensors stores no memory twice.
+        is_shared = name in ("qmap1", "qmap2")
+        tensors |= flat(value) if isinstance(value, dict) else {name: value.clone() if is_shared else torch.as_tensor(value)}
+    return tensors
 
 
 def restore(checkpoint: Checkpoint, weights: dict[str, Tensor], optimizer: Optimizer) -> None:
@@ -323,12 +333,13 @@ def restore(checkpoint: Checkpoint, weights: dict[str, Tensor], optimizer: Optim
     restore_weights(checkpoint, weights)
     file = checkpoint.path / OPTIMIZER
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key in tensor_names(file):
         number, _, name = key.partition(".")
         parameter, tensor = parameters[int(number)], stored_tensor(file, key)
         value = shard_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
-        state.setdefault(int(number), {})[name] = value.clone()
+        is_count = tensor.ndim == 0 and not tensor.is_floating_point()  # AdamW's own count is a float
+        state.setdefault(int(number), {})[name] = tensor.item() if is_count else value.clone()
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,9 +1,11 @@
 """Models as plain Hugging Face folders: `final/` of a run, and `opd export` of a run or checkpoint. Each has a model card."""
 
+import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from opd.config.compose import restore_config, to_config, to_dict
 from opd.config.schema import Config, Control, ModelConfig, Source
 from opd.data import hub
-from opd.errors import ConfigError, DataError, OutputError
+from opd.data.prompts import Prompt
+from opd.errors import ConfigError, DataError, OpdError, OutputError
 from opd.models import load as models
-from opd.models.policy import add_adapters
+from opd.models.adapters import trained_adapters
+from opd.models.masters import MasterWeights
+from opd.models.policy import is_quantized
 from opd.runs.folder import FINAL
 from opd.runs.outcome import achieved
 from opd.runs.reader import Run, is_run, open_run
 from opd.runs.text import format_number, format_percent, format_reward, one_line
+from opd.samplers.weights import merged_copy
+from opd.training.build import Given, load_prompts
 from opd.training.checkpoint import model_tensors, read, restore_weights, verify
 
+log = logging.getLogger(__name__)
+
+MERGE_PROMPTS = 8  # prompts on which a merged model is compared with the quantised one
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NEW_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +47,7 @@ METHOD = (
     ("prompts per process and step × completions", "{train[batch_size]} × {sampling[n]}"),
     ("sampling temperature, top-p, top-k", "{sampling[temperature]:g}, {sampling[top_p]:g}, {sampling[top_k]}"),
     ("maximum new tokens", "{sampling[max_new_tokens]}"),
-    ("low-rank adapters", "{lora[rank]}"),
+    ("low-rank adapters, quantised base", "{lora[rank]}, {model[quantization]}"),
     ("seed", "{seed}"),
 )
 
@@ -84,6 +94,44 @@ def save_model(
         ) from error
 
 
+def merge_quantized(
+    model: PreTrainedModel,
+    masters: MasterWeights | None,
+    config: Config,
+    prompts: Sequence[Prompt],
+    summary: dict[str, Any],
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Return a plain model on the CPU: the dequantized base, which the adapters were trained on, with the adapters merged.
+
+    Adds to the summary, as `merge_gap`, how far its log-probs are from those of the quantised model: the mean absolute difference over the
+    tokens of the first prompts, in nats.
+
+    Args:
+        masters: Of the adapters, where they computed in bf16.
+        dtype: Of the weights; None for that of the base model's folder.
+    """
+    before = prompt_logp(model, prompts[:MERGE_PROMPTS])
+    if masters is not None:
+        masters.restore_module()
+    stored = models.load_config(config.model, "model").dtype
+    merged = merged_copy(model, dtype or (stored if isinstance(stored, torch.dtype) else torch.float32))
+    if len(before):
+        summary["merge_gap"] = float((prompt_logp(merged, prompts[:MERGE_PROMPTS]) - before).abs().mean())
+    return merged
+
+
+@torch.no_grad()
+def prompt_logp(model: PreTrainedModel, prompts: Sequence[Prompt]) -> Tensor:
+    """Return the log-probs of all tokens of the prompts but the first of each, on the CPU."""
+    parts = [torch.zeros(0)]
+    for prompt in prompts:
+        ids_T = torch.tensor(prompt.ids, device=model.device)
+        logp_TV = model(input_ids=ids_T[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        parts.append(logp_TV.gather(-1, ids_T[1:, None])[:, 0].cpu())
+    return torch.cat(parts)
+
+
 def generation_config(config: Config, eos: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
     """Return the decoding of the evaluation, without its limit of new tokens: a deployed model should not be cut off there."""
     greedy = config.eval.temperature == 0
@@ -118,7 +166,7 @@ def export_model(source: Path, out: Path, dtype: str = "float32", repository: st
         raise ConfigError(f"--push {repository}: must be OWNER/NAME")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"--out {out}: exists and is not empty; name a new folder")
-    config, model, tokenizer, summary = _load_run(source) if is_run(source) else _load_checkpoint(source)
+    config, model, tokenizer, summary = _load_run(source) if is_run(source) else _load_checkpoint(source, DTYPES[dtype])
     save_model(out, model.to(DTYPES[dtype]), tokenizer, models.eos_ids(model, tokenizer), config, summary)
     return None if repository is None else hub.push(out, repository)
 
@@ -131,7 +179,7 @@ def _load_run(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[
     return to_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
 
 
-def _load_checkpoint(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
+def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
     if not folder.is_dir():
         others = ", ".join(sorted(path.name for path in folder.parent.glob("step_*")))
         raise DataError(f"{folder}: there is no such folder" + (f"; there are {others}" if others else ""))
@@ -142,13 +190,29 @@ def _load_checkpoint(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase
         )
     checkpoint = read(folder)
     config = to_config(restore_config(checkpoint.state["config"]))
-    model = models.load_model(config.model, "model", torch.device("cpu"))
-    adapters = add_adapters(model, config.lora) if config.lora.rank else None
+    base = replace(config.model, adapter=None) if config.lora.rank else config.model
+    model = models.load_model(base, "model", torch.device("cpu"))
+    adapters = trained_adapters(model.requires_grad_(not config.lora.rank), config) if config.lora.rank else None
     restore_weights(checkpoint, model_tensors(model))
+    tokenizer = models.load_tokenizer(config.model, "model")
     run = Run(checkpoint.path.parent.parent)
     metrics = [line for line in run.metrics if line["step"] <= checkpoint.step]
     summary = achieved(metrics, run.evaluations, checkpoint.step) | {"steps": checkpoint.step, "checkpoint": checkpoint.path.name}
-    return config, model if adapters is None else adapters.merge_and_unload(), models.load_tokenizer(config.model, "model"), summary
+    if is_quantized(model):
+        merged = merge_quantized(model, None, config, _prompts(config, tokenizer), summary, dtype)
+        if "merge_gap" in summary:
+            log.warning("adapters merged: %.1e nats per token from the quantised model", summary["merge_gap"])
+        return config, merged, tokenizer, summary
+    return config, model if adapters is None else adapters.merge_and_unload(), tokenizer, summary
+
+
+def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """Return the run's prompts to train on; none where its data cannot be loaded here."""
+    try:
+        return load_prompts(config, tokenizer, Given())[0]
+    except OpdError as error:
+        log.warning("how far the merged weights are from the quantised model is not measured without the run's data: %s", error)
+        return []
 
 
 def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32") -> str:
@@ -187,6 +251,8 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
     judged = "Evaluated" if config.eval.reward is None else f"Reward `{config.eval.reward}` with 95% intervals, evaluated"
     decoding = "greedy decoding" if config.eval.temperature == 0 else f"sampling at temperature {config.eval.temperature:g}"
     steps, tokens = (format_number(summary.get(name), ",") for name in ("steps", "graded_tokens"))
+    merged = summary.get("merge_gap")
+    merge = f" Adapters merged: {merged:.1e} nats/token from the quantised model that was trained." if merged is not None else ""
     checkpoint = f" The weights are those of the checkpoint `{summary['checkpoint']}`." if "checkpoint" in summary else ""
     options = to_dict(config)
     method = "\n".join(f"| {label} | {template.format(**options)} |" for label, template in METHOD)
@@ -215,7 +281,7 @@ generation_config.json sets this decoding, but not the limit: choose `max_new_to
 
 ## Method
 
-{steps} steps, {tokens} trained tokens.{checkpoint}
+{steps} steps, {tokens} trained tokens.{checkpoint}{merge}
 
 | | |
 |---|---|

@@ -24,6 +24,7 @@ from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
+from opd.models.policy import is_quantized
 from opd.report import render_report
 from opd.runs.folder import (
     CHECKPOINTS,
@@ -46,7 +47,7 @@ from opd.training.build import Built, Given, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.training.display import Display, NoteHandler, describe_rewards
 from opd.training.evaluate import Evaluation
-from opd.training.export import save_model
+from opd.training.export import merge_quantized, save_model
 from opd.training.identity import check_content, check_same, identity
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
@@ -292,7 +293,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     """Show models, sizes and settings of the run."""
     trainer, processes = built.trainer, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
-    parameters = sum(parameter.numel() for parameter in trainer.student.parameters())
+    parameters = trainer.student.num_parameters()  # of 4-bit weights as well
     display.note(
         f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher_name} on {trainer.accelerator.device}"
     )
@@ -366,7 +367,11 @@ def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, buil
     metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
     summary = on_main_process(accelerator, lambda: achieved(read_lines(metrics), read_lines(evaluations))) | costs
     summary["control"] = config.control.value
-    student, weights = final_weights(built)
+    if is_quantized(trainer.student) and accelerator.is_main_process:
+        student, weights = merge_quantized(trainer.student, trainer.strategy.masters, config, trainer.prompts, summary), None
+        display.note(f"adapters merged in {student.dtype}: {summary['merge_gap']:.1e} nats per token from the quantised model")
+    else:
+        student, weights = final_weights(built)
     if accelerator.is_main_process:
         save_model(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
     run_folder.write(SUMMARY, summary)
