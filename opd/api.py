@@ -152,8 +152,7 @@ class OnPolicyDistillationTrainer:
                 config = replace(config, model=replace(config.model, path=final, revision=None, gguf_file=None))
             if config.teaches_itself and config.teacher_weights is not TeacherWeights.current and (self.output_dir / FINAL).is_dir():
                 raise ConfigError(
-                    f"teacher.weights={config.teacher_weights.value}: the teacher was made from the student during the run and is gone: "
-                    f"opd eval {self.output_dir}"
+                    f"{config.weights_option}: the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
                 )
             return runner.evaluate(config, Path(folder), given)
 

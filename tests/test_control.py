@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -71,6 +72,27 @@ def test_shuffled_scores_are_those_of_the_partners_places_which_repeat_where_it_
     assert tokens.as_sampled(SHUFFLED).tolist() == [-6.0, -7.0, -6.0, -7.0, -6.0, -1.0, -2.0]
     alone = table([[-1.0, -2.0], []], [0, 1])
     assert control.shuffled_scores(alone, make_trainer(tmp_path).accelerator, 0, 0).tolist() == alone.columns["behaviour_logp"].tolist()
+
+
+def test_shuffled_scores_with_a_contrast_are_advantages_and_given_completions_are_no_partners(tmp_path: Path) -> None:
+    accelerator = make_trainer(tmp_path).accelerator
+    tokens = table([[-1.0, -2.0], [-6.0, -7.0]], [0, 1])
+    tokens.columns["contrast_logp"] = torch.full((4,), -0.5)
+    tokens.columns[SHUFFLED] = control.shuffled_scores(tokens, accelerator, 0, 0)
+    assert tokens.as_sampled(SHUFFLED).tolist() == [-5.5, -6.5, -0.5, -1.5]
+    tokens.rollouts[1] = replace(tokens.rollouts[1], given=True)
+    assert control.shuffled_scores(tokens, accelerator, 0, 0).tolist() == [0.0] * 4  # the other one is alone
+
+
+def test_an_arm_of_a_run_with_a_contrast_replaces_its_advantage(tmp_path: Path) -> None:
+    options = {"teacher__contrast": "x", "ppo__advantage_clip": None}
+    for arm in ARMS:
+        trainer = make_trainer(tmp_path, control=arm, **options)
+        tokens = trainer.begin_step()
+        tokens.columns.setdefault("contrast_logp", tokens.columns["teacher_logp"] - 1)
+        trainer.scoring.update(tokens)
+        expected = constant_advantage(tokens.columns["behaviour_logp"]) if arm == "constant" else tokens.columns[SHUFFLED]
+        assert torch.equal(tokens.columns["advantage"], expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"ppo__discount": 0.5}, {"ppo__steps": 2, "train__packing": True}], ids=str)

@@ -15,10 +15,12 @@ from accelerate import Accelerator
 from conftest import random_model
 from safetensors.torch import load_file
 from torch.func import functional_call
+from transformers import AutoModelForCausalLM
 
 from opd import signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import main as cli
+from opd.config.compose import PACKAGE
 from opd.config.schema import Config, TeacherWeights
 from opd.data.rollouts import Rollout
 from opd.errors import OK, ConfigError, DataError, Preempted
@@ -82,11 +84,16 @@ def trained(run: Built) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in weights.items()}
 
 
-def expected_logp(run: Built, weights: dict[str, torch.Tensor], rollout: Rollout) -> torch.Tensor:
-    """Return the log-probs of a rollout's tokens by a plain forward pass of the student with these weights and the teacher's prompt."""
+def expected_logp(run: Built, weights: dict[str, torch.Tensor], rollout: Rollout, prompt: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Return the log-probs of a rollout's tokens by a plain forward pass of the student with these weights.
+
+    Args:
+        prompt: None for the teacher's.
+    """
     student = copy.deepcopy(run.trainer.student)
-    prompt = rollout.request.prompt.seen_by_teacher
-    assert prompt != rollout.request.prompt.ids
+    if prompt is None:
+        prompt = rollout.request.prompt.seen_by_teacher
+        assert prompt != rollout.request.prompt.ids
     ids = torch.tensor([prompt + rollout.completion])
     weights = {name: weight.to(student.dtype) for name, weight in weights.items()}
     with torch.no_grad():
@@ -248,6 +255,9 @@ def test_a_checkpoint_without_an_average_begins_one_at_its_weights(tmp_path):
         ("current", {"ppo__baseline": True}, "ppo.steps=2", "teacher.weights=ema"),
         ("ema", {"teacher__ema": 1.0}, "teacher.ema=1.0", "below 1"),
         ("ema", {"teacher__ema": 0.0}, "teacher.ema=0.0", "above 0"),
+        ("base", {"teacher__adapter": "a"}, "teacher.adapter='a'", "teacher.adapter=null"),
+        ("own", {"control": "self", "teacher__url": "http://a:1"}, "teacher.url='http://a:1'", "control=none"),
+        ("ema", {"control": "self"}, "control=self", "teacher.weights=own"),
     ],
 )
 def test_what_cannot_hold_is_refused_with_the_option_and_a_remedy(weights, options, option, remedy):
@@ -255,6 +265,44 @@ def test_what_cannot_hold_is_refused_with_the_option_and_a_remedy(weights, optio
         config(weights, **options)
     message = str(refused.value)
     assert message.startswith(option) and remedy in message and "\n" not in message
+
+
+def test_the_arm_without_a_teacher_trains_as_with_the_weights_of_the_start_bitwise(tmp_path):
+    runs = [built(settings, tmp_path) for settings in (config("base"), config("own", control="self"))]
+    for run in runs:
+        run.trainer.train_step()
+    arms = [trained(run) for run in runs]
+    assert all(torch.equal(weight, arms[1][name]) for name, weight in arms[0].items())
+    assert config("own", control="self", teacher__system=None).teaches_itself  # needs no view
+
+
+@pytest.mark.parametrize("weights", ["base", "own"])
+def test_the_start_of_a_student_with_an_adapter_has_it_and_its_base_model_has_not(tmp_path, weights):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / "tiny-student"), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    )
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=2.0)
+    adapted.save_pretrained(tmp_path / "adapter")
+    shared = {"teacher__path": "bundled:tiny-student", "model__path": "bundled:tiny-student"}
+    lora = {"model__adapter": str(tmp_path / "adapter"), "lora__rank": 4, "lora__alpha": 8}
+    settings = config(weights, ppo__reference_coef=0.1, **shared, **lora)
+    run = built(settings, tmp_path)
+    start = trained(run)
+    off = {name: torch.zeros_like(weight) for name, weight in start.items()}
+    for _ in range(2):
+        done = run.trainer.train_step()
+    reference = run.trainer.scoring.reference
+    assert (reference is run.teacher) == (weights == "base")
+    for index, rollout in enumerate(done.tokens.rollouts):
+        own = done.tokens.of_rollout(index)
+        assert torch.allclose(own["teacher_logp"], expected_logp(run, start if weights == "base" else off, rollout), atol=1e-4)
+        assert torch.allclose(own["reference_logp"], expected_logp(run, start, rollout, rollout.request.prompt.ids), atol=1e-4)
+    copied = sum(weight.nbytes for weight in start.values())
+    resident = estimate(settings, 1, CPU).resident
+    assert (resident["teacher"], resident.get("reference", 0)) == ((copied, 0) if weights == "base" else (0, copied))
 
 
 def test_options_that_say_the_same_of_the_student_are_accepted():

@@ -70,6 +70,7 @@ class Control(Enum):
     none = "none"
     constant = "constant"
     shuffled = "shuffled"
+    self = "self"
 
 
 class Divergence(Enum):
@@ -583,7 +584,10 @@ class Config(Section):
         remedy = "compares the rewards of a prompt's completions: set eval.reward=NAME and sampling.n above 1"
         self.require("ppo.reward_coef", self.ppo.reward_coef == 0 or comparable, remedy)
 
-        if self.control is not Control.none:
+        if self.control is Control.self:
+            takes_start = self.teacher.weights in (TeacherWeights.own, TeacherWeights.base)
+            self.require("control", takes_start, "is a teacher with the weights of the start: set teacher.weights=own, or control=none")
+        elif self.control is not Control.none:
             remedy = "only applies to ppo.estimator=sampled, where the teacher's part is an advantage: set that, or control=none"
             self.require("control", self.ppo.estimator is Estimator.sampled, remedy)
             remedy = "leaves the teacher out, whose distributions ppo.baseline adds: set ppo.baseline=false, or control=none"
@@ -622,6 +626,8 @@ class Config(Section):
     @property
     def teacher_weights(self) -> TeacherWeights:
         """Whose weights the teacher has: also `base` where `teacher.path` is the model that gets adapters, which is then loaded once."""
+        if self.control is Control.self:
+            return TeacherWeights.base
         if self.names_weights or self.teacher.url is not None or self.lora.rank == 0:
             return self.teacher.weights
         base = (self.model.path, self.model.revision, self.model.gguf_file, None)
@@ -630,7 +636,12 @@ class Config(Section):
 
     @property
     def names_weights(self) -> bool:
-        return self.teacher.weights is not TeacherWeights.own
+        return self.control is Control.self or self.teacher.weights is not TeacherWeights.own
+
+    @property
+    def weights_option(self) -> str:
+        """The option that makes the student its own teacher."""
+        return "control=self" if self.control is Control.self else f"teacher.weights={self.teacher_weights.value}"
 
     @property
     def teaches_itself(self) -> bool:
@@ -654,22 +665,24 @@ class Config(Section):
 
     @property
     def teacher_name(self) -> str:
-        return f"itself (teacher.weights={self.teacher_weights.value})" if self.teaches_itself else self.teacher.path
+        return f"itself ({self.weights_option})" if self.teaches_itself else self.teacher.path
 
     def check_self_teaching(self) -> None:
         """Raise `ConfigError` for what cannot hold where the student is its own teacher, or leaves it nothing to learn."""
         weights, usual = self.teacher_weights, TeacherConfig()
         for option in UNREAD if self.names_weights else ("placement", "quantization"):
             can_hold = getattr(self.teacher, option) in (getattr(usual, option), getattr(self.model, option, None))
-            remedy = f"the teacher is the student, with teacher.weights={weights.value}: set teacher.{option}="
+            remedy = f"the teacher is the student, with {self.weights_option}: set teacher.{option}="
             shown = getattr(usual, option)
-            remedy += f"{getattr(shown, 'value', 'null' if shown is None else shown)}, or teacher.weights=own and another teacher.path"
+            remedy += f"{getattr(shown, 'value', 'null' if shown is None else shown)}, or "
+            remedy += "control=none" if self.control is Control.self else "teacher.weights=own and another teacher.path"
             self.require(f"teacher.{option}", can_hold, remedy)
         rewarded = weights is not TeacherWeights.current and self.ppo.reward_coef > 0
+        has_purpose = self.teacher.has_own_view or rewarded or self.control is Control.self
         remedy = "the teacher is the student and reads the same prompts, so that there is nothing to learn: set teacher.prompt='…' or "
         remedy += "teacher.system='…' for it"
         remedy += ", or another teacher" if weights is TeacherWeights.current else ", ppo.reward_coef above 0, or another teacher"
-        self.require("teacher.weights" if self.names_weights else "lora.rank", self.teacher.has_own_view or rewarded, remedy)
+        self.require("teacher.weights" if self.names_weights else "lora.rank", has_purpose, remedy)
         remedy = "teacher.weights=current changes at each inner step, but whole distributions are computed from the weights that it had "
         remedy += "before: set ppo.steps=1, teacher.weights=ema, or ppo.estimator=sampled ppo.baseline=false"
         self.require("ppo.steps", self.ppo.steps == 1 or weights is not TeacherWeights.current or not self.needs_teacher_states, remedy)

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config import compose
-from opd.config.schema import Config, ModelConfig, TeacherConfig, TeacherWeights
+from opd.config.schema import Config, Control, ModelConfig, TeacherConfig, TeacherWeights
 from opd.errors import ConfigError, DataError
 from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.runs.reader import is_run, open_run
@@ -71,12 +71,12 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     if teacher is not None and teacher != NONE:
         model = _model(teacher, config.teacher)
         options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code", "adapter")}
-        config = replace(config, teacher=replace(config.teacher, **options, weights=TeacherWeights.own))
+        config = replace(config, control=Control.none, teacher=replace(config.teacher, **options, weights=TeacherWeights.own))
     average = None
     if config.names_weights:
         is_average = config.teacher.weights is TeacherWeights.ema
         average = newest_average(run) if run is not None and is_average else None
-        config = replace(config, teacher=student_as_teacher(config, before))
+        config = replace(config, control=Control.none, teacher=student_as_teacher(config, before))
     if baseline is not None:
         before = None if baseline == NONE else _model(baseline, before or config.model)
     return Target(config, word or config.model.path, run, before, overrides, average)

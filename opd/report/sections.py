@@ -61,7 +61,7 @@ def heading(runs: Sequence[Run]) -> str:
     else:
         [run] = runs
         options = flatten(run.config)
-        weights = options.get("teacher.weights", "own")
+        weights = "base" if options.get("control") == "self" else options.get("teacher.weights", "own")
         named = {
             "student": options.get("model.path"),
             "teacher": options.get("teacher.path") if weights == "own" else f"the student itself ({weights})",

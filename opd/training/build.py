@@ -110,7 +110,7 @@ def build(
     if given.teacher is not None and config.teacher.url is not None:
         raise ConfigError("teacher.url: a teacher was passed as a module too; leave one of them out")
     if given.teacher is not None and config.names_weights:
-        raise ConfigError(f"teacher.weights={config.teacher.weights.value}: a teacher was passed as a module too; leave one of them out")
+        raise ConfigError(f"{config.weights_option}: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
     check_sharding(config, sharded)
     bf16 = load.computes_in_bf16(config.model.dtype, device)

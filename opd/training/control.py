@@ -1,10 +1,12 @@
 """Control arms: the same run without what the teacher knows, by another advantage of the sampled tokens (`control`).
 
-Sampling, scoring, evaluation and the metric `reverse_kl` stay those of the real teacher, so that two runs differ in the advantage alone.
+With the first two, sampling, scoring, evaluation and the metric `reverse_kl` stay those of the real teacher, so that two runs differ in the
+advantage alone. With `self` the student's start is the teacher everywhere, as with `teacher.weights=base` (`opd.teachers.student`).
 
     constant    A = CONSTANT where the student's probability of the token was below UNLIKELY, else 0
     shuffled    A = log-prob that the teacher gave to the token at the same place of another completion, minus old_logp
                 (with `teacher.contrast` the advantage of that token)
+    self        A = log-prob under the student's start, minus old_logp
 
 Shapes: `N` rows of the token table, of this process.
 """

@@ -254,7 +254,7 @@ class Trainer:
             name = "teacher.url" if self.config.teacher.url else "teacher.path"
             problem = "this teacher is the student"
             if self.config.teaches_itself:
-                name, problem = f"teacher.weights={self.config.teacher_weights.value}", "what it reads besides changes nothing"
+                name, problem = self.config.weights_option, "what it reads besides changes nothing"
             log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
 
     def check_masked(self, done: StepDone) -> None:

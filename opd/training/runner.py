@@ -307,7 +307,8 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
     display.note(f"sampling: {built.sampling}")
     if config.control is not Control.none:
-        display.note(f"control={config.control.value}: trained without the information of the teacher, which is measured as usual")
+        measured = "" if config.control is Control.self else ", which is measured as usual"
+        display.note(f"control={config.control.value}: trained without the information of the teacher{measured}")
     if built.served:
         display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL over the vocabulary in evaluations")
     for line in built.differences:
