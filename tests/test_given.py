@@ -23,7 +23,7 @@ from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
-from opd.objective import reverse_kl
+from opd.objective import forward_kl, jsd, reverse_kl
 from opd.runs.reader import open_run
 from opd.teachers import LocalTeacher
 from opd.training.checkpoint import read
@@ -174,8 +174,13 @@ def test_sampled_learns_a_given_text_by_its_log_likelihood_without_weights_and_c
         trainer.inner_step(tokens)
 
 
-def test_exact_has_the_same_divergence_on_given_and_sampled_rows(tmp_path):
-    trainer = given_trainer(tmp_path, 0.5, ppo__estimator="exact")
+@pytest.mark.parametrize("estimator", ["exact", "topk"])
+@pytest.mark.parametrize(("name", "on_sampled", "on_given"), [
+    ("reverse_kl", reverse_kl, forward_kl), ("forward_kl", forward_kl, forward_kl), ("jsd", jsd, jsd),
+])  # fmt: skip
+def test_exact_has_the_same_divergence_on_given_rows_but_never_the_reverse_kl(tmp_path, estimator, name, on_sampled, on_given):
+    options = {"ppo__estimator": estimator, "ppo__divergence": name, "ppo__k": VOCABULARY}
+    trainer = given_trainer(tmp_path, 0.5, **options)
     tokens = trainer.begin_step()
     assert tokens.given_N.any() and not tokens.given_N.all()
     found, losses = gradients(trainer, tokens), []
@@ -186,7 +191,8 @@ def test_exact_has_the_same_divergence_on_given_and_sampled_rows(tmp_path):
             (model(torch.tensor([ids])).logits[0, positions] / trainer.config.temperature).log_softmax(-1)
             for model in (trainer.student, trainer.scoring.teacher.model)
         )
-        losses.append(reverse_kl(student, teacher.detach()))
+        divergence = on_given if rollout.given else on_sampled
+        losses.append(divergence(student, teacher.detach(), *([0.5] if name == "jsd" else [])))
     assert is_gradient_of(torch.cat(losses).mean(), trainer, found)
 
 

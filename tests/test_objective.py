@@ -15,6 +15,7 @@ from opd.objective import (
     Head,
     Sampled,
     TeacherStates,
+    TeacherTop,
     anchored,
     behaviour_logp,
     chunked_loss,
@@ -197,6 +198,17 @@ def test_expected_gradient_with_a_contrast_is_that_of_the_reverse_kl_to_the_stud
     (of_kl,) = torch.autograd.grad(reverse_kl((logits / TEMPERATURE).log_softmax(-1), target).sum(), logits)
     assert torch.allclose(found["contrast"], of_kl, rtol=1e-12, atol=1e-14) and of_kl.abs().max() > 1e-3
     assert found["same"].abs().max() == 0
+
+
+def test_a_teacher_that_sends_its_top_has_the_forward_kl_on_given_tokens_too():
+    hidden, weight, bias, teacher_hidden, teacher, targets = problem()
+    states, given_N = TeacherStates(teacher_hidden, teacher), torch.arange(N) % 3 == 0
+    sent = TeacherTop(*states.top(5, TEMPERATURE), states.token_logp(targets, TEMPERATURE))
+    logits = hidden @ weight.T + bias
+    reverse, forward = (topk(targets, states, TEMPERATURE, each, 5)(logits, slice(0, N))[0] for each in (reverse_kl, forward_kl))
+    for source in (sent, states):
+        found, _ = topk(targets, source, TEMPERATURE, reverse_kl, 5, given_N)(logits, slice(0, N))
+        assert torch.allclose(found, torch.where(given_N, forward, reverse), atol=1e-9)
 
 
 @pytest.mark.parametrize("drawn_at", [0.5, 1.6])

@@ -10,14 +10,14 @@ Shapes: `N` trained tokens, `C` tokens of a chunk, `R` rows, `V` vocabulary, `H`
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.objective.divergences import reverse_kl, with_tail
+from opd.objective.divergences import forward_kl, reverse_kl, with_tail
 from opd.objective.head import Head, TokenLoss, TokenStats, at_least_float32, chunked_stats, chunks
 from opd.objective.masked import masked_stats
 from opd.objective.overlap import OVERLAP_K, overlap, overlap_of_distributions
@@ -271,19 +271,32 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
     return loss
 
 
-def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergence: Divergence) -> TokenLoss:
-    """Return the loss of whole distributions: the divergence over the vocabulary at each position, without sampling noise."""
+def exact(
+    target_N: Tensor,
+    teacher: TeacherStates,
+    temperature: float,
+    divergence: Divergence,
+    given_N: Tensor | None = None,
+    of_given: Divergence = forward_kl,
+) -> TokenLoss:
+    """Return the loss of whole distributions: the divergence over the vocabulary at each position, without sampling noise.
+
+    Args:
+        given_N: Tokens that have the divergence `of_given` instead.
+    """
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
         student_CV = scaled_logp(logits_CV, temperature)
         teacher_CV = teacher.logp(part, temperature).to(student_CV)
-        loss_C = divergence(student_CV, teacher_CV)
+        loss_C = own_C = divergence(student_CV, teacher_CV)
+        if given_N is not None:
+            loss_C = torch.where(given_N[part], of_given(student_CV, teacher_CV), own_C)
         with torch.no_grad():
             stats = {
                 "logp": student_CV.gather(-1, target_N[part][:, None])[:, 0],
                 "teacher_logp": teacher_CV.gather(-1, target_N[part][:, None])[:, 0],
                 "entropy": entropy(student_CV),
-                "reverse_kl": loss_C.detach() if divergence is reverse_kl else reverse_kl(student_CV, teacher_CV),
+                "reverse_kl": own_C.detach() if divergence is reverse_kl else reverse_kl(student_CV, teacher_CV),
                 **overlap_of_distributions(student_CV, teacher_CV),
             }
         return loss_C, stats
@@ -291,29 +304,41 @@ def exact(target_N: Tensor, teacher: TeacherStates, temperature: float, divergen
     return loss
 
 
-def topk(target_N: Tensor, teacher: TeacherStates | TeacherTop, temperature: float, divergence: Divergence, k: int) -> TokenLoss:
+def topk(
+    target_N: Tensor,
+    teacher: TeacherStates | TeacherTop,
+    temperature: float,
+    divergence: Divergence,
+    k: int,
+    given_N: Tensor | None = None,
+) -> TokenLoss:
     """Return the divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`.
 
     The statistic `reverse_kl` is over the whole vocabulary, or where the teacher sent only its most probable ids over them and the bucket,
     which is less.
+
+    Args:
+        given_N: Tokens that have the forward KL instead.
     """
     if isinstance(teacher, TeacherTop):
-        return sent_top(target_N, teacher, temperature, divergence)
+        return sent_top(target_N, teacher, temperature, divergence, given_N)
 
-    def on_top(student_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+    def on_top(student_CV: Tensor, teacher_CV: Tensor, divergence: Divergence = divergence) -> Tensor:
         top_CK = teacher_CV.topk(min(k, teacher_CV.shape[-1]), -1).indices
         return divergence(with_tail(student_CV, top_CK), with_tail(teacher_CV, top_CK))
 
-    return exact(target_N, teacher, temperature, on_top)
+    return exact(target_N, teacher, temperature, on_top, given_N, partial(on_top, divergence=forward_kl))
 
 
-def sent_top(target_N: Tensor, teacher: TeacherTop, temperature: float, divergence: Divergence) -> TokenLoss:
+def sent_top(target_N: Tensor, teacher: TeacherTop, temperature: float, divergence: Divergence, given_N: Tensor | None = None) -> TokenLoss:
     """Return `topk` for a teacher of which only the most probable ids are known."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
         student_CV = scaled_logp(logits_CV, temperature)
         student_top, teacher_top = with_tail(student_CV, teacher.id_NK[part]), teacher.with_tail(part).to(student_CV)
         loss_C = divergence(student_top, teacher_top)
+        if given_N is not None:
+            loss_C = torch.where(given_N[part], forward_kl(student_top, teacher_top), loss_C)
         with torch.no_grad():
             stats = {
                 "logp": student_CV.gather(-1, target_N[part][:, None])[:, 0],

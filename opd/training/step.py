@@ -24,8 +24,9 @@ moves with the student, training does not end at a distribution: where the views
 `ppo.reference_coef` adds that times KL(student‖the student's start): over whole distributions, or for `sampled` as
 reference_coef (reference_logp - old_logp) in the advantage, after its clip.
 
-Tokens of given completions (`train.given_share`) have the loss -logp instead of w s, the teacher's log-likelihood where the text is the
-teacher's; with `exact` and `topk` the same divergence as all others (GKD, arXiv 2306.13649).
+Tokens of given completions (`train.given_share`) have the loss -logp instead of w s. With `exact` and `topk` they have the divergence of
+all others (GKD, arXiv 2306.13649), but the forward KL in place of the reverse KL: it is the expectation of -logp over the teacher's texts,
+and has a gradient where the student gives the teacher's token no probability.
 
 Shapes: `N` rows of the token table, `R` rollouts.
 """
@@ -40,7 +41,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, Control, Estimator, OptimConfig, Reduction, Schedule, Truncated
+from opd.config.schema import Config, Control, Divergence, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import MicroBatch, Rollout
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
@@ -275,11 +276,12 @@ class Step:
         if ppo.estimator is not Estimator.sampled:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
+            forward_N = given_N if ppo.divergence is Divergence.reverse_kl else None
             if ppo.estimator is Estimator.topk:
-                loss = topk(ids_N, part.teacher, temperature, divergence, ppo.k)
+                loss = topk(ids_N, part.teacher, temperature, divergence, ppo.k, forward_N)
             else:
                 assert isinstance(part.teacher, TeacherStates)
-                loss = exact(ids_N, part.teacher, temperature, divergence)
+                loss = exact(ids_N, part.teacher, temperature, divergence, forward_N)
             return loss if part.reference is None else anchored(loss, part.reference, temperature, ppo.reference_coef, given_N)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         control, contrast_logp = self.config.control, tokens.columns.get("contrast_logp")
