@@ -373,7 +373,7 @@ def test_memory_estimate_is_within_15_percent_of_the_measured_peak(setting: list
 
 
 def test_candidate_teachers_are_ranked_by_gap_and_overlap(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """The bundled teacher against the student itself, from which nothing can be learnt, and one that cannot be loaded."""
+    """The bundled teacher against the student itself, from which nothing can be learned, and one that cannot be loaded."""
     words = ["doctor", "experiment=debug", "device=cpu", "--prompts", "16"]
     listed = "teacher.path=bundled:tiny-student,./nowhere,bundled:tiny-teacher"
     assert cli.main([*words, listed, "--json"]) == errors.OK
