@@ -201,6 +201,7 @@ def test_adapter_without_peft_is_refused_with_the_extra_to_install(tmp_path, mon
         models.load_model(options(teacher__adapter=str(tmp_path)).teacher, "teacher", CPU)
 
 
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings:UserWarning")  # from peft, before the refusal
 def test_adapters_on_the_output_head_are_refused_where_they_would_not_be_trained_or_change_a_tied_embedding(tmp_path):
     for tied in (False, True):
         folder = tmp_path / str(tied)

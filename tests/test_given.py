@@ -22,6 +22,7 @@ from opd.data.given import check_given, given_rollout, takes_given
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
+from opd.evaluation.completions import begin
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
 from opd.runs.reader import open_run
@@ -360,7 +361,9 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     monkeypatch.chdir(tmp_path)
     part = Path("part.jsonl.part")
     assert not Path("part.jsonl").exists() and len(part.read_text().splitlines()) == 1 + 16
+    whole_lines = part.read_text().splitlines(keepends=True)[:-1]
     part.write_text(part.read_text()[:-9])  # cut off in the middle of a line
+    assert len(begin(part, json.loads(whole_lines[0]))) == 15 and part.read_text() == "".join(whole_lines)
     assert cli.main([*words, "seed=5", "--out", "part.jsonl"]) == errors.USAGE
     assert "seed" in capfd.readouterr().err, "another command's file"
     assert cli.main([*words, "--out", "part.jsonl"]) == errors.OK
