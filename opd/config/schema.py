@@ -7,13 +7,13 @@ commented YAML. The dataclasses are not frozen because Hydra merges overrides in
 import math
 import operator
 import re
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from types import NoneType
 from typing import Any, ClassVar, get_args
 
-from opd.config.several import did_you_mean, overlay, renamed
+from opd.config.several import Renaming, did_you_mean, overlay
 from opd.errors import ConfigError
 
 
@@ -314,14 +314,24 @@ DATASET_OPTIONS: dict[str, Any] = {item.name: item.type for item in fields(Datas
 TEACHER_OPTIONS: dict[str, Any] = {item.name: item.type for item in fields(TeacherConfig)}
 
 
+def of_dataset(label: str) -> Renaming:
+    """Name options `data.mix.LABEL.path`, not `data.path`; for an empty label change nothing."""
+    return Renaming("data.", f"data.mix.{label}." if label else "data.", DATASET_OPTIONS)
+
+
+def of_teacher(label: str) -> Renaming:
+    """Name options `teachers.LABEL.path`, not `teacher.path`; for an empty label change nothing."""
+    return Renaming("teacher.", f"teachers.{label}." if label else "teacher.", TEACHER_OPTIONS)
+
+
 def naming_dataset(label: str) -> AbstractContextManager[None]:
-    """Let errors raised in the block name the dataset's options: `data.mix.LABEL.path`, not `data.path`. Empty without `data.mix`."""
-    return renamed("data.", f"data.mix.{label}.", DATASET_OPTIONS) if label else nullcontext()
+    """Let errors raised in the block name the options of a dataset of `data.mix`."""
+    return of_dataset(label).errors()
 
 
 def naming_teacher(label: str) -> AbstractContextManager[None]:
-    """Let errors raised in the block name the teacher's options: `teachers.LABEL.path`, not `teacher.path`. Empty for `teacher`."""
-    return renamed("teacher.", f"teachers.{label}.", TEACHER_OPTIONS) if label else nullcontext()
+    """Let errors raised in the block name the options of one of `teachers`."""
+    return of_teacher(label).errors()
 
 
 @dataclass(kw_only=True, slots=True)

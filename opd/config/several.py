@@ -62,13 +62,24 @@ def overlay(kind: type[T], base: Mapping[str, Any], entry: Any, key: str, known:
     return options
 
 
-@contextmanager
-def renamed(old: str, new: str, names: Iterable[str]) -> Iterator[None]:
-    """Let errors raised in the block name options by the prefix `new` where they have the prefix `old`. `names`: the options."""
-    try:
-        yield
-    except OpdError as error:
-        text = re.sub(rf"(?<![\w./-]){re.escape(old)}(?=(?:{'|'.join(names)})\b)", new, str(error))
-        if text == str(error):
-            raise
-        raise type(error)(text) from error
+@dataclasses.dataclass(frozen=True, slots=True)
+class Renaming:
+    """How texts that name the options of a section name those of an entry: by the prefix `new` where they have the prefix `old`."""
+
+    old: str
+    new: str
+    names: Iterable[str]
+
+    def __call__(self, text: str) -> str:
+        return re.sub(rf"(?<![\w./-]){re.escape(self.old)}(?=(?:{'|'.join(self.names)})\b)", self.new, text)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Rename in the messages of errors that are raised in the block."""
+        try:
+            yield
+        except OpdError as error:
+            text = self(str(error))
+            if text == str(error):
+                raise
+            raise type(error)(text) from error

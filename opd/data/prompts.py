@@ -42,6 +42,8 @@ class Prompt:
         teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
         messages: The chat, where the template writes the date into it: the ids are others on another day.
         lost: A part of the text and what its ids decode to, where that is not the same.
+        dataset: The label of its dataset in `data.mix`; empty without.
+        teacher: The label in `teachers` of the one that scores it; empty for `teacher`.
     """
 
     sample_id: int
@@ -52,6 +54,8 @@ class Prompt:
     teacher_ids: tuple[int, ...] | None = None
     messages: Sequence[Message] | None = None
     lost: str = ""
+    dataset: str = ""
+    teacher: str = ""
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -106,6 +110,33 @@ def encode_row(
     answers = extract_answers(answer, config.answer_after, f"row {index}: data.answer={config.answer}")
     text = messages[-1]["content"] or ""
     return Prompt(index, tuple(ids), text, answers, row.get("get_reward"), teacher_ids, messages if dated else None, lost)
+
+
+def labelled(datasets: Mapping[str, Sequence[Prompt]], rows: Mapping[str, int], teachers: Mapping[str, str]) -> list[Prompt]:
+    """Return the prompts of several datasets as one list, each with its label, and with a sample id that no other has.
+
+    Args:
+        datasets: Their prompts by label.
+        rows: Their numbers of rows, those included that are no prompts.
+        teachers: The label of each one's teacher.
+    """
+    prompts, start = [], 0
+    for label, own in datasets.items():
+        facts = {"dataset": label, "teacher": teachers[label]}
+        prompts += [replace(prompt, sample_id=start + prompt.sample_id, **facts) for prompt in own]  # type: ignore[arg-type]
+        start += rows[label]
+    return prompts
+
+
+def first_of_each(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """Return the first `count` prompts of each dataset; all of them for None."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        seen[prompt.dataset] += 1
+        if count is None or seen[prompt.dataset] <= count:
+            chosen.append(prompt)
+    return chosen
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:

@@ -68,7 +68,7 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     if teacher is not None and teacher != NONE:
         model = _model(teacher, config.teacher)
         options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code")}
-        config = replace(config, teacher=replace(config.teacher, **options))
+        config = replace(config, teacher=replace(config.teacher, **options), teachers={})
     if baseline is not None:
         before = None if baseline == NONE else _model(baseline, before or config.model)
     return Target(config, word or config.model.path, run, before, overrides)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Placement, Quantization
-from opd.data.prompts import Prompt, encode_rows, text_warnings
+from opd.config.schema import Config, Engine, Placement, Quantization, naming_dataset, naming_teacher
+from opd.data.prompts import Prompt, encode_rows, first_of_each, labelled, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
@@ -33,15 +33,15 @@ from opd.models.policy import (
     prepare_teacher,
     uses_packing,
 )
-from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
+from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, of_teachers
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import LocalTeacher, ServedTeacher, Teacher, loading_device, place
+from opd.teachers import LocalTeacher, ServedTeacher, Teacher, as_one, loading_device, place
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
 from opd.training.loop import Trainer
-from opd.training.speed import measure_speed
+from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
 
 CANARY_PROMPTS = 8
@@ -68,13 +68,14 @@ class Built:
         differences: What does not match between student and teacher, or does not reach the student, one line each.
         sampling: The engine and weights that sample, in words.
         served: Where the teacher is, in words; empty for a local one.
+        teacher_eos: The ids that end a teacher's completion, by the teacher's label.
     """
 
     trainer: Trainer
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
     teacher_sampler: Sampler
-    teacher_eos: tuple[int, ...]
+    teacher_eos: dict[str, tuple[int, ...]]
     adapters: Any | None
     eos: tuple[int, ...]
     differences: list[str]
@@ -93,27 +94,37 @@ def build(
     """
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if given.teacher is not None and config.teacher.url is not None:
-        raise ConfigError("teacher.url: a teacher was passed as a module too; leave one of them out")
+    if given.teacher is not None and (config.is_served or config.teachers):
+        option = "teachers" if config.teachers else "teacher.url"
+        raise ConfigError(f"{option}: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
-    teacher_tokenizer = tokenizer if given.teacher is not None else load.load_tokenizer(config.teacher, "teacher")
-    load.check_same_ids(tokenizer, teacher_tokenizer)
+    parts = config.parts_by_teacher
+    teacher_tokenizers = {}
+    for label, part in parts.items():
+        with naming_teacher(label):
+            teacher_tokenizers[label] = tokenizer if given.teacher is not None else load.load_tokenizer(part.teacher, "teacher")
+            load.check_same_ids(tokenizer, teacher_tokenizers[label])
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
     torch.manual_seed(config.seed)
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
-    is_served = config.teacher.url is not None
-    teacher_model = None if is_served else student if config.shares_base else build_teacher(config, given, accelerator)
-    vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
+    teacher_models: dict[str, PreTrainedModel | None] = {}
+    for label, part in parts.items():
+        with naming_teacher(label):
+            served = part.teacher.url is not None
+            teacher_models[label] = None if served else student if part.shares_base else build_teacher(part, given, accelerator)
+    vocabulary = min(load.shared_vocabulary(tokenizer, student, model) for model in teacher_models.values())
     load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
-    eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
-    if is_served and set(teacher_eos) <= set(eos):
-        teacher_eos = eos  # a tokenizer names one token, a model may have more
+    eos = load.eos_ids(student, tokenizer)
+    teacher_eos = {label: load.eos_ids(model, teacher_tokenizers[label]) for label, model in teacher_models.items()}
+    for label, model in teacher_models.items():
+        if model is None and set(teacher_eos[label]) <= set(eos):
+            teacher_eos[label] = eos  # a tokenizer names one token, a model may have more
     spec = SamplerSpec(
         model=student,
         eos=eos,
@@ -127,12 +138,15 @@ def build(
         sharded=sharded,
     )
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
-    local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
-    for role, model in local.items():
-        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
-        check_positions(model, role, "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
-        check_evaluated_positions(evaluator, model, role)
-    packed = all(uses_packing(model, config.train.packing) for model in local.values())
+    local = {label: model for label, model in teacher_models.items() if model is not None}
+    new_tokens = config.sampling.max_new_tokens
+    check_positions(student, "model", "sampling.max_new_tokens", [len(prompt.ids) for prompt in train_prompts], new_tokens)
+    check_evaluated_positions(evaluator, student, "model")
+    for label, model in local.items():
+        lengths = [len(prompt.seen_by_teacher) for prompt in train_prompts if prompt.teacher == label]
+        check_positions(model, "teacher", "sampling.max_new_tokens", lengths, new_tokens)
+        check_evaluated_positions(evaluator, model, "teacher", label)
+    packed = all(uses_packing(model, config.train.packing) for model in (student, *local.values()))
     if packed:
         with autocast(device, autocasts):
             check_packing(student, "model")
@@ -142,37 +156,47 @@ def build(
     if isinstance(sampler, GenerateSampler):
         choices["bf16_copy"] = sampler.copy is not None
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
-    speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
-    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
-    if teacher_model is not None:
-        place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
+    speed = measure_speed(config, student, local.get(""), bf16, decodes_in)
+    speed = replace(speed, teachers={label: product_parameters(model) for label, model in local.items() if label})
+    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_models, train_prompts, eval_prompts))
+    for label, model in local.items():
+        with naming_teacher(label):
+            place(model, parts[label].teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
-    teacher: Teacher
-    teacher_sampler: Sampler
-    if teacher_model is None:
-        teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
-        teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
-    else:
-        teacher = LocalTeacher(
-            teacher_model,
-            vocabulary,
-            adapters if config.shares_base else None,
-            choices["head_rows"],
-            bf16=config.shares_base and autocasts,
-            device=device,
-            ready=strategy.gathered_weights if config.shares_base else None,
-        )
-        teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
-        if not config.shares_base:
-            with teacher.ready():
-                if packed:
-                    check_packing(teacher_model, "teacher")
-                if evaluator.answered:
-                    run_stoppable(accelerator, lambda: local_sampler.check("teacher"))
+    teachers: dict[str, Teacher] = {}
+    teacher_samplers: dict[str, Sampler] = {}
+    served_by: list[str] = []
+    for label, part in parts.items():
+        teacher_model = teacher_models[label]
+        bf16_teacher = part.shares_base and autocasts
+        teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos[label], bf16=bf16_teacher)
+        with naming_teacher(label):
+            if teacher_model is None:
+                seen = [prompt for prompt in (*train_prompts, *eval_prompts) if prompt.teacher == label]
+                teachers[label] = connected = connect_teacher(part, accelerator, tokenizer, vocabulary, seen, choices, label)
+                teacher_samplers[label] = ServedSampler(connected.servers[0], connected.name, teacher_spec)
+                served_by.append(f"{connected.name} at {', '.join(part.teacher.urls)}")
+                continue
+            teachers[label] = LocalTeacher(
+                teacher_model,
+                vocabulary,
+                adapters if part.shares_base else None,
+                choices["head_rows"],
+                bf16=bf16_teacher,
+                device=device,
+                ready=strategy.gathered_weights if part.shares_base else None,
+            )
+            teacher_samplers[label] = local_sampler = GenerateSampler(teacher_spec)
+            if not part.shares_base:
+                with teachers[label].ready():
+                    if packed:
+                        check_packing(teacher_model, "teacher")
+                    if any(prompt.teacher == label for prompt in evaluator.answered):
+                        run_stoppable(accelerator, partial(local_sampler.check, "teacher"))
+    teacher = as_one(teachers)
     trainer = Trainer(
         config=config,
         strategy=strategy,
@@ -188,6 +212,7 @@ def build(
             pad_id=tokenizer.pad_token_id,
             packed=packed,
             choices=choices,
+            loss_weights={label: dataset.loss_weight for label, dataset in config.data.datasets.items()},
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -196,9 +221,14 @@ def build(
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
-    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
-    place_of_teacher = "" if teacher_model is not None else f"{served.name} at {', '.join(config.teacher.urls)}"
-    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
+    differences = []
+    for label, teacher_tokenizer in teacher_tokenizers.items():
+        found = load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos[label]))
+        differences += [f"{label}: {difference}" if label else difference for difference in found]
+    differences += warnings
+    served_teachers = "; ".join(served_by)
+    teacher_sampler = of_teachers(teacher_samplers)
+    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, served_teachers)
 
 
 def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
@@ -230,17 +260,18 @@ def connect_teacher(
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
-    train: Sequence[Prompt],
-    evaluation: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     choices: dict[str, Any],
+    label: str,
 ) -> ServedTeacher:
-    """Return the served teacher. Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed."""
-    longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
-    canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    """Return the served teacher. Its scores of its first prompts are in `choices`, and have to be the same when the run is resumed."""
+    longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts]) + 1
+    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     teacher = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
-    teacher.reference = [] if config.resume_force else choices.get("canary", [])
+    name = f"canary of {label}" if label else "canary"
+    teacher.reference = [] if config.resume_force else choices.get(name, [])
     on_main_process(accelerator, teacher.check)
-    choices["canary"] = teacher.reference
+    choices[name] = teacher.reference
     return teacher
 
 
@@ -276,13 +307,46 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
     """Return prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged."""
     if given.prompts is not None:
         return given.prompts
-    if given.train_rows is None:
-        train_rows, eval_rows = load_rows(config.data)
-    else:
-        train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
-    system = config.teacher.system
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", system)
-    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", system) if len(eval_rows) else []
+    if given.train_rows is not None and config.data.mix:
+        raise ConfigError("data.mix: rows were passed, which are one dataset; leave one of them out")
+    loaded = {}
+    for label, part in config.parts.items():
+        with naming_dataset(label), naming_teacher(config.teacher_of(label)):
+            rows = load_rows(part.data) if given.train_rows is None else check_rows(given.train_rows, given.eval_rows or [], part.data)
+            loaded[label] = Loaded(rows, encode_dataset(part, tokenizer, rows, label))
+    return join_datasets(config, loaded)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The rows of a dataset and their prompts, to train and to evaluate on."""
+
+    rows: tuple[Rows, Rows]
+    prompts: tuple[list[Prompt], list[Prompt]]
+
+
+def encode_dataset(
+    config: Config, tokenizer: PreTrainedTokenizerBase, rows: tuple[Rows, Rows], label: str = ""
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts of a single dataset, without its label, which is for messages."""
+    train_rows, eval_rows = rows
+    system, name = config.teacher.system, f"{label} " if label else ""
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, f"{name}training", system)
+    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, f"{name}evaluation", system) if len(eval_rows) else []
+    return train_prompts, eval_prompts
+
+
+def join_datasets(config: Config, loaded: Mapping[str, Loaded]) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts of all datasets, labelled. Raises `DataError` where rewards are asked for and nothing can be judged."""
+    teachers = {label: config.teacher_of(label) for label in loaded}
+    train_prompts, eval_prompts = (
+        labelled(
+            {label: dataset.prompts[which] for label, dataset in loaded.items()},
+            {label: len(dataset.rows[which]) for label, dataset in loaded.items()},
+            teachers,
+        )
+        for which in (0, 1)
+    )
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
         raise DataError(
             f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
@@ -316,11 +380,12 @@ def make_evaluator(
     bf16: bool,
 ) -> Evaluator:
     judged = [prompt for prompt in prompts if can_judge(prompt)]
+    local = {label for label, part in config.parts_by_teacher.items() if part.teacher.url is None}  # servers send no whole distributions
     return Evaluator(
         accelerator,
         tokenizer,
-        answered=judged[: config.eval.limit] if config.eval.reward is not None else [],
-        kl_prompts=prompts[: config.eval.kl_prompts] if config.teacher.url is None else [],  # servers send no whole distributions
+        answered=first_of_each(judged, config.eval.limit) if config.eval.reward is not None else [],
+        kl_prompts=first_of_each([prompt for prompt in prompts if prompt.teacher in local], config.eval.kl_prompts),
         decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
         kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
         grader=grader,
@@ -330,14 +395,16 @@ def make_evaluator(
     )
 
 
-def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str) -> None:
-    """Raise `ConfigError` where an evaluation needs more positions than the model has."""
+def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str, label: str = "") -> None:
+    """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
     for option, prompts, decoding in (
         ("eval.max_new_tokens", evaluator.answered, evaluator.decoding),
         ("eval.kl_max_new_tokens", evaluator.kl_prompts, evaluator.kl_decoding),
     ):
-        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in prompts]
-        check_positions(model, role, option, lengths, decoding.max_new_tokens if prompts else 0)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        if role == "teacher":
+            lengths = [len(prompt.seen_by_teacher) for prompt in prompts if prompt.teacher == label]
+        check_positions(model, role, option, lengths, decoding.max_new_tokens if lengths else 0)
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> AdamW:
@@ -352,7 +419,7 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> AdamW:
 
 
 def total_steps(config: Config, prompts: int, processes: int) -> int:
-    """Return `train.max_steps`, or the number of steps of `train.epochs`."""
+    """Return `train.max_steps`, or the number of steps of `train.epochs`, which draw so many times the number of all prompts."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert config.train.epochs is not None

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from opd.config.schema import Config, Engine, SamplingDtype, Truncated
-from opd.data.order import nth_position, take
+from opd.data.order import Order, nth_position, prompt_order
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import EngineError, NumericError, Preempted, TeacherError
@@ -133,8 +133,10 @@ class Trainer:
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
     guard: Guard = field(init=False)
+    order: Order = field(init=False)
 
     def __post_init__(self) -> None:
+        self.order = prompt_order(self.config, self.prompts)
         self.guard = Guard(self.config)
 
     @property
@@ -227,11 +229,17 @@ class Trainer:
             )
 
     def check_distance(self, tokens: Tokens) -> None:
-        """Warn where the teacher's scores are the student's: there is nothing to learn."""
+        """Warn where a teacher's scores are the student's: there is nothing to learn."""
         columns = tokens.columns
-        gap_N = (columns["teacher_logp"] - columns["logp"]).abs() if "logp" in columns else torch.ones(0)
-        if len(gap_N) and float(gap_N.mean()) < SAME_MODEL:
-            name = "teacher.url" if self.config.teacher.url else "teacher.path"
+        if "logp" not in columns:
+            return
+        labels = [rollout.request.prompt.teacher for rollout in tokens.rollouts]
+        for label in sorted(set(labels)):
+            is_own_R = torch.tensor([own == label for own in labels], device=self.device)
+            gap_N = (columns["teacher_logp"] - columns["logp"]).abs()[is_own_R[tokens.rollout_N]]
+            if len(gap_N) == 0 or float(gap_N.mean()) >= SAME_MODEL:
+                continue
+            name = f"teachers.{label}" if label else "teacher.url" if self.config.teacher.url else "teacher.path"
             log.warning("%s: its log-probs are the student's up to %.1e nats: this teacher is the student", name, float(gap_N.mean()))
 
     # A step.
@@ -291,7 +299,8 @@ class Trainer:
     def finish_step(self, tokens: Tokens, rate: float) -> StepDone:
         for name, share in self.speed.metrics(tokens).items():
             tokens.means.add(name, share, 1.0)
-        metrics, by_position = step_metrics(tokens, self.accelerator, self.config.sampling.max_new_tokens)
+        limit, datasets = self.config.sampling.max_new_tokens, sorted(self.config.data.mix)
+        metrics, by_position = step_metrics(tokens, self.accelerator, limit, datasets)
         self.trained_tokens += int(metrics["tokens"])
         metrics |= {
             "optim/lr": rate,
@@ -369,7 +378,7 @@ class Trainer:
 
         In the main process, in the steps of `is_detailed_step`, where the teacher is local; else nothing.
         """
-        if self.config.teacher.url is not None or not is_detailed_step(self.step, self.max_steps):
+        if self.config.is_served or not is_detailed_step(self.step, self.max_steps):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
         alternatives = {}
@@ -393,7 +402,7 @@ class Trainer:
 
     def requests(self, step: int) -> list[Request]:
         """Return this process's share of a step's prompts, `sampling.n` times each."""
-        drawn = [sample for position in self.places(step) for sample in take(self.config.seed, len(self.prompts), position, 1)]
+        drawn = [self.order.at(position) for position in self.places(step)]
         return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
 
     # Checkpoints and trouble.
