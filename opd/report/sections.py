@@ -147,7 +147,8 @@ def _result_of_several(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
 def datasets(runs: Sequence[Run]) -> str:
     """Return a table of what each run achieved on each of its datasets, and a chart of their KL; nothing for runs without `data.mix`."""
     head = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after", "trained tokens")
-    rows, kl = [], []
+    rows: list[str] = []
+    kl: list[Line] = []
     for run in runs:
         for label, outcome in by_dataset(run.metrics, run.evaluations).items():
             cells = [
