@@ -2,34 +2,40 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import random_model
 from fake_vllm import ScoringServer, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_config import compose
+from test_served import Tokenizer
 from test_step import PROMPTS, old_logp
 from training_helpers import VOCABULARY, FixedSampler, make_prompts, make_sampler, make_trainer, rollout_lists, rollout_of, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.api import from_options
 from opd.config.compose import PACKAGE
+from opd.config.schema import TeacherConfig
 from opd.data import arithmetic
 from opd.data.order import Order, take
 from opd.data.prompts import Prompt, first_of_each, labelled
 from opd.data.rollouts import Rollout, micro_batches
 from opd.doctor import examine
-from opd.errors import OK, USAGE, ConfigError, DataError
+from opd.errors import OK, USAGE, ConfigError, DataError, TeacherError
 from opd.evaluation.sample_score import load_pair
 from opd.models.memory import estimate
 from opd.report import render_report
 from opd.runs.reader import open_run
-from opd.teachers import LocalTeacher, as_one
+from opd.teachers import LocalTeacher, ServedTeacher, as_one
 from opd.train import main
-from opd.training.build import Given, load_prompts
+from opd.training.build import Given, build, load_prompts
+from opd.training.checkpoint import Checkpoints
 from opd.training.identity import differences
 from opd.training.loop import Trainer
 from opd.training.tokens import Tokens
@@ -85,6 +91,22 @@ def test_an_entry_has_the_options_of_data_that_it_does_not_set_and_a_teacher_the
     assert (add.teacher.system, more.teacher.system) == ("s", None)
     assert config.data.datasets["add"].weight == 2 and config.data.datasets["more"].weight == 1
     assert list(from_options(MODELS).parts) == [""]
+
+
+def test_the_command_line_and_an_experiment_set_single_options_and_whole_mappings(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    content = "# @package _global_\ndata:\n  mix:\n    a: {path: x, weight: 2}\n    b: {path: y}\nteachers:\n  b: {path: z}\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(content)
+    config = compose("data=gym", "experiment=mine", "data.mix.a.weight=3", "data.mix.c.path=w", "teachers.c={path: v}", extra=tmp_path)
+    assert {label: data.path for label, data in config.data.datasets.items()} == {"a": "x", "b": "y", "c": "w"}
+    assert config.data.datasets["a"].weight == 3
+    assert {label: part.teacher.path for label, part in config.parts_by_teacher.items() if label} == {"b": "z", "c": "v"}
+    assert compose("data=gym", "data.mix={a: {path: x}, b: {}}").data.datasets["a"].path == "x"
+
+
+def test_a_loaded_teacher_does_not_go_with_several(make_model, tmp_path):
+    with pytest.raises(ConfigError, match=r"^teachers: .*leave one of them out"):
+        build(mixed(), Accelerator(cpu=True), Checkpoints(tmp_path, 1, False), Given(teacher=make_model()), ExitStack(), None)
 
 
 def test_teacher_is_not_used_where_every_dataset_has_one_and_one_server_sets_the_temperature():
@@ -231,12 +253,6 @@ def test_the_gradient_is_the_weighted_mean_of_those_of_the_datasets_alone(tmp_pa
 
 
 def test_one_of_the_teachers_may_be_served_and_its_errors_name_it(tmp_path):
-    from test_served import Tokenizer
-
-    from opd.config.schema import TeacherConfig
-    from opd.errors import TeacherError
-    from opd.teachers import ServedTeacher
-
     trainer, models = two_teachers(tmp_path, two_datasets(), ppo__temperature=1.0)
     local = trainer.begin_step().columns["teacher_logp"]
     with running(ScoringServer(models[1], Tokenizer())) as fake:

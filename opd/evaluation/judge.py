@@ -111,7 +111,7 @@ def compare_by_dataset(answers: Mapping[str, list[Answer]], kl: Mapping[str, Sum
     for label, part in config.parts.items() if config.data.mix else ():
         own = {role: [answer for answer in given if answer.dataset == label] for role, given in answers.items()}
         means = {role: mean_kl({name: sums for name, sums in summed.items() if name == label}) for role, summed in kl.items()}
-        tasks[label] = compare_answers(own, means, part)
+        tasks[f"data.mix.{label}"] = compare_answers(own, means, part)
     return tasks
 
 
