@@ -120,6 +120,7 @@ def test_where_a_teacher_is_may_change_on_resume_and_which_it_is_may_not():
     old = {"teachers": {"a": {"path": "x"}}}
     assert differences(old, {"teachers": {"a": {"path": "x", "placement": "offload", "url": "http://a"}}}) == []
     assert differences(old, {"teachers": {"a": {"path": "y"}}}) == ["teachers.a.path was x, is y"]
+    assert differences({"data": {}}, {"data": {"mix": {}}, "teachers": {}}) == []  # an older run
 
 
 # The order.
@@ -412,6 +413,6 @@ def test_one_student_learns_two_tasks_from_two_teachers_and_not_from_one(tmp_pat
     two, one = (json.loads((tmp_path / "runs" / name / "summary.json").read_text())["datasets"] for name in ("two", "one"))
     assert two["digits"]["reward_teacher"] > 0.9 and one["digits"]["reward_teacher"] < 0.2
     assert two["digits"]["reward_before"] < 0.2
-    assert two["digits"]["reward_after"] > 0.7 and one["digits"]["reward_after"] < 0.2
+    assert two["digits"]["reward_after"] > 0.5 and one["digits"]["reward_after"] < 0.2
     for run in (two, one):
         assert run["sums"]["reward_after"] > run["sums"]["reward_before"] + 0.1

@@ -237,7 +237,7 @@ def build_student(config: Config, given: Given, device: torch.device, bf16: bool
         raise ConfigError("model and teacher_model are the same module, but the teacher must not change: load it twice")
     model = given.student or load.load_model(config.model, "model", device)
     student = prepare_student(model, device, bf16, frozen=config.lora.rank > 0)
-    if can_fuse(config):
+    if all(map(can_fuse, config.parts_by_teacher.values())):
         fuse_layers(student)
     return student, add_adapters(student, config.lora) if config.lora.rank else None
 

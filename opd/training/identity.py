@@ -152,4 +152,6 @@ def differences(old: Any, new: Any, key: str = "", moved: Sequence[str] = ()) ->
     if isinstance(old, dict) and isinstance(new, dict):
         names = {name: f"{key}.{name}" if key else name for name in (*old, *new)}
         return [line for name, full in names.items() for line in differences(old.get(name), new.get(name), full, moved)]
+    if old in (None, {}) and new in (None, {}):  # runs of before there were `data.mix` and `teachers`
+        return []
     return [] if old == new else [f"{key} was {old}, is {new}"]

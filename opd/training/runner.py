@@ -311,7 +311,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
     display.note(f"sampling: {built.sampling}")
     if built.served:
-        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL over the vocabulary in evaluations")
+        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL in evaluations of its prompts")
     for line in built.differences:
         display.note(f"warning: {line}")
     if start is not None:
