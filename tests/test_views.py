@@ -136,7 +136,7 @@ def test_options_that_do_not_fit_are_refused(options, option, remedy):
 def test_a_view_makes_a_teacher_of_the_students_base():
     same = {"model.path": "a/b", "teacher.path": "a/b", "lora.rank": 8}
     for view in ({"teacher.prompt": "{prompt}{hint}"}, {"teacher.chat_template_kwargs": {"enable_thinking": True}}):
-        assert from_options({**same, **view}).shares_base
+        assert from_options({**same, **view}).teaches_itself
     with pytest.raises(ConfigError, match=r"^lora\.rank=8: .*teacher\.prompt"):
         from_options({**same, "teacher.contrast": "x"})
 

@@ -69,6 +69,8 @@ class Prompt:
         chats: The messages that the ids are made from, where the template writes the date into them: the ids are others on another day.
         lost: A part of the text and what its ids decode to, where that is not the same.
         contrast_ids: The teacher's second view, with `teacher.contrast`.
+        dataset: The label of its dataset in `data.mix`; empty without.
+        teacher: The label in `teachers` of the one that scores it; empty for `teacher`.
     """
 
     sample_id: int
@@ -80,6 +82,8 @@ class Prompt:
     chats: tuple[Sequence[Message], ...] = ()
     lost: str = ""
     contrast_ids: tuple[int, ...] | None = None
+    dataset: str = ""
+    teacher: str = ""
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -208,6 +212,33 @@ def fill_chat(template: str, messages: Sequence[Message], row: Row, index: int, 
         remedy = "name a column with a list of messages as the whole template"
         raise DataError(f"{option}: row {index} has no message of the user to replace; {remedy}")
     return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
+
+
+def labelled(datasets: Mapping[str, Sequence[Prompt]], rows: Mapping[str, int], teachers: Mapping[str, str]) -> list[Prompt]:
+    """Return the prompts of several datasets as one list, each with its label, and with a sample id that no other has.
+
+    Args:
+        datasets: Their prompts by label.
+        rows: Their numbers of rows, those included that are no prompts.
+        teachers: The label of each one's teacher.
+    """
+    prompts, start = [], 0
+    for label, own in datasets.items():
+        facts = {"dataset": label, "teacher": teachers[label]}
+        prompts += [replace(prompt, sample_id=start + prompt.sample_id, **facts) for prompt in own]  # type: ignore[arg-type]
+        start += rows[label]
+    return prompts
+
+
+def first_of_each(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """Return the first `count` prompts of each dataset; all of them for None."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        seen[prompt.dataset] += 1
+        if count is None or seen[prompt.dataset] <= count:
+            chosen.append(prompt)
+    return chosen
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:

@@ -5,6 +5,7 @@ from opd.teachers.contract import check_weights
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
+from opd.teachers.several import as_one
 from opd.teachers.student import CurrentTeacher, MovingAverage, teaching_module
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "MovingAverage",
     "ServedTeacher",
     "Teacher",
+    "as_one",
     "check_weights",
     "loading_device",
     "place",

@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -44,16 +44,33 @@ class Rewards:
 
 
 @dataclass(frozen=True, slots=True)
+class DatasetResult:
+    """What an `Evaluation` measured on the prompts of one dataset."""
+
+    rewards: Rewards | None
+    kl: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The student after `step` steps. `rewards`: None without answers. `kl`: exact KL(student‖teacher) at T = 1, nats per token."""
+    """The student after `step` steps, or the teacher.
+
+    Args:
+        rewards: None without answers.
+        kl: Exact KL(student‖teacher) at T = 1, nats per token.
+        example: A prompt with its answer.
+        datasets: The same of each dataset of `data.mix`; empty without.
+    """
 
     step: int
     rewards: Rewards | None
     kl: float | None
     example: str | None = None
+    datasets: Mapping[str, DatasetResult] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        return values if self.datasets else {name: value for name, value in values.items() if name != "datasets"}
 
     @property
     def score(self) -> float | None:
@@ -105,6 +122,35 @@ def exact_kl(
     return total, tokens
 
 
+SummedKl = Mapping[str, tuple[float, int]]  # sums of the KL over tokens, in nats, and numbers of tokens, by dataset
+
+
+def mean_kl(summed: SummedKl) -> float | None:
+    total, tokens = (sum(column) for column in zip(*summed.values(), strict=True)) if summed else (0.0, 0)
+    return float(total / tokens) if tokens else None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Judged answers: dataset, reward, tokens, whether it was truncated, and prompt with answer, of each."""
+
+    rows: list[tuple[str, float, int, bool, str]]
+
+    def rewards(self, dataset: str | None = None) -> Rewards | None:
+        """Return the statistics of one dataset or, for None, of all; None without answers."""
+        rows = [row for row in self.rows if dataset in (None, row[0])]
+        if not rows:
+            return None
+        values = [row[1] for row in rows]
+        low, high = interval(values)
+        return Rewards(fmean(values), low, high, len(rows), fmean(row[2] for row in rows), fmean(row[3] for row in rows))
+
+    def evaluation(self, step: int, kl: SummedKl) -> Evaluation:
+        labels = sorted({*(row[0] for row in self.rows), *kl} - {""})
+        datasets = {label: DatasetResult(self.rewards(label), mean_kl({"": kl[label]} if label in kl else {})) for label in labels}
+        return Evaluation(step, self.rewards(), mean_kl(kl), self.rows[0][4] if self.rows else None, datasets)
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """Evaluates with a share of the prompts in each process; every process gets the whole result, or `Preempted` when asked to stop.
@@ -130,38 +176,52 @@ class Evaluator:
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
         """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
-        rewards, example = self.rewards(sampler)
-        return Evaluation(step, rewards, self.kl(sampler, model, teacher, ready), example)
+        judged = self.answer(sampler)
+        return judged.evaluation(step, self.kl_by_dataset(sampler, model, teacher, ready))
 
-    def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
-        """Return the rewards of the model behind `sampler`, and the first prompt with its answer. `as_teacher`: with its prompts."""
+    def teacher(self, sampler: Sampler) -> Evaluation:
+        """Evaluate the teacher, with its own version of the prompts."""
+        return self.answer(sampler, as_teacher=True).evaluation(0, {})
+
+    def answer(self, sampler: Sampler, as_teacher: bool = False) -> "Judged":
+        """Return the judged answers of the model behind `sampler` from all processes. `as_teacher`: with its prompts."""
         if not self.answered:
-            return None, None
+            return Judged([])
         requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
         judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
         rows = [
-            (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
+            (
+                rollout.request.prompt.dataset,
+                reward,
+                len(rollout.completion),
+                rollout.finish_reason is FinishReason.length,
+                f"{rollout.request.prompt.text} → {text}",
+            )
             for reward, rollout, text in judged
             if reward is not None
         ]
-        rows = gather_object(rows)
-        if not rows:
-            return None, None
-        values = [row[0] for row in rows]
-        low, high = interval(values)
-        return Rewards(fmean(values), low, high, len(rows), fmean(row[1] for row in rows), fmean(row[2] for row in rows)), rows[0][3]
+        return Judged(gather_object(rows))
 
     def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> float | None:
+        return mean_kl(self.kl_by_dataset(sampler, model, teacher, ready))
+
+    def kl_by_dataset(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "SummedKl":
+        """Return the KL's sum over tokens and the number of tokens of all processes, by dataset."""
         if not self.kl_prompts:
-            return None
+            return {}
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
+        results = {}
         with ready(), self.precision():
-            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id, self.masked)
-        parts = gather_object([result])
-        total, tokens = (sum(column) for column in zip(*parts, strict=True))
-        return float(total / tokens)
+            for label in sorted({rollout.request.prompt.dataset for rollout in rollouts}):
+                own = [rollout for rollout in rollouts if rollout.request.prompt.dataset == label]
+                results[label] = exact_kl(model, teacher, own, self.vocabulary, self.max_tokens, self.tokenizer.pad_token_id, self.masked)
+        summed: dict[str, tuple[float, int]] = {}
+        for label, (total, tokens) in gather_object(list(results.items())):
+            total_so_far, tokens_so_far = summed.get(label, (0.0, 0))
+            summed[label] = total_so_far + total, tokens_so_far + tokens
+        return summed
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]

@@ -16,7 +16,7 @@ from opd.config.compose import to_dict
 from opd.config.schema import Config, GuardAction, Tracker
 from opd.errors import INTERNAL, ConfigError, NumericError
 from opd.runs.reader import flatten
-from opd.training.evaluate import Evaluation
+from opd.training.evaluate import DatasetResult, Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,15 @@ def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> No
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Return an evaluation as metrics for the tracker."""
-    metrics = {} if evaluation.rewards is None else {"eval/reward": evaluation.rewards.mean, "eval/length": evaluation.rewards.length}
-    return metrics if evaluation.kl is None else {**metrics, "eval/kl": evaluation.kl}
+    metrics: dict[str, float] = {}
+    results: dict[str, Evaluation | DatasetResult] = {"eval": evaluation}
+    results |= {f"eval/{label}": result for label, result in evaluation.datasets.items()}
+    for prefix, result in results.items():
+        if result.rewards is not None:
+            metrics |= {f"{prefix}/reward": result.rewards.mean, f"{prefix}/length": result.rewards.length}
+        if result.kl is not None:
+            metrics[f"{prefix}/kl"] = result.kl
+    return metrics
 
 
 class Guard:

@@ -53,14 +53,36 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     add_by_position(means, {name: tokens.as_sampled(name) for name in BY_POSITION}, rollouts, max_new_tokens)
 
 
-def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) -> tuple[dict[str, float], ByPosition]:
-    """Return a finished step's metrics over all processes, and those by token position. Collective."""
+def add_by_dataset(tokens: Tokens, datasets: Sequence[str]) -> None:
+    """Add the metrics of each dataset, of which this process may have no rollout, to the table's means."""
+    of_rollout = [rollout.request.prompt.dataset for rollout in tokens.rollouts]
+    kl_N = tokens.as_sampled("reverse_kl").double()
+    rollout_N = tokens.rollout_N[tokens.sampling_order_N]
+    for label in datasets:
+        own = [rollout for rollout, dataset in zip(tokens.rollouts, of_rollout, strict=True) if dataset == label]
+        is_own_R = torch.tensor([dataset == label for dataset in of_rollout], device=kl_N.device)
+        own_kl = kl_N[is_own_R[rollout_N]]
+        tokens.means.add(f"data/{label}/reverse_kl", float(own_kl.sum()), len(own_kl))
+        tokens.means.add(f"data/{label}/length", float(sum(len(rollout.completion) for rollout in own)), len(own))
+        tokens.means.add(f"data/{label}/truncated", float(sum(rollout.truncated for rollout in own)), len(own))
+
+
+def step_metrics(
+    tokens: Tokens, accelerator: Accelerator, max_new_tokens: int, datasets: Sequence[str] = ()
+) -> tuple[dict[str, float], ByPosition]:
+    """Return a finished step's metrics over all processes, and those by token position. Collective.
+
+    Args:
+        datasets: The labels of `data.mix`.
+    """
     add_rollout_metrics(tokens, max_new_tokens)
+    add_by_dataset(tokens, datasets)
     means = tokens.means.over_processes(accelerator)
     positions = take_by_position(means, max_new_tokens)
     trained = global_sum(accelerator, len(tokens.rollout_N))
     seconds = sum(tokens.seconds.values())
     metrics = means.means()
+    metrics |= {f"data/{label}/tokens": means.counts[f"data/{label}/reverse_kl"] for label in datasets}
     metrics |= {f"time/{name}": value for name, value in {**tokens.seconds, "step": seconds}.items()}
     for reason in FinishReason:
         metrics[f"finish/{reason.value}"] = global_sum(accelerator, sum(rollout.finish_reason is reason for rollout in tokens.rollouts))
@@ -162,7 +184,9 @@ def record(
             [{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(row, values, strict=True)]
             for row, values in zip(ids, logps, strict=True)
         ]
+    dataset = rollout.request.prompt.dataset
     return {
+        **({"dataset": dataset} if dataset else {}),
         "sample_id": rollout.request.prompt.sample_id,
         "epoch": rollout.request.epoch,
         "attempt": rollout.request.attempt,
