@@ -4,6 +4,6 @@ from opd.teachers.base import Teacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
-from opd.teachers.student import CurrentTeacher, MovingAverage, teaching_module
+from opd.teachers.student import ChangingTeacher, MovingAverage, teaching_module
 
-__all__ = ["CurrentTeacher", "LocalTeacher", "MovingAverage", "ServedTeacher", "Teacher", "loading_device", "place", "teaching_module"]
+__all__ = ["ChangingTeacher", "LocalTeacher", "MovingAverage", "ServedTeacher", "Teacher", "loading_device", "place", "teaching_module"]

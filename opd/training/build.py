@@ -36,7 +36,7 @@ from opd.models.policy import (
 from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import CurrentTeacher, LocalTeacher, MovingAverage, ServedTeacher, Teacher, loading_device, place, teaching_module
+from opd.teachers import ChangingTeacher, LocalTeacher, MovingAverage, ServedTeacher, Teacher, loading_device, place, teaching_module
 from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, identity
@@ -166,7 +166,9 @@ def build(
         teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
-        kind: type[LocalTeacher] = CurrentTeacher if config.teacher_weights is TeacherWeights.current else LocalTeacher
+        kind: type[LocalTeacher] = (
+            ChangingTeacher if config.teacher_weights in (TeacherWeights.current, TeacherWeights.ema) else LocalTeacher
+        )
         teacher = kind(
             teacher_model,
             vocabulary,
