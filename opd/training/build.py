@@ -166,9 +166,8 @@ def build(
         teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
-        kind: type[LocalTeacher] = (
-            ChangingTeacher if config.teacher_weights in (TeacherWeights.current, TeacherWeights.ema) else LocalTeacher
-        )
+        changes = config.teacher_weights in (TeacherWeights.current, TeacherWeights.ema)
+        kind: type[LocalTeacher] = ChangingTeacher if changes else LocalTeacher
         teacher = kind(
             teacher_model,
             vocabulary,
