@@ -6,10 +6,10 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
 from opd.teachers.several import as_one
-from opd.teachers.student import CurrentTeacher, MovingAverage, teaching_module
+from opd.teachers.student import ChangingTeacher, MovingAverage, teaching_module
 
 __all__ = [
-    "CurrentTeacher",
+    "ChangingTeacher",
     "LocalTeacher",
     "MovingAverage",
     "ServedTeacher",

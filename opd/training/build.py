@@ -38,7 +38,7 @@ from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longes
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import (
-    CurrentTeacher,
+    ChangingTeacher,
     LocalTeacher,
     MovingAverage,
     ServedTeacher,
@@ -215,7 +215,8 @@ def build(
             teachers[label] = served = connected[label]
             teacher_samplers[label] = ServedSampler(served.servers[0], served.name, teacher_spec)
             continue
-        kind: type[LocalTeacher] = CurrentTeacher if part.teacher_weights is TeacherWeights.current else LocalTeacher
+        changes = part.teacher_weights in (TeacherWeights.current, TeacherWeights.ema)
+        kind: type[LocalTeacher] = ChangingTeacher if changes else LocalTeacher
         teachers[label] = kind(
             teacher_model,
             vocabulary,
