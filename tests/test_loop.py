@@ -302,9 +302,9 @@ class RecordingSampler:
     def __init__(self, trainer):
         self.trainer, self.inner, self.calls = trainer, trainer.sampler, []
 
-    def sample(self, requests, decoding, stream):
+    def sample(self, requests, *arguments):
         self.calls.append(([request.prompt.sample_id for request in requests], weights(self.trainer)))
-        return self.inner.sample(requests, decoding, stream)
+        return self.inner.sample(requests, *arguments)
 
     def refresh(self): ...
 

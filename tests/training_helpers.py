@@ -186,7 +186,7 @@ class PoisonedTeacher:
 
     def __init__(self, teacher: Teacher, is_poisoned: Any = lambda: True) -> None:
         self.teacher, self.is_poisoned = teacher, is_poisoned
-        self.states, self.ready, self.check = teacher.states, teacher.ready, teacher.check
+        self.states, self.ready, self.check, self.expect = teacher.states, teacher.ready, teacher.check, teacher.expect
 
     def logp(self, *args: Any) -> torch.Tensor:
         logp_N = self.teacher.logp(*args)
