@@ -551,7 +551,6 @@ class Config(Section):
         self.require("teacher.contrast", self.teacher.contrast is None or not self.teachers, remedy)
         if self.data.mix:
             _ = self.parts  # which are checked as they are made
-
         elif self.teaches_itself:
             self.check_self_teaching()
 
