@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import to_config
-from opd.config.schema import Config, TeacherWeights, removed
+from opd.config.schema import Config, Quantization, TeacherWeights, removed
 from opd.data.prompts import extract_answers
 from opd.data.rewards import best
 from opd.data.views import columns_of
@@ -149,11 +149,14 @@ class OnPolicyDistillationTrainer:
             given, config = self.given, self.config
             if given.student is None and (self.output_dir / FINAL).is_dir():
                 final = str((self.output_dir / FINAL).resolve())
-                config = replace(config, model=replace(config.model, path=final, revision=None, gguf_file=None))
-            if config.teaches_itself and config.teacher_weights is not TeacherWeights.current and (self.output_dir / FINAL).is_dir():
-                raise ConfigError(
-                    f"{config.weights_option}: the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
-                )
+                model = replace(config.model, path=final, revision=None, gguf_file=None)
+                # Adapters are merged in it.
+                config = replace(config, model=replace(model, adapter=None, quantization=Quantization.none))
+            for part in config.parts_by_teacher.values():
+                was_made = part.teacher_weights in (TeacherWeights.base, TeacherWeights.ema)
+                if was_made and (self.output_dir / FINAL).is_dir():
+                    remedy = f"the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
+                    raise ConfigError(f"{part.weights_option}: {remedy}")
             return runner.evaluate(config, Path(folder), given)
 
     @property

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from conftest import random_model
 from safetensors.torch import load_file
 from torch.func import functional_call
+from training_helpers import rollout_of
 from transformers import AutoModelForCausalLM
 
 from opd import signals
@@ -22,13 +23,13 @@ from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.config.schema import Config, TeacherWeights
-from opd.data.rollouts import Rollout
+from opd.data.rollouts import Rollout, collate
 from opd.errors import OK, ConfigError, DataError, Preempted
 from opd.evaluation.target import newest_average, student_as_teacher
 from opd.models import load as models
 from opd.models.masters import MasterWeights
 from opd.models.memory import estimate
-from opd.teachers import MovingAverage, teaching_module
+from opd.teachers import ChangingTeacher, MovingAverage, teaching_module
 from opd.train import main
 from opd.training.build import Built, Given, build
 from opd.training.checkpoint import AVERAGE, MODEL, Checkpoints, read, trained_tensors
@@ -152,6 +153,14 @@ def test_the_average_is_a_geometric_sum_of_the_weights():
     for name, weight in average.averages.items():
         terms = [0.9**5 * history[0][name], *(0.1 * 0.9 ** (5 - step) * history[step][name] for step in range(1, 6))]
         assert torch.allclose(weight, torch.stack(terms).sum(0), rtol=0, atol=1e-14)
+
+
+def test_the_head_of_an_average_on_another_device_follows_it():
+    """`meta` stands for the student's device, to which the head is copied; so does cpu:0, of one process of several, for cpu."""
+    teacher = ChangingTeacher(random_model(), 23, device=torch.device("meta"))
+    before = teacher.head
+    inputs = collate([rollout_of((2, 3), (4, 1))], [0], 0).inputs
+    assert teacher.states(inputs).head.weight_VH is not before.weight_VH
 
 
 def test_the_average_follows_the_float32_masters_and_computes_in_bf16():

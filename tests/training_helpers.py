@@ -84,6 +84,7 @@ def make_trainer(
     student: PreTrainedModel | None = None,
     teacher: PreTrainedModel | None = None,
     bf16_copy: bool = False,
+    prompts: list[Prompt] | None = None,
     **options: Any,
 ) -> Trainer:
     """Return a trainer of one process on the CPU, with checkpoints in `folder`."""
@@ -100,7 +101,7 @@ def make_trainer(
         sampler=make_sampler(student, settings.seed, bf16_copy),
         evaluator=NoEvaluator(),
         checkpoints=Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best),
-        prompts=make_prompts(settings.teacher.contrast is not None),
+        prompts=prompts or make_prompts(settings.teacher.contrast is not None),
         scoring=Step(
             config=settings,
             strategy=strategy,

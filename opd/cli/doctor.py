@@ -68,9 +68,14 @@ def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 
 
 def compare(config: Config, flags: argparse.Namespace, name: str, reports: "dict[str, Report]", is_last: bool) -> None:
-    """Examine the config with the teacher `name` and, after the last one, print the ranking. Raises `NotReady` if none is ready."""
+    """Examine the config with the teacher `name` and, after the last one, print the ranking.
+
+    Raises `NotReady` if none is ready, and `ConfigError` where no dataset would have it.
+    """
     from opd.doctor import candidates
 
+    if "" not in config.parts_by_teacher:
+        raise errors.ConfigError(f"teacher={name}: teachers has one for every dataset; leave out that of the dataset to find a teacher for")
     reports[name] = findings(config, flags)
     gc.collect()  # its models, before the next ones are loaded
     if not is_last:

@@ -2,12 +2,9 @@
 
 import contextlib
 import dataclasses
-import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
-from enum import Enum
-from types import NoneType, UnionType
-from typing import Any, TypeVar, get_args, get_origin
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -16,12 +13,12 @@ from omegaconf import errors as omegaconf_errors
 
 from opd.config import schema
 from opd.config.compose import conf_dir
+from opd.config.several import describe_type, did_you_mean
 from opd.errors import ConfigError, OpdError, OutputError
 from opd.runs.text import one_line
 
 Result = TypeVar("Result")
 
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 YOUR_OWN = {
     "model": "; a hub id or a folder goes in model.path=…",
     "teacher": "; a hub id or a folder goes in teacher.path=…",
@@ -72,23 +69,6 @@ def choices() -> dict[str, list[str]]:
     for file in sorted(conf_dir().glob("*/*.yaml")):
         groups.setdefault(file.parent.name, []).append(file.stem)
     return groups
-
-
-def describe_type(kind: Any) -> str:
-    if isinstance(kind, UnionType):
-        return " or ".join(describe_type(part) for part in get_args(kind))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return f"one of {', '.join(member.name for member in kind)}"
-    if get_origin(kind) is list:
-        return "a list, for example [0.9,0.95]"
-    if get_origin(kind) is dict:
-        return "a mapping, for example '{a: 1}'"
-    return TYPE_NAMES.get(kind, "a section; give the options in it one by one")
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=2)
-    return f"did you mean {' or '.join(close)}? " if close else ""
 
 
 def removed(word: str) -> str | None:

@@ -86,6 +86,8 @@ def schema() -> DictConfig:
     node = OmegaConf.structured(Config)
     assert isinstance(node, DictConfig)
     for section in dataclasses.fields(Config):
+        if get_origin(section.type) is dict:
+            OmegaConf.set_struct(node[section.name], False)
         for item in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ():
             if get_origin(item.type) is dict:
                 OmegaConf.set_struct(node[section.name][item.name], False)

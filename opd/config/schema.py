@@ -7,11 +7,13 @@ commented YAML. The dataclasses are not frozen because Hydra merges overrides in
 import math
 import operator
 import re
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from types import NoneType
 from typing import Any, ClassVar, get_args
 
+from opd.config.several import Renaming, did_you_mean, overlay
 from opd.errors import ConfigError
 
 
@@ -321,8 +323,13 @@ class DataConfig(Section):
     size: int = bounded(2000, at_least=2)
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
+    mix: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        named = all(re.fullmatch(r"[\w-]+", label) for label in self.mix)
+        self.require("mix", named, "its labels name datasets; use letters, digits, _ and - only")
+        if self.mix:
+            return  # `Config.parts` checks the datasets
         name = self.source.value
         if self.source in (Source.jsonl, Source.parquet):
             self.require("train_path", self.train_path is not None, f"data={name} needs data.train_path=FILE.{name}")
@@ -330,6 +337,48 @@ class DataConfig(Section):
             self.require("path", bool(self.path), "data=hub needs data.path=OWNER/DATASET")
         if self.source is Source.gym:
             self.require("path", self.path is not None, "data=gym needs data.path=TASK, for example data.path=chain_sum")
+
+    @property
+    def datasets(self) -> dict[str, "DatasetConfig"]:
+        """The options of each dataset of `mix`, by label, in alphabetical order."""
+        own = {item.name: getattr(self, item.name) for item in fields(DataConfig) if item.name != "mix"}
+        datasets = {}
+        for label in sorted(self.mix):
+            with naming_dataset(label):
+                datasets[label] = overlay(DatasetConfig, own, self.mix[label], f"data.mix.{label}", DATASET_OPTIONS)
+        return datasets
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetConfig(DataConfig):
+    """One dataset of `data.mix`."""
+
+    weight: float = bounded(1.0, above=0, hint="relative to the other datasets")
+    loss_weight: float = bounded(1.0, above=0, hint="relative to the other datasets")
+
+
+DATASET_OPTIONS: dict[str, Any] = {item.name: item.type for item in fields(DatasetConfig) if item.name != "mix"}
+TEACHER_OPTIONS: dict[str, Any] = {item.name: item.type for item in fields(TeacherConfig)}
+
+
+def of_dataset(label: str) -> Renaming:
+    """Name options `data.mix.LABEL.path`, not `data.path`; for an empty label change nothing."""
+    return Renaming("data.", f"data.mix.{label}." if label else "data.", DATASET_OPTIONS)
+
+
+def of_teacher(label: str) -> Renaming:
+    """Name options `teachers.LABEL.path`, not `teacher.path`; for an empty label change nothing."""
+    return Renaming("teacher.", f"teachers.{label}." if label else "teacher.", TEACHER_OPTIONS)
+
+
+def naming_dataset(label: str) -> AbstractContextManager[None]:
+    """Let errors raised in the block name the options of a dataset of `data.mix`."""
+    return of_dataset(label).errors()
+
+
+def naming_teacher(label: str) -> AbstractContextManager[None]:
+    """Let errors raised in the block name the options of one of `teachers`."""
+    return of_teacher(label).errors()
 
 
 @dataclass(kw_only=True, slots=True)
@@ -521,6 +570,7 @@ class Config(Section):
     control: Control = Control.none
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: dict[str, Any] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -544,10 +594,21 @@ class Config(Section):
         self.require("model.quantization", not quantized or self.lora.rank > 0, remedy)
         copies = self.sampling.dtype is SamplingDtype.bfloat16 and self.sampling.engine is not Engine.vllm
         self.require("sampling.dtype", not (quantized and copies), "quantised weights have no bf16 copy: set sampling.dtype=auto")
-        if self.teaches_itself:
+
+        for label in self.teachers:
+            if label not in self.data.mix:
+                remedy = did_you_mean(label, self.data.mix) or "label a dataset with data.mix, or set teacher. "
+                raise ConfigError(f"teachers.{label}: data.mix has no dataset of this label; {remedy}".strip())
+        remedy = "subtracts the log-probs of one teacher: set teachers={}, or teacher.contrast=null"
+        self.require("teacher.contrast", self.teacher.contrast is None or not self.teachers, remedy)
+        needs_one = self.control in (Control.shuffled, Control.self)
+        self.require("control", not (needs_one and self.teachers), "needs one teacher for all data: set teachers={}, or control=constant")
+        if self.data.mix:
+            _ = self.parts  # which are checked as they are made
+        elif self.teaches_itself:
             self.check_self_teaching()
 
-        if self.teacher.url is not None:
+        if self.is_served and not self.data.mix:
             whole = "needs the teacher's whole distributions, which a server does not send: set "
             self.require("ppo.estimator", self.ppo.estimator is not Estimator.exact, f"{whole}ppo.estimator=sampled or ppo.estimator=topk")
             self.require("ppo.baseline", not self.ppo.baseline, f"{whole}ppo.baseline=false")
@@ -579,7 +640,8 @@ class Config(Section):
             remedy = f"sums log-probs that top-p and top-k distort: set {off}, or ppo.discount=0"
             self.require("ppo.discount", self.ppo.discount == 0 or not truncated, remedy)
         remedy = "rows take the texts of a column: set data.completion=COLUMN (opd sample --out FILE writes one), or train.given_share=0"
-        self.require("train.given_share", self.data.completion is not None or not self.train.takes_given, remedy)
+        has_column = any(data.completion is not None for data in self.data.datasets.values() or [self.data])
+        self.require("train.given_share", has_column or not self.train.takes_given, remedy)
         comparable = self.eval.reward is not None and self.sampling.n > 1
         remedy = "compares the rewards of a prompt's completions: set eval.reward=NAME and sampling.n above 1"
         self.require("ppo.reward_coef", self.ppo.reward_coef == 0 or comparable, remedy)
@@ -609,7 +671,7 @@ class Config(Section):
     @property
     def temperature(self) -> float:
         """The temperature at which student and teacher are scored."""
-        default = self.sampling.temperature if self.teacher.url is None else 1.0  # which is what servers compute at
+        default = 1.0 if self.is_served else self.sampling.temperature  # servers compute at 1
         return default if self.ppo.temperature is None else self.ppo.temperature
 
     @property
@@ -686,3 +748,45 @@ class Config(Section):
         remedy = "teacher.weights=current changes at each inner step, but whole distributions are computed from the weights that it had "
         remedy += "before: set ppo.steps=1, teacher.weights=ema, or ppo.estimator=sampled ppo.baseline=false"
         self.require("ppo.steps", self.ppo.steps == 1 or weights is not TeacherWeights.current or not self.needs_teacher_states, remedy)
+
+    # Several datasets and teachers.
+
+    @property
+    def parts(self) -> dict[str, "Config"]:
+        """The run on each dataset of `data.mix` alone, by label, with the teacher of its rows as `teacher`; without any {"": this run}."""
+        if not self.data.mix:
+            return {"": self}
+        parts, ppo = {}, replace(self.ppo, temperature=self.temperature)
+        for label, data in self.data.datasets.items():
+            train = self.train if data.completion is not None else replace(self.train, given_share=0.0)
+            with naming_dataset(label), naming_teacher(self.teacher_of(label)):
+                parts[label] = replace(self, data=data, teacher=self.labelled_teacher(label), teachers={}, ppo=ppo, train=train)
+        return parts
+
+    @property
+    def parts_by_teacher(self) -> dict[str, "Config"]:
+        """One of `parts` for each teacher that is used, by the teacher's label; the label of `teacher` is empty."""
+        return {self.teacher_of(label): part for label, part in self.parts.items()}
+
+    def teacher_of(self, dataset: str) -> str:
+        """Return the label of the teacher that scores a dataset's rows; empty for `teacher`."""
+        return dataset if dataset in self.teachers else ""
+
+    def labelled_teacher(self, label: str) -> TeacherConfig:
+        if label not in self.teachers:
+            return self.teacher
+        teacher = overlay(TeacherConfig, {}, self.teachers[label], f"teachers.{label}", TEACHER_OPTIONS)
+        if "path" not in self.teachers[label]:
+            raise ConfigError(f"teachers.{label}.path has no value; add teachers.{label}.path=PATH")
+        if teacher.weights is not TeacherWeights.own or teacher.contrast is not None:
+            option = "contrast" if teacher.contrast is not None else "weights"
+            remedy = f"leave {label} out of teachers, and set teacher.{option} for all datasets that are left out"
+            raise ConfigError(f"teachers.{label}.{option}: only applies to teacher: {remedy}")
+        return teacher
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a server has a teacher of the run."""
+        own = any(isinstance(entry, dict) and entry.get("url") is not None for entry in self.teachers.values())
+        is_used = not self.data.mix or any(label not in self.teachers for label in self.data.mix)
+        return own or (is_used and self.teacher.url is not None)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from opd.config.schema import Config, Truncated
+from opd.config.schema import Config, Truncated, of_dataset
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
@@ -28,7 +28,7 @@ def takes_given(seed: int, row: int, share: float) -> bool:
 
     Args:
         seed: The run's, which shifts the choice.
-        row: Number of the row in the run, over all steps and processes, from 0.
+        row: Number of the row among those of its dataset, over all steps and processes, from 0.
         share: From 0 to 1.
     """
     shift = derive_seed("given", seed) / 2**63
@@ -44,12 +44,19 @@ def given_rollout(request: Request, max_new_tokens: int) -> Rollout:
     return Rollout(request, ids, torch.zeros(len(ids)), finish, given=True)
 
 
-def check_given(prompts: Sequence[Prompt], config: Config) -> None:
-    """Log what is not trained on as it stands in the column. Raises `DataError` where it has no text."""
-    option, limit = f"data.completion={config.data.completion}", config.sampling.max_new_tokens
+def check_given(prompts: Sequence[Prompt], config: Config, label: str = "") -> None:
+    """Log what is not trained on as it stands in the column. Raises `DataError` where it has no text.
+
+    Args:
+        config: Of a run on this dataset alone.
+        label: The dataset's in `data.mix`, for messages.
+    """
+    rename, limit = of_dataset(label), config.sampling.max_new_tokens
+    option = rename(f"data.completion={config.data.completion}")
     given = [ids for prompt in prompts for ids in prompt.given]
     if not given:
-        raise DataError(f"{option}: no training prompt has a text in this column; name another, or set data.completion=null")
+        remedy = rename("data.completion=null")
+        raise DataError(f"{option}: no training prompt has a text in this column; name another, or set {remedy}")
     if missing := sum(not prompt.given for prompt in prompts):
         log.warning(f"{option}: {missing} of {len(prompts)} training prompts have no text there and are always sampled for")
     if long := sum(len(ids) > limit for ids in given):

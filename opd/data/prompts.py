@@ -71,6 +71,8 @@ class Prompt:
         lost: A part of the text and what its ids decode to, where that is not the same.
         contrast_ids: The teacher's second view, with `teacher.contrast`.
         given: Completions that may be taken instead of sampled ones, each with its end-of-sequence token.
+        dataset: The label of its dataset in `data.mix`; empty without.
+        teacher: The label in `teachers` of the one that scores it; empty for `teacher`.
     """
 
     sample_id: int
@@ -83,6 +85,8 @@ class Prompt:
     lost: str = ""
     contrast_ids: tuple[int, ...] | None = None
     given: tuple[tuple[int, ...], ...] = ()
+    dataset: str = ""
+    teacher: str = ""
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -104,13 +108,19 @@ class Prompt:
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str, teacher: TeacherConfig | None = None
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    which: str,
+    teacher: TeacherConfig | None = None,
+    label: str = "",
 ) -> list[Prompt]:
     """Return the prompts of at most `data.max_prompt_tokens` tokens in every view; the log has the number of the others.
 
     Args:
         which: "training" or "evaluation", for messages. Only training prompts have given completions.
         teacher: What the teacher sees instead; None for what the student sees.
+        label: The dataset's in `data.mix`, for messages.
 
     Raises:
         DataError: A prompt has no text, a column of the teacher's view is missing, the chat template refuses a chat, no prompt is short
@@ -120,6 +130,7 @@ def encode_rows(
     max_chars = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
     config = config if which == "training" else replace(config, completion=None)
     end = None if config.completion is None else completion_end(tokenizer, config.chat_template_kwargs)
+    which = f"{label} {which}".strip()
     prompts = [encode_row(row, index, tokenizer, config, teacher, max_chars, end) for index, row in enumerate(rows)]
     prompts = drop_long(prompts, [len(prompt.ids) for prompt in prompts], config.max_prompt_tokens, f"{which} prompts are longer")
     longer = f"{which} prompts are longer in the teacher's view"
@@ -225,6 +236,33 @@ def fill_chat(template: str, messages: Sequence[Message], row: Row, index: int, 
         remedy = "name a column with a list of messages as the whole template"
         raise DataError(f"{option}: row {index} has no message of the user to replace; {remedy}")
     return [*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :]]
+
+
+def labelled(datasets: Mapping[str, Sequence[Prompt]], rows: Mapping[str, int], teachers: Mapping[str, str]) -> list[Prompt]:
+    """Return the prompts of several datasets as one list, each with its label, and with a sample id that no other has.
+
+    Args:
+        datasets: Their prompts by label.
+        rows: Their numbers of rows, those included that are no prompts.
+        teachers: The label of each one's teacher.
+    """
+    prompts, start = [], 0
+    for label, own in datasets.items():
+        facts = {"dataset": label, "teacher": teachers[label]}
+        prompts += [replace(prompt, sample_id=start + prompt.sample_id, **facts) for prompt in own]  # type: ignore[arg-type]
+        start += rows[label]
+    return prompts
+
+
+def first_of_each(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+    """Return the first `count` prompts of each dataset; all of them for None."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for prompt in prompts:
+        seen[prompt.dataset] += 1
+        if count is None or seen[prompt.dataset] <= count:
+            chosen.append(prompt)
+    return chosen
 
 
 def to_messages(row: Row, index: int, config: DataConfig) -> list[Message]:

@@ -84,15 +84,17 @@ class Inputs:
         ids_BT: Token ids, padded on the right. Models are causal, so padding after the end reaches no trained position and needs no mask.
         predicting_N: Positions in the flattened (B*T) whose next token is a trained one.
         positions_BT: None; or, for sequences packed into one row, positions that restart at each sequence, which keeps them apart.
+        teacher: The label of the teacher of all sequences, which is one; empty for `teacher`.
     """
 
     ids_BT: Tensor
     predicting_N: Tensor
     positions_BT: Tensor | None = None
+    teacher: str = ""
 
     def to(self, device: torch.device) -> "Inputs":
         positions_BT = None if self.positions_BT is None else self.positions_BT.to(device)
-        return Inputs(self.ids_BT.to(device), self.predicting_N.to(device), positions_BT)
+        return Inputs(self.ids_BT.to(device), self.predicting_N.to(device), positions_BT, self.teacher)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +146,15 @@ def lay_out(rollouts: Sequence[Rollout], prompts: Sequence[tuple[int, ...]], pad
         for offset in rollout.trained
     ]
     predicting_N = torch.tensor(predicting, dtype=torch.long)
+    (teacher,) = {rollout.request.prompt.teacher for rollout in rollouts}
     if packed:
         ids = torch.tensor([token for sequence in sequences for token in sequence])[None]
         positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
-        return Inputs(ids, predicting_N, positions)
+        return Inputs(ids, predicting_N, positions, teacher)
     ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     for row, sequence in enumerate(sequences):
         ids[row, : len(sequence)] = torch.tensor(sequence)
-    return Inputs(ids, predicting_N)
+    return Inputs(ids, predicting_N, None, teacher)
 
 
 def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = False, max_padding: float = math.inf) -> list[list[int]]:
@@ -180,10 +183,13 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int, packed: bool = Fals
 def micro_batches(
     rollouts: Sequence[Rollout], max_tokens: int, pad_id: int, packed: bool = False, max_padding: float = math.inf
 ) -> list[MicroBatch]:
-    """Return the micro-batches of the rollouts that have trained tokens, longest first."""
-    trained = [index for index, rollout in enumerate(rollouts) if rollout.read]
-    groups = split_by_tokens([rollouts[index].length for index in trained], max_tokens, packed, max_padding)
-    return [collate(rollouts, [trained[place] for place in group], pad_id, packed) for group in groups]
+    """Return the micro-batches of the rollouts that have trained tokens, teacher by teacher, longest first."""
+    batches = []
+    for teacher in sorted({rollout.request.prompt.teacher for rollout in rollouts}):
+        trained = [index for index, rollout in enumerate(rollouts) if rollout.read and rollout.request.prompt.teacher == teacher]
+        groups = split_by_tokens([rollouts[index].length for index in trained], max_tokens, packed, max_padding)
+        batches += [collate(rollouts, [trained[place] for place in group], pad_id, packed) for group in groups]
+    return batches
 
 
 def repetition(completion: Sequence[int], size: int = 4) -> float:

@@ -1,6 +1,7 @@
 """Check a run before it starts: `opd doctor`. Each check is a function that returns findings; this module runs them in order."""
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,8 @@ from pathlib import Path
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import Config
-from opd.data.prompts import Prompt, to_messages, views_of
+from opd.config.schema import Config, of_dataset, of_teacher
+from opd.data.prompts import Prompt, first_of_each, to_messages, views_of
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
@@ -18,7 +19,7 @@ from opd.models import load as models
 from opd.models.device import free_memory
 from opd.models.distributed import make_accelerator
 from opd.models.memory import estimate
-from opd.training.build import Built, Given, build, load_prompts, make_run_grader
+from opd.training.build import Given, Loaded, build, encode_dataset, join_datasets, make_run_grader
 from opd.training.checkpoint import Checkpoints
 
 __all__ = ["Finding", "Report", "Status", "examine"]
@@ -50,11 +51,40 @@ def examine(config: Config, prompts: int = 32) -> Report:
 
 
 def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBase, Prompts] | None:
-    """Check tokenizers, chat templates and data.
+    """Check tokenizers, chat templates and data, those of each dataset with its teacher.
 
     Returns:
         The student's tokenizer and the prompts; None if something cannot be loaded or token ids differ.
     """
+    checked, reports = {}, {}
+    for label, part in config.parts.items():
+        reports[label] = Report()
+        checked[label] = check_dataset(part, reports[label], label)
+    add_labelled(report, reports, config)
+    loaded = {label: found for label, found in checked.items() if found is not None}
+    if len(loaded) < len(checked):
+        return None
+    with report.catch("data") as errors:
+        prompts = join_datasets(config, {label: dataset for label, (_, dataset) in loaded.items()})
+        report.add(*rows.check_answers(prompts[1], config))
+    return None if errors else (next(iter(loaded.values()))[0], prompts)
+
+
+def add_labelled(report: Report, reports: Mapping[str, Report], config: Config) -> None:
+    """Add the findings on each dataset: with its label unless all datasets have the same one."""
+    shared = [finding for finding in next(iter(reports.values())).findings if all(finding in own.findings for own in reports.values())]
+    report.add(*shared)
+    for label, own in reports.items():
+        rename, rename_teacher = of_dataset(label), of_teacher(config.teacher_of(label))
+        for finding in own.findings:
+            if finding not in shared:
+                what, remedy = (rename(rename_teacher(text)) for text in (finding.what, finding.remedy))
+                report.add(Finding(f"{label}: {finding.check}", finding.status, what, remedy))
+        report.rendered |= {f"{label}: {role}" if label else role: text for role, text in own.rendered.items()}
+
+
+def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTrainedTokenizerBase, Loaded] | None:
+    """Do what `check_inputs` does, for a run with one dataset. `label`: the dataset's, for messages."""
     with report.catch("tokenizer of the student") as student_errors:
         raw_student = tokens.load_raw(config.model, "model")
         student = models.load_tokenizer(config.model, "model")
@@ -76,13 +106,13 @@ def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBas
         findings, texts = views.check_views(views_of(train_rows[0], 0, config.data, config.teacher), student)
         report.add(*findings)
         report.rendered |= texts
-        train, evaluation = load_prompts(config, student, Given(train_rows=train_rows, eval_rows=eval_rows))
+        train, evaluation = encode_dataset(config, student, (train_rows, eval_rows), label)
     if data_errors or not same_ids:
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
-    report.add(*rows.check_held_out(train, evaluation), *rows.check_answers(evaluation, config))
-    return student, (train, evaluation)
+    report.add(*rows.check_held_out(train, evaluation))
+    return student, Loaded((train_rows, eval_rows), (train, evaluation))
 
 
 def check_memory(config: Config, data: Prompts, report: Report) -> list[Finding]:
@@ -102,7 +132,9 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
         built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, built.trainer.evaluator
-        report.add(*check_ends(config, built, tokenizer), *tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
+        for label, part in config.parts_by_teacher.items():
+            report.add(*check_ends(part, tokenizer, built.eos, built.teacher_eos[label]))
+        report.add(*tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
         step = first_step.trial_step(trainer)
         rate = sum(len(rollout.trained) for rollout in step.rollouts) / sum(step.seconds.values())
@@ -113,7 +145,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer))
         report.add(*machine.check_time(step.seconds, rate, step.metrics["perf/mfu"], config, trainer.max_steps))
 
-        answered = evaluator.answered[:prompts]
+        answered = first_of_each(evaluator.answered, prompts)
         if answered:
             student = first_step.answer_rewards(evaluator, trainer.sampler, answered, as_teacher=False)
             with built.teacher.active():
@@ -122,11 +154,11 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
             report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
 
 
-def check_ends(config: Config, built: Built, student: PreTrainedTokenizerBase) -> list[Finding]:
+def check_ends(config: Config, student: PreTrainedTokenizerBase, eos: Sequence[int], teacher_eos: Sequence[int]) -> list[Finding]:
     teacher = models.load_tokenizer(config.teacher_files, "teacher")
-    kwargs, teacher_eos = config.data.chat_template_kwargs, built.teacher_eos
+    kwargs = config.data.chat_template_kwargs
     return [
-        *tokens.check_eos(student, teacher, built.eos, teacher_eos),
-        *tokens.check_turn_end(student, built.eos, "student", kwargs),
+        *tokens.check_eos(student, teacher, eos, teacher_eos),
+        *tokens.check_turn_end(student, eos, "student", kwargs),
         *tokens.check_turn_end(teacher, teacher_eos, "teacher", kwargs),
     ]

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from opd.config.schema import Config
+from opd.config.schema import Config, of_teacher
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, format_duration
@@ -52,10 +52,13 @@ def check_time(seconds: Mapping[str, float], tokens_per_second: float, mfu: floa
 def check_packages(config: Config) -> list[Finding]:
     """Look for the packages that the options need. Raises `ConfigError` if the tracker's is missing."""
     check_tracker(config.track.tool)
-    gguf = "model.gguf_file" if config.model.gguf_file else "teacher.gguf_file"
+    gguf_files = {"model.gguf_file": config.model.gguf_file}
+    for label, part in config.parts_by_teacher.items():
+        gguf_files[of_teacher(label)("teacher.gguf_file")] = part.teacher.gguf_file
+    gguf = next((option for option, file in gguf_files.items() if file), "")
     needed = {
         "peft": (config.lora.rank > 0, f"lora.rank={config.lora.rank} needs it: pip install 'opd[lora]'"),
-        "gguf": (config.model.gguf_file or config.teacher.gguf_file, f"{gguf} needs it: pip install 'opd[gguf]'"),
+        "gguf": (gguf, f"{gguf} needs it: pip install 'opd[gguf]'"),
         "math_verify": (config.eval.reward == "math", "eval.reward=math needs it: pip install 'opd[math]'"),
     }
     missing = [

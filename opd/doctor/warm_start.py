@@ -13,7 +13,10 @@ KEPT = ("data.max_prompt_tokens", "data.chat_template_kwargs")  # of the options
 
 
 def warm_start_commands(config: Config) -> str:
-    """Return the two commands, with the words of this one."""
+    """Return the two commands, with the words of this one; for several datasets in general, as each has a file of its own."""
+    if config.data.mix:
+        options = "data.mix.LABEL={source: jsonl, train_path: FILE, completion: completion}"
+        return f"opd sample … --out FILE with the options of one dataset and its teacher, then {options} and train.given_share above 0"
     words = [str(word) for word in HydraConfig.get().overrides.task] if HydraConfig.initialized() else []
     sample = ["opd", "sample", *words, "--out", str(FILE)]
     kept = [word for word in words if not is_replaced(word.lstrip("+~").partition("=")[0])]

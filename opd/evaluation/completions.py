@@ -67,7 +67,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         average: as in `load_teacher`.
 
     Raises:
-        ConfigError: the options do not go together, or `out` is of another command.
+        ConfigError: the options do not go together, there are several datasets, or `out` is of another command.
         DataError: no completion may be kept.
         OutputError: `out` is not writable.
     """
@@ -76,6 +76,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         check_output_path(file)
         if file.exists():
             raise ConfigError(f"--out {out}: {file} exists already; remove it, or name another file")
+    if config.data.mix:
+        labels = ", ".join(config.data.mix)
+        raise ConfigError(f"data.mix: --out takes one dataset: leave it out, and set the options of one of {labels} as data.OPTION")
     if only_right and config.eval.reward is None:
         raise ConfigError("--only-right: nothing is judged with eval.reward=null; set eval.reward=NAME")
     accelerator = make_accelerator(config, folder)

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config
+from opd.config.schema import Config, naming_teacher
 from opd.data.rollouts import Request
 from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target
@@ -24,9 +24,10 @@ from opd.models import load as models
 from opd.models.device import release_memory
 from opd.models.distributed import make_accelerator, run_stoppable
 from opd.runs.outcome import gap_closed
-from opd.samplers import Sampler
+from opd.samplers import Sampler, of_teachers
+from opd.teachers import as_one
 from opd.training.build import Given, check_evaluated_positions, load_prompts, make_evaluator, make_run_grader
-from opd.training.evaluate import Evaluator, interval
+from opd.training.evaluate import Distances, Evaluator, interval, mean_kl
 
 DRAWS = 10_000
 MAX_INDICES = 2**22  # in memory at a time
@@ -35,12 +36,13 @@ LOW, HIGH = 0.025, 0.975
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A rewarded answer to the prompt with this sample id, and its number of tokens."""
+    """A rewarded answer to the prompt with this sample id, its number of tokens, and the label of the prompt's dataset."""
 
     prompt: int
     reward: float
     length: int
     truncated: bool
+    dataset: str = ""
 
 
 def judge(target: Target, folder: Path) -> dict[str, Any]:
@@ -56,38 +58,61 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
     config, samples = target.config, target.config.eval.samples
     accelerator = make_accelerator(config, folder)
     candidates = {"model": config.model} if target.baseline is None else {"model": config.model, "baseline": target.baseline}
-    for role, model in {"teacher": config.teacher, **candidates}.items():
-        models.locate(model, role)  # before the first of them takes its time to load
+    parts = config.parts_by_teacher
+    for label, part in parts.items():
+        with naming_teacher(label):
+            models.locate(part.teacher, "teacher")  # before the first of them takes its time to load
+    for role, model in candidates.items():
+        models.locate(model, role)
     answers: dict[str, list[Answer]] = {}
-    kl: dict[str, float | None] = {}
+    distances: dict[str, Distances] = {}
     with ExitStack() as stack:
-        teacher = load_teacher(config, accelerator.device, target.average)
+        teachers = {}
+        for label, part in parts.items():
+            with naming_teacher(label):
+                teachers[label] = load_teacher(part, accelerator.device, target.average if label == "" else None)
         for role, model in candidates.items():
             student = load(model, "model", accelerator.device, config.sampling.dtype)
-            ids, pad_id = share_ids(config, student, teacher), student.tokenizer.pad_token_id
+            shared = [share_ids(config, student, teacher) for teacher in teachers.values()]
+            ids, pad_id = min(shared, key=lambda ids: ids.vocabulary), student.tokenizer.pad_token_id
             if role == "model":
                 _, prompts = load_prompts(config, student.tokenizer, Given())
                 models.check_known(prompts, student.tokenizer, ids.vocabulary, ids.overlap)
                 grader = make_run_grader(config, prompts, stack)
             evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids.vocabulary, False, ids.masked)
-            for loaded in (student, teacher):
-                check_evaluated_positions(evaluator, loaded.model, loaded.role)
+            check_evaluated_positions(evaluator, student.model, "model")
+            for label, teacher in teachers.items():
+                check_evaluated_positions(evaluator, teacher.model, "teacher", label)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
-            kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(ids))
+            as_teachers = as_one({label: teacher.teacher(ids) for label, teacher in teachers.items()})
+            distances[role] = evaluator.distances(sampler, student.model, as_teachers)
             del student, sampler
             release_memory(accelerator.device)
-        sampler = run_stoppable(accelerator, partial(teacher.sampler, pad_id, ids, config.seed))
-        answers["teacher"] = _answer(evaluator, sampler, samples, as_teacher=True)
+        samplers: dict[str, Sampler] = {}
+        for label, teacher in teachers.items():
+            samplers[label] = run_stoppable(accelerator, partial(teacher.sampler, pad_id, ids, config.seed))
+        answers["teacher"] = _answer(evaluator, of_teachers(samplers), samples, as_teacher=True)
     return {
         "target": target.name,
         "model": config.model.path,
         "baseline": None if target.baseline is None else target.baseline.path,
-        "teacher": config.teacher.path,
+        "teacher": ", ".join(part.teacher.path for part in parts.values()),
         "seed": config.seed,
         "overrides": list(target.overrides),
-        "tasks": {"evaluation": compare_answers(answers, kl, config)},
+        "tasks": compare_by_dataset(answers, distances, config),
     }
+
+
+def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[str, Distances], config: Config) -> dict[str, Any]:
+    """Return what `compare_answers` returns for all prompts, as `evaluation`, and with `data.mix` for those of each dataset."""
+    kl = {role: mean_kl(found) for role, found in distances.items()}
+    tasks = {"evaluation": compare_answers(answers, kl, config)}
+    for label, part in config.parts.items() if config.data.mix else ():
+        own = {role: [answer for answer in given if answer.dataset == label] for role, given in answers.items()}
+        kl = {role: mean_kl({name: means for name, means in found.items() if name == label}) for role, found in distances.items()}
+        tasks[f"data.mix.{label}"] = compare_answers(own, kl, part)
+    return tasks
 
 
 def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bool = False) -> list[Answer]:
@@ -98,7 +123,7 @@ def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bo
     # The stream of the trainer's evaluations, so that the answers are those of the run.
     rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, "evaluation"))
     answers = [
-        Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated)
+        Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated, rollout.request.prompt.dataset)
         for reward, rollout in zip(evaluator.judge(rollouts), rollouts, strict=True)
         if reward is not None
     ]
@@ -121,7 +146,7 @@ def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float 
     common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values()))) if rewards else []
     means = {name: torch.tensor([fmean(by_prompt[i]) for i in common], dtype=torch.float64) for name, by_prompt in rewards.items()}
     result: dict[str, Any] = {
-        "data": config.data.path or config.data.train_path or config.data.source.value,
+        "data": ", ".join(config.data.mix) or config.data.path or config.data.train_path or config.data.source.value,
         "reward": config.eval.reward,
         "prompts": len(common),
         "samples": config.eval.samples,

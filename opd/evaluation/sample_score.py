@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config.schema import Config, ModelConfig, SamplingDtype
 from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.models import load as models
 from opd.models.adapters import trained_adapters
 from opd.models.overlap import Overlap, end_ids
@@ -150,6 +150,11 @@ def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> Sha
 def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:
     """Load both models. `average`: as in `load_teacher`. Raises `ConfigError` where one is missing or their tokenizers differ."""
     device = models.find_device(config.device)
+    parts = config.parts_by_teacher
+    if with_teacher and "" not in parts:
+        paths = " or ".join(f"--teacher {part.teacher.path}" for part in parts.values())
+        raise ConfigError(f"teachers: each dataset has one of its own; choose one with {paths}")
+    config = parts.get("", next(iter(parts.values())))  # a text belongs to no dataset: as for rows that `teacher` scores
     models.locate(config.model, "model")
     if with_teacher:
         models.locate(config.teacher, "teacher")  # before the student takes its time to load

@@ -27,9 +27,10 @@ from opd.config.schema import (
     Quantization,
     TeacherConfig,
     TeacherWeights,
+    naming_teacher,
 )
-from opd.data.order import take
-from opd.data.prompts import Prompt
+from opd.data.order import prompt_order
+from opd.data.prompts import Prompt, first_of_each
 from opd.data.rollouts import split_by_tokens
 from opd.errors import ConfigError
 from opd.models.adapters import lora_options
@@ -113,28 +114,34 @@ def estimate(
         ConfigError: a model's config cannot be read.
     """
     student = empty_model(config.model, "model")
-    loads_teacher = config.teacher.url is None and not config.teaches_itself
-    teacher = empty_model(config.teacher, "teacher") if loads_teacher else student
+    teachers = []
+    for label, part in config.parts_by_teacher.items():
+        if part.teacher.url is None:
+            with naming_teacher(label):
+                teachers.append((part, student if part.teaches_itself else empty_model(part.teacher, "teacher")))
     parameters = count(student)
     uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
-    sampling = {} if prompts is None else sampling_bytes(config, student, teacher, *prompts, device, uses_line)  # without adapters
+    sampling = {} if prompts is None else sampling_bytes(config, student, teachers, *prompts, device, uses_line)  # without adapters
     bf16 = computes_in_bf16(config.model.dtype, device)
     quantized = quantized_bytes(student, config.model.quantization, BFLOAT16 if bf16 else FLOAT32)  # less than 0
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, lora_options(config))
     trained, weights = trained_bytes(student), weight_bytes(student, bf16) + quantized
-    turns_off = config.starts_at_base or (config.lora.rank > 0 and not config.names_weights)
-    copied = copy_bytes(config.teacher_weights, turns_off, trained, weights, bf16, sharded)
+    copied = 0
+    for part, _ in teachers:
+        turns_off = part.starts_at_base or (part.lora.rank > 0 and not part.names_weights)
+        copied += copy_bytes(part.teacher_weights, turns_off, trained, weights, bf16, sharded)
     anchor = copy_bytes(START, config.starts_at_base, trained, weights, bf16, sharded)
-    is_anchored = config.ppo.reference_coef > 0 and not config.teacher_is_start
+    is_anchored = config.ppo.reference_coef > 0 and not any(part.teacher_is_start for part, _ in teachers)
     if bf16 and not sharded:
         weights += trained * BFLOAT16 // FLOAT32  # float32 masters in addition to the bf16 module
     share = 1 / processes if sharded else 1.0
     resident = {
         "the process": in_use,
         "student": round(share * weights),
-        "teacher": teacher_bytes(config.teacher, teacher, processes, device) if loads_teacher else copied,
+        "teacher": sum(teacher_bytes(part.teacher, model, processes, device) for part, model in teachers if not part.teaches_itself)
+        + copied,
         "optimizer": round(share * optimizer_bytes(student, config.optim.name)),
     }
     if is_anchored:
@@ -168,29 +175,31 @@ def samples_with_copy(config: Config, device: torch.device, sharded: bool = Fals
 def sampling_bytes(
     config: Config,
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teachers: Sequence[tuple[Config, PreTrainedModel]],
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     device: torch.device,
     uses_line: bool,
 ) -> dict[str, int]:
-    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which the teacher answers too.
+    """Return what decoding needs at most: the cache and logits of a step's batch, or of an evaluation's, which teachers answer too.
 
     A decode line stays for the run; what a step's batch needs besides is the cache of its prompts.
     """
     sampling, evaluated = config.sampling, config.eval
     longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
     in_bf16 = samples_with_copy(config, device) or computes_in_bf16(config.model.dtype, device)
-    teacher_in_bf16 = computes_in_bf16((config.model if config.teaches_itself else config.teacher).dtype, device)
     of_student = measure("the cache", cache_bytes, student, BFLOAT16 if in_bf16 else FLOAT32)
-    of_teacher = measure("the cache", cache_bytes, teacher, BFLOAT16 if teacher_in_bf16 else FLOAT32)
+    of_teachers = [
+        measure("the cache", cache_bytes, model, BFLOAT16 if computes_in_bf16(part.teacher.dtype, device) else FLOAT32)
+        for part, model in teachers
+    ]
     rows = min(sampling.batch_size, config.train.batch_size * sampling.n)
     batches = [(rows, 0 if uses_line else sampling.max_new_tokens, [of_student])]
     if evaluated.reward is not None:
-        rows = min(evaluated.batch_size, evaluated.limit or len(evaluation), len(evaluation))
-        batches.append((rows, evaluated.max_new_tokens, [of_student, of_teacher]))
+        rows = min(evaluated.batch_size, len(first_of_each(evaluation, evaluated.limit)))
+        batches.append((rows, evaluated.max_new_tokens, [of_student, *of_teachers]))
     if evaluated.kl_prompts:
-        rows = min(evaluated.kl_prompts, evaluated.batch_size, len(evaluation))
+        rows = min(evaluated.batch_size, len(first_of_each(evaluation, evaluated.kl_prompts)))
         batches.append((rows, evaluated.kl_max_new_tokens, [of_student]))
     vocabulary = student.config.get_text_config().vocab_size
     needed = {}
@@ -282,9 +291,9 @@ def head_rows(vocabulary: int, device: torch.device) -> int:
 
 def largest_micro_batch(config: Config, prompts: Sequence[Prompt], device: torch.device) -> tuple[int, int]:
     """Return rows and width in tokens of the largest micro-batch of the first steps if all completions reach their limit."""
-    size, largest = config.train.batch_size, (0, 0)
+    size, largest, order = config.train.batch_size, (0, 0), prompt_order(config, prompts)
     for step in range(STEPS):
-        drawn = [prompts[index] for _, index in take(config.seed, len(prompts), step * size, size)]
+        drawn = [prompts[order.at(position)[1]] for position in range(step * size, (step + 1) * size)]
         lengths = [prompt.longest + config.sampling.max_new_tokens for prompt in drawn]
         lengths = [length for length in lengths for _ in range(config.sampling.n)]
         groups = split_by_tokens(lengths, config.train.max_tokens_per_micro_batch, max_padding=padding_limit(device))

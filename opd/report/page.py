@@ -36,6 +36,7 @@ def render_report(runs: Sequence[Run]) -> str:
     body = [
         sections.heading(runs),
         sections.results(runs, outcomes, _effects(runs)),
+        sections.datasets(runs),
         sections.progress(runs),
         sections.positions(runs),
         sections.token_view(token_data, notes),

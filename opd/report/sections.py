@@ -7,7 +7,7 @@ from typing import Any
 
 from opd.report.charts import LIGHT, Band, Line, chart, smoothed, thinned
 from opd.report.controls import Effect
-from opd.runs.outcome import compared_evaluations
+from opd.runs.outcome import by_dataset, compared_evaluations
 from opd.runs.reader import Run, flatten, format_value
 from opd.runs.text import MISSING, format_bytes, format_duration, format_number, format_percent, format_reward, visible
 
@@ -68,6 +68,11 @@ def heading(runs: Sequence[Run]) -> str:
             "data": options.get("data.path") or options.get("data.source"),
             "control": None if options.get("control", "none") == "none" else options["control"],
         }
+        data = run.config.get("data") or {}
+        if labels := sorted(data.get("mix") or {}):
+            own = {label: entry.get("path") for label, entry in (run.config.get("teachers") or {}).items()}
+            paths = [f"{own[label]} ({label})" if label in own else str(named["teacher"]) for label in labels]
+            named |= {"teacher": ", ".join(dict.fromkeys(paths)), "data": ", ".join(labels)}
         if run.metrics:
             tokens = sum(line.get("tokens") or 0 for line in run.metrics)
             named |= {"steps": f"{run.metrics[-1]['step']:,}", "trained tokens": f"{tokens:,.0f}"}
@@ -141,6 +146,30 @@ def _result_of_several(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
         name = f'<th scope="row" class="c{_colour(index)}"><i></i>{_named(run)}</th>'
         rows.append(name + "".join(f"<td>{cell}</td>" for cell in cells))
     return _table((f'<th scope="col">{name}</th>' for name in head), rows)
+
+
+def datasets(runs: Sequence[Run]) -> str:
+    """Return a table of what each run achieved on each of its datasets, and a chart of their KL; nothing for runs without `data.mix`."""
+    head = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after", "trained tokens")
+    rows: list[str] = []
+    kl: list[Line] = []
+    for run in runs:
+        for label, outcome in by_dataset(run.metrics, run.evaluations).items():
+            cells = [
+                *(format_reward(outcome[f"reward_{when}"], outcome[f"reward_{when}_interval"], digits=0) for when in COMPARED),
+                format_percent(outcome["gap_closed"]),
+                format_number(outcome["eval_kl_before"]),
+                format_number(outcome["eval_kl_after"]),
+                format_number(outcome["graded_tokens"], ","),
+            ]
+            name = text(label) if len(runs) == 1 else f"{_named(run)}, {text(label)}"
+            rows.append(f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells))
+            points = [(line["step"], line.get(f"data/{label}/reverse_kl")) for line in run.metrics]
+            kl.append(Line(label if len(runs) == 1 else f"{run.name}, {label}", smoothed(points), _colour(len(kl))))
+    if not rows:
+        return ""
+    charts = f'<div class="charts">{chart("Reverse KL in training, by dataset", "nats/token", kl, floor=0.0)}</div>'
+    return _section("Datasets", _table((f'<th scope="col">{name}</th>' for name in head), rows) + charts, "datasets")
 
 
 def progress(runs: Sequence[Run]) -> str:

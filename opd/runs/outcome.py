@@ -41,24 +41,49 @@ def achieved(metrics: Lines, evaluations: Lines, step: int | None = None) -> dic
         evaluations: the lines of evaluations.jsonl.
         step: take the evaluation after this step as `after`; None takes the last one.
     """
-    compared = compared_evaluations(evaluations, step)
-    rewards = {when: (line or {}).get("rewards") or {} for when, line in compared.items()}
-    means = {when: found.get("mean") for when, found in rewards.items()}
     kl = [line["reverse_kl"] for line in metrics if line.get("reverse_kl") is not None]
     tenth = max(1, len(metrics) // 10)
     seconds = sum(line.get("time/step") or 0.0 for line in metrics) if metrics else None
     tokens = int(sum(line.get("tokens") or 0 for line in metrics)) if metrics else None
     return {
-        **{f"reward_{when}": mean for when, mean in means.items()},
-        **{f"reward_{when}_interval": [found["low"], found["high"]] if found else None for when, found in rewards.items()},
-        "gap_closed": gap_closed(**means),
-        **{f"eval_kl_{when}": (compared[when] or {}).get("kl") for when in ("before", "after")},
+        **evaluated(evaluations, step),
         "reverse_kl_first": fmean(kl[:tenth]) if kl else None,
         "reverse_kl_last": fmean(kl[-tenth:]) if kl else None,
         "steps": metrics[-1]["step"] if metrics else None,
         "graded_tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds if tokens is not None and seconds else None,
+    }
+
+
+def summarised(metrics: Lines, evaluations: Lines, step: int | None = None) -> dict[str, Any]:
+    """Return what `achieved` returns and, with `data.mix`, `datasets`: what `by_dataset` returns."""
+    datasets = by_dataset(metrics, evaluations, step)
+    return achieved(metrics, evaluations, step) | ({"datasets": datasets} if datasets else {})
+
+
+def by_dataset(metrics: Lines, evaluations: Lines, step: int | None = None) -> dict[str, dict[str, Any]]:
+    """Return what a run with `data.mix` achieved so far on each dataset, by label: what `evaluated` returns, and `graded_tokens`."""
+    labels = sorted({label for line in evaluations for label in line.get("datasets") or {}})
+    unknown = {"rewards": None, "kl": None}
+    achieved_on = {}
+    for label in labels:
+        own = [{**line, **((line.get("datasets") or {}).get(label) or unknown)} for line in evaluations]
+        tokens = int(sum(line.get(f"data/{label}/tokens") or 0 for line in metrics))
+        achieved_on[label] = {**evaluated(own, step), "graded_tokens": tokens}
+    return achieved_on
+
+
+def evaluated(evaluations: Lines, step: int | None = None) -> dict[str, Any]:
+    """Return the part of `achieved` that evaluations measured."""
+    compared = compared_evaluations(evaluations, step)
+    rewards = {when: (line or {}).get("rewards") or {} for when, line in compared.items()}
+    means = {when: found.get("mean") for when, found in rewards.items()}
+    return {
+        **{f"reward_{when}": mean for when, mean in means.items()},
+        **{f"reward_{when}_interval": [found["low"], found["high"]] if found else None for when, found in rewards.items()},
+        "gap_closed": gap_closed(**means),
+        **{f"eval_kl_{when}": (compared[when] or {}).get("kl") for when in ("before", "after")},
     }
 
 

@@ -10,10 +10,11 @@ from opd.data.prompts import Prompt
 from opd.errors import ConfigError
 from opd.samplers.base import Decoding, Sampler, SamplerSpec
 from opd.samplers.generate import GenerateSampler
+from opd.samplers.several import of_teachers
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
 
-__all__ = ["Decoding", "GenerateSampler", "Sampler", "SamplerSpec", "longest_sequence", "make_sampler"]
+__all__ = ["Decoding", "GenerateSampler", "Sampler", "SamplerSpec", "longest_sequence", "make_sampler", "of_teachers"]
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,16 @@ from opd.teachers.contract import check_weights
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
-from opd.teachers.student import CurrentTeacher, MovingAverage, starting_module, teaching_module
+from opd.teachers.several import as_one
+from opd.teachers.student import ChangingTeacher, MovingAverage, starting_module, teaching_module
 
 __all__ = [
-    "CurrentTeacher",
+    "ChangingTeacher",
     "LocalTeacher",
     "MovingAverage",
     "ServedTeacher",
     "Teacher",
+    "as_one",
     "check_weights",
     "loading_device",
     "place",

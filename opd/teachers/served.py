@@ -38,7 +38,7 @@ from opd.objective.head import TokenStats
 log = logging.getLogger(__name__)
 
 KEY = "OPD_TEACHER_API_KEY"
-START = "start it as the section Served of opd/README.md says"
+START = "start it as opd/teachers/README.md says"
 CONCURRENCY = 8  # sequences scored at a time: a server needs memory for the whole vocabulary at each of their tokens
 ATTEMPTS = 4  # that are answered too late within `teacher.timeout`
 PAUSES = (0.5, 10.0)  # seconds before the second attempt, and at most

@@ -56,8 +56,8 @@ def frozen_copy(student: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(student, shared).requires_grad_(False)
 
 
-class CurrentTeacher(LocalTeacher):
-    """The student's present weights. Its output head is read again at each scoring: gathered weights are new tensors each time."""
+class ChangingTeacher(LocalTeacher):
+    """A teacher whose weights change during the run. Its output head, which may be a copy, is read again at each scoring."""
 
     def states(self, inputs: Inputs) -> TeacherStates:
         self.head = self.read_head()

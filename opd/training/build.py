@@ -13,9 +13,20 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Estimator, ModelConfig, OptimizerName, Placement, Quantization, TeacherWeights
+from opd.config.schema import (
+    Config,
+    Engine,
+    Estimator,
+    ModelConfig,
+    OptimizerName,
+    Placement,
+    Quantization,
+    TeacherWeights,
+    naming_dataset,
+    naming_teacher,
+)
 from opd.data.given import check_given
-from opd.data.prompts import Prompt, encode_rows, text_warnings
+from opd.data.prompts import Prompt, encode_rows, first_of_each, labelled, text_warnings
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
@@ -36,15 +47,16 @@ from opd.models.policy import (
     prepare_teacher,
     uses_packing,
 )
-from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler
+from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, of_teachers
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import (
-    CurrentTeacher,
+    ChangingTeacher,
     LocalTeacher,
     MovingAverage,
     ServedTeacher,
     Teacher,
+    as_one,
     check_weights,
     loading_device,
     place,
@@ -55,7 +67,7 @@ from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, digest, identity
 from opd.training.loop import Trainer
-from opd.training.speed import measure_speed
+from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
 
 CANARY_PROMPTS = 8
@@ -82,13 +94,14 @@ class Built:
         differences: What does not match between student and teacher, or does not reach the student, one line each.
         sampling: The engine and weights that sample, in words.
         served: Where the teacher is, in words; empty for a local one.
+        teacher_eos: The ids that end a teacher's completion, by the teacher's label.
     """
 
     trainer: Trainer
     tokenizer: PreTrainedTokenizerBase
     teacher: Teacher
     teacher_sampler: Sampler
-    teacher_eos: tuple[int, ...]
+    teacher_eos: dict[str, tuple[int, ...]]
     adapters: Any | None
     eos: tuple[int, ...]
     differences: list[str]
@@ -107,8 +120,9 @@ def build(
     """
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if given.teacher is not None and config.teacher.url is not None:
-        raise ConfigError("teacher.url: a teacher was passed as a module too; leave one of them out")
+    if given.teacher is not None and (config.is_served or config.teachers):
+        option = "teachers" if config.teachers else "teacher.url"
+        raise ConfigError(f"{option}: a teacher was passed as a module too; leave one of them out")
     if given.teacher is not None and config.names_weights:
         raise ConfigError(f"{config.weights_option}: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
@@ -116,33 +130,47 @@ def build(
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
-    has_tokenizer = given.teacher is None and not config.teaches_itself
-    teacher_tokenizer = load.load_tokenizer(config.teacher, "teacher") if has_tokenizer else tokenizer
-    overlap = load.check_same_ids(tokenizer, teacher_tokenizer)
+    parts = config.parts_by_teacher
+    teacher_tokenizers = {}
+    overlap = None
+    for label, part in parts.items():
+        with naming_teacher(label):
+            has_tokenizer = given.teacher is None and not part.teaches_itself
+            teacher_tokenizers[label] = load.load_tokenizer(part.teacher, "teacher") if has_tokenizer else tokenizer
+            overlap = load.check_same_ids(tokenizer, teacher_tokenizers[label]) or overlap
+    if overlap is not None and len(parts) > 1:
+        raise ConfigError("teachers: one of several has tokens of its own, or lacks some of the student's; use it alone, as teacher")
     train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
     torch.manual_seed(config.seed)
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
-    is_served = config.teacher.url is not None
-    teacher_model = average = None
-    if config.teaches_itself:
-        teacher_model = teaching_module(config, student, sharded)
-        if config.teacher_weights is TeacherWeights.ema:
-            average = MovingAverage(teacher_model, trained_tensors(student, masters), config.teacher.ema)
-    elif not is_served:
-        teacher_model = build_teacher(config, given, accelerator)
-    vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
+    teacher_models: dict[str, PreTrainedModel | None] = {}
+    average = None
+    for label, part in parts.items():
+        with naming_teacher(label):
+            if part.teaches_itself:
+                teacher_models[label] = own_model = teaching_module(part, student, sharded)
+                if part.teacher_weights is TeacherWeights.ema:
+                    if average is not None:
+                        raise ConfigError("teacher.weights=ema: one average is kept in a run; set it for one teacher only")
+                    average = MovingAverage(own_model, trained_tensors(student, masters), part.teacher.ema)
+            else:
+                teacher_models[label] = None if part.teacher.url is not None else build_teacher(part, given, accelerator)
+    vocabulary = min(load.shared_vocabulary(tokenizer, student, model) for model in teacher_models.values())
     masked = None if overlap is None else overlap.masked(vocabulary).to(device)
     load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary, overlap)
-    eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
-    if is_served and set(teacher_eos) <= set(eos):
-        teacher_eos = eos  # a tokenizer names one token, a model may have more
-    own_eos = (eos, teacher_eos)
+    eos = load.eos_ids(student, tokenizer)
+    teacher_eos = {label: load.eos_ids(model, teacher_tokenizers[label]) for label, model in teacher_models.items()}
+    for label, model in teacher_models.items():
+        if model is None and set(teacher_eos[label]) <= set(eos):
+            teacher_eos[label] = eos  # a tokenizer names one token, a model may have more
+    own_eos, own_teacher_eos = eos, dict(teacher_eos)
     if overlap is not None:
-        pairs = [(tokenizer, eos), (teacher_tokenizer, teacher_eos)]
-        eos = teacher_eos = end_ids(overlap, pairs, config.data.chat_template_kwargs)
+        ((label, last_eos),) = teacher_eos.items()
+        pairs = [(tokenizer, eos), (teacher_tokenizers[label], last_eos)]
+        eos = teacher_eos[label] = end_ids(overlap, pairs, config.data.chat_template_kwargs)
     spec = SamplerSpec(
         model=student,
         eos=eos,
@@ -157,12 +185,15 @@ def build(
         masked=masked,
     )
     evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, masked)
-    local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
-    for role, model in local.items():
-        lengths = [max(map(len, prompt.scored_views)) if role == "teacher" else len(prompt.ids) for prompt in train_prompts]
-        check_positions(model, role, "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
-        check_evaluated_positions(evaluator, model, role)
-    packed = all(uses_packing(model, config.train.packing) for model in local.values())
+    local = {label: model for label, model in teacher_models.items() if model is not None}
+    new_tokens = config.sampling.max_new_tokens
+    check_positions(student, "model", "sampling.max_new_tokens", [len(prompt.ids) for prompt in train_prompts], new_tokens)
+    check_evaluated_positions(evaluator, student, "model")
+    for label, model in local.items():
+        lengths = [max(map(len, prompt.scored_views)) for prompt in train_prompts if prompt.teacher == label]
+        check_positions(model, "teacher", "sampling.max_new_tokens", lengths, new_tokens)
+        check_evaluated_positions(evaluator, model, "teacher", label)
+    packed = all(uses_packing(model, config.train.packing) for model in (student, *local.values()))
     if packed:
         with autocast(device, autocasts):
             check_packing(student, "model")
@@ -171,52 +202,62 @@ def build(
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
         choices["bf16_copy"] = sampler.copy is not None
-    served = None
-    if is_served:
-        served = connect_teacher(config, accelerator, tokenizer, student, vocabulary, train_prompts, eval_prompts, choices, overlap)
+    connected = {}
+    for label, part in parts.items():
+        if teacher_models[label] is None:
+            seen = [prompt for prompt in (*train_prompts, *eval_prompts) if prompt.teacher == label]
+            with naming_teacher(label):
+                connected[label] = connect_teacher(part, accelerator, tokenizer, student, vocabulary, seen, choices, label, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
-    speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
-    start = starting_module(config, student) if config.ppo.reference_coef > 0 and not config.teacher_is_start else None
+    speed = measure_speed(config, student, local.get(""), bf16, decodes_in)
+    speed = replace(speed, teachers={label: product_parameters(model) for label, model in local.items() if label})
+    starts = [label for label, part in parts.items() if part.teacher_is_start]
+    start = starting_module(config, student) if config.ppo.reference_coef > 0 and not starts else None
     copied = None if start is student else start
-    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts, copied))
+    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_models, train_prompts, eval_prompts, copied))
     if overlap is not None:
         digests["masked ids"] = digest([overlap.masked(vocabulary).tolist(), eos])
-    if teacher_model is not None:
-        place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
+    for label, model in local.items():
+        with naming_teacher(label):
+            place(model, parts[label].teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, autocasts, masked)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.teaches_itself and autocasts)
-    teacher: Teacher
-    teacher_sampler: Sampler
-    if served is not None:
-        teacher = served
-        teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
-    else:
-        assert teacher_model is not None
-        kind: type[LocalTeacher] = CurrentTeacher if config.teacher_weights is TeacherWeights.current else LocalTeacher
-        teacher = kind(
+    teachers: dict[str, Teacher] = {}
+    teacher_samplers: dict[str, Sampler] = {}
+    for label, part in parts.items():
+        teacher_model, bf16_teacher = teacher_models[label], part.teaches_itself and autocasts
+        teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos[label], bf16=bf16_teacher)
+        if teacher_model is None:
+            teachers[label] = served = connected[label]
+            teacher_samplers[label] = ServedSampler(served.servers[0], served.name, teacher_spec)
+            continue
+        changes = part.teacher_weights in (TeacherWeights.current, TeacherWeights.ema)
+        kind: type[LocalTeacher] = ChangingTeacher if changes else LocalTeacher
+        teachers[label] = kind(
             teacher_model,
             vocabulary,
-            adapters if teacher_model is student and config.teacher_weights is TeacherWeights.base else None,
+            adapters if teacher_model is student and part.teacher_weights is TeacherWeights.base else None,
             choices["head_rows"],
-            bf16=config.teaches_itself and autocasts,
+            bf16=bf16_teacher,
             device=device,
             ready=strategy.gathered_weights if teacher_model is student else None,
             masked=masked,
         )
-        teacher_sampler = local_sampler = GenerateSampler(teacher_spec)
-        if not config.teaches_itself:
-            with teacher.ready():
+        teacher_samplers[label] = local_sampler = GenerateSampler(teacher_spec)
+        if not part.teaches_itself:
+            with naming_teacher(label), teachers[label].ready():
                 if packed:
                     check_packing(teacher_model, "teacher")
-                if evaluator.answered:
-                    run_stoppable(accelerator, lambda: local_sampler.check("teacher"))
+                if any(prompt.teacher == label for prompt in evaluator.answered):
+                    run_stoppable(accelerator, partial(local_sampler.check, "teacher"))
+    teacher = as_one(teachers)
     reference = None
     if config.ppo.reference_coef > 0 and start is None:
-        assert isinstance(teacher, LocalTeacher)
-        reference = teacher  # which has the weights of the start
+        has_start = teachers[starts[0]]
+        assert isinstance(has_start, LocalTeacher)
+        reference = has_start
     elif start is not None:
         is_student = start is student
         gathered = strategy.gathered_weights if is_student else None
@@ -239,6 +280,7 @@ def build(
             choices=choices,
             overlap=overlap,
             reference=reference,
+            loss_weights={label: dataset.loss_weight for label, dataset in config.data.datasets.items()},
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -248,10 +290,15 @@ def build(
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
-    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, own_eos, overlap, eos), *warnings]
-    place_of_teacher = "" if served is None else f"{served.name} at {', '.join(config.teacher.urls)}"
-    eos = tuple(sorted({*eos, *own_eos[0]}))  # an end that is masked here may still be written by the trained model
-    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
+    differences = []
+    for label, teacher_tokenizer in teacher_tokenizers.items():
+        found = load.pair_differences(tokenizer, teacher_tokenizer, (own_eos, own_teacher_eos[label]), overlap, eos)
+        differences += [f"{label}: {difference}" if label else difference for difference in found]
+    differences += warnings
+    served_teachers = "; ".join(f"{served.name} at {', '.join(parts[label].teacher.urls)}" for label, served in connected.items())
+    eos = tuple(sorted({*eos, *own_eos}))  # an end that is masked here may still be written by the trained model
+    teacher_sampler = of_teachers(teacher_samplers)
+    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, served_teachers)
 
 
 def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
@@ -263,7 +310,7 @@ def build_student(config: Config, given: Given, device: torch.device, bf16: bool
     source = replace(config.model, adapter=None) if config.lora.rank else config.model
     model = given.student or load.load_model(source, "model", device)
     student = prepare_student(model, device, bf16, frozen=config.lora.rank > 0)
-    if can_fuse(config):
+    if all(map(can_fuse, config.parts_by_teacher.values())):
         fuse_layers(student)
     return student, trained_adapters(student, config) if config.lora.rank else None
 
@@ -301,18 +348,18 @@ def connect_teacher(
     tokenizer: PreTrainedTokenizerBase,
     student: PreTrainedModel,
     vocabulary: int,
-    train: Sequence[Prompt],
-    evaluation: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     choices: dict[str, Any],
+    label: str,
     overlap: Overlap | None = None,
 ) -> ServedTeacher:
-    """Connect to the served teacher, before the student is sharded.
+    """Connect to a served teacher, before the student is sharded.
 
-    Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed.
+    Its scores of its first prompts are in `choices`, and have to be the same when the run is resumed.
     """
-    views = [replace(prompt, ids=ids) for prompt in (*train, *evaluation) for ids in prompt.scored_views]
+    views = [replace(prompt, ids=ids) for prompt in prompts for ids in prompt.scored_views]
     longest = longest_sequence(config, views) + 1
-    canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     is_topk = config.ppo.estimator is Estimator.topk
     if is_topk and overlap is not None:
         raise ConfigError("ppo.estimator=topk: servers send ids that the student lacks among the most probable; set ppo.estimator=sampled")
@@ -325,11 +372,12 @@ def connect_teacher(
         config.ppo.k if is_topk else 0,
         overlap,
     )
-    teacher.reference = [] if config.resume_force else choices.get("canary", [])
+    name = f"canary of {label}" if label else "canary"
+    teacher.reference = [] if config.resume_force else choices.get(name, [])
     on_main_process(accelerator, teacher.check)
-    if "canary" not in choices:
+    if name not in choices:
         on_main_process(accelerator, lambda: check_weights(teacher, config.teacher, student, vocabulary))
-    choices["canary"] = teacher.reference
+    choices[name] = teacher.reference
     return teacher
 
 
@@ -366,15 +414,48 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
     """Return prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged."""
     if given.prompts is not None:
         return given.prompts
-    if given.train_rows is None:
-        train_rows, eval_rows = load_rows(config.data)
-    else:
-        train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher)
+    if given.train_rows is not None and config.data.mix:
+        raise ConfigError("data.mix: rows were passed, which are one dataset; leave one of them out")
+    loaded = {}
+    for label, part in config.parts.items():
+        with naming_dataset(label), naming_teacher(config.teacher_of(label)):
+            rows = load_rows(part.data) if given.train_rows is None else check_rows(given.train_rows, given.eval_rows or [], part.data)
+            loaded[label] = Loaded(rows, encode_dataset(part, tokenizer, rows, label))
+    return join_datasets(config, loaded)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The rows of a dataset and their prompts, to train and to evaluate on."""
+
+    rows: tuple[Rows, Rows]
+    prompts: tuple[list[Prompt], list[Prompt]]
+
+
+def encode_dataset(
+    config: Config, tokenizer: PreTrainedTokenizerBase, rows: tuple[Rows, Rows], label: str = ""
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts of a single dataset, without its label, which is for messages."""
+    train_rows, eval_rows = rows
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher, label)
     if config.data.completion is not None:
-        check_given(train_prompts, config)
+        check_given(train_prompts, config, label)
     evaluated = replace(config.teacher, contrast=None)
-    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated) if len(eval_rows) else []
+    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated, label) if len(eval_rows) else []
+    return train_prompts, eval_prompts
+
+
+def join_datasets(config: Config, loaded: Mapping[str, Loaded]) -> tuple[list[Prompt], list[Prompt]]:
+    """Return the prompts of all datasets, labelled. Raises `DataError` where rewards are asked for and nothing can be judged."""
+    teachers = {label: config.teacher_of(label) for label in loaded}
+    train_prompts, eval_prompts = (
+        labelled(
+            {label: dataset.prompts[which] for label, dataset in loaded.items()},
+            {label: len(dataset.rows[which]) for label, dataset in loaded.items()},
+            teachers,
+        )
+        for which in (0, 1)
+    )
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
         raise DataError(
             f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
@@ -409,11 +490,12 @@ def make_evaluator(
     masked: Tensor | None = None,
 ) -> Evaluator:
     judged = [prompt for prompt in prompts if can_judge(prompt)]
+    local = {label for label, part in config.parts_by_teacher.items() if part.teacher.url is None}  # servers send no whole distributions
     return Evaluator(
         accelerator,
         tokenizer,
-        answered=judged[: config.eval.limit] if config.eval.reward is not None else [],
-        kl_prompts=prompts[: config.eval.kl_prompts] if config.teacher.url is None else [],  # servers send no whole distributions
+        answered=first_of_each(judged, config.eval.limit) if config.eval.reward is not None else [],
+        kl_prompts=first_of_each([prompt for prompt in prompts if prompt.teacher in local], config.eval.kl_prompts),
         decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
         kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
         grader=grader,
@@ -424,14 +506,16 @@ def make_evaluator(
     )
 
 
-def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str) -> None:
-    """Raise `ConfigError` where an evaluation needs more positions than the model has."""
+def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str, label: str = "") -> None:
+    """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
     for option, prompts, decoding in (
         ("eval.max_new_tokens", evaluator.answered, evaluator.decoding),
         ("eval.kl_max_new_tokens", evaluator.kl_prompts, evaluator.kl_decoding),
     ):
-        lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in prompts]
-        check_positions(model, role, option, lengths, decoding.max_new_tokens if prompts else 0)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        if role == "teacher":
+            lengths = [len(prompt.seen_by_teacher) for prompt in prompts if prompt.teacher == label]
+        check_positions(model, role, option, lengths, decoding.max_new_tokens if lengths else 0)
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> Optimizer:
@@ -456,7 +540,7 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> Optimizer:
 
 
 def total_steps(config: Config, prompts: int, processes: int) -> int:
-    """Return `train.max_steps`, or the number of steps of `train.epochs`."""
+    """Return `train.max_steps`, or the number of steps of `train.epochs`, which draw so many times the number of all prompts."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     assert config.train.epochs is not None

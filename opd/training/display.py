@@ -131,6 +131,12 @@ class Display:
         if summary["eval_kl_after"] is not None:
             kl = (format_number(summary[f"eval_kl_{when}"]) for when in ("before", "after"))
             table.add_row("KL to teacher, nats/token", *kl, "0")
+        for label, result in summary.get("datasets", {}).items():
+            if result["reward_after"] is not None:
+                rewards = ((result[f"reward_{when}"], result[f"reward_{when}_interval"]) for when in ("before", "after", "teacher"))
+                table.add_row(f"reward, {label}", *(format_reward(mean, interval, digits=0) for mean, interval in rewards))
+            if result["eval_kl_after"] is not None:
+                table.add_row(f"KL, {label}", *(format_number(result[f"eval_kl_{when}"]) for when in ("before", "after")), "0")
         self.console.print(table)
         if summary["gap_closed"] is not None:
             self.note(f"{format_percent(summary['gap_closed'])} of the gap to the teacher closed")
@@ -162,7 +168,17 @@ def describe(evaluation: Evaluation) -> str:
         parts.append(f"KL(student‖teacher) {format_number(evaluation.kl)} nats/token")
     if evaluation.overlap is not None:
         parts.append(f"top-{OVERLAP_K} overlap {format_percent(evaluation.overlap['mass'], '.0f')}")
-    return "  ".join(parts)
+    return "  ".join(parts) + describe_datasets(evaluation)
+
+
+def describe_datasets(evaluation: Evaluation) -> str:
+    """Return an evaluation of each dataset, as the continuation of a line; empty without `data.mix`."""
+    texts = []
+    for label, result in evaluation.datasets.items():
+        parts = [] if result.rewards is None else [f"reward {format_percent(result.rewards.mean)}"]
+        parts += [] if result.kl is None else [f"KL {format_number(result.kl)}"]
+        texts.append(f"{label}: {', '.join(parts)}")
+    return "".join(f"  ({text})" for text in texts)
 
 
 def describe_rewards(rewards: Rewards) -> str:

@@ -2,9 +2,9 @@
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Ready = Callable[[], AbstractContextManager[None]]
 
 Z95 = 1.959964
+KL = "kl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +53,24 @@ class Rewards:
 
 
 @dataclass(frozen=True, slots=True)
+class DatasetResult:
+    """What an `Evaluation` measured on the prompts of one dataset."""
+
+    rewards: Rewards | None
+    kl: float | None
+    overlap: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
-    """The student after `step` steps.
+    """The student after `step` steps, or the teacher.
 
     Args:
         rewards: None without answers.
         kl: Exact KL(student‖teacher) at T = 1, nats per token.
-        overlap: Top-k overlap on the same samples: means `share` and `mass`, and `by_position` as in metrics.jsonl.
+        example: A prompt with its answer.
+        overlap: Top-k overlap on the samples of the KL: means `share` and `mass`, and `by_position` as in metrics.jsonl.
+        datasets: The same of each dataset of `data.mix`; empty without.
     """
 
     step: int
@@ -66,9 +78,11 @@ class Evaluation:
     kl: float | None
     example: str | None = None
     overlap: dict[str, Any] | None = None
+    datasets: Mapping[str, DatasetResult] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        return values if self.datasets else {name: value for name, value in values.items() if name != "datasets"}
 
     @property
     def score(self) -> float | None:
@@ -129,6 +143,58 @@ def exact_kl(
     return total, tokens
 
 
+Distances = Mapping[str, Means]  # the KL, as `KL`, and the overlap on the student's samples, by dataset
+
+
+def added(parts: Iterable[Means]) -> Means:
+    whole = Means()
+    for part in parts:
+        for name in part.sums:
+            whole.add(name, part.sums[name], part.counts[name])
+    return whole
+
+
+def mean_kl(distances: Distances) -> float | None:
+    return added(distances.values()).means().get(KL)
+
+
+def mean_overlap(distances: Distances, max_new_tokens: int) -> dict[str, Any] | None:
+    """Return the overlap as in `Evaluation`; None where it was not measured."""
+    means = added(distances.values())
+    if not means.counts.get(KL):
+        return None
+    by_position = take_by_position(means, max_new_tokens)
+    return {name: value for name, value in means.means().items() if name != KL} | {"by_position": by_position}
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """Judged answers: dataset, reward, tokens, whether it was truncated, prompt with answer, and sample id, of each."""
+
+    rows: list[tuple[str, float, int, bool, str, int]]
+
+    def rewards(self, dataset: str | None = None) -> Rewards | None:
+        """Return the statistics of one dataset or, for None, of all; None without answers."""
+        rows = [row for row in self.rows if dataset in (None, row[0])]
+        if not rows:
+            return None
+        values = [row[1] for row in rows]
+        low, high = interval(values)
+        # Whole numbers as integers, which are short in JSON: most rewards are 0 or 1.
+        each = tuple(int(row[1]) if row[1] == int(row[1]) else row[1] for row in sorted(rows, key=lambda row: row[5]))
+        lengths, truncated = fmean(row[2] for row in rows), fmean(row[3] for row in rows)
+        return Rewards(fmean(values), low, high, len(rows), lengths, truncated, each)
+
+    def evaluation(self, step: int, distances: Distances, max_new_tokens: int) -> Evaluation:
+        """Return the evaluation of these answers and of the distances on samples of at most `max_new_tokens`."""
+        datasets = {}
+        for label in sorted({*(row[0] for row in self.rows), *distances} - {""}):
+            own = {label: distances[label]} if label in distances else {}
+            datasets[label] = DatasetResult(self.rewards(label), mean_kl(own), mean_overlap(own, max_new_tokens))
+        example = self.rows[0][4] if self.rows else None
+        return Evaluation(step, self.rewards(), mean_kl(distances), example, mean_overlap(distances, max_new_tokens), datasets)
+
+
 @dataclass(frozen=True, slots=True)
 class Evaluator:
     """Evaluates with a share of the prompts in each process; every process gets the whole result, or `Preempted` when asked to stop.
@@ -154,19 +220,23 @@ class Evaluator:
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
         """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
-        rewards, example = self.rewards(sampler)
-        kl, overlap = self.distance(sampler, model, teacher, ready)
-        return Evaluation(step, rewards, kl, example, overlap)
+        judged = self.answer(sampler)
+        return judged.evaluation(step, self.distances(sampler, model, teacher, ready), self.kl_decoding.max_new_tokens)
 
-    def rewards(self, sampler: Sampler, as_teacher: bool = False) -> tuple[Rewards | None, str | None]:
-        """Return the rewards of the model behind `sampler`, and the first prompt with its answer. `as_teacher`: with its prompts."""
+    def teacher(self, sampler: Sampler) -> Evaluation:
+        """Evaluate the teacher, with its own version of the prompts."""
+        return self.answer(sampler, as_teacher=True).evaluation(0, {}, self.kl_decoding.max_new_tokens)
+
+    def answer(self, sampler: Sampler, as_teacher: bool = False) -> "Judged":
+        """Return the judged answers of the model behind `sampler` from all processes. `as_teacher`: with its prompts."""
         if not self.answered:
-            return None, None
+            return Judged([])
         requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
         judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
         rows = [
             (
+                rollout.request.prompt.dataset,
                 reward,
                 len(rollout.completion),
                 rollout.finish_reason is FinishReason.length,
@@ -176,45 +246,39 @@ class Evaluator:
             for reward, rollout, text in judged
             if reward is not None
         ]
-        rows = gather_object(rows)
-        if not rows:
-            return None, None
-        values = [row[0] for row in rows]
-        low, high = interval(values)
-        # Whole numbers as integers, which are short in JSON: most rewards are 0 or 1.
-        each = tuple(int(row[0]) if row[0] == int(row[0]) else row[0] for row in sorted(rows, key=lambda row: row[4]))
-        lengths, truncated = fmean(row[1] for row in rows), fmean(row[2] for row in rows)
-        return Rewards(fmean(values), low, high, len(rows), lengths, truncated, each), rows[0][3]
+        return Judged(gather_object(rows))
 
     def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> float | None:
-        return self.distance(sampler, model, teacher, ready)[0]
+        return mean_kl(self.distances(sampler, model, teacher, ready))
 
-    def distance(
-        self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext
-    ) -> tuple[float | None, dict[str, Any] | None]:
-        """Return the KL and the overlap on the student's samples, as in `Evaluation`; None where they are not asked for."""
+    def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
+        """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""
         if not self.kl_prompts:
-            return None, None
-        limit, means = self.kl_decoding.max_new_tokens, Means()
+            return {}
+        requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
+        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
+        results = {}
+        with ready(), self.precision():
+            for label in sorted({rollout.request.prompt.dataset for rollout in rollouts}):
+                own = [rollout for rollout in rollouts if rollout.request.prompt.dataset == label]
+                results[label] = self.distance(model, teacher, own)
+        found: dict[str, list[Means]] = {}  # a process without prompts has none
+        for label, means in gather_object(list(results.items())):
+            found.setdefault(label, []).append(means)
+        return {label: added(means) for label, means in found.items()}
+
+    def distance(self, model: PreTrainedModel, teacher: Teacher, rollouts: Sequence[Rollout]) -> Means:
+        """Return the KL and the overlap on these samples."""
+        means = Means()
 
         def overlaps(rollouts: list[Rollout], stats: TokenStats) -> None:
             for name, values in stats.items():
                 means.add_tensors(name.removeprefix("overlap/"), [values])
-            add_by_position(means, stats, rollouts, limit)
+            add_by_position(means, stats, rollouts, self.kl_decoding.max_new_tokens)
 
-        requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
-        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
-        with ready(), self.precision():
-            pad_id = self.tokenizer.pad_token_id
-            result = exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps)
-        parts = gather_object([(*result, means.sums, means.counts)])
-        totals, tokens, sums, counts = zip(*parts, strict=True)
-        whole = Means()
-        for own_sums, own_counts in zip(sums, counts, strict=True):  # a process without prompts has none
-            for name in own_sums:
-                whole.add(name, own_sums[name], own_counts[name])
-        by_position = take_by_position(whole, limit)
-        return float(sum(totals) / sum(tokens)), {**whole.means(), "by_position": by_position}
+        pad_id = self.tokenizer.pad_token_id
+        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps))
+        return means
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
         return prompts[self.accelerator.process_index :: self.accelerator.num_processes]

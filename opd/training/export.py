@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_config, to_dict
-from opd.config.schema import Config, Control, ModelConfig, Source
+from opd.config.schema import Config, Control, DataConfig, ModelConfig, Source
 from opd.data import hub
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError, DataError, OpdError, OutputError
@@ -25,7 +25,7 @@ from opd.models.adapters import trained_adapters
 from opd.models.masters import MasterWeights
 from opd.models.policy import is_quantized
 from opd.runs.folder import FINAL
-from opd.runs.outcome import achieved
+from opd.runs.outcome import summarised
 from opd.runs.reader import Run, is_run, open_run
 from opd.runs.text import format_number, format_percent, format_reward, one_line
 from opd.samplers.weights import merged_copy
@@ -197,7 +197,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, Pre
     tokenizer = models.load_tokenizer(config.model, "model")
     run = Run(checkpoint.path.parent.parent)
     metrics = [line for line in run.metrics if line["step"] <= checkpoint.step]
-    summary = achieved(metrics, run.evaluations, checkpoint.step) | {"steps": checkpoint.step, "checkpoint": checkpoint.path.name}
+    summary = summarised(metrics, run.evaluations, checkpoint.step) | {"steps": checkpoint.step, "checkpoint": checkpoint.path.name}
     if is_quantized(model):
         merged = merge_quantized(model, None, config, _prompts(config, tokenizer), summary, dtype)
         if "merge_gap" in summary:
@@ -215,6 +215,14 @@ def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]
         return []
 
 
+def _labelled(name: str, label: str) -> str:
+    return f"{name} ({label})" if label else name
+
+
+def _data_name(data: DataConfig) -> str:
+    return f"`{data.path or data.train_path or data.source.value}`"
+
+
 def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32") -> str:
     """Return the model card: Markdown after the YAML that the hub reads.
 
@@ -227,22 +235,27 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", **licence}
     if _on_hub(config.model.path):
         front |= {"base_model": config.model.path, "base_model_relation": "finetune"}
-    if config.data.source is Source.hub and _on_hub(config.data.path or ""):
-        front["datasets"] = [config.data.path]
+    parts, teachers = config.parts, config.parts_by_teacher
+    on_hub = sorted({part.data.path or "" for part in parts.values() if part.data.source is Source.hub})
+    if on_hub and all(map(_on_hub, on_hub)):
+        front["datasets"] = on_hub
     front["tags"] = ["on-policy-distillation", "opd"]
 
     facts = {
         "student": _model_name(config.model),
-        "teacher": f"the student {config.teacher_name}" if config.teaches_itself else _model_name(config.teacher),
-        "data": f"`{config.data.path or config.data.train_path or config.data.source.value}`",
+        **{
+            _labelled("teacher", label): f"the student {part.teacher_name}" if part.teaches_itself else _model_name(part.teacher)
+            for label, part in teachers.items()
+        },
+        **{_labelled("data", label): _data_name(part.data) for label, part in parts.items()},
     }
     if config.control is not Control.none:
         facts["control"] = f"`{config.control.value}`: trained without what the teacher knows"
-    if config.teacher.system is not None:
-        facts["system prompt of the teacher"] = "`" + one_line(config.teacher.system.replace("`", "'")) + "`"
-    for name, template in (("prompt", config.teacher.prompt), ("contrast", config.teacher.contrast)):
-        if template is not None:
-            facts[f"{name} of the teacher"] = "`" + one_line(template.replace("`", "'")) + "`"
+    for label, part in teachers.items():
+        views = {"system prompt": part.teacher.system, "prompt": part.teacher.prompt, "contrast": part.teacher.contrast}
+        for name, text in views.items():
+            if text is not None:
+                facts[_labelled(f"{name} of the teacher", label)] = "`" + one_line(text.replace("`", "'")) + "`"
     student_and_data = "\n".join(f"- {label}: {value}" for label, value in facts.items())
     whens = ("before", "after", "teacher")
     rewards = [format_reward(summary.get(f"reward_{when}"), summary.get(f"reward_{when}_interval")) for when in whens]

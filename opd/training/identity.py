@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -34,7 +35,8 @@ CHUNK = 2**24  # numbers that are summed at a time
 def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     """Return what identifies a run before anything is loaded."""
     options = to_dict(config)
-    paths = {f"data.{name}": options["data"][name] for name in ("path", "train_path", "eval_path")}
+    datasets = {"data": config.data, **{f"data.mix.{label}": dataset for label, dataset in config.data.datasets.items()}}
+    paths = {f"{key}.{name}": getattr(data, name) for key, data in datasets.items() for name in ("path", "train_path", "eval_path")}
     return {
         "config": options,
         "prompts_per_step": config.train.batch_size * accelerator.num_processes,
@@ -59,7 +61,7 @@ def digest_files(path: Path) -> str | None:
 def content(
     tokenizer: PreTrainedTokenizerBase,
     student: nn.Module,
-    teacher: nn.Module | None,
+    teachers: Mapping[str, nn.Module | None],
     train: Sequence[Prompt],
     evaluation: Sequence[Prompt],
     start: nn.Module | None = None,
@@ -67,13 +69,14 @@ def content(
     """Return digests of what was loaded and is in no checkpoint.
 
     Args:
-        teacher: None where a server has it, which the canary identifies.
+        teachers: By label; None where a server has it, which the canary identifies.
         start: The frozen copy of the student's start, if there is one.
     """
+    digests = {f"teachers.{label}" if label else "teacher": teacher for label, teacher in teachers.items()}
     return {
         **({} if start is None else {"the student's start": digest(frozen(start))}),
         "tokenizer": digest([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template, tokenizer.eos_token_id]),
-        "teacher": digest(["served"] if teacher is None else frozen(teacher)),
+        **{name: digest(["served"] if teacher is None else frozen(teacher)) for name, teacher in digests.items()},
         "the student's frozen weights": digest(frozen(student)),
         "training data": digest(rows(train)),
         "evaluation data": digest(rows(evaluation)),
@@ -155,10 +158,13 @@ def refuse(changed: list[str], where: Path, force: bool) -> list[str]:
 
 def differences(old: Any, new: Any, key: str = "", moved: Sequence[str] = ()) -> list[str]:
     """Return the options that differ and change the training, with old and new value. `moved`: paths of the same files."""
-    if key in MAY_CHANGE or key in REMOVED or key in moved:
+    of_teacher = re.sub(r"^teachers\.[^.]+\.", "teacher.", key)
+    if of_teacher in MAY_CHANGE or key in REMOVED or key in moved:
         return []
     old = {} if old is None and new == {} else old  # a mapping that older versions did not have
     if isinstance(old, dict) and isinstance(new, dict):
         names = {name: f"{key}.{name}" if key else name for name in (*old, *new)}
         return [line for name, full in names.items() for line in differences(old.get(name), new.get(name), full, moved)]
+    if old in (None, {}) and new in (None, {}):  # runs of before there were `data.mix` and `teachers`
+        return []
     return [] if old == new else [f"{key} was {old}, is {new}"]

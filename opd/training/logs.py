@@ -16,7 +16,7 @@ from opd.config.compose import to_dict
 from opd.config.schema import Config, GuardAction, Tracker
 from opd.errors import INTERNAL, ConfigError, NumericError
 from opd.runs.reader import flatten
-from opd.training.evaluate import Evaluation
+from opd.training.evaluate import DatasetResult, Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +53,16 @@ def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> No
 
 def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
     """Return an evaluation as metrics for the tracker."""
-    metrics = {} if evaluation.rewards is None else {"eval/reward": evaluation.rewards.mean, "eval/length": evaluation.rewards.length}
-    if evaluation.kl is not None:
-        metrics["eval/kl"] = evaluation.kl
-    if evaluation.overlap is not None:
-        metrics |= {f"eval/overlap_{name}": evaluation.overlap[name] for name in ("share", "mass")}
+    metrics: dict[str, float] = {}
+    results: dict[str, Evaluation | DatasetResult] = {"eval": evaluation}
+    results |= {f"eval/{label}": result for label, result in evaluation.datasets.items()}
+    for prefix, result in results.items():
+        if result.rewards is not None:
+            metrics |= {f"{prefix}/reward": result.rewards.mean, f"{prefix}/length": result.rewards.length}
+        if result.kl is not None:
+            metrics[f"{prefix}/kl"] = result.kl
+        if result.overlap is not None:
+            metrics |= {f"{prefix}/overlap_{name}": result.overlap[name] for name in ("share", "mass")}
     return metrics
 
 

@@ -17,9 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config, Control, Engine, SamplingDtype, TeacherWeights, Truncated
+from opd.config.schema import Config, Control, Engine, SamplingDtype, TeacherWeights, Truncated, of_teacher
 from opd.data.given import given_rollout, takes_given
-from opd.data.order import nth_position, take
+from opd.data.order import Order, nth_position, prompt_order
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout, micro_batches
 from opd.errors import ConfigError, EngineError, NumericError, Preempted, TeacherError
@@ -150,8 +150,10 @@ class Trainer:
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
     guard: Guard = field(init=False)
+    order: Order = field(init=False)
 
     def __post_init__(self) -> None:
+        self.order = prompt_order(self.config, self.prompts)
         self.guard = Guard(self.config)
 
     @property
@@ -245,16 +247,24 @@ class Trainer:
             )
 
     def check_distance(self, tokens: Tokens) -> None:
-        """Warn where the teacher's scores are the student's: there is nothing to learn."""
-        if self.config.teaches_itself and not self.config.teacher.has_own_view:  # it moves away by the rewards of the task
-            return
+        """Warn where a teacher's scores are the student's: there is nothing to learn."""
         columns = tokens.columns
-        gap_N = (columns["teacher_logp"] - columns["logp"]).abs() if "logp" in columns else torch.ones(0)
-        if len(gap_N) and float(gap_N.mean()) < SAME_MODEL:
-            name = "teacher.url" if self.config.teacher.url else "teacher.path"
-            problem = "this teacher is the student"
-            if self.config.teaches_itself:
-                name, problem = self.config.weights_option, "what it reads besides changes nothing"
+        if "logp" not in columns:
+            return
+        labels = [rollout.request.prompt.teacher for rollout in tokens.rollouts]
+        for label, part in self.config.parts_by_teacher.items():
+            if part.teaches_itself and not part.teacher.has_own_view:  # it moves away by the rewards of the task
+                continue
+            is_own_R = torch.tensor([own == label for own in labels], device=self.device)
+            gap_N = (columns["teacher_logp"] - columns["logp"]).abs()[is_own_R[tokens.rollout_N]]
+            if len(gap_N) == 0 or float(gap_N.mean()) >= SAME_MODEL:
+                continue
+            name, problem = (
+                f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path",
+                "this teacher is the student",
+            )
+            if part.teaches_itself:
+                name, problem = of_teacher(label)(part.weights_option), "what it reads besides changes nothing"
             log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
 
     def check_masked(self, done: StepDone) -> None:
@@ -296,9 +306,7 @@ class Trainer:
         self.note_memory("sampling")
         sampled = clock(self.device)
         tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
-        has_gone = self.strategy.is_sharded and self.config.teacher_weights is TeacherWeights.current  # the head that scored
-        is_here = self.config.teacher.url is None and not has_gone
-        tokens.is_detailed = is_here and is_detailed_step(self.step + 1, self.max_steps)
+        tokens.is_detailed = is_detailed_step(self.step + 1, self.max_steps) and self.has_teacher_states()
         try:
             self.scoring.score(tokens)
         except (EngineError, Preempted):
@@ -311,6 +319,11 @@ class Trainer:
         self.note_memory("scoring")
         tokens.seconds |= {"sample": done - begin, "wait": sampled - done, "score": clock(self.device) - sampled}
         return tokens
+
+    def has_teacher_states(self) -> bool:
+        """Return whether all teachers' whole distributions can be computed: not by a server, nor after the head that scored is gone."""
+        weights = {part.teacher_weights for part in self.config.parts_by_teacher.values()}
+        return not (self.config.is_served or (self.strategy.is_sharded and TeacherWeights.current in weights))
 
     def inner_step(self, tokens: Tokens) -> bool:
         """Take one optimizer step. Returns whether its numbers were finite."""
@@ -328,7 +341,8 @@ class Trainer:
     def finish_step(self, tokens: Tokens, rate: float) -> StepDone:
         for name, share in self.speed.metrics(tokens).items():
             tokens.means.add(name, share, 1.0)
-        metrics, by_position = step_metrics(tokens, self.accelerator, self.config.sampling.max_new_tokens)
+        limit, datasets = self.config.sampling.max_new_tokens, sorted(self.config.data.mix)
+        metrics, by_position = step_metrics(tokens, self.accelerator, limit, datasets)
         self.trained_tokens += int(metrics["tokens"])
         metrics |= {
             "optim/lr": rate,
@@ -421,7 +435,8 @@ class Trainer:
 
         In the main process, in the steps of `is_detailed_step`, where the teacher is here and has the weights that scored; else nothing.
         """
-        is_gone = self.config.teacher.url is not None or self.config.teacher_weights is TeacherWeights.current
+        parts = self.config.parts_by_teacher.values()
+        is_gone = self.config.is_served or any(part.teacher_weights is TeacherWeights.current for part in parts)
         if is_gone or not is_detailed_step(self.step, self.max_steps):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
@@ -446,15 +461,18 @@ class Trainer:
 
     def requests(self, step: int) -> list[Request]:
         """Return this process's share of a step's prompts, `sampling.n` times each."""
-        drawn = [sample for position in self.places(step) for sample in take(self.config.seed, len(self.prompts), position, 1)]
+        drawn = [self.order.at(position) for position in self.places(step)]
         return [Request(self.prompts[index], epoch, attempt) for epoch, index in drawn for attempt in range(self.config.sampling.n)]
 
     def given_rows(self, step: int, requests: Sequence[Request]) -> list[int]:
-        """Return which of this process's requests of a step take a given completion: a function of the seed and their place in the run."""
-        share = self.config.train.given_share_at(step)
-        first = (step * self.accelerator.num_processes + self.accelerator.process_index) * len(requests)
-        seed = self.config.seed
-        return [row for row, request in enumerate(requests) if request.prompt.given and takes_given(seed, first + row, share)]
+        """Return which of this process's requests of a step take a given completion: a function of the seed and their place in the run.
+
+        Each dataset counts its own rows, so that the share holds in each, in whatever order they take turns.
+        """
+        share, n, seed = self.config.train.given_share_at(step), self.config.sampling.n, self.config.seed
+        numbers = [n * self.order.turn(position) + attempt for position in self.places(step) for attempt in range(n)]
+        rows = enumerate(zip(requests, numbers, strict=True))
+        return [row for row, (request, number) in rows if request.prompt.given and takes_given(seed, number, share)]
 
     # Checkpoints and trouble.
 

@@ -56,18 +56,40 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     means.add_tensors("given/nll", [] if tokens.given_N is None else [-tokens.columns["logp"][tokens.given_N]])
 
 
-def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) -> tuple[dict[str, float], ByPosition]:
+def add_by_dataset(tokens: Tokens, datasets: Sequence[str]) -> None:
+    """Add the metrics of each dataset, of which this process may have no rollout, to the table's means."""
+    kl_N = tokens.as_sampled("reverse_kl").double()
+    rollout_N = tokens.rollout_N[tokens.sampling_order_N]
+    for label in datasets:
+        own = [rollout for rollout in tokens.rollouts if rollout.request.prompt.dataset == label]
+        sampled = [rollout for rollout in own if not rollout.given]
+        is_sampled = [rollout.request.prompt.dataset == label and not rollout.given for rollout in tokens.rollouts]
+        own_kl = kl_N[torch.tensor(is_sampled, device=kl_N.device)[rollout_N]]
+        tokens.means.add(f"data/{label}/reverse_kl", float(own_kl.sum()), len(own_kl))
+        tokens.means.add(f"data/{label}/length", float(sum(len(rollout.completion) for rollout in sampled)), len(sampled))
+        tokens.means.add(f"data/{label}/truncated", float(sum(rollout.truncated for rollout in sampled)), len(sampled))
+        tokens.means.add(f"data/{label}/tokens", float(sum(len(rollout.trained) for rollout in own)), 1.0)
+
+
+def step_metrics(
+    tokens: Tokens, accelerator: Accelerator, max_new_tokens: int, datasets: Sequence[str] = ()
+) -> tuple[dict[str, float], ByPosition]:
     """Return a finished step's metrics over all processes, and those by token position. Collective.
 
     Given completions have metrics of their own, `given/…`, and count in `loss`, `tokens` and what the update measures. A step without
     sampled completions has no metrics of them.
+
+    Args:
+        datasets: The labels of `data.mix`.
     """
     add_rollout_metrics(tokens, max_new_tokens)
+    add_by_dataset(tokens, datasets)
     means = tokens.means.over_processes(accelerator)
     positions = take_by_position(means, max_new_tokens)
     trained = global_sum(accelerator, len(tokens.rollout_N))
     seconds = sum(tokens.seconds.values())
     metrics = means.means()
+    metrics |= {f"data/{label}/tokens": means.sums[f"data/{label}/tokens"] for label in datasets}
     metrics |= {f"time/{name}": value for name, value in {**tokens.seconds, "step": seconds}.items()}
     for reason in FinishReason:
         ended = sum(rollout.finish_reason is reason for rollout in tokens.rollouts if not rollout.given)
@@ -171,7 +193,9 @@ def record(
             [{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(row, values, strict=True)]
             for row, values in zip(ids, logps, strict=True)
         ]
+    dataset = rollout.request.prompt.dataset
     return {
+        **({"dataset": dataset} if dataset else {}),
         "sample_id": rollout.request.prompt.sample_id,
         "epoch": rollout.request.epoch,
         "attempt": rollout.request.attempt,

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -41,12 +42,11 @@ from opd.runs.folder import (
     read_lines,
     write_text,
 )
-from opd.runs.outcome import achieved, objective
+from opd.runs.outcome import objective, summarised
 from opd.runs.reader import open_run
 from opd.training.build import Built, Given, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
-from opd.training.display import Display, NoteHandler, describe_rewards
-from opd.training.evaluate import Evaluation
+from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards
 from opd.training.export import merge_quantized, save_model
 from opd.training.identity import check_content, check_same, identity
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
@@ -294,14 +294,19 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     trainer, processes = built.trainer, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
     parameters = trainer.student.num_parameters()  # of 4-bit weights as well
-    display.note(
-        f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {config.teacher_name} on {trainer.accelerator.device}"
-    )
+    teachers = config.parts_by_teacher
+    named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
+    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {trainer.accelerator.device}")
     display.note(
         f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
+    if config.data.mix:
+        rows = Counter(prompt.dataset for prompt in trainer.prompts)
+        shares = {label: dataset.weight for label, dataset in config.data.datasets.items()}
+        each = (f"{label} {share / sum(shares.values()):.0%} ({rows[label]:,} prompts)" for label, share in shares.items())
+        display.note(f"datasets: {', '.join(each)}")
     if trainer.strategy.is_sharded:
         held = f"{trainer.strategy.held_parameters() / 1e6:,.2f} M of the parameters"
         display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
@@ -310,7 +315,7 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
         measured = "" if config.control is Control.self else ", which is measured as usual"
         display.note(f"control={config.control.value}: trained without the information of the teacher{measured}")
     if built.served:
-        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL over the vocabulary in evaluations")
+        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL in evaluations of its prompts")
     for line in built.differences:
         display.note(f"warning: {line}")
     if start is not None:
@@ -328,10 +333,10 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History, disp
     if any(line["model"] == "teacher" for line in history.evaluations):
         return
     with built.teacher.ready(), built.teacher.active():
-        rewards, example = built.trainer.evaluator.rewards(built.teacher_sampler, as_teacher=True)
-    run_folder.append(EVALUATIONS, {"model": "teacher", **Evaluation(0, rewards, None, example).to_dict()})
-    if rewards is not None:
-        display.note(f"teacher: reward {describe_rewards(rewards)}")
+        evaluation = built.trainer.evaluator.teacher(built.teacher_sampler)
+    run_folder.append(EVALUATIONS, {"model": "teacher", **evaluation.to_dict()})
+    if evaluation.rewards is not None:
+        display.note(f"teacher: reward {describe_rewards(evaluation.rewards)}{describe_datasets(evaluation)}")
 
 
 def write_event(event: Event, config: Config, built: Built, run_folder: RunFolder, display: Display) -> None:
@@ -366,7 +371,7 @@ def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, buil
     trainer = built.trainer
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
     metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
-    summary = on_main_process(accelerator, lambda: achieved(read_lines(metrics), read_lines(evaluations))) | costs
+    summary = on_main_process(accelerator, lambda: summarised(read_lines(metrics), read_lines(evaluations))) | costs
     summary["control"] = config.control.value
     if is_quantized(trainer.student) and accelerator.is_main_process:
         student, weights = merge_quantized(trainer.student, trainer.strategy.masters, config, trainer.prompts, summary), None

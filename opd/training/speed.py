@@ -2,8 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Speed:
         weight_bytes: What the sampler reads for each token of a batch; 0 where another engine samples.
         cache_bytes: Keys and values of one token.
         batch_size: Completions decoded side by side.
+        teachers: Parameters of the teachers that have a label.
     """
 
     copy_rate: float
@@ -42,6 +43,7 @@ class Speed:
     weight_bytes: int
     cache_bytes: int
     batch_size: int
+    teachers: Mapping[str, int] = field(default_factory=dict)
 
     def metrics(self, tokens: Tokens) -> dict[str, float]:
         """Return this process's shares of the two rates in a finished step.
@@ -51,7 +53,8 @@ class Speed:
         """
         rollouts = [rollout for rollout in tokens.rollouts if not rollout.given]
         count, sampled = (sum(rollout.length for rollout in some) for some in (tokens.rollouts, rollouts if self.weight_bytes else []))
-        operations = 2 * (sampled * self.student + count * (self.teacher + tokens.inner * self.passes * self.student))
+        scored = sum(rollout.length * self.teachers.get(rollout.request.prompt.teacher, self.teacher) for rollout in tokens.rollouts)
+        operations = 2 * (scored + sampled * self.student + count * tokens.inner * self.passes * self.student)
         shares = {"perf/mfu": operations / sum(tokens.seconds.values()) / self.product_rate}
         if self.weight_bytes:
             read = 0
@@ -69,7 +72,7 @@ def measure_speed(
     """Return the rates of the student's device and the costs of both models.
 
     Args:
-        teacher: None where a server has it.
+        teacher: The one without a label; None where a server has it, or there is none.
         bf16: Whether the update computes in bf16.
         decodes_in: Dtype of the weights that sample; None where another engine samples.
     """

@@ -6,7 +6,7 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
     ratio        r = exp(logp - old_logp)
     surrogate    s = -min(r A, clip(r, 1 - clip_eps, 1 + clip_eps) A)                         (PPO, arXiv 1707.06347)
     importance   w = min(exp(old_logp - behaviour_logp), importance_cap)                      (no gradient)
-    loss         sum of w s over all tokens of all processes / their number
+    loss         sum of w s over all tokens of all processes / their number                   (datasets may have a `loss_weight`)
 
 `control` replaces the advantage by one without the teacher (`opd.training.control`).
 
@@ -33,9 +33,9 @@ Shapes: `N` rows of the token table, `R` rollouts.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -79,7 +79,8 @@ class Step:
         packed: Whether sequences are packed into one row.
         choices: Decisions of the run that checkpoints keep, with `max_tokens` of a micro-batch, halved when memory runs out.
         overlap: What the vocabularies share, where each has tokens of its own.
-        reference: The student's start, where `ppo.reference_coef` asks for it; the same object as the teacher where that has its weights.
+        reference: The student's start, where `ppo.reference_coef` asks for it; the same object as a teacher that has its weights.
+        loss_weights: Factor on the loss of a dataset's tokens, by label; 1 for others.
     """
 
     config: Config
@@ -90,6 +91,7 @@ class Step:
     choices: dict[str, Any]
     overlap: Overlap | None = None
     reference: LocalTeacher | None = None
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -208,13 +210,18 @@ class Step:
         return self.apply(tokens, loss_sum, is_empty=total == 0)
 
     def token_weights(self, rollouts: list[Rollout]) -> tuple[Tensor, float]:
-        """Return the loss weight of each rollout's tokens (R,), 0 for truncated ones that are left out, and the sum over all tokens."""
+        """Return the loss weight of each rollout's tokens (R,), 0 for truncated ones that are left out, and the sum over all tokens.
+
+        Each has the factor `loss_weight` of its dataset, and the loss is divided by the sum: factors are relative to each other.
+        """
         left_out = [self.config.sampling.truncated is not Truncated.keep and rollout.truncated for rollout in rollouts]
         length_R = torch.tensor([len(rollout.trained) for rollout in rollouts], dtype=torch.float32, device=self.device)
         per_sequence = self.config.ppo.reduction is Reduction.sequence
-        weight_R = 1.0 / length_R.clamp_min(1.0) if per_sequence else torch.ones_like(length_R)
-        weight_R[torch.tensor(left_out, device=weight_R.device)] = 0.0
-        return weight_R, float(weight_R.count_nonzero()) if per_sequence else float((weight_R * length_R).sum())
+        factors = [self.loss_weights.get(rollout.request.prompt.dataset, 1.0) for rollout in rollouts]
+        factor_R = torch.tensor(factors, dtype=torch.float32, device=self.device)
+        factor_R[torch.tensor(left_out, device=factor_R.device)] = 0.0
+        weight_R = factor_R / length_R.clamp_min(1.0) if per_sequence else factor_R
+        return weight_R, float(factor_R.sum()) if per_sequence else float((weight_R * length_R).sum())
 
     def local_gradients(self, tokens: Tokens, weight_N: Tensor, total: float) -> tuple[float, list[TokenStats]]:
         """Compute gradients with all weights in each process; where one runs out of memory, all try again with smaller micro-batches."""

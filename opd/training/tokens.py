@@ -1,8 +1,9 @@
 """The token table: everything that is known about the tokens of a step, one row per trained token.
 
-Rows are grouped by rollout, the longest rollout first, so that a micro-batch is a contiguous slice of rows. Sampling fills
-`behaviour_logp`, the teacher `teacher_logp` and, with `teacher.contrast`, `contrast_logp`; the first pass of the update fills `logp`,
-`entropy`, `reverse_kl` and the advantages, which are those before any update. A run can stop between inner steps and resume from the table.
+Rows are grouped by teacher and then by rollout, the longest rollout first, so that a micro-batch, which has one teacher, is a contiguous
+slice of rows. Sampling fills `behaviour_logp`, the teacher `teacher_logp` and, with `teacher.contrast`, `contrast_logp`; the first pass of
+the update fills `logp`, `entropy`, `reverse_kl` and the advantages, which are those before any update. A run can stop between inner steps
+and resume from the table.
 
 Shapes: `N` rows, `R` rollouts.
 """
@@ -103,7 +104,8 @@ class Tokens:
 
     def __post_init__(self) -> None:
         lengths = [len(rollout.trained) for rollout in self.rollouts]
-        order = sorted((index for index, length in enumerate(lengths) if length), key=lambda index: -self.rollouts[index].length)
+        trained = (index for index, length in enumerate(lengths) if length)
+        order = sorted(trained, key=lambda index: (self.rollouts[index].request.prompt.teacher, -self.rollouts[index].length))
         # The rollout of each row, and the rows in the order in which their rollouts were sampled.
         rows = torch.tensor([index for index in order for _ in range(lengths[index])], dtype=torch.long)
         self.rollout_N = rows.to(self.device)
