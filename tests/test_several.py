@@ -74,6 +74,9 @@ def mixed(**options):
         ({"teachers.add": {"path": "a", "placement": "device"}}, "teachers.add.device=None: ", "teachers.add.placement=device"),
         ({"teachers.add": {"path": "a", "url": "http://a"}, "ppo.estimator": "exact"}, "ppo.estimator=exact: ", "ppo.estimator=sampled"),
         ({"teachers.add": {"path": "bundled:tiny-student"}, "lora.rank": 2}, "lora.rank=2: ", "teachers.add.system"),
+        ({"train.given_share": 0.5}, "train.given_share=0.5: ", "data.completion=COLUMN"),
+        ({"control": "shuffled"}, "control=shuffled: ", "teachers={}"),
+        ({"control": "self"}, "control=self: ", "teachers={}"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
@@ -182,6 +185,33 @@ def test_an_error_in_the_rows_of_a_dataset_names_it(tmp_path):
         load_prompts(config, tokenizer, Given(train_rows=[{"prompt": "1"}]))
 
 
+# Given completions.
+
+
+def test_each_dataset_may_have_completions(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "assets" / "tiny-student")
+    options = {**write_rows(tmp_path), "data.mix.add.completion": "answer", "train.given_share": 0.5}
+    config = mixed(**options)
+    assert [part.train.given_share for part in config.parts.values()] == [0.5, 0]
+    train, evaluation = load_prompts(config, tokenizer, Given())
+    assert {prompt.dataset for prompt in train if prompt.given} == {"add"} != {prompt.dataset for prompt in train}
+    assert all(prompt.given for prompt in train if prompt.dataset == "add") and not any(prompt.given for prompt in evaluation)
+    with pytest.raises(DataError, match=r"^data\.mix\.add\.completion=none: .*data\.mix\.add\.completion"):
+        load_prompts(mixed(**{**options, "data.mix.add.completion": "none"}), tokenizer, Given())
+
+
+@pytest.mark.parametrize("label", ["a", "b"])
+def test_the_share_of_given_completions_holds_in_a_dataset_that_takes_turns_with_another(tmp_path, label):
+    """Over all rows a quarter would be every fourth, which always belongs to the same dataset."""
+    prompts = [replace(prompt, dataset="ab"[index >= 5]) for index, prompt in enumerate(make_prompts())]
+    prompts = [replace(prompt, given=((5, 1),)) if prompt.dataset == label else prompt for prompt in prompts]
+    mix = {name: {"source": "arithmetic", "completion": "answer" if name == label else None} for name in "ab"}
+    options = {"data__mix": mix, "train__given_share": 0.25, "sampling__n": 1, "train__batch_size": 2}
+    trainer = make_trainer(tmp_path, prompts=prompts, **options)
+    counts = [len(trainer.given_rows(step, trainer.requests(step))) for step in range(40)]
+    assert 9 <= sum(counts) <= 11
+
+
 # Who scores what.
 
 
@@ -254,7 +284,7 @@ def test_the_gradient_is_the_weighted_mean_of_those_of_the_datasets_alone(tmp_pa
 
 
 def test_one_of_the_teachers_may_be_served_and_its_errors_name_it(tmp_path):
-    trainer, models = two_teachers(tmp_path, two_datasets(), ppo__temperature=1.0)
+    trainer, models = two_teachers(tmp_path, two_datasets(), ppo__temperature=1.0, teacher__url="http://a")
     local = trainer.begin_step().columns["teacher_logp"]
     with running(ScoringServer(models[1], Tokenizer())) as fake:
         remote = ServedTeacher(TeacherConfig(url=fake.url, timeout=5.0), Tokenizer(), VOCABULARY, 40, [1, 5, 9])
@@ -299,7 +329,9 @@ def test_a_run_resumed_between_inner_steps_is_bitwise_the_undisturbed_one(tmp_pa
 # Whole runs.
 
 RUN = ["experiment=debug", "device=cpu", "eval.limit=6", "eval.kl_prompts=3", "eval.steps=0", "train.max_steps=2", "ppo.estimator=exact"]
-MIX = ["data.mix={add: {weight: 2, train_path: add.jsonl}, more: {train_path: more.jsonl, loss_weight: 2}}", "data=jsonl"]
+RUN += ["train.given_share=0.5", "ppo.reference_coef=0.1"]
+ADD = "add: {weight: 2, train_path: add.jsonl, completion: answer}"
+MIX = [f"data.mix={{{ADD}, more: {{train_path: more.jsonl, loss_weight: 2}}}}", "data=jsonl"]
 MIX += [f"teachers.more.path={TEACHER}", "teachers.more.dtype=float32"]
 
 
@@ -328,12 +360,17 @@ def test_results_of_each_dataset_are_logged_summarised_and_reported(mixed_run):
         results = line["datasets"]
         assert list(results) == ["add", "more"] and [result["rewards"]["count"] for result in results.values()] == [6, 6]
         assert sum(result["rewards"]["mean"] for result in results.values()) / 2 == pytest.approx(line["rewards"]["mean"])
+        assert [reward for result in results.values() for reward in result["rewards"]["each"]] == line["rewards"]["each"]
+        masses = [result["overlap"]["mass"] for result in results.values() if result["overlap"]]
+        assert line["model"] == "teacher" or min(masses) <= line["overlap"]["mass"] <= max(masses)
     summary = json.loads((mixed_run / "summary.json").read_text())
     assert summary["datasets"]["more"]["reward_teacher"] == evaluations[0]["datasets"]["more"]["rewards"]["mean"] > 0.9
     assert summary["datasets"]["add"]["eval_kl_after"] == evaluations[-1]["datasets"]["add"]["kl"] > 0
     assert sum(result["graded_tokens"] for result in summary["datasets"].values()) == summary["graded_tokens"]
     kl = sorted(result["kl"] for result in evaluations[-1]["datasets"].values())
     assert kl[0] < evaluations[-1]["kl"] < kl[1]
+    metrics = [json.loads(line) for line in (mixed_run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("given/rollouts", 0) for line in metrics) > 0 and all("reference_kl" in line for line in metrics)
     page = render_report([open_run(mixed_run)])
     assert 'id="datasets"' in page and ">add<" in page and f"{TEACHER} (more)" in page
     stored = [json.loads(line)["dataset"] for line in (mixed_run / "rollouts" / "step_000001.jsonl").read_text().splitlines()]
