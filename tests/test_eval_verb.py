@@ -150,6 +150,7 @@ def test_an_experiment_cannot_override_a_run(trained: Path, capfd: pytest.Captur
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eval_on_two_processes_equals_one(trained: Path) -> None:
     words = ["-m", "opd", "eval", str(trained / "runs" / "run"), "--json", "eval.limit=15", "eval.kl_prompts=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
