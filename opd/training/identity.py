@@ -118,13 +118,21 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
     """
     old = stored.get("files", {})
     moved = [option for option, files in wanted["files"].items() if files is not None and files == old.get(option)]
-    changed = differences(stored["config"], wanted["config"], moved=moved)
+    changed = differences(with_defaults(stored["config"], to_dict(Config())), wanted["config"], moved=moved)
     if stored["prompts_per_step"] != wanted["prompts_per_step"]:
         changed.append(
             f"prompts per step were {stored['prompts_per_step']}, are {wanted['prompts_per_step']}: set train.batch_size so that "
             "train.batch_size × processes is what it was"
         )
     return refuse(changed, where, force)
+
+
+def with_defaults(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored config with the defaults of the options that its version did not have."""
+    return {
+        name: with_defaults(value, defaults[name]) if isinstance(value, dict) and isinstance(defaults.get(name), dict) else value
+        for name, value in {**defaults, **stored}.items()
+    }
 
 
 def check_content(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
