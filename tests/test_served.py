@@ -231,6 +231,27 @@ def test_a_signal_ends_the_wait(connect, server, monkeypatch):
         signals.pending.clear()
 
 
+def test_after_a_signal_no_thread_waits_for_a_server_that_hangs(connect, server):
+    """Python joins the threads of a pool when the process ends, and the exit code would come that late."""
+    teacher, hung = connect(timeout=80.0), threading.Event()
+
+    def hangs(handler, body, answer):
+        hung.set()
+        time.sleep(10)
+
+    server.fault = hangs
+    threading.Timer(0.3, lambda: signals.pending.append(signals.ASKING[0])).start()
+    try:
+        with pytest.raises(Preempted):
+            score(teacher)
+    finally:
+        signals.pending.clear()
+    begin = time.monotonic()
+    assert hung.is_set()
+    teacher.pool.shutdown(wait=True)
+    assert time.monotonic() - begin < 5
+
+
 # Never the wrong teacher.
 
 

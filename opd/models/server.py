@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,6 +34,7 @@ class Server:
         self.late = f"see its log, or raise {group}.timeout"
         self.start = start
         self.headers = {"Content-Type": "application/json", **(headers or {})}
+        self.open: set[http.client.HTTPConnection] = set()
 
     def get(self, path: str) -> Any:
         return self.ask("GET", path, None)
@@ -41,6 +44,7 @@ class Server:
 
     def ask(self, method: str, path: str, body: bytes | None) -> Any:
         connection = self.connect(self.address, timeout=self.timeout)
+        self.open.add(connection)
         try:
             connection.request(method, path, body, self.headers)
             response = connection.getresponse()
@@ -51,6 +55,7 @@ class Server:
             reason = error or type(error).__name__
             raise ServerAway(f"{self.name}: no answer to {path} ({reason}): is it running? {self.start}") from None
         finally:
+            self.open.discard(connection)
             connection.close()
         if status == 404:
             raise self.error(f"it has no {path}: {self.start}")
@@ -61,6 +66,13 @@ class Server:
             return json.loads(answer) if answer else None
         except ValueError:
             raise self.error(f"its answer to {path} is not JSON: {short(answer)}") from None
+
+    def hang_up(self) -> None:
+        """End all requests of other threads, which otherwise wait for their answers, and this process for them when it ends."""
+        for connection in list(self.open):
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def error(self, what: str) -> EngineError:
         return EngineError(f"{self.name}: {what}")
