@@ -71,7 +71,7 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     if teacher is not None and teacher != NONE:
         model = _model(teacher, config.teacher)
         options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code")}
-        config = replace(config, teacher=replace(config.teacher, **options, weights=TeacherWeights.own), teachers={})
+        config = replace(config, teacher=replace(config.teacher, **options, weights=TeacherWeights.own, url=None), teachers={})
     average = None
     if config.names_weights:
         is_average = config.teacher.weights is TeacherWeights.ema
