@@ -400,6 +400,16 @@ def test_a_served_teacher_scores_the_contrast_as_a_local_one_does(make_served_tr
         assert torch.allclose(found, expected, atol=1e-4)
 
 
+def test_a_step_scores_what_is_finished_while_it_samples_the_rest(make_served_trainer, small_server):
+    trainer, events = make_served_trainer(small_server, sampling__batch_size=2), []
+    teacher = trainer.scoring.teacher
+    sample_batch, expect = trainer.sampler.sample_batch, teacher.expect
+    trainer.sampler.sample_batch = lambda *args: (events.append("sample"), sample_batch(*args))[1]
+    teacher.expect = lambda rollouts: (events.append("score"), expect(rollouts))
+    trainer.begin_step()
+    assert events[:3] == ["sample", "score", "sample"] and not teacher.begun
+
+
 def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):
     trainer = make_served_trainer(small_server, every=1)
     events = trainer.run()

@@ -75,6 +75,9 @@ def mixed(**options):
         ({"teachers.add": {"path": "a", "placement": "device"}}, "teachers.add.device=None: ", "teachers.add.placement=device"),
         ({"teachers.add": {"path": "a", "url": "http://a"}, "ppo.estimator": "exact"}, "ppo.estimator=exact: ", "ppo.estimator=sampled"),
         ({"teachers.add": {"path": "bundled:tiny-student"}, "lora.rank": 2}, "lora.rank=2: ", "teachers.add.system"),
+        ({"teachers.add": {"path": "a", "weights": "ema"}}, "teachers.add.weights: ", "teacher.weights"),
+        ({"teachers.add": {"path": "a", "contrast": "x"}}, "teachers.add.contrast: ", "teacher.contrast"),
+        ({"teacher.contrast": "x"}, "teacher.contrast='x': ", "teacher.contrast=null"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
