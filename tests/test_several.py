@@ -432,3 +432,21 @@ def test_one_student_learns_two_tasks_from_two_teachers_and_not_from_one(tmp_pat
     assert two["digits"]["reward_after"] > 0.5 and one["digits"]["reward_after"] < 0.2
     for run in (two, one):
         assert run["sums"]["reward_after"] > run["sums"]["reward_before"] + 0.1
+
+
+class Expecting:
+    """A teacher that remembers what it is to score."""
+
+    def expect(self, rollouts):
+        self.expected = [rollout.request.prompt.sample_id for rollout in rollouts]
+
+
+def test_each_teacher_is_told_of_its_own_finished_rollouts():
+    rollouts = [rollout_of((3,), (4, 1), index=index) for index in range(3)]
+    rollouts = [
+        replace(one, request=replace(one.request, prompt=replace(one.request.prompt, teacher="a" * (index % 2))))
+        for index, one in enumerate(rollouts)
+    ]
+    teachers = {"": Expecting(), "a": Expecting()}
+    as_one(teachers).expect(rollouts)
+    assert [teacher.expected for teacher in teachers.values()] == [[0, 2], [1]]
