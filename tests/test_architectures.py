@@ -12,7 +12,7 @@ from opd.config.compose import PACKAGE
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Inputs, Request
 from opd.errors import ConfigError
-from opd.evaluation.sample_score import LoadedModel
+from opd.evaluation.sample_score import LoadedModel, SharedIds
 from opd.models import memory
 from opd.models.policy import Policy, check_head, check_packing, position_limit
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, generate, make_sampler
@@ -126,7 +126,7 @@ def test_teacher_is_checked_where_it_is_sampled(tmp_path):
         trainer_of(student, teacher, tmp_path).train()
     assert trainer_of(student, teacher, tmp_path, **{"eval.reward": None}).train()["steps"] == 2
     with pytest.raises(ConfigError, match=r"^teacher: "):
-        LoadedModel("teacher", teacher, AutoTokenizer.from_pretrained(TOKENIZER), (256,), False).sampler(257, 261, 0)
+        LoadedModel("teacher", teacher, AutoTokenizer.from_pretrained(TOKENIZER), (256,), False).sampler(257, SharedIds(261), 0)
 
 
 @pytest.mark.parametrize("name", sorted(PACKED | NOT_PACKED))

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from opd import errors
 from opd.cli import main as cli
+from opd.config.compose import PACKAGE
 from opd.config.schema import Config, EvalConfig
 from opd.errors import ConfigError
 from opd.evaluation import judge
@@ -51,6 +53,16 @@ def evaluate(capfd: pytest.CaptureFixture[str]) -> Any:
 
 def tree(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_served_teacher_is_loaded_here_and_said_so_or_asked_for(evaluate: Any, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["bundled:tiny-student", "experiment=tiny", "device=cpu", "teacher.url=http://127.0.0.1:1", "eval.limit=2", "eval.kl_prompts=0"]
+    assert evaluate(*words)["teacher"] == "bundled:tiny-teacher (loaded here, not served)"
+    assets = PACKAGE / "assets/tiny-teacher"
+    AutoTokenizer.from_pretrained(assets).save_pretrained(tmp_path / "tokenizer")
+    words.append(f"teacher.path={tmp_path / 'tokenizer'}")
+    assert cli.main(["eval", *words]) == errors.USAGE and "--teacher MODEL" in capfd.readouterr().err
+    assert evaluate(*words, "--teacher", "bundled:tiny-teacher")["teacher"].endswith("tiny-teacher")
 
 
 def test_eval_of_a_run_repeats_its_own_evaluation_and_changes_none_of_its_files(trained: Path, evaluate: Any) -> None:
@@ -150,6 +162,7 @@ def test_an_experiment_cannot_override_a_run(trained: Path, capfd: pytest.Captur
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_eval_on_two_processes_equals_one(trained: Path) -> None:
     words = ["-m", "opd", "eval", str(trained / "runs" / "run"), "--json", "eval.limit=15", "eval.kl_prompts=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

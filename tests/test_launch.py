@@ -129,7 +129,7 @@ def test_signal_to_the_parent_stops_all_workers_with_a_checkpoint(stop: Callable
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_closed_terminal_stops_a_run_like_sigterm(processes: int, tmp_path):
     keyboard, terminal = pty.openpty()
     running = begin(tmp_path, *LONG, f"launch.processes={processes}", terminal=terminal)

@@ -398,6 +398,23 @@ def test_a_teacher_that_wants_its_own_tokens_is_refused_with_the_way_out(run, tm
     assert "masked tokens" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "option", "remedy"),
+    [
+        (["data.mix={a: {}, b: {}}", "teachers={a: {path: bundled:tiny-teacher}}"], "teachers", "alone"),
+        (["ppo.estimator=topk", "ppo.temperature=1", "eval.kl_prompts=0"], "ppo.estimator=topk", "ppo.estimator=sampled"),
+    ],
+)
+def test_what_does_not_go_with_other_tokens_is_refused(run, tmp_path, capfd, options, option, remedy):
+    teacher = widened("teacher", tmp_path / "teacher", ["<think>"])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(teacher)
+    with running(ScoringServer(model, tokenizer)) as fake:
+        served = [f"teacher.url={fake.url}"] * option.startswith("ppo")
+        code, _ = run(f"teacher.path={teacher}", *options, *served)
+    line = capfd.readouterr().err.strip().splitlines()[-1]
+    assert code == USAGE and f"error: {option}" in line and remedy in line
+
+
 def table(**columns):
     rollouts = [rollout_of((3,), (5, 6, 7, 8, 9, 1), index=index) for index in range(2)]
     return Tokens(rollouts, torch.device("cpu"), {name: torch.tensor(values) for name, values in columns.items()})

@@ -119,6 +119,7 @@ def test_mistake_is_shown_once_by_two_processes(tmp_path):
     assert json.loads((tmp_path / "runs/run/status.json").read_text())["exit_code"] == 64
 
 
+@pytest.mark.long
 def test_sweep_of_two_processes_runs_every_member(tmp_path):
     command = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", "-m", *OPTIONS, "train.max_steps=1", "optim.lr=1e-4,2e-4"]
     launch(tmp_path / "sweep", command)
@@ -217,6 +218,7 @@ def skipped(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_fsdp2_run_out_of_memory_in_one_process_ends_and_resumes_with_smaller_micro_batches(sharded, tmp_path, monkeypatch):
     (tmp_path / "faults.py").write_text(FAULTS.replace('calls["forward"] == 4', 'calls["step"] == 1'))
     options = [*OPTIONS, "train.batch_size=2", "train.max_steps=2", "optim.schedule=constant", "eval.steps=0", "checkpoint.every=1"]
@@ -264,6 +266,7 @@ sys.exit(train.main())
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_non_finite_numbers_in_one_process_leave_sharded_weights_and_optimizer_bitwise_unchanged(tmp_path):
     (tmp_path / "faults.py").write_text(NON_FINITE)
     options = [*UNEVEN, "train.batch_size=2", "train.max_steps=3", "optim.schedule=constant", "eval.steps=0"]
@@ -345,7 +348,9 @@ def test_two_nodes_train_as_one_process_with_one_folder_and_one_display(one, nod
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "codes"), [(signal.SIGTERM, [75, 75]), (signal.SIGKILL, [70, -signal.SIGKILL])])
+@pytest.mark.parametrize(
+    ("number", "codes"), [pytest.param(signal.SIGTERM, [75, 75], marks=pytest.mark.long), (signal.SIGKILL, [70, -signal.SIGKILL])]
+)
 def test_end_of_one_node_ends_the_other(nodes, tmp_path, number, codes):
     """After SIGTERM both save; when one is killed with its launcher, the other ends at once."""
     running = [on_node(tmp_path, name, rank, "train.max_steps=5000", "eval.steps=0") for rank, name in enumerate(nodes)]

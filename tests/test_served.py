@@ -231,6 +231,27 @@ def test_a_signal_ends_the_wait(connect, server, monkeypatch):
         signals.pending.clear()
 
 
+def test_after_a_signal_no_thread_waits_for_a_server_that_hangs(connect, server):
+    """Python joins the threads of a pool when the process ends, and the exit code would come that late."""
+    teacher, hung = connect(timeout=80.0), threading.Event()
+
+    def hangs(handler, body, answer):
+        hung.set()
+        time.sleep(10)
+
+    server.fault = hangs
+    threading.Timer(0.3, lambda: signals.pending.append(signals.ASKING[0])).start()
+    try:
+        with pytest.raises(Preempted):
+            score(teacher)
+    finally:
+        signals.pending.clear()
+    begin = time.monotonic()
+    assert hung.is_set()
+    teacher.pool.shutdown(wait=True)
+    assert time.monotonic() - begin < 5
+
+
 # Never the wrong teacher.
 
 
@@ -344,6 +365,7 @@ def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_traine
     whole = make_served_trainer(small_server, "whole", lag=lag)
     list(whole.run())
     trainer, sound = make_served_trainer(small_server, lag=lag), small_server.fault
+    trainer.scoring.teacher.expect = lambda rollouts: None  # the fault comes before any score of the next step
     events = trainer.run()
     while trainer.step < 2:
         next(events)
@@ -376,6 +398,16 @@ def test_a_served_teacher_scores_the_contrast_as_a_local_one_does(make_served_tr
     for name in ("teacher_logp", "contrast_logp"):
         found, expected = (trainer.begin_step().as_sampled(name) for trainer in (remote, local))
         assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_step_scores_what_is_finished_while_it_samples_the_rest(make_served_trainer, small_server):
+    trainer, events = make_served_trainer(small_server, sampling__batch_size=2), []
+    teacher = trainer.scoring.teacher
+    sample_batch, expect = trainer.sampler.sample_batch, teacher.expect
+    trainer.sampler.sample_batch = lambda *args: (events.append("sample"), sample_batch(*args))[1]
+    teacher.expect = lambda rollouts: (events.append("score"), expect(rollouts))
+    trainer.begin_step()
+    assert events[:3] == ["sample", "score", "sample"] and not teacher.begun
 
 
 def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):

@@ -1,5 +1,6 @@
 """Several datasets and several teachers: options, order, who scores what, loss weights, results of each dataset, resume."""
 
+import copy
 import json
 import shutil
 from contextlib import ExitStack
@@ -20,7 +21,7 @@ from training_helpers import VOCABULARY, FixedSampler, make_prompts, make_sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.api import from_options
-from opd.config.compose import PACKAGE
+from opd.config.compose import PACKAGE, to_dict
 from opd.config.schema import TeacherConfig
 from opd.data import arithmetic
 from opd.data.order import Order, take
@@ -36,7 +37,7 @@ from opd.teachers import LocalTeacher, ServedTeacher, as_one
 from opd.train import main
 from opd.training.build import Given, build, load_prompts
 from opd.training.checkpoint import Checkpoints
-from opd.training.identity import differences
+from opd.training.identity import check_same, differences
 from opd.training.loop import Trainer
 from opd.training.tokens import Tokens
 
@@ -77,6 +78,9 @@ def mixed(**options):
         ({"train.given_share": 0.5}, "train.given_share=0.5: ", "data.completion=COLUMN"),
         ({"control": "shuffled"}, "control=shuffled: ", "teachers={}"),
         ({"control": "self"}, "control=self: ", "teachers={}"),
+        ({"teachers.add": {"path": "a", "weights": "ema"}}, "teachers.add.weights: ", "teacher.weights"),
+        ({"teachers.add": {"path": "a", "contrast": "x"}}, "teachers.add.contrast: ", "teacher.contrast"),
+        ({"teacher.contrast": "x"}, "teacher.contrast='x': ", "teacher.contrast=null"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
@@ -124,6 +128,18 @@ def test_where_a_teacher_is_may_change_on_resume_and_which_it_is_may_not():
     assert differences(old, {"teachers": {"a": {"path": "x", "placement": "offload", "url": "http://a"}}}) == []
     assert differences(old, {"teachers": {"a": {"path": "y"}}}) == ["teachers.a.path was x, is y"]
     assert differences({"data": {}}, {"data": {"mix": {}}, "teachers": {}}) == []  # an older run
+
+
+def test_a_run_of_before_an_option_existed_resumes_with_the_options_default(tmp_path):
+    wanted = {"config": to_dict(from_options(MODELS)), "files": {}, "prompts_per_step": 4}
+    stored = copy.deepcopy(wanted)
+    for option in ("weights", "ema", "prompt", "url"):
+        del stored["config"]["teacher"][option]
+    del stored["config"]["ppo"]["temperature"], stored["config"]["teachers"], stored["config"]["data"]["mix"]
+    assert check_same(stored, wanted, tmp_path, force=False) == []
+    wanted["config"]["teacher"]["weights"] = "base"
+    with pytest.raises(ConfigError, match=r"teacher\.weights was own, is base"):
+        check_same(stored, wanted, tmp_path, force=False)
 
 
 # The order.
@@ -453,3 +469,21 @@ def test_one_student_learns_two_tasks_from_two_teachers_and_not_from_one(tmp_pat
     assert two["digits"]["reward_after"] > 0.5 and one["digits"]["reward_after"] < 0.2
     for run in (two, one):
         assert run["sums"]["reward_after"] > run["sums"]["reward_before"] + 0.1
+
+
+class Expecting:
+    """A teacher that remembers what it is to score."""
+
+    def expect(self, rollouts):
+        self.expected = [rollout.request.prompt.sample_id for rollout in rollouts]
+
+
+def test_each_teacher_is_told_of_its_own_finished_rollouts():
+    rollouts = [rollout_of((3,), (4, 1), index=index) for index in range(3)]
+    rollouts = [
+        replace(one, request=replace(one.request, prompt=replace(one.request.prompt, teacher="a" * (index % 2))))
+        for index, one in enumerate(rollouts)
+    ]
+    teachers = {"": Expecting(), "a": Expecting()}
+    as_one(teachers).expect(rollouts)
+    assert [teacher.expected for teacher in teachers.values()] == [[0, 2], [1]]

@@ -313,6 +313,7 @@ def opd(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @installed("hydra_optuna_sweeper")
+@pytest.mark.long
 def test_optuna_minimizes_the_metric_and_ignores_failed_members() -> None:
     options = ["sweep.metric=eval_kl_after", "sweep.direction=minimize"]
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=interval(-1.2e-3,0.8e-3)", *options]

@@ -13,7 +13,9 @@ from training_helpers import rollout_lists, rollout_of, trained_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import ModelConfig, Placement, Quantization, TeacherConfig
+from opd.config.schema import DataConfig, ModelConfig, Placement, Quantization, TeacherConfig
+from opd.data import arithmetic
+from opd.data.prompts import encode_rows
 from opd.data.rollouts import Rollout, collate
 from opd.models.load import load_model
 from opd.models.policy import prepare_teacher
@@ -25,7 +27,8 @@ FOLDER = PACKAGE / "assets/tiny-teacher"
 VOCABULARY = 261
 K = 4
 # How far, on average and as a share of 1 nat and the log-prob, a teacher may be from the plain forward pass in float32.
-KINDS = {"local": 1e-5, "offload": 1e-5, "bf16": 0.02, "int8": 0.05, "nf4": 0.3, "served": 1e-5, "vllm": 1e-5}
+KINDS = {"local": 1e-5, "offload": 1e-5, "bf16": 0.005, "int8": 0.005, "nf4": 0.02, "served": 1e-5, "vllm": 1e-5}
+# Those that round are measured on texts of the task: at random ids the logits are so large that rounding is of any size.
 
 
 def kind(name: str) -> Any:
@@ -87,14 +90,18 @@ def expected(model: Any, rollouts: list[Rollout]) -> list[torch.Tensor]:
     return result
 
 
+@pytest.fixture
+def exact_teacher(teacher):
+    if teacher[1] > KINDS["local"]:
+        pytest.skip("it rounds")
+    return teacher
+
+
 def distance(found_N: torch.Tensor, expected_N: torch.Tensor) -> float:
     return float(((found_N - expected_N).abs() / (1 + expected_N.abs())).mean())
 
 
-@given(rollouts=rollout_lists())
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_log_probs_are_those_of_a_plain_forward_pass_in_order_whatever_the_batch(teacher, plain, rollouts):
-    scorer, bound = teacher
+def check_log_probs(scorer: Teacher, bound: float, plain: Any, rollouts: list[Rollout]) -> None:
     reference = expected(plain, rollouts)
     chosen = [index for index, rollout in enumerate(rollouts) if rollout.trained]
     scorer.expect(rollouts)
@@ -106,8 +113,24 @@ def test_log_probs_are_those_of_a_plain_forward_pass_in_order_whatever_the_batch
             assert distance(logp_N, torch.cat([reference[index] for index in indices])) <= bound
 
 
+def test_log_probs_are_those_of_a_plain_forward_pass_in_order_whatever_the_batch(teacher, plain):
+    tokenizer, rollouts = AutoTokenizer.from_pretrained(FOLDER), []
+    for row in arithmetic.rows("eval", 0)[:12]:
+        prompt = encode_rows([row], tokenizer, DataConfig(prompt="prompt", answer=None), "test")[0].ids
+        right = [*tokenizer(str(row["answer"]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        rollouts += [rollout_of(prompt, tuple(right)), rollout_of(prompt, (right[1], right[0], *right[2:]))]
+    check_log_probs(*teacher, plain, rollouts)
+
+
+@given(rollouts=rollout_lists())
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_and_so_they_are_at_any_ids(exact_teacher, plain, rollouts):
+    check_log_probs(*exact_teacher, plain, rollouts)
+
+
 def test_most_probable_ids_make_the_same_objective(teacher, plain):
     scorer, bound = teacher
+    bound = 0.1 if bound > KINDS["local"] else bound
     batch = collate([rollout_of((3, 4), (5, 6, 1)), rollout_of((7,), (9, 8))], [0, 1], pad_id=0)
     states = LocalTeacher(plain, VOCABULARY).states(batch.teacher_inputs)
     with scorer.ready():

@@ -141,14 +141,14 @@ def explain(error: Exception) -> OpdError | None:
     while link is not None:
         links.append(link)
         link = link.__cause__ or link.__context__
+    if own := next((link for link in links if isinstance(link, OpdError)), None):
+        return own  # the outermost: one raised from another has the option's whole name
     messages = [str(link) for link in links]
     override = next((match[1] for match in (re.match(r"Error merging override (.+)", text) for text in messages) if match), None)
     file = next((match[1] for match in (re.match(r"In '([^']+)'", text) for text in messages) if match), None)
     where = f" (in {file}.yaml)" if file not in (None, "config") and override is None else ""
     for link in reversed(links):
         match link:
-            case OpdError():
-                return link
             case OverrideParseException():
                 return ConfigError(unreadable_override(link.override))
             case MissingConfigException():

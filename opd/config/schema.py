@@ -595,10 +595,14 @@ class Config(Section):
         copies = self.sampling.dtype is SamplingDtype.bfloat16 and self.sampling.engine is not Engine.vllm
         self.require("sampling.dtype", not (quantized and copies), "quantised weights have no bf16 copy: set sampling.dtype=auto")
 
-        for label in self.teachers:
+        for label, entry in self.teachers.items():
             if label not in self.data.mix:
-                remedy = did_you_mean(label, self.data.mix) or "label a dataset with data.mix, or set teacher. "
+                remedy = did_you_mean(label, self.data.mix) or "label a dataset with data.mix, or set teacher.path=… instead"
                 raise ConfigError(f"teachers.{label}: data.mix has no dataset of this label; {remedy}".strip())
+            for option in ("weights", "contrast") if isinstance(entry, dict) else ():
+                if entry.get(option) not in (None, "own", TeacherWeights.own):
+                    remedy = f"leave {label} out of teachers, and set teacher.{option} for all datasets that are left out"
+                    raise ConfigError(f"teachers.{label}.{option}: only applies to teacher: {remedy}")
         remedy = "subtracts the log-probs of one teacher: set teachers={}, or teacher.contrast=null"
         self.require("teacher.contrast", self.teacher.contrast is None or not self.teachers, remedy)
         needs_one = self.control in (Control.shuffled, Control.self)
@@ -778,10 +782,6 @@ class Config(Section):
         teacher = overlay(TeacherConfig, {}, self.teachers[label], f"teachers.{label}", TEACHER_OPTIONS)
         if "path" not in self.teachers[label]:
             raise ConfigError(f"teachers.{label}.path has no value; add teachers.{label}.path=PATH")
-        if teacher.weights is not TeacherWeights.own or teacher.contrast is not None:
-            option = "contrast" if teacher.contrast is not None else "weights"
-            remedy = f"leave {label} out of teachers, and set teacher.{option} for all datasets that are left out"
-            raise ConfigError(f"teachers.{label}.{option}: only applies to teacher: {remedy}")
         return teacher
 
     @property

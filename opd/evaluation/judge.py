@@ -97,7 +97,7 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
         "target": target.name,
         "model": config.model.path,
         "baseline": None if target.baseline is None else target.baseline.path,
-        "teacher": ", ".join(part.teacher.path for part in parts.values()),
+        "teacher": ", ".join(part.teacher.path + " (loaded here, not served)" * (part.teacher.url is not None) for part in parts.values()),
         "seed": config.seed,
         "overrides": list(target.overrides),
         "tasks": compare_by_dataset(answers, distances, config),

@@ -122,7 +122,16 @@ def load(config: ModelConfig, role: str, device: torch.device, sampling: Samplin
 
 
 def load_teacher(config: Config, device: torch.device, average: Path | None = None) -> LoadedModel:
-    """Load the teacher. `average`: the checkpoint of a run whose teacher had the average of the trained weights that is in it."""
+    """Load the teacher. `average`: the checkpoint of a run whose teacher had the average of the trained weights that is in it.
+
+    Raises `ConfigError` where a server has the weights, and `teacher.path` only the tokenizer.
+    """
+    folder = Path(models.locate(config.teacher, "teacher"))
+    if config.teacher.url is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"teacher.url: no server is asked here, and teacher.path={config.teacher.path} has no weights; name the teacher with "
+            "--teacher MODEL"
+        )
     averages_adapters = average is not None and config.lora.rank > 0
     teacher = load(replace(config.teacher, adapter=None) if averages_adapters else config.teacher, "teacher", device)
     if average is not None:

@@ -71,7 +71,7 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     if teacher is not None and teacher != NONE:
         model = _model(teacher, config.teacher)
         options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code", "adapter")}
-        own = replace(config.teacher, **options, weights=TeacherWeights.own)
+        own = replace(config.teacher, **options, weights=TeacherWeights.own, url=None)
         config = replace(config, control=Control.none, teacher=own, teachers={})
     average = None
     if config.names_weights:

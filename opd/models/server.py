@@ -2,7 +2,9 @@
 
 import http.client
 import json
+import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +38,7 @@ class Server:
         self.late = f"see its log, or raise {group}.timeout"
         self.start = start
         self.headers = {"Content-Type": "application/json", **(headers or {})}
+        self.open: set[http.client.HTTPConnection] = set()
 
     def get(self, path: str) -> Any:
         return self.ask("GET", path, None)
@@ -45,6 +48,7 @@ class Server:
 
     def ask(self, method: str, path: str, body: bytes | None, is_json: bool = True) -> Any:
         connection = self.connect(self.address, timeout=self.timeout)
+        self.open.add(connection)
         try:
             connection.request(method, path, body, self.headers)
             response = connection.getresponse()
@@ -55,6 +59,7 @@ class Server:
             reason = error or type(error).__name__
             raise ServerAway(f"{self.name}: no answer to {path} ({reason}): is it running? {self.start}") from None
         finally:
+            self.open.discard(connection)
             connection.close()
         if status == 404:
             raise NoSuchAddress(f"{self.name}: it has no {path}: {self.start}")
@@ -65,6 +70,13 @@ class Server:
             return json.loads(answer) if answer and is_json else None
         except ValueError:
             raise self.error(f"its answer to {path} is not JSON: {short(answer)}") from None
+
+    def hang_up(self) -> None:
+        """End all requests of other threads, which otherwise wait for their answers, and this process for them when it ends."""
+        for connection in list(self.open):
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
 
     def error(self, what: str) -> EngineError:
         return EngineError(f"{self.name}: {what}")

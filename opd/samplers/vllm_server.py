@@ -74,6 +74,9 @@ class ServedSampler:
                 rollouts.append(rollout)
                 on_done([rollout])
             return rollouts
+        except BaseException:
+            self.server.hang_up()
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

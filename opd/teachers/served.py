@@ -94,7 +94,7 @@ class ServedTeacher:
         self.timeout = config.timeout
         self.servers = [Server(url, config.timeout / ATTEMPTS, "teacher", START, headers) for url in config.urls]
         self.vocabulary = vocabulary
-        self.overlap = overlap
+        self.shared = None if overlap is None else torch.tensor(sorted(overlap.shared))
         self.k = min(k or (0 if overlap is None else TOP), vocabulary)
         self.canary = list(canary[:CANARY_TOKENS])
         self.reference: list[float] = []
@@ -126,9 +126,8 @@ class ServedTeacher:
         assert temperature == 1.0
         top = self.top(inputs)
         columns = {"teacher_logp": top.token_logp_N}
-        if self.overlap is not None:
-            shared = torch.tensor(sorted(self.overlap.shared), device=top.id_NK.device)
-            mass_NK = top.logp_NK.exp().masked_fill(torch.isin(top.id_NK, shared), 0)
+        if self.shared is not None:
+            mass_NK = top.logp_NK.exp().masked_fill(torch.isin(top.id_NK, self.shared.to(top.id_NK.device)), 0)
             highest_N, place_N = mass_NK.max(-1)
             columns["teacher_masked"] = mass_NK.sum(-1)
             columns["teacher_masked_id"] = top.id_NK.gather(-1, place_N[:, None])[:, 0].where(highest_N > 0, -1)
@@ -141,7 +140,8 @@ class ServedTeacher:
         sequences = list(unpack(inputs))
         scores = self.score([ids for ids, _ in sequences])
         if not self.is_compared:  # in another order, which must not matter
-            self.compare([one.logp for one in scores], [one.logp for one in self.score([ids for ids, _ in sequences[::-1]])][::-1])
+            again = self.score([ids for ids, _ in sequences[::-1]], k=0)[::-1]
+            self.compare([one.logp for one in scores], [one.logp for one in again])
         # Position 0 of a sequence has no score: the one of the token after `position` has that index.
         places = [(own, position) for own, (_, positions) in zip(scores, sequences, strict=True) for position in positions]
         device = inputs.ids_BT.device
@@ -219,6 +219,8 @@ class ServedTeacher:
             self.over.set()
             for future in [*futures, *self.begun.values()]:
                 future.cancel()
+            for server in self.servers:
+                server.hang_up()
             self.over, self.begun = threading.Event(), {}
             raise
 

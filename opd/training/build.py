@@ -152,9 +152,7 @@ def build(
         with naming_teacher(label):
             if part.teaches_itself:
                 teacher_models[label] = own_model = teaching_module(part, student, sharded)
-                if part.teacher_weights is TeacherWeights.ema:
-                    if average is not None:
-                        raise ConfigError("teacher.weights=ema: one average is kept in a run; set it for one teacher only")
+                if part.teacher_weights is TeacherWeights.ema:  # of `teacher` alone: others have no `weights`
                     average = MovingAverage(own_model, trained_tensors(student, masters), part.teacher.ema)
             else:
                 teacher_models[label] = None if part.teacher.url is not None else build_teacher(part, given, accelerator)

@@ -259,10 +259,8 @@ class Trainer:
             gap_N = (columns["teacher_logp"] - columns["logp"]).abs()[is_own_R[tokens.rollout_N]]
             if len(gap_N) == 0 or float(gap_N.mean()) >= SAME_MODEL:
                 continue
-            name, problem = (
-                f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path",
-                "this teacher is the student",
-            )
+            name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
+            problem = "this teacher is the student"
             if part.teaches_itself:
                 name, problem = of_teacher(label)(part.weights_option), "what it reads besides changes nothing"
             log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
@@ -435,9 +433,9 @@ class Trainer:
 
         In the main process, in the steps of `is_detailed_step`, where the teacher is here and has the weights that scored; else nothing.
         """
-        parts = self.config.parts_by_teacher.values()
-        is_gone = self.config.is_served or any(part.teacher_weights is TeacherWeights.current for part in parts)
-        if is_gone or not is_detailed_step(self.step, self.max_steps):
+        if not is_detailed_step(self.step, self.max_steps) or self.config.is_served:
+            return {}
+        if any(part.teacher_weights is TeacherWeights.current for part in self.config.parts_by_teacher.values()):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
         alternatives = {}
