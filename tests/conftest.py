@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -36,11 +37,16 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
 
 @pytest.fixture(autouse=True)
 def restored_process():
-    """Undo what a command in this process did to it: the level of the log, the handler of its train.log, the path of its children."""
+    """Undo what a command in this process did to it: the level of the log, the handler of its train.log, the path of its children, SIGPIPE.
+
+    A verb that prints lets SIGPIPE end its process, which would end a later test that writes to a closed connection.
+    """
+    pipe = signal.getsignal(signal.SIGPIPE)
     safe_path = os.environ.pop("PYTHONSAFEPATH", None)
     root = logging.getLogger()
     level = root.level
     yield
+    signal.signal(signal.SIGPIPE, pipe)
     root.setLevel(level)
     for handler in root.handlers[:]:
         if type(handler) is logging.FileHandler:

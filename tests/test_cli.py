@@ -53,11 +53,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     ConfigStore.instance().repo.pop("teacher", None)
-    pipe = signal.getsignal(signal.SIGPIPE)
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
-    signal.signal(signal.SIGPIPE, pipe)
     for handler in set(root.handlers) - set(handlers):
         handler.close()
     root.handlers[:], root.level = handlers, level
