@@ -72,6 +72,11 @@ class Divergence(Enum):
     jsd = "jsd"
 
 
+class TokenAlignment(Enum):
+    ids = "ids"
+    spans = "spans"
+
+
 class Placement(Enum):
     same = "same"
     device = "device"
@@ -214,6 +219,7 @@ class TeacherConfig(ModelConfig):
     path: str = "Qwen/Qwen2.5-1.5B-Instruct"
     url: Any = None
     timeout: float = bounded(600.0, above=0, hint="seconds")
+    alignment: TokenAlignment = TokenAlignment.ids
     system: str | None = None
     placement: Placement = Placement.same
     device: str | None = None
@@ -482,6 +488,16 @@ class Config(Section):
             remedy = "with teacher.url, which scores at temperature 1: set ppo.temperature=1, or null"
             self.require("ppo.temperature", self.temperature == 1, remedy)
             remedy = "is not measured with teacher.url: set another metric"
+            self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl"), remedy)
+
+        if self.teacher.alignment is TokenAlignment.spans:
+            remedy = "compares distributions of one vocabulary, which teacher.alignment=spans does not have: set ppo.estimator=sampled"
+            self.require("ppo.estimator", self.ppo.estimator is Estimator.sampled, remedy)
+            remedy = "is the KL over one vocabulary, which teacher.alignment=spans does not have: set ppo.baseline=false"
+            self.require("ppo.baseline", not self.ppo.baseline, remedy)
+            remedy = "would count a span of teacher.alignment=spans once for each of its tokens: set ppo.discount=0"
+            self.require("ppo.discount", self.ppo.discount == 0, remedy)
+            remedy = "is not measured with teacher.alignment=spans: set another metric"
             self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl"), remedy)
 
         corrected, truncated = self.ppo.importance_cap is not None, self.sampling.top_p < 1 or self.sampling.top_k > 0

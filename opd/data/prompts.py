@@ -23,6 +23,7 @@ from opd.signals import time_limit
 log = logging.getLogger(__name__)
 
 MAX_TEXTS = 1000  # prompts that are searched for special tokens
+ANSWER = "the answer that opd looks for"
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
 GetReward = Callable[[str], float | None]
@@ -39,7 +40,7 @@ class Prompt:
         text: The last message, for people.
         answers: The accepted reference answers.
         get_reward: Grades a completion's text, instead of the configured reward.
-        teacher_ids: The prompt as the teacher sees it, with `teacher.system`.
+        teacher_ids: The prompt as the teacher sees it, with `teacher.system` or, for `teacher.alignment=spans`, in its own tokens.
         messages: The chat, where the template writes the date into it: the ids are others on another day.
         lost: A part of the text and what its ids decode to, where that is not the same.
     """
@@ -63,20 +64,26 @@ class Prompt:
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: DataConfig, which: str, teacher_system: str | None = None
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    which: str,
+    teacher_system: str | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Prompt]:
     """Return the prompts of at most `data.max_prompt_tokens` tokens; the log has the number of the others.
 
     Args:
         which: "training" or "evaluation", for messages.
         teacher_system: A system message that only the teacher sees.
+        teacher_tokenizer: Renders the teacher's prompts, with its own chat template, where its ids are others than the student's.
 
     Raises:
         DataError: A prompt has no text, the chat template refuses it, or no prompt is short enough.
     """
     # A longer text has more tokens than allowed and need not be tokenized to its end.
     max_chars = max(map(len, tokenizer.get_vocab())) * (config.max_prompt_tokens + 1)
-    prompts = [encode_row(row, index, tokenizer, config, teacher_system, max_chars) for index, row in enumerate(rows)]
+    prompts = [encode_row(row, index, tokenizer, config, teacher_system, teacher_tokenizer, max_chars) for index, row in enumerate(rows)]
     short = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
     limit = f"data.max_prompt_tokens={config.max_prompt_tokens}"
     if not short:
@@ -88,7 +95,13 @@ def encode_rows(
 
 
 def encode_row(
-    row: Row, index: int, tokenizer: PreTrainedTokenizerBase, config: DataConfig, teacher_system: str | None, max_chars: int
+    row: Row,
+    index: int,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    teacher_system: str | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    max_chars: int,
 ) -> Prompt:
     messages, kwargs = to_messages(row, index, config), config.chat_template_kwargs
     where = f"row {index}: data.prompt={config.prompt}"
@@ -98,8 +111,11 @@ def encode_row(
     if not ids:
         raise DataError(f"{where}: the prompt has no tokens")
     teacher_ids = None
-    if teacher_system is not None:
-        teacher_ids = tuple(render(with_system(messages, teacher_system), tokenizer, kwargs, f"{where} with teacher.system")[1])
+    if teacher_system is not None or teacher_tokenizer is not None:
+        theirs = messages if teacher_system is None else with_system(messages, teacher_system)
+        option = "teacher.system" if teacher_tokenizer is None else "teacher.path"
+        own_kwargs = kwargs if teacher_tokenizer is None else without_template(kwargs)
+        teacher_ids = tuple(render(theirs, teacher_tokenizer or tokenizer, own_kwargs, f"{where} with {option}")[1])
     lost = find_lost(text, ids, tokenizer) if len(ids) <= config.max_prompt_tokens else ""
     dated = "strftime_now" in (find_template(tokenizer, kwargs) or "")
     answer = None if config.answer is None else row.get(config.answer)
@@ -166,6 +182,30 @@ def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any])
             f"{' or '.join(templates)}"
         )
     return templates[name]
+
+
+def without_template(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data.chat_template_kwargs` for a teacher with a template of its own: the one that they name is the student's."""
+    return {name: value for name, value in kwargs.items() if name != "chat_template"}
+
+
+def closing_token(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> int | None:
+    """Return the token with which the chat template ends an answer; None where it ends it with none."""
+    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
+    rest = text.rpartition(ANSWER)[2].strip()
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
+    return ids[0] if ids else None
+
+
+def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
+    """Return the text of a chat whose last turn is closed and followed by no other; nothing where the template has no such text."""
+    try:
+        template = find_template(tokenizer, kwargs)
+        return (
+            str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{**kwargs, "chat_template": template})) if template else ""
+        )
+    except Exception:  # noqa: BLE001 - a template is a program, which may fail in any way
+        return ""
 
 
 def render(

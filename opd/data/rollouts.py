@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from opd.data.prompts import Prompt
+from opd.data.spans import Alignment
+
+ANY_ID = 0  # pads what the teacher reads: the student's padding may be no token of it
 
 
 class FinishReason(Enum):
@@ -38,6 +41,7 @@ class Rollout:
         behaviour_logp: Log-prob of each id under the distribution it was drawn from, float32 on the CPU.
         finish_reason: Why the completion ended.
         mask: Which tokens of the completion are trained; None for all of them.
+        alignment: The completion in the tokens of a teacher with another tokenizer; None where it reads the student's.
     """
 
     request: Request
@@ -45,6 +49,7 @@ class Rollout:
     behaviour_logp: Tensor
     finish_reason: FinishReason
     mask: tuple[bool, ...] | None = None
+    alignment: Alignment | None = None
 
     @property
     def truncated(self) -> bool:
@@ -69,10 +74,14 @@ class Rollout:
         return self.completion[: trained[-1] + 1] if trained else ()
 
     @property
+    def read_by_teacher(self) -> tuple[int, ...]:
+        return self.read if self.alignment is None else self.alignment.read
+
+    @property
     def length(self) -> int:
         """Tokens that models read of it, in the longer of the student's and the teacher's view."""
         prompt = self.request.prompt
-        return max(len(prompt.ids), len(prompt.seen_by_teacher)) + len(self.read)
+        return max(len(prompt.ids) + len(self.read), len(prompt.seen_by_teacher) + len(self.read_by_teacher))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,21 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanTokens:
+    """The tokens of a teacher with another tokenizer, and where their spans end. Shape: `M` teacher tokens.
+
+    Args:
+        ids_M: Those of the scored spans, rollout by rollout.
+        row_M: For each of them the place among the trained tokens at which its span ends.
+        ends: After how many trained tokens a span ends, or a token that is not scored; ascending, on the CPU.
+    """
+
+    ids_M: Tensor
+    row_M: Tensor
+    ends: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Rollouts that go through the models together.
 
@@ -102,40 +126,73 @@ class MicroBatch:
         rollouts: Their indices in the list that was split.
         ids_N: Their trained tokens, rollout by rollout.
         inputs: What the student reads.
-        teacher_inputs: What the teacher reads: the same object unless a prompt has a version of its own for the teacher.
+        teacher_inputs: What the teacher reads: the same object unless a prompt has a version of its own for the teacher. With `spans`, its
+            `predicting_N` are of the teacher's tokens.
+        spans: For a teacher with another tokenizer.
     """
 
     rollouts: tuple[int, ...]
     ids_N: Tensor
     inputs: Inputs
     teacher_inputs: Inputs
+    spans: SpanTokens | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         inputs = self.inputs.to(device)
         teacher_inputs = inputs if self.teacher_inputs is self.inputs else self.teacher_inputs.to(device)
-        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs)
+        spans = self.spans and SpanTokens(self.spans.ids_M.to(device), self.spans.row_M.to(device), self.spans.ends)
+        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs, spans)
 
 
 def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int, packed: bool = False) -> MicroBatch:
     """Return the micro-batch of the rollouts at `indices`."""
     chosen = [rollouts[index] for index in indices]
-    inputs = lay_out(chosen, [rollout.request.prompt.ids for rollout in chosen], pad_id, packed)
+    read, trained = [rollout.read for rollout in chosen], [rollout.trained for rollout in chosen]
+    inputs = lay_out([rollout.request.prompt.ids for rollout in chosen], read, trained, pad_id, packed)
+    ids_N = torch.tensor([rollout.completion[offset] for rollout in chosen for offset in rollout.trained], dtype=torch.long)
+    seen_by_teacher = [rollout.request.prompt.seen_by_teacher for rollout in chosen]
+    alignments = [rollout.alignment for rollout in chosen if rollout.alignment is not None]
+    if alignments:
+        offsets = [[offset for span in each.scored for offset in range(span.teacher_start, span.teacher_stop)] for each in alignments]
+        teacher_inputs = lay_out(seen_by_teacher, [rollout.read_by_teacher for rollout in chosen], offsets, ANY_ID, packed)
+        return MicroBatch(tuple(indices), ids_N, inputs, teacher_inputs, span_tokens(alignments, offsets, trained))
     teacher_inputs = inputs
     if any(rollout.request.prompt.teacher_ids is not None for rollout in chosen):
-        teacher_inputs = lay_out(chosen, [rollout.request.prompt.seen_by_teacher for rollout in chosen], pad_id, packed)
-    ids = [rollout.completion[offset] for rollout in chosen for offset in rollout.trained]
-    return MicroBatch(tuple(indices), torch.tensor(ids, dtype=torch.long), inputs, teacher_inputs)
+        teacher_inputs = lay_out(seen_by_teacher, read, trained, pad_id, packed)
+    return MicroBatch(tuple(indices), ids_N, inputs, teacher_inputs)
 
 
-def lay_out(rollouts: Sequence[Rollout], prompts: Sequence[tuple[int, ...]], pad_id: int, packed: bool) -> Inputs:
-    """Lay prompts and completions out in rows padded on the right or, `packed`, end to end in one row."""
-    sequences = [prompt + rollout.read for prompt, rollout in zip(prompts, rollouts, strict=True)]
+def span_tokens(alignments: Sequence[Alignment], offsets: Sequence[Sequence[int]], trained: Sequence[Sequence[int]]) -> SpanTokens:
+    """Return the teacher's tokens of a micro-batch.
+
+    Args:
+        alignments, trained: Of its rollouts.
+        offsets: Those of the teacher's scored tokens.
+    """
+    ids, rows, ends, begin = [], [], [], 0
+    for alignment, own_offsets, own_trained in zip(alignments, offsets, trained, strict=True):
+        following, row_of = alignment.following, {offset: begin + row for row, offset in enumerate(own_trained)}
+        ids += [alignment.teacher_ids[offset] for offset in own_offsets]
+        rows += [row_of[span.stop - 1] for span in alignment.scored for _ in range(span.teacher_start, span.teacher_stop)]
+        ends += [row_of[offset] + 1 for offset in own_trained if following[offset] <= 0]
+        begin += len(own_trained)
+    return SpanTokens(torch.tensor(ids, dtype=torch.long), torch.tensor(rows, dtype=torch.long), tuple(ends))
+
+
+def lay_out(
+    prompts: Sequence[tuple[int, ...]], read: Sequence[tuple[int, ...]], scored: Sequence[Sequence[int]], pad_id: int, packed: bool
+) -> Inputs:
+    """Lay prompts and completions out in rows padded on the right or, `packed`, end to end in one row.
+
+    Args:
+        read: The completions, as far as the model reads them.
+        scored: Offsets within each of the tokens whose log-probs are wanted.
+    """
+    sequences = [prompt + completion for prompt, completion in zip(prompts, read, strict=True)]
     width = max(map(len, sequences))
     starts = [sum(map(len, sequences[:row])) if packed else row * width for row in range(len(sequences))]
     predicting = [
-        start + len(prompt) - 1 + offset
-        for start, prompt, rollout in zip(starts, prompts, rollouts, strict=True)
-        for offset in rollout.trained
+        start + len(prompt) - 1 + offset for start, prompt, offsets in zip(starts, prompts, scored, strict=True) for offset in offsets
     ]
     predicting_N = torch.tensor(predicting, dtype=torch.long)
     if packed:

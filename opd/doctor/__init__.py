@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import Config
+from opd.config.schema import Config, TokenAlignment
 from opd.data.prompts import Prompt, to_messages
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens
@@ -16,7 +16,7 @@ from opd.models import load as models
 from opd.models.device import free_memory
 from opd.models.distributed import make_accelerator
 from opd.models.memory import estimate
-from opd.training.build import Built, Given, build, load_prompts, make_run_grader
+from opd.training.build import Built, Given, build, describe_alignment, load_prompts, make_run_grader
 from opd.training.checkpoint import Checkpoints
 
 __all__ = ["Finding", "Report", "Status", "examine"]
@@ -61,7 +61,9 @@ def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBas
         teacher = models.load_tokenizer(config.teacher, "teacher")
     if student_errors or teacher_errors:
         return None
-    same_ids = report.run("tokenizers", lambda: tokens.check_maps(student, teacher))
+    spans = config.teacher.alignment is TokenAlignment.spans
+    check_tokenizers = tokens.check_texts_of_tokens if spans else tokens.check_maps
+    comparable = report.run("tokenizers", lambda: check_tokenizers(student, teacher))
     report.add(*tokens.check_pad(raw_student, "student"), *tokens.check_pad(raw_teacher, "teacher"))
     sampling = f"temperature {config.sampling.temperature:g}, top_p {config.sampling.top_p:g}, top_k {config.sampling.top_k}"
     report.run("student", lambda: tokens.check_generation_config(config.model, "student", sampling))
@@ -71,8 +73,8 @@ def check_inputs(config: Config, report: Report) -> tuple[PreTrainedTokenizerBas
         report.add(*rows.check_columns(train_rows, eval_rows, config))
         findings, report.rendered = tokens.check_templates(student, teacher, to_messages(train_rows[0], 0, config.data), config)
         report.add(*findings)
-        train, evaluation = load_prompts(config, student, Given(train_rows=train_rows, eval_rows=eval_rows))
-    if data_errors or not same_ids:
+        train, evaluation = load_prompts(config, student, Given(train_rows=train_rows, eval_rows=eval_rows), teacher)
+    if data_errors or not comparable:
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
@@ -102,19 +104,21 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, **step.metrics}
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
-        report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
+        report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config), *first_step.check_spans(step))
         report.add(*machine.check_time(step.seconds, step.metrics["perf/mfu"], config, trainer.max_steps))
 
         answered = evaluator.answered[:prompts]
         if answered:
             student = first_step.answer_rewards(evaluator, trainer.sampler, answered, as_teacher=False)
             with built.teacher.active():
-                teacher = first_step.answer_rewards(evaluator, built.teacher_sampler, answered, as_teacher=True)
+                teacher = first_step.answer_rewards(evaluator.as_teacher(), built.teacher_sampler, answered, as_teacher=True)
             report.figures["rewards"] = {"student": student, "teacher": teacher}
             report.add(*first_step.check_rewards(student, teacher))
 
 
 def check_ends(config: Config, built: Built, student: PreTrainedTokenizerBase) -> list[Finding]:
+    if (aligner := built.trainer.scoring.aligner) is not None:
+        return [ok("end of sequence", describe_alignment(aligner))]
     teacher = models.load_tokenizer(config.teacher, "teacher")
     kwargs, teacher_eos = config.data.chat_template_kwargs, built.teacher_eos
     return [

@@ -2,25 +2,27 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
 from opd.config.schema import Config, Truncated
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
+from opd.data.spans import Unscored
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
 from opd.training.evaluate import Evaluator, exact_kl, interval
 from opd.training.loop import Trainer
-from opd.training.metrics import add_rollout_metrics
+from opd.training.metrics import SPANS, add_rollout_metrics, span_problems
 
 SELF_PROMPTS = 4
 MAX_SELF_KL = {False: 1e-4, True: 2e-2}  # nats per token between a model and itself, in float32 and in bf16
 MAX_KL = 3.0  # nats per token; above it the reverse KL of single tokens is mostly noise
 MIN_ENTROPY = 0.02  # nats per token; below it the student's samples are nearly all the same
 MAX_TRUNCATED = 0.5  # share of completions; above it the student hardly learns to stop
+MAX_ODD = 0.5  # share of completions with a spelling that the student's tokenizer does not make
 SHORT_STEP = 5.0  # seconds
 
 
@@ -56,6 +58,7 @@ def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequenc
     """Check that the KL of some of the student's completions is 0 with the student as its own teacher."""
     check = "teacher = student"
     chosen = list({rollout.request.prompt.sample_id: rollout for rollout in rollouts}.values())[:SELF_PROMPTS]
+    chosen = [replace(rollout, alignment=None, request=Request(replace(rollout.request.prompt, teacher_ids=None))) for rollout in chosen]
     with evaluator.precision():
         teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16)
         pad_id = evaluator.tokenizer.pad_token_id
@@ -102,6 +105,27 @@ def check_start(step: Step, config: Config) -> list[Finding]:
         return [distance, warn(check, what, "the student hardly learns to stop: raise sampling.max_new_tokens, or ask for shorter answers")]
     make = fail if truncated == 1 else warn
     return [distance, make(check, what, f"sampling.truncated={handling.value} does not train on them: raise sampling.max_new_tokens")]
+
+
+def check_spans(step: Step) -> list[Finding]:
+    """Check how much of the first step a teacher with another tokenizer scores."""
+    shares = {name.removeprefix(SPANS): value for name, value in step.metrics.items() if name.startswith(SPANS)}
+    if not shares:
+        return []
+    check, count = "spans", sum(len(rollout.completion) for rollout in step.rollouts)
+    if problems := span_problems(step.metrics):
+        remedy = "the tokenizers, or the prompts as the two templates render them, fit too badly: take another teacher or student"
+        return [fail(check, "; ".join(problems), remedy)]
+    left_out = ", ".join(f"{reason.value} {shares[reason.value]:.1%}" for reason in Unscored)
+    what = (
+        f"{count:,} tokens of the first step: {shares.get('one_to_one', 0.0):.1%} of the scored ones are spans of one token in both, "
+        f"{shares.get('tokens', 0.0):.2f} tokens a span; not scored: {left_out}"
+    )
+    odd = shares["not_canonical_completions"]
+    if odd > MAX_ODD:
+        remedy = "nothing is learnt from such spellings: lower sampling.temperature, and check the tokenizer if it was converted"
+        return [warn(check, f"{what}; {odd:.0%} of the completions have spellings that the student's own tokenizer does not make", remedy)]
+    return [ok(check, what)]
 
 
 def answer_rewards(evaluator: Evaluator, sampler: Sampler, prompts: Sequence[Prompt], as_teacher: bool) -> list[float | None]:

@@ -6,8 +6,19 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, text_warnings, with_system
+from opd.config.schema import Config, ModelConfig, TokenAlignment
+from opd.data.prompts import (
+    Message,
+    Prompt,
+    closing_token,
+    find_template,
+    render,
+    render_closed,
+    text_warnings,
+    with_system,
+    without_template,
+)
+from opd.data.token_bytes import TokenBytes, check_student, check_teacher
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
 from opd.models import load as models
@@ -35,7 +46,6 @@ DECODING: Mapping[str, Any] = {
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
 # Fields that need no notice: templates leave out earlier thoughts, and have many names for them.
 READ = {"role", "content", "reasoning_content", "reasoning", "thinking"}
-ANSWER = "the answer that opd looks for"
 
 
 def load_raw(config: ModelConfig, role: str) -> PreTrainedTokenizerBase:
@@ -48,6 +58,17 @@ def check_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
     """Raise `ConfigError` if a token has different ids in the two tokenizers."""
     models.check_same_ids(student, teacher)
     return [ok("tokenizers", f"the same {len(student.get_vocab()):,} tokens have the same ids in student and teacher")]
+
+
+def check_texts_of_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Finding]:
+    """Count the student's texts that are tokens of the teacher too. Raises `ConfigError` where a tokenizer cannot be aligned."""
+    ours, theirs = TokenBytes(student, "model"), TokenBytes(teacher, "teacher")
+    check_student(ours)
+    check_teacher(theirs, ())
+    pieces = {piece for piece in ours.pieces if piece is not None}
+    both = pieces.intersection(piece for piece in theirs.pieces if piece is not None)
+    what = f"other vocabularies: {len(both):,} of the student's {len(pieces):,} texts are tokens of the teacher too"
+    return [ok("tokenizers", f"{what} ({len(both) / max(1, len(pieces)):.0%})")]
 
 
 def check_pad(raw: PreTrainedTokenizerBase, role: str) -> list[Finding]:
@@ -77,25 +98,12 @@ def check_eos(
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
     """Check that the token with which the chat template ends an answer also ends a completion."""
-    text = render_closed([{"role": "user", "content": "1"}, {"role": "assistant", "content": ANSWER}], tokenizer, kwargs)
-    rest = text.rpartition(ANSWER)[2].strip()
-    ids = tokenizer(rest, add_special_tokens=False)["input_ids"] if rest and ANSWER in text else []
-    if not ids or ids[0] in eos:
+    last = closing_token(tokenizer, kwargs)
+    if last is None or last in eos:
         return []
-    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(ids[0])!r}, which does not end a completion"
-    remedy = f"completions run to their limit: add {ids[0]} to eos_token_id in its generation_config.json, or take the chat-tuned model"
+    what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(last)!r}, which does not end a completion"
+    remedy = f"completions run to their limit: add {last} to eos_token_id in its generation_config.json, or take the chat-tuned model"
     return [warn(f"end of a turn of the {role}", what, remedy)]
-
-
-def render_closed(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> str:
-    """Return the text of a chat whose last turn is closed and followed by no other; nothing where the template has no such text."""
-    try:
-        template = find_template(tokenizer, kwargs)
-        return (
-            str(tokenizer.apply_chat_template(list(messages), tokenize=False, **{**kwargs, "chat_template": template})) if template else ""
-        )
-    except Exception:  # noqa: BLE001 - a template is a program, which may fail in any way
-        return ""
 
 
 def check_texts(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], prompts: Sequence[Prompt]) -> list[Finding]:
@@ -114,30 +122,36 @@ def check_templates(
         The findings, and the prompt as each template renders it, by role.
     """
     check, kwargs = "chat templates", config.data.chat_template_kwargs
+    spans = config.teacher.alignment is TokenAlignment.spans
     rendered: dict[str, str] = {}
     findings: list[Finding] = []
     for role, tokenizer in (("student", student), ("teacher", teacher)):
         try:
-            text, ids = render(messages, tokenizer, kwargs, role)
+            own_kwargs = without_template(kwargs) if spans and role == "teacher" else kwargs
+            text, ids = render(messages, tokenizer, own_kwargs, role)
         except OpdError as error:
             what = f"the first prompt cannot be rendered: {error}"
-            if role == "student":
+            if role == "student" or spans:
                 findings.append(fail(check, what, "set data.system=null to leave out the system message, or change the chat template"))
             else:
                 findings.append(warn(check, what, "the teacher reads the student's rendering: make sure that it knows this format"))
             continue
         rendered[role] = models.decode(tokenizer, ids)
-        findings += check_template(tokenizer, text, ids, messages, role, kwargs)
+        findings += check_template(tokenizer, text, ids, messages, role, own_kwargs)
     if len(rendered) == 2 and rendered["student"] == rendered["teacher"]:
         findings.append(ok(check, "student and teacher render the first prompt alike"))
+    elif len(rendered) == 2 and spans:
+        findings.append(ok(check, "each model reads the prompts as its own template renders them (both below)"))
     elif len(rendered) == 2:
         what = "student and teacher render the first prompt differently (both below); the teacher scores the student's rendering"
         remedy = "a teacher scores best in its own format: give both models the same chat template, the teacher's if possible"
         findings.append(warn(check, what, remedy))
     if (system := config.teacher.system) is not None:
-        text = render(with_system(messages, system), student, kwargs, "teacher.system")[0]
+        renderer, own_kwargs = (teacher, without_template(kwargs)) if spans else (student, kwargs)
+        text = render(with_system(messages, system), renderer, own_kwargs, "teacher.system")[0]
         if not contains(text, system):
-            what = "the chat template of the student, which renders the teacher's prompts too, leaves it out"
+            whose = "teacher" if spans else "student, which renders the teacher's prompts too,"
+            what = f"the chat template of the {whose} leaves it out"
             findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
     return findings + check_options(student, messages, kwargs) + check_switches(student, teacher, kwargs), rendered
 

@@ -16,9 +16,9 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config
+from opd.config.schema import Config, TokenAlignment
 from opd.data.rollouts import Request
-from opd.evaluation.sample_score import load, shared_vocabulary
+from opd.evaluation.sample_score import load, vocabularies
 from opd.evaluation.target import Target
 from opd.models import load as models
 from opd.models.device import release_memory
@@ -64,20 +64,22 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
         teacher = load(config.teacher, "teacher", accelerator.device)
         for role, model in candidates.items():
             student = load(model, "model", accelerator.device, config.sampling.dtype)
-            vocabulary, pad_id = shared_vocabulary(student, teacher), student.tokenizer.pad_token_id
+            vocabulary, of_teacher = vocabularies(student, teacher, config.teacher.alignment)
+            pad_id = student.tokenizer.pad_token_id
             if role == "model":
-                _, prompts = load_prompts(config, student.tokenizer, Given())
-                models.check_known(prompts, student.tokenizer, vocabulary)
+                _, prompts = load_prompts(config, student.tokenizer, Given(), teacher.tokenizer)
+                if config.teacher.alignment is TokenAlignment.ids:
+                    models.check_known(prompts, student.tokenizer, vocabulary)
                 grader = make_run_grader(config, prompts, stack)
-            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, bf16=False)
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, vocabulary, False, teacher.tokenizer)
             for loaded in (student, teacher):
                 check_evaluated_positions(evaluator, loaded.model, loaded.role)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, vocabulary, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
-            kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(vocabulary))
+            kl[role] = evaluator.kl(sampler, student.model, teacher.teacher(of_teacher))
             del student, sampler
             release_memory(accelerator.device)
-        sampler = run_stoppable(accelerator, partial(teacher.sampler, pad_id, vocabulary, config.seed))
+        sampler = run_stoppable(accelerator, partial(teacher.sampler, teacher.tokenizer.pad_token_id, of_teacher, config.seed))
         answers["teacher"] = _answer(evaluator, sampler, samples, as_teacher=True)
     return {
         "target": target.name,
@@ -99,7 +101,7 @@ def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bo
     rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, "evaluation"))
     answers = [
         Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated)
-        for reward, rollout in zip(evaluator.judge(rollouts), rollouts, strict=True)
+        for reward, rollout in zip((evaluator.as_teacher() if as_teacher else evaluator).judge(rollouts), rollouts, strict=True)
         if reward is not None
     ]
     gathered: list[Answer] = gather_object(answers)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig, SamplingDtype
+from opd.config.schema import Config, ModelConfig, SamplingDtype, TokenAlignment
 from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.models import load as models
 from opd.models.policy import check_positions, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
@@ -51,16 +51,23 @@ class ModelPair:
 
     Attributes:
         loaded: the "student" and, unless it was left out, the "teacher".
-        vocabulary: the number of ids that both know.
+        vocabulary: the number of ids that the student knows: those that both know, unless `teacher.alignment=spans`.
+        of_teacher: that of the teacher.
     """
 
     config: Config
     loaded: dict[str, LoadedModel]
     vocabulary: int
+    of_teacher: int
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.loaded["student"].tokenizer
+
+    @property
+    def has_spans(self) -> bool:
+        """Whether the teacher has tokens of its own."""
+        return "teacher" in self.loaded and self.config.teacher.alignment is TokenAlignment.spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +106,17 @@ def load(config: ModelConfig, role: str, device: torch.device, sampling: Samplin
     return LoadedModel(role, model, tokenizer, models.eos_ids(model, tokenizer), copies)
 
 
-def shared_vocabulary(student: LoadedModel, teacher: LoadedModel) -> int:
-    """Return the number of ids that both models know. Raises `ConfigError` where an id is another token in the other model."""
+def vocabularies(student: LoadedModel, teacher: LoadedModel, alignment: TokenAlignment) -> tuple[int, int]:
+    """Return the number of ids that each model knows.
+
+    Raises `ConfigError` where an id is another token in the other model, unless `alignment` is spans.
+    """
+    if alignment is TokenAlignment.spans:
+        each = [models.shared_vocabulary(loaded.tokenizer, loaded.model, None) for loaded in (student, teacher)]
+        return each[0], each[1]
     models.check_same_ids(student.tokenizer, teacher.tokenizer)
-    return models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
+    size = models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
+    return size, size
 
 
 def load_pair(config: Config, with_teacher: bool = True) -> ModelPair:
@@ -114,19 +128,21 @@ def load_pair(config: Config, with_teacher: bool = True) -> ModelPair:
     loaded = {"student": load(config.model, "model", device, config.sampling.dtype)}
     if with_teacher:
         loaded["teacher"] = load(config.teacher, "teacher", device)
-    return ModelPair(config, loaded, shared_vocabulary(loaded["student"], loaded.get("teacher", loaded["student"])))
+    alignment = config.teacher.alignment
+    return ModelPair(config, loaded, *vocabularies(loaded["student"], loaded.get("teacher", loaded["student"]), alignment))
 
 
 def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]:
     """Return `samples` completions of the prompt by each model, at the config's sampling settings."""
     options = pair.config.sampling
     decoding = Decoding(options.temperature, options.max_new_tokens, options.top_p, options.top_k, options.batch_size)
-    tokenizer, prompt = pair.tokenizer, _encode(pair, text)
+    prompt = _encode(pair, text)
     completions: dict[str, list[str]] = {}
     for role, loaded in pair.loaded.items():
-        seen = prompt.for_teacher() if role == "teacher" else prompt
+        is_teacher, tokenizer = role == "teacher", loaded.tokenizer if pair.has_spans else pair.tokenizer
+        seen = prompt.for_teacher() if is_teacher else prompt
         check_positions(loaded.model, loaded.role, "sampling.max_new_tokens", [len(seen.ids)], decoding.max_new_tokens)
-        sampler = loaded.sampler(tokenizer.pad_token_id, pair.vocabulary, pair.config.seed)
+        sampler = loaded.sampler(tokenizer.pad_token_id, pair.of_teacher if is_teacher else pair.vocabulary, pair.config.seed)
         rollouts = sampler.sample([Request(seen, 0, attempt) for attempt in range(samples)], decoding, "sample")
         completions[role] = [
             models.decode(tokenizer, rollout.answer, skip_special_tokens=True) + (" […]" if rollout.truncated else "")
@@ -148,6 +164,11 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
         DataError: there is no token to score, or more than a model takes.
     """
     tokenizer = pair.tokenizer
+    if pair.has_spans:
+        raise ConfigError(
+            "teacher.alignment=spans: opd score compares log-probs token by token, and the two models have other tokens; the report of a "
+            "run shows spans"
+        )
     if prompt is None:
         ids = tokenize_plain(text, tokenizer)
         seen, completion = Prompt(0, tuple(ids[:1]), ""), ids[1:]
@@ -173,8 +194,10 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
 def _encode(pair: ModelPair, text: str) -> Prompt:
     """Return the prompt of a user's message as training shows it to both models, whatever its length."""
     data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
-    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", pair.config.teacher.system)
-    models.check_known([prompt], pair.tokenizer, pair.vocabulary)
+    own = pair.loaded["teacher"].tokenizer if pair.has_spans else None
+    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", pair.config.teacher.system, own)
+    if own is None:
+        models.check_known([prompt], pair.tokenizer, pair.vocabulary)
     return prompt
 
 

@@ -2,8 +2,8 @@
 
 Each returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and detached statistics (C,). These are `logp` and
 `teacher_logp` of the token at `ppo.temperature`, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
-`sampled` estimates from the token), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip
-changed it).
+`sampled` estimates from the token, or as a share of its span), and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut`
+(0 or 1: the advantage clip changed it).
 
 Shapes: `N` trained tokens, `C` tokens of a chunk, `R` rows, `V` vocabulary, `H` hidden, `B` sequences.
 """
@@ -164,6 +164,9 @@ class Sampled:
         teacher_logp_N, behaviour_logp_N: Their log-probs under the teacher and under the sampler.
         old_logp_N: Their log-probs under the student before the update; None at the first inner step, which computes them.
         advantage_N: Replaces teacher_logp - old_logp, for example by discounted sums of it.
+        span_N: For a teacher with another tokenizer, how many tokens of its span follow each token, -1 for one that is not scored. Every
+            token of a span gets the advantage of the whole span, tokens that are not scored get 0. `teacher_logp_N` then has the log-prob
+            of a span at its last token and 0 elsewhere. A chunk has all tokens of a span.
         bonus_N: Added to the advantage after its clip, for example a task reward.
         baseline: The teacher's distributions: the exact KL(student‖teacher) of each position, which is the expectation of -advantage, is
             added to the advantage. It leaves the expected gradient unchanged and removes noise.
@@ -174,6 +177,7 @@ class Sampled:
     behaviour_logp_N: Tensor
     old_logp_N: Tensor | None = None
     advantage_N: Tensor | None = None
+    span_N: Tensor | None = None
     bonus_N: Tensor | None = None
     baseline: TeacherStates | None = None
 
@@ -191,6 +195,10 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():
             gap_C = teacher_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
+            kl_C = old_C - teacher_C
+            if tokens.span_N is not None:
+                gap_C, size_C = sum_over_spans(gap_C, tokens.span_N[part])
+                kl_C = -gap_C / size_C
             if tokens.baseline is not None:
                 student_CV = scaled_logp(logits_CV, temperature)
                 gap_C = gap_C + reverse_kl(student_CV, tokens.baseline.logp(part, temperature).to(student_CV))
@@ -205,7 +213,7 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
             "logp": logp_C.detach(),
             "teacher_logp": teacher_C,
             "entropy": entropy_C,
-            "reverse_kl": old_C - teacher_C,
+            "reverse_kl": kl_C,
             "ratio": (logp_C - old_C).detach().exp(),
             "clipped": clipped_C.float(),
             "advantage": advantage_C,
@@ -242,6 +250,22 @@ def topk(target_N: Tensor, teacher: TeacherStates, temperature: float, divergenc
         return divergence(with_tail(student_CV, top_CK), with_tail(teacher_CV, top_CK))
 
     return exact(target_N, teacher, temperature, on_top)
+
+
+def sum_over_spans(value_C: Tensor, span_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each token the sum of the values of its span and the number of its tokens, (C,) each; 0 and 1 where it is not scored.
+
+    Args:
+        value_C: Of whole spans, in order.
+        span_C: How many tokens of its span follow each token; -1 for one that is not scored.
+    """
+    is_end_C = (span_C <= 0).long()
+    number_C = is_end_C.cumsum(0) - is_end_C  # of the span, counted from 0
+    empty_C = torch.zeros(len(span_C), dtype=torch.float64, device=value_C.device)
+    # In float64 the order of the additions, which varies on a GPU, does not show; the sum of one value is the value.
+    sum_C = empty_C.index_add(0, number_C, value_C.double())[number_C].to(value_C.dtype)
+    size_C = empty_C.index_add(0, number_C, torch.ones_like(empty_C))[number_C].to(value_C.dtype)
+    return torch.where(span_C < 0, 0.0, sum_C), size_C
 
 
 def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tensor:

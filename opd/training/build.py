@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, Placement, Quantization
-from opd.data.prompts import Prompt, encode_rows, text_warnings
+from opd.config.schema import Config, Engine, Placement, Quantization, TokenAlignment
+from opd.data.prompts import Prompt, closing_token, encode_rows, text_warnings, without_template
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
+from opd.data.spans import Aligner
+from opd.data.token_bytes import TokenBytes, check_student, check_teacher
 from opd.errors import ConfigError, DataError
 from opd.models import load
 from opd.models.device import autocast
@@ -29,6 +31,7 @@ from opd.models.policy import (
     check_packing,
     check_positions,
     fuse_layers,
+    position_limit,
     prepare_student,
     prepare_teacher,
     uses_packing,
@@ -39,12 +42,13 @@ from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import LocalTeacher, ServedTeacher, Teacher, loading_device, place
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator
-from opd.training.identity import content, identity
+from opd.training.identity import content, digest_tokenizer, identity
 from opd.training.loop import Trainer
 from opd.training.speed import measure_speed
 from opd.training.step import Step
 
 CANARY_PROMPTS = 8
+PROBED_PROMPTS = 512  # whose texts the tokenizer of a teacher with other tokens has to keep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,9 +103,11 @@ def build(
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
-    teacher_tokenizer = tokenizer if given.teacher is not None else load.load_tokenizer(config.teacher, "teacher")
-    load.check_same_ids(tokenizer, teacher_tokenizer)
-    train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
+    spans = config.teacher.alignment is TokenAlignment.spans
+    teacher_tokenizer = tokenizer if given.teacher is not None and not spans else load.load_tokenizer(config.teacher, "teacher")
+    if not spans:
+        load.check_same_ids(tokenizer, teacher_tokenizer)
+    train_prompts, eval_prompts = load_prompts(config, tokenizer, given, teacher_tokenizer)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
     torch.manual_seed(config.seed)
@@ -109,11 +115,24 @@ def build(
     masters = MasterWeights(student) if bf16 and not sharded else None
     is_served = config.teacher.url is not None
     teacher_model = None if is_served else student if config.shares_base else build_teacher(config, given, accelerator)
-    vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
-    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
     eos, teacher_eos = load.eos_ids(student, tokenizer), load.eos_ids(teacher_model, teacher_tokenizer)
-    if is_served and set(teacher_eos) <= set(eos):
-        teacher_eos = eos  # a tokenizer names one token, a model may have more
+    aligner = None
+    if spans:
+        vocabulary = load.shared_vocabulary(tokenizer, student, None)
+        teacher_vocabulary = max(teacher_tokenizer.get_vocab().values()) + 1
+        if teacher_model is not None:
+            teacher_vocabulary = load.shared_vocabulary(teacher_tokenizer, teacher_model, None)
+        load.check_known([replace(prompt, teacher_ids=None) for prompt in (*train_prompts, *eval_prompts)], tokenizer, vocabulary)
+        load.check_known([prompt.for_teacher() for prompt in (*train_prompts, *eval_prompts)], teacher_tokenizer, teacher_vocabulary)
+        limit = longest_for_teacher(config, train_prompts, eval_prompts) if teacher_model is None else position_limit(teacher_model)
+        aligner = make_aligner(config, tokenizer, teacher_tokenizer, (eos, teacher_eos), [*train_prompts, *eval_prompts], limit)
+        if is_served:
+            teacher_eos = tuple({*teacher_eos, aligner.teacher_end})  # a tokenizer names one token
+    else:
+        vocabulary = teacher_vocabulary = load.shared_vocabulary(tokenizer, student, teacher_model)
+        load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary)
+        if is_served and set(teacher_eos) <= set(eos):
+            teacher_eos = eos  # a tokenizer names one token, a model may have more
     spec = SamplerSpec(
         model=student,
         eos=eos,
@@ -126,7 +145,7 @@ def build(
         is_main=accelerator.is_main_process,
         sharded=sharded,
     )
-    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts)
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, teacher_tokenizer)
     local = {"model": student} if teacher_model is None else {"model": student, "teacher": teacher_model}
     for role, model in local.items():
         lengths = [len(prompt.seen_by_teacher if role == "teacher" else prompt.ids) for prompt in train_prompts]
@@ -136,7 +155,7 @@ def build(
     if packed:
         with autocast(device, autocasts):
             check_packing(student, "model")
-    choices = choices or make_choices(config, accelerator, spec)
+    choices = choices or make_choices(config, accelerator, spec, max(vocabulary, teacher_vocabulary))
     # Copies and checks the student, before it is sharded. A signal during the check stops all processes.
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
@@ -144,22 +163,31 @@ def build(
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, teacher_model, bf16, decodes_in)
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_model, train_prompts, eval_prompts))
+    if spans:
+        digests["the teacher's tokenizer"] = digest_tokenizer(teacher_tokenizer)
     if teacher_model is not None:
         place(teacher_model, config.teacher.placement, device)  # after the digests, which read the weights where they were loaded
     checkpointing = load.recomputes_activations(config.train, device)
     policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, bf16=autocasts)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos, bf16=config.shares_base and autocasts)
+    teacher_spec = replace(
+        spec,
+        model=teacher_model or student,
+        eos=teacher_eos,
+        pad_id=teacher_tokenizer.pad_token_id if spans else spec.pad_id,
+        vocabulary=teacher_vocabulary,
+        bf16=config.shares_base and autocasts,
+    )
     teacher: Teacher
     teacher_sampler: Sampler
     if teacher_model is None:
-        teacher = served = connect_teacher(config, accelerator, tokenizer, vocabulary, train_prompts, eval_prompts, choices)
+        teacher = served = connect_teacher(config, accelerator, teacher_tokenizer, teacher_vocabulary, train_prompts, eval_prompts, choices)
         teacher_sampler = ServedSampler(served.servers[0], served.name, teacher_spec)
     else:
         teacher = LocalTeacher(
             teacher_model,
-            vocabulary,
+            teacher_vocabulary,
             adapters if config.shares_base else None,
             choices["head_rows"],
             bf16=config.shares_base and autocasts,
@@ -188,6 +216,7 @@ def build(
             pad_id=tokenizer.pad_token_id,
             packed=packed,
             choices=choices,
+            aligner=aligner,
         ),
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
@@ -196,7 +225,7 @@ def build(
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
-    differences = [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
+    differences = warnings if spans else [*load.pair_differences(tokenizer, teacher_tokenizer, (eos, teacher_eos)), *warnings]
     place_of_teacher = "" if teacher_model is not None else f"{served.name} at {', '.join(config.teacher.urls)}"
     return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, place_of_teacher)
 
@@ -235,7 +264,7 @@ def connect_teacher(
     choices: dict[str, Any],
 ) -> ServedTeacher:
     """Return the served teacher. Its scores of the first prompts are in `choices`, and have to be the same when the run is resumed."""
-    longest = longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + 1
+    longest = longest_for_teacher(config, train, evaluation) + 1
     canary = [tokenizer.eos_token_id, *(token for prompt in train[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     teacher = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1])
     teacher.reference = [] if config.resume_force else choices.get("canary", [])
@@ -244,18 +273,73 @@ def connect_teacher(
     return teacher
 
 
+def longest_for_teacher(config: Config, train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> int:
+    """Return the most tokens that a served teacher reads. In its own tokens a completion may take twice as many; more are not scored."""
+    spare = config.sampling.max_new_tokens if config.teacher.alignment is TokenAlignment.spans else 0
+    return longest_sequence(config, [prompt.for_teacher() for prompt in (*train, *evaluation)]) + spare
+
+
 def can_fuse(config: Config) -> bool:
     """Return whether Liger's kernels may be used: not where the teacher computes on another device than the student."""
     return config.teacher.placement is not Placement.device
 
 
-def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) -> dict[str, Any]:
+def make_aligner(
+    config: Config,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    eos: tuple[Sequence[int], Sequence[int]],
+    prompts: Sequence[Prompt],
+    limit: int | None = None,
+) -> Aligner:
+    """Return what aligns the student's completions with the teacher's tokens.
+
+    Args:
+        eos: The ids that end a completion of the student, and one of the teacher.
+        prompts: Their texts probe the teacher's tokenizer.
+        limit: Tokens that the teacher can read; None for any number.
+
+    Raises:
+        ConfigError: One of the tokenizers does not say which bytes its tokens cover, or the teacher's changes texts.
+        DataError: A prompt has no messages to render for the teacher.
+    """
+    ours, theirs = TokenBytes(student, "model"), TokenBytes(teacher, "teacher")
+    check_student(ours)
+    check_teacher(theirs, [text for prompt in prompts[:PROBED_PROMPTS] for text in (prompt.text, *prompt.answers) if text])
+    for prompt in prompts:
+        if prompt.teacher_ids is None:
+            raise DataError(
+                f"row {prompt.sample_id}: teacher.alignment=spans: a prompt given as ids has no messages to render for the teacher; give "
+                "its text or messages"
+            )
+    kwargs = config.data.chat_template_kwargs
+    end, teacher_end = closing_token(student, kwargs), closing_token(teacher, without_template(kwargs))
+    end = end if end in eos[0] else student.eos_token_id
+    # The teacher need not stop there itself: its template says how an answer ends.
+    is_control = teacher_end is not None and (teacher_end in eos[1] or theirs.piece(teacher_end) is None)
+    teacher_end = teacher_end if is_control else teacher.eos_token_id
+    assert end is not None and teacher_end is not None  # `load_tokenizer` sees to it
+    return Aligner(ours, theirs, end, teacher_end, frozenset(eos[0]), limit)
+
+
+def describe_alignment(aligner: Aligner) -> str:
+    """Return what a person should know of a teacher with another tokenizer."""
+    end, teacher_end = aligner.student.name(aligner.end), aligner.teacher.name(aligner.teacher_end)
+    others = ", ".join(repr(aligner.student.name(token)) for token in sorted(aligner.eos - {aligner.end}))
+    also = f"; {others} also ends the student and is never learnt" if others else ""
+    return (
+        f"teacher.alignment=spans: the teacher reads its own prompts and tokens; end of turn {end!r} for the student, {teacher_end!r} for "
+        f"the teacher{also}; no KL over the vocabulary in evaluations, reverse_kl of each step estimates it"
+    )
+
+
+def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec, vocabulary: int) -> dict[str, Any]:
     """Return decisions that depend on the machine. All processes agree on them, and a resumed run keeps them: others would round otherwise.
 
     `head_rows`: tokens whose logits exist at a time. `max_tokens`: of a micro-batch, halved when memory runs out. `bf16_copy`: whether to
     sample with a bf16 copy of the weights.
     """
-    rows = torch.tensor([head_rows(spec.vocabulary, accelerator.device)], device=accelerator.device)
+    rows = torch.tensor([head_rows(vocabulary, accelerator.device)], device=accelerator.device)
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,
@@ -272,7 +356,9 @@ def resumed_choices(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return {**state["choices"], **({"max_tokens": asked} if changed else {})}
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:
+def load_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, given: Given, teacher_tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt]]:
     """Return prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged."""
     if given.prompts is not None:
         return given.prompts
@@ -280,9 +366,9 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
         train_rows, eval_rows = load_rows(config.data)
     else:
         train_rows, eval_rows = check_rows(given.train_rows, given.eval_rows or [], config.data)
-    system = config.teacher.system
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", system)
-    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", system) if len(eval_rows) else []
+    theirs = config.teacher.system, teacher_tokenizer if config.teacher.alignment is TokenAlignment.spans else None
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", *theirs)
+    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", *theirs) if len(eval_rows) else []
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
         raise DataError(
             f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
@@ -314,19 +400,22 @@ def make_evaluator(
     grader: Grader | None,
     vocabulary: int,
     bf16: bool,
+    teacher_tokenizer: PreTrainedTokenizerBase,
 ) -> Evaluator:
+    has_distributions = config.teacher.url is None and config.teacher.alignment is TokenAlignment.ids  # over one vocabulary, and sent
     judged = [prompt for prompt in prompts if can_judge(prompt)]
     return Evaluator(
         accelerator,
         tokenizer,
         answered=judged[: config.eval.limit] if config.eval.reward is not None else [],
-        kl_prompts=prompts[: config.eval.kl_prompts] if config.teacher.url is None else [],  # servers send no whole distributions
+        kl_prompts=prompts[: config.eval.kl_prompts] if has_distributions else [],
         decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
         kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
         grader=grader,
         max_tokens=config.train.max_tokens_per_micro_batch,
         vocabulary=vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
+        teacher_tokenizer=teacher_tokenizer,
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -119,6 +119,11 @@ class Evaluator:
     max_tokens: int
     vocabulary: int
     precision: Callable[[], Any]
+    teacher_tokenizer: PreTrainedTokenizerBase
+
+    def as_teacher(self) -> "Evaluator":
+        """Return the evaluator of the teacher's completions, which may have other tokens."""
+        return replace(self, tokenizer=self.teacher_tokenizer)
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
         """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
@@ -131,7 +136,8 @@ class Evaluator:
             return None, None
         requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
-        judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
+        reader = self.as_teacher() if as_teacher else self
+        judged = zip(reader.judge(rollouts), rollouts, map(reader.text, rollouts), strict=True)
         rows = [
             (reward, len(rollout.completion), rollout.finish_reason is FinishReason.length, f"{rollout.request.prompt.text} → {text}")
             for reward, rollout, text in judged

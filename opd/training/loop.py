@@ -31,7 +31,7 @@ from opd.samplers import Decoding, GenerateSampler, Sampler
 from opd.training.checkpoint import AHEAD, TOKENS, Checkpoint, Checkpoints, Snapshot, model_tensors, restore, snapshot
 from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
-from opd.training.metrics import Alternatives, ByPosition, step_metrics
+from opd.training.metrics import Alternatives, ByPosition, span_problems, step_metrics
 from opd.training.speed import Speed
 from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens, concatenate, load_tokens
@@ -177,6 +177,8 @@ class Trainer:
             self.check_copy(done.metrics["engine_gap"])
             if self.step == 1:
                 self.check_distance(done.tokens)
+                for problem in span_problems(done.metrics):
+                    log.warning("teacher.alignment=spans: %s", problem)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
@@ -230,6 +232,8 @@ class Trainer:
         """Warn where the teacher's scores are the student's: there is nothing to learn."""
         columns = tokens.columns
         gap_N = (columns["teacher_logp"] - columns["logp"]).abs() if "logp" in columns else torch.ones(0)
+        if "span" in columns:
+            gap_N = columns["reverse_kl"][columns["span"] >= 0].abs() if "reverse_kl" in columns else torch.ones(0)
         if len(gap_N) and float(gap_N.mean()) < SAME_MODEL:
             name = "teacher.url" if self.config.teacher.url else "teacher.path"
             log.warning("%s: its log-probs are the student's up to %.1e nats: this teacher is the student", name, float(gap_N.mean()))
@@ -263,7 +267,7 @@ class Trainer:
         self.sample_ahead()
         self.note_memory("sampling")
         sampled = clock(self.device)
-        tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
+        tokens = Tokens(self.scoring.align(self.with_masks(rollouts)), self.device, bonus_R=self.task_bonus(rollouts))
         try:
             self.scoring.score(tokens)
         except (EngineError, Preempted):
@@ -367,9 +371,10 @@ class Trainer:
     def alternatives(self, rollouts: Sequence[Rollout]) -> Alternatives:
         """Return the teacher's most probable ids and log-probs (tokens, k) at each token of the stored rollouts.
 
-        In the main process, in the steps of `is_detailed_step`, where the teacher is local; else nothing.
+        In the main process, in the steps of `is_detailed_step`, where the teacher is local and has the student's tokens; else nothing.
         """
-        if self.config.teacher.url is not None or not is_detailed_step(self.step, self.max_steps):
+        is_possible = self.config.teacher.url is None and self.scoring.aligner is None
+        if not is_possible or not is_detailed_step(self.step, self.max_steps):
             return {}
         stored = rollouts[: self.config.track.rollouts_per_step] if self.accelerator.is_main_process else []
         alternatives = {}
@@ -459,7 +464,8 @@ class Trainer:
 
     def own_share(self, stored: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> Tokens:
         prompts = {prompt.sample_id: prompt for prompt in self.prompts}
-        return load_tokens(stored, numbers, prompts, self.accelerator.process_index, self.accelerator.num_processes, device)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return load_tokens(stored, numbers, prompts, rank, processes, device, self.scoring.align)
 
     def rewind(self) -> Rewound:
         """Return to the last checkpoint from before the non-finite steps, and leave their samples out."""

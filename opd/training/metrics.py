@@ -5,6 +5,7 @@ Metrics are means over tokens or rollouts of all processes, kept as sums and cou
 
 import math
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import __version__
 from opd.data.rollouts import FinishReason, Rollout, repetition
+from opd.data.spans import Unscored
 from opd.models.device import peak_memory
 from opd.models.distributed import global_quantile, global_sum
 from opd.models.load import decode
@@ -25,6 +27,8 @@ from opd.training.tokens import Means, Tokens
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
 BY_POSITION = ("reverse_kl", "entropy")
 PREFIX = "by_position/"
+SPANS = "spans/"  # prefix of the metrics of teacher.alignment=spans
+MAX_UNSCORED, MAX_NOT_CANONICAL = 0.5, 0.2  # shares of a step's tokens
 
 ByPosition = dict[str, int | list[float | None]]
 Alternatives = Mapping[int, tuple[Tensor, Tensor]]
@@ -40,13 +44,55 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     means, rollouts = tokens.means, tokens.rollouts
     for name in ("reverse_kl", "entropy", "advantage", "cut"):
         if name in tokens.columns:
-            means.add_tensors(name, [tokens.as_sampled(name)])
-    means.add_tensors("teacher_nll", [-tokens.as_sampled("teacher_logp")])
+            means.add_tensors(name, [scored_only(tokens, name)])
+    means.add_tensors("teacher_nll", [-scored_only(tokens, "teacher_logp")])
+    add_span_metrics(means, rollouts)
     means.add_tensors("engine_gap", [engine_gap(tokens)])
     means.add("length", float(sum(len(rollout.completion) for rollout in rollouts)), len(rollouts))
     means.add("truncated", float(sum(rollout.truncated for rollout in rollouts)), len(rollouts))
     means.add("repetition", sum(repetition(rollout.completion) for rollout in rollouts), len(rollouts))
     add_by_position(means, {name: tokens.as_sampled(name) for name in BY_POSITION}, rollouts, max_new_tokens)
+
+
+def scored_only(tokens: Tokens, name: str) -> Tensor:
+    """Return a column as sampled, with `teacher.alignment=spans` without the tokens that the teacher does not score."""
+    values_N = tokens.as_sampled(name)
+    return values_N[tokens.as_sampled("span") >= 0] if "span" in tokens.columns and name != "entropy" else values_N
+
+
+def add_span_metrics(means: Means, rollouts: Sequence[Rollout]) -> None:
+    """Add how well the tokens of a teacher with another tokenizer fit the student's. Nothing without alignments."""
+    counts: Counter[str] = Counter()
+    aligned = [rollout for rollout in rollouts if rollout.alignment is not None]
+    for rollout in aligned:
+        assert rollout.alignment is not None
+        trained = set(rollout.trained)
+        for span in rollout.alignment.spans:
+            size = len(trained.intersection(range(span.start, span.stop)))
+            counts[span.unscored.value if span.unscored else "scored"] += size
+            counts["spans"] += span.unscored is None
+            counts["one_to_one"] += span.unscored is None and span.is_one_to_one
+        counts["completions"] += any(span.unscored is Unscored.not_canonical for span in rollout.alignment.spans)
+    if aligned:
+        total = counts["scored"] + sum(counts[reason.value] for reason in Unscored)
+        for reason in Unscored:
+            means.add(f"{SPANS}{reason.value}", counts[reason.value], total)
+        means.add(f"{SPANS}one_to_one", counts["one_to_one"], counts["scored"])
+        means.add(f"{SPANS}tokens", counts["scored"], counts["spans"])
+        means.add(f"{SPANS}not_canonical_completions", counts["completions"], len(aligned))
+
+
+def span_problems(metrics: Mapping[str, float]) -> list[str]:
+    """Return what is wrong with the alignments of a step, one line each, from its metrics."""
+    unscored = {reason.value: metrics.get(SPANS + reason.value, 0.0) for reason in Unscored}
+    odd = unscored[Unscored.not_canonical.value]
+    problems = []
+    if sum(unscored.values()) > MAX_UNSCORED:
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in unscored.items() if share)
+        problems.append(f"the teacher scores only {1 - sum(unscored.values()):.0%} of the tokens ({shares})")
+    if odd > MAX_NOT_CANONICAL:
+        problems.append(f"{odd:.0%} of the tokens are no spelling that the student's own tokenizer makes")
+    return problems
 
 
 def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) -> tuple[dict[str, float], ByPosition]:
@@ -56,12 +102,15 @@ def step_metrics(tokens: Tokens, accelerator: Accelerator, max_new_tokens: int) 
     positions = take_by_position(means, max_new_tokens)
     trained = global_sum(accelerator, len(tokens.rollout_N))
     seconds = sum(tokens.seconds.values())
+    quantile_values = tokens.as_sampled("reverse_kl")
+    if "span" in tokens.columns:
+        quantile_values = quantile_values.where(tokens.as_sampled("span") >= 0, math.nan)  # left out
     metrics = means.means()
     metrics |= {f"time/{name}": value for name, value in {**tokens.seconds, "step": seconds}.items()}
     for reason in FinishReason:
         metrics[f"finish/{reason.value}"] = global_sum(accelerator, sum(rollout.finish_reason is reason for rollout in tokens.rollouts))
     metrics |= {
-        "reverse_kl_p99": global_quantile(accelerator, tokens.as_sampled("reverse_kl"), 0.99),
+        "reverse_kl_p99": global_quantile(accelerator, quantile_values, 0.99),
         "engine_gap_p99": global_quantile(accelerator, engine_gap(tokens), 0.99),
         "tokens": trained,
         "tokens_per_second": trained / seconds,
@@ -149,6 +198,12 @@ def record(
             spread_out[offset] = value
         return spread_out
 
+    teacher_logp: list[float | None] = [*rounded(columns["teacher_logp"])]
+    spans: dict[str, Any] = {}
+    if "span" in columns:
+        following = columns["span"].tolist()
+        spans["span"] = spread(following)
+        teacher_logp = [logp if count == 0 else None for logp, count in zip(teacher_logp, following, strict=True)]
     flags = {name: columns[name].bool().tolist() if name in columns else None for name in ("clipped", "cut")}
     choices = None
     if alternatives is not None:
@@ -170,10 +225,11 @@ def record(
         "learnt": len(rollout.trained) if weight > 0 else 0,
         "behaviour_logp": rounded(rollout.behaviour_logp),
         "student_logp": spread(rounded(columns["logp"])),
-        "teacher_logp": spread(rounded(columns["teacher_logp"])),
+        "teacher_logp": spread(teacher_logp),
         "entropy": spread(rounded(columns["entropy"])),
         "clipped": spread(flags["clipped"]),
         "cut": spread(flags["cut"]),
+        **spans,
         "alternatives": spread(choices),
     }
 

@@ -42,7 +42,7 @@ from opd.runs.folder import (
 )
 from opd.runs.outcome import achieved, objective
 from opd.runs.reader import open_run
-from opd.training.build import Built, Given, build, resumed_choices
+from opd.training.build import Built, Given, build, describe_alignment, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.training.display import Display, NoteHandler, describe_rewards
 from opd.training.evaluate import Evaluation
@@ -307,6 +307,8 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     display.note(f"sampling: {built.sampling}")
     if built.served:
         display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL over the vocabulary in evaluations")
+    if trainer.scoring.aligner is not None:
+        display.note(describe_alignment(trainer.scoring.aligner))
     for line in built.differences:
         display.note(f"warning: {line}")
     if start is not None:

@@ -9,15 +9,16 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
     loss         sum of w s over all tokens of all processes / their number
 
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
-The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions.
+The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions. With `teacher.alignment=spans` all
+tokens of a span (opd/data/spans.py) have the advantage A = sum of teacher_logp - sum of old_logp over the span, and others have A = 0.
 
 Shapes: `N` rows of the token table, `R` rollouts.
 """
 
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from opd.config.schema import Config, Estimator, OptimConfig, Reduction, Schedule, Truncated
 from opd.data.rollouts import Rollout
+from opd.data.spans import Aligner
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
@@ -58,6 +60,7 @@ class Step:
         pad_id: Id of padding.
         packed: Whether sequences are packed into one row.
         choices: Decisions of the run that checkpoints keep, with `max_tokens` of a micro-batch, halved when memory runs out.
+        aligner: For a teacher with another tokenizer.
     """
 
     config: Config
@@ -66,6 +69,7 @@ class Step:
     pad_id: int
     packed: bool
     choices: dict[str, Any]
+    aligner: Aligner | None = None
 
     @property
     def device(self) -> torch.device:
@@ -73,6 +77,17 @@ class Step:
         return device
 
     # Score.
+
+    def align(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Return the rollouts with their alignments, where the teacher has another tokenizer."""
+        if self.aligner is None:
+            return rollouts
+        aligned = []
+        for rollout in rollouts:
+            prompt = len(rollout.request.prompt.seen_by_teacher)
+            alignment = self.aligner.align(rollout.completion, rollout.truncated, prompt, rollout.mask)
+            aligned.append(replace(rollout, alignment=alignment))
+        return aligned
 
     def score(self, tokens: Tokens) -> None:
         """Cut micro-batches and let the teacher score them. Collective."""
@@ -93,9 +108,19 @@ class Step:
                 if needs_scores:
                     scores.append(part.teacher.token_logp(ids_N, temperature))
             elif needs_scores:
-                scores.append(self.teacher.logp(inputs, ids_N, temperature))
+                scores.append(self.span_logp(part) if part.batch.spans else self.teacher.logp(inputs, ids_N, temperature))
         if scores:
             tokens.fill("teacher_logp", scores)
+
+    def span_logp(self, part: Slice) -> Tensor:
+        """Return the teacher's log-prob of each span, in nats, at the span's last token, 0 elsewhere; (N,)."""
+        batch, spans = part.batch, part.batch.spans
+        assert spans is not None
+        sum_N = torch.zeros(len(batch.ids_N), dtype=torch.float64, device=self.device)
+        if len(spans.ids_M):
+            logp_M = self.teacher.logp(batch.teacher_inputs, spans.ids_M, self.config.temperature)
+            sum_N.index_add_(0, spans.row_M, logp_M.double())
+        return sum_N.float()
 
     def fit_memory(self, tokens: Tokens, work: Callable[[], T], retry: Callable[[], None] = lambda: None) -> T:
         """Return the result of `work`; while any process runs out of memory, all halve their micro-batches and try again.
@@ -195,8 +220,16 @@ class Step:
         for part in tokens.slices:
             token_loss = self.token_loss(tokens, part)
 
-            def head_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss = token_loss, rows: slice = part.rows) -> Any:
-                return chunked_loss(hidden_NH, head, token_loss, weight_N=weight_N[rows])
+            ends = part.batch.spans.ends if part.batch.spans else None
+
+            def head_loss(
+                hidden_NH: Tensor,
+                head: Head,
+                token_loss: TokenLoss = token_loss,
+                rows: slice = part.rows,
+                ends: Sequence[int] | None = ends,
+            ) -> Any:
+                return chunked_loss(hidden_NH, head, token_loss, weight_N=weight_N[rows], ends=ends)
 
             loss, part_stats = self.strategy.policy(part.batch.inputs, head_loss)
             (loss / total).backward()
@@ -224,6 +257,7 @@ class Step:
             behaviour_logp_N=behaviour_logp_N,
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
+            span_N=tokens.columns["span"][rows] if part.batch.spans else None,
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
             baseline=part.teacher,
         )
