@@ -14,6 +14,7 @@ from enum import Enum
 from opd.data.token_bytes import NO_BOUNDARY, Encoded, TokenBytes
 
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape writes a byte that is not UTF-8
+LAST_WORD = 16  # bytes
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -146,15 +147,18 @@ class Aligner:
     def settled_bytes(self, pieces: Sequence[bytes], theirs: Encoded, places: Sequence[int]) -> int:
         """Return up to which byte the teacher's tokens are the same without the last student token.
 
-        What one token changed at the end of the text, the next one might change again. The teacher's last token ends where the text was cut
-        off, and does not count.
+        What one token changed at the end of the text, the next one might change again: that ends where the teacher's tokens are the same
+        without it, and before the last word and the white space around it (for text without white space: `LAST_WORD` bytes).
         """
         before = self.teacher.encode(read_bytes(b"".join(pieces[:-1]))[0]).ids
         pairs = enumerate(zip(before, theirs.ids[:-1], strict=False))
         same = next((place for place, (one, other) in pairs if one != other), min(len(before), max(0, len(theirs.ids) - 1)))
         while same and theirs.ends[same - 1] == NO_BOUNDARY:
             same -= 1
-        return places[theirs.ends[same - 1]] if same else 0
+        words = b"".join(pieces).rstrip()
+        last = len(words.split()[-1]) if words else 0
+        before_last = words[: len(words) - min(last, LAST_WORD)].rstrip()
+        return min(places[theirs.ends[same - 1]], len(before_last)) if same else 0
 
 
 def read_bytes(raw: bytes) -> tuple[str, Sequence[int], Sequence[int]]:

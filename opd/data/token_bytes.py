@@ -6,7 +6,7 @@ changes the text) only say which characters of the text each token was made from
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,11 +116,17 @@ class TokenBytes:
     def encode(self, text: str) -> Encoded:
         """Return the text as it would continue a prompt: nothing is put before it, and no control token is read from plain text."""
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
         if self.is_exact:
-            found = self.by_bytes(encoding.ids, text.encode()) or self.behind_anchor(text)
-            if found is not None:
+            wanted = text.encode()
+            if (found := self.by_bytes(ids, wanted)) is not None:
                 return found
-        return self.by_offsets(text, encoding.ids, encoding.offsets)
+            for behind in self.behind_anchors(text):
+                if (found := self.by_bytes(behind[0], wanted)) is not None:
+                    return found
+                if (self.spelled(ids[:1]) or b"").startswith(b" ") and not text.startswith(" "):
+                    ids, offsets = behind
+        return self.by_offsets(text, ids, offsets)
 
     def by_bytes(self, ids: Sequence[int], wanted: bytes) -> Encoded | None:
         if self.spelled(ids) != wanted:
@@ -131,16 +137,14 @@ class TokenBytes:
             ends.append(end)
         return Encoded(tuple(ids), tuple(ends))
 
-    def behind_anchor(self, text: str) -> Encoded | None:
-        """Encode the text behind another one, which is cut off again: some tokenizers put a space before a text."""
-        wanted = text.encode()
+    def behind_anchors(self, text: str) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Yield ids and offsets of the text behind other ones, which are cut off again: some tokenizers put a space before a text."""
         for anchor in ANCHORS:
-            ids = self.tokenizer.encode(anchor + text, add_special_tokens=False).ids
-            for start in range(1, min(len(ids), 8)):
-                before = self.spelled(ids[:start])
-                if before is not None and before.strip(b" ") == anchor.encode() and (found := self.by_bytes(ids[start:], wanted)):
-                    return found
-        return None
+            encoding = self.tokenizer.encode(anchor + text, add_special_tokens=False)
+            for start in range(1, min(len(encoding.ids), 8)):
+                if (self.spelled(encoding.ids[:start]) or b"").strip(b" ") == anchor.encode():
+                    shift = len(anchor)
+                    yield encoding.ids[start:], [(max(0, begin - shift), max(0, end - shift)) for begin, end in encoding.offsets[start:]]
 
     def by_offsets(self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]) -> Encoded:
         """Return the ends of the characters that the tokens were made from.
@@ -170,8 +174,8 @@ def check_student(student: TokenBytes) -> None:
     """Raise `ConfigError` for a tokenizer whose ids do not tell the bytes of a completion."""
     if not student.is_exact:
         raise ConfigError(
-            "teacher.alignment=spans: the tokens of model.path do not keep the bytes of a text (WordPiece drops white space), so that the text "
-            "of a completion is not known from its ids; take a student with byte-level BPE or SentencePiece"
+            "teacher.alignment=spans: the tokens of model.path do not keep the bytes of a text (WordPiece drops white space), so that a "
+            "completion's text is not known from its ids; take a student with byte-level BPE or SentencePiece"
         )
 
 
