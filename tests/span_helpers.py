@@ -117,6 +117,23 @@ def available(names: Sequence[str]) -> list[str]:
     return [name for name in names if name != "smollm2" or SMOLLM2.is_dir()]
 
 
+def small_tokenizer(*merges: str) -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer of padding, end, 14 letters and merges: with 7 of them as many ids as the tests' student."""
+    tokens = ["<pad>", "</s>", *"abcdefghijklmn", *(merge.replace(" ", "") for merge in merges)]
+    pairs = [tuple(merge.split()) for merge in merges]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(tokens)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+def small_aligner() -> Aligner:
+    """Align the tests' student, whose every token is a word, with a teacher that has other words."""
+    student = TokenBytes(small_tokenizer("a b", "c d", "ab cd", "e f", "g h", "k l", "m n"), "model")
+    teacher = TokenBytes(small_tokenizer("b c", "d a", "e f", "f e", "bc d", "h i", "j k", "n a", "l m", "i i", "c c"), "teacher")
+    return Aligner(student, teacher, 1, 1, frozenset({1}))
+
+
 # The toy.
 
 LONGEST = 4  # bytes of a string

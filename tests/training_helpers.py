@@ -18,6 +18,7 @@ from opd.config.compose import to_config
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
+from opd.data.spans import Aligner
 from opd.models.distributed import prepare
 from opd.models.policy import Policy
 from opd.samplers import GenerateSampler, SamplerSpec
@@ -80,9 +81,10 @@ def make_trainer(
     student: PreTrainedModel | None = None,
     teacher: PreTrainedModel | None = None,
     bf16_copy: bool = False,
+    aligner: Aligner | None = None,
     **options: Any,
 ) -> Trainer:
-    """Return a trainer of one process on the CPU, with checkpoints in `folder`."""
+    """Return a trainer of one process on the CPU, with checkpoints in `folder`. `aligner`: for a teacher with another tokenizer."""
     settings = config(**options)
     student = student or random_model(VOCABULARY, seed=1)
     teacher = (teacher or random_model(VOCABULARY, seed=2, hidden=24)).requires_grad_(False)
@@ -100,10 +102,11 @@ def make_trainer(
         scoring=Step(
             config=settings,
             strategy=strategy,
-            teacher=LocalTeacher(teacher, VOCABULARY),
+            teacher=LocalTeacher(teacher, VOCABULARY if aligner is None else len(aligner.teacher.pieces)),
             pad_id=0,
             packed=bool(settings.train.packing),
             choices=choices,
+            aligner=aligner,
         ),
         speed=Speed(1e9, 1e9, 100, 200, passes=3, weight_bytes=400, cache_bytes=10, batch_size=settings.sampling.batch_size),
         max_steps=settings.train.max_steps or 1,

@@ -85,7 +85,7 @@ def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def by_span(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str | None]]:
-    """Return a stored rollout with the log-probs of whole spans at each of their tokens, and the text of the span of several that a token is in.
+    """Return a stored rollout with the log-probs of a whole span at each of its tokens, and each token's span of several as text.
 
     A record has `span` where the teacher has another tokenizer: how many tokens of its span follow each token.
     """
