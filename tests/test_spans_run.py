@@ -16,7 +16,7 @@ from fake_vllm import ScoringServer, running
 from safetensors.torch import load_file
 from span_helpers import make_tokenizer, small_aligner
 from test_loop import run_until_stopped
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from training_helpers import UNEVEN, make_trainer, untimed, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -231,7 +231,8 @@ def pairs_tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<turn>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     vocabulary |= {a + b: len(vocabulary) + 10 * int(a) + int(b) for a in digits for b in digits}
     tokenizer = Tokenizer(models.BPE(vocabulary, [(a, b) for a in digits for b in digits]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    of_question = pre_tokenizers.Split(Regex(r"\d(?=\d?[+=])"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([of_question, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     pairs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<turn>", padding_side="left")
     pairs.chat_template = (
@@ -351,3 +352,29 @@ def build_tiny() -> ModuleType:
     sys.modules["build_tiny"] = module
     loader.exec_module(module)
     return module
+
+
+@pytest.mark.long
+def test_a_student_of_characters_reaches_a_teacher_that_writes_pairs_of_digits(tmp_path: Path, monkeypatch: Any) -> None:
+    """Three minutes: the teacher learns the bundled task from nothing, in its own tokens."""
+    monkeypatch.chdir(tmp_path)
+    tiny = build_tiny()
+    tokenizer = pairs_tokenizer()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    teacher = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, **ends, **shape)
+    )
+    held_out = tiny.encode("eval", tokenizer)
+    recipe = replace(tiny.TEACHER, steps=1200, check_every=50, stop_at=0.995)
+    tiny.train(teacher, tiny.encode("train", tokenizer), lambda: tiny.accuracy(teacher, *held_out), recipe)
+    teacher.save_pretrained("pairs")
+    tokenizer.save_pretrained("pairs")
+    options = ("experiment=tiny", "device=cpu", "teacher.path=./pairs", "teacher.alignment=spans", "train.max_steps=120", "eval.limit=400")
+    assert main([*options, "name=run"]) == 0
+    summary = json.loads(Path("runs/run/summary.json").read_text())
+    assert summary["reward_before"] < 0.65 and summary["reward_teacher"] > 0.98
+    assert summary["reward_after"] > summary["reward_teacher"] - 0.05
+    last = logged(Path("runs/run"))[-1]
+    assert last["spans/tokens"] > 1.2 and last["spans/one_to_one"] < 0.8

@@ -19,7 +19,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class Unscored(Enum):
-    """Why nothing is learnt from a span."""
+    """Why a span is not scored."""
 
     not_canonical = "not_canonical"  # the student's tokenizer makes other tokens of these bytes: the teacher has no opinion on spellings
     illegible = "illegible"  # not UTF-8, or the teacher's tokenizer changes the text
@@ -71,7 +71,7 @@ class Aligner:
 
     Args:
         student, teacher: Their tokenizers.
-        end, teacher_end: The tokens with which they end a turn. They are each other's counterpart and learnt; no other control token is.
+        end, teacher_end: The tokens with which they end a turn. They are each other's counterpart and trained on; no other control token is.
         eos: All ids that end a completion.
         limit: Tokens that the teacher can read, prompt included; None for any number.
     """

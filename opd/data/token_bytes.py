@@ -214,7 +214,7 @@ def find_prefix(decoder: dict[str, Any] | None) -> str:
 
 
 def from_byte_level(token: str) -> bytes:
-    """Return one byte for each character; a token that is not written so is its own text."""
+    """Return one byte for each character; a token of other characters is its own text."""
     try:
         return bytes(ALPHABET[character] for character in token)
     except KeyError:

@@ -123,7 +123,7 @@ def check_spans(step: Step) -> list[Finding]:
     )
     odd = shares["not_canonical_completions"]
     if odd > MAX_ODD:
-        remedy = "nothing is learnt from such spellings: lower sampling.temperature, and check the tokenizer if it was converted"
+        remedy = "such spellings are not trained on: lower sampling.temperature, and check the tokenizer if it was converted"
         return [warn(check, f"{what}; {odd:.0%} of the completions have spellings that the student's own tokenizer does not make", remedy)]
     return [ok(check, what)]
 

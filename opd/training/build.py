@@ -326,7 +326,7 @@ def describe_alignment(aligner: Aligner) -> str:
     """Return what a person should know of a teacher with another tokenizer."""
     end, teacher_end = aligner.student.name(aligner.end), aligner.teacher.name(aligner.teacher_end)
     others = ", ".join(repr(aligner.student.name(token)) for token in sorted(aligner.eos - {aligner.end}))
-    also = f"; {others} also ends the student and is never learnt" if others else ""
+    also = f"; {others} also ends the student and is never trained on" if others else ""
     return (
         f"teacher.alignment=spans: the teacher reads its own prompts and tokens; end of turn {end!r} for the student, {teacher_end!r} for "
         f"the teacher{also}; no KL over the vocabulary in evaluations, reverse_kl of each step estimates it"
