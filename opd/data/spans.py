@@ -71,7 +71,7 @@ class Aligner:
 
     Args:
         student, teacher: Their tokenizers.
-        end, teacher_end: The tokens with which they end a turn. They are each other's counterpart and trained on; no other control token is.
+        end, teacher_end: The tokens with which they end a turn, each other's counterpart. No other control token is trained on.
         eos: All ids that end a completion.
         limit: Tokens that the teacher can read, prompt included; None for any number.
     """
@@ -93,14 +93,14 @@ class Aligner:
         """
         stop = next((place for place, token in enumerate(completion) if self.is_control(token)), len(completion))
         teacher_ids, spans = self.align_text(completion[:stop], is_cut_off and stop == len(completion))
-        covered, size = spans[-1].stop if spans else 0, len(teacher_ids)
+        covered = spans[-1].stop if spans else 0
         if covered == stop < len(completion) and completion[stop] == self.end:
-            spans.append(Span(stop, stop + 1, size, size + 1))
             teacher_ids, covered = (*teacher_ids, self.teacher_end), stop + 1
+            spans.append(Span(stop, covered, len(teacher_ids) - 1, len(teacher_ids)))
         if covered < len(completion):
             is_text = covered < stop
             why = Unscored.unmapped if not is_text else Unscored.illegible if stop < len(completion) else Unscored.unsettled
-            spans.append(Span(covered, len(completion), size, size, why))
+            spans.append(Span(covered, len(completion), len(teacher_ids), len(teacher_ids), why))
         if self.limit is not None:
             room = self.limit - prompt
             spans = [replace(span, unscored=Unscored.unmapped) if span.teacher_stop > room else span for span in spans]

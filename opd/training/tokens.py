@@ -168,7 +168,7 @@ def load_tokens(
     rank: int,
     processes: int,
     device: torch.device,
-    align: Callable[[list[Rollout]], list[Rollout]],
+    align: Callable[[list[Rollout]], list[Rollout]] = lambda rollouts: rollouts,
 ) -> Tokens:
     """Return this process's share of a stored table, whatever the number of processes was when it was stored.
 
