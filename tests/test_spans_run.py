@@ -358,8 +358,8 @@ def build_tiny() -> ModuleType:
 def test_a_student_of_characters_learns_from_a_teacher_that_writes_pairs_of_digits(tmp_path: Path, monkeypatch: Any) -> None:
     """Three minutes: the teacher learns the bundled task from nothing, in its own tokens.
 
-    Merges of digits are the hard case: whether the first two digits are one token depends on the third. A larger learning rate than this one
-    makes the student worse.
+    Merges of digits are the hard case: whether the first two digits are one token depends on the third. At a larger learning rate
+    the student gets worse.
     """
     monkeypatch.chdir(tmp_path)
     tiny = build_tiny()
