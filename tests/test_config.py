@@ -23,6 +23,7 @@ from opd.runs.reader import flatten
 from opd.train import main as train
 
 CONF = store.conf_dir()
+SPANS = "teacher.alignment=spans"
 URL = "teacher.url=http://127.0.0.1:8000"
 QUOTED = "teacher.url='http://127.0.0.1:8000'"
 OPTIONS = Path(__file__).with_name("options.txt")
@@ -195,6 +196,11 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         ([URL, "ppo.temperature=0.7"], "ppo.temperature=0.7", "ppo.temperature=1"),
         ([URL, "ppo.importance_cap=null"], "ppo.importance_cap=None", "sampling.temperature=1"),
         ([URL, "sweep.metric=eval_kl_after", "sweep.direction=minimize"], "sweep.metric='eval_kl_after'", "another metric"),
+        ([SPANS, "ppo.estimator=exact"], "ppo.estimator=exact", "ppo.estimator=sampled"),
+        ([SPANS, "ppo.estimator=topk"], "ppo.estimator=topk", "ppo.estimator=sampled"),
+        ([SPANS, "ppo.baseline=true"], "ppo.baseline=True", "ppo.baseline=false"),
+        ([SPANS, "ppo.discount=0.5"], "ppo.discount=0.5", "ppo.discount=0"),
+        ([SPANS, "sweep.metric=eval_kl_after", "sweep.direction=minimize"], "sweep.metric='eval_kl_after'", "another metric"),
         (["ppo.temperature=1", "ppo.discount=0.5"], "ppo.discount=0.5", "sampling.temperature=1"),
         (["teacher.gguf_file=x", "teacher.quantization=int8"], "teacher.quantization=int8", "teacher.quantization=none"),
         (["model.gguf_file=x", "model.quantization=int8"], "model.quantization=int8", "model.quantization=none"),

@@ -28,6 +28,7 @@ from opd.training.build import make_optimizer
 from opd.training.checkpoint import Checkpoints, optimizer_tensors
 from opd.training.evaluate import Evaluation
 from opd.training.loop import StepDone, Trainer
+from opd.training.spans import Spans
 from opd.training.speed import Speed
 from opd.training.step import Step
 
@@ -85,9 +86,10 @@ def make_trainer(
     teacher: PreTrainedModel | None = None,
     bf16_copy: bool = False,
     prompts: list[Prompt] | None = None,
+    spans: Spans | None = None,
     **options: Any,
 ) -> Trainer:
-    """Return a trainer of one process on the CPU, with checkpoints in `folder`."""
+    """Return a trainer of one process on the CPU, with checkpoints in `folder`. `spans`: for a teacher with another tokenizer."""
     settings = config(**options)
     student = student or random_model(VOCABULARY, seed=1)
     teacher = (teacher or random_model(VOCABULARY, seed=2, hidden=24)).requires_grad_(False)
@@ -105,10 +107,11 @@ def make_trainer(
         scoring=Step(
             config=settings,
             strategy=strategy,
-            teacher=LocalTeacher(teacher, VOCABULARY),
+            teacher=LocalTeacher(teacher, VOCABULARY if spans is None else len(spans.aligner.teacher.pieces)),
             pad_id=0,
             packed=bool(settings.train.packing),
             choices=choices,
+            spans=spans,
         ),
         speed=Speed(1e9, 1e9, 100, 200, passes=3, weight_bytes=400, cache_bytes=10, batch_size=settings.sampling.batch_size),
         max_steps=settings.train.max_steps or 1,

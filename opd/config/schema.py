@@ -88,6 +88,11 @@ class TeacherWeights(Enum):
     ema = "ema"  # a moving average of the student's
 
 
+class TokenAlignment(Enum):
+    ids = "ids"
+    spans = "spans"
+
+
 class Placement(Enum):
     same = "same"
     device = "device"
@@ -251,6 +256,7 @@ class TeacherConfig(ModelConfig):
     ema: float = bounded(0.99, above=0, below=1, hint="0.99 averages about the last 100 steps")
     url: Any = None
     timeout: float = bounded(600.0, above=0, hint="seconds")
+    alignment: TokenAlignment = TokenAlignment.ids
     system: str | None = None
     prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -280,6 +286,11 @@ class TeacherConfig(ModelConfig):
             remedy = "has a brace that is not part of a {column}: write a literal brace as {{ or }}"
             self.require(option, "{" not in rest and "}" not in rest, remedy)
         self.require("contrast", self.contrast is None or self.contrast != self.prompt, "must be another text than teacher.prompt, or null")
+
+    @property
+    def has_own_tokens(self) -> bool:
+        """Whether the teacher reads texts in tokens of its own."""
+        return self.alignment is TokenAlignment.spans
 
     @property
     def has_own_view(self) -> bool:
@@ -605,6 +616,8 @@ class Config(Section):
                     raise ConfigError(f"teachers.{label}.{option}: only applies to teacher: {remedy}")
         remedy = "subtracts the log-probs of one teacher: set teachers={}, or teacher.contrast=null"
         self.require("teacher.contrast", self.teacher.contrast is None or not self.teachers, remedy)
+        if self.teacher.has_own_tokens:
+            self.check_spans()
         needs_one = self.control in (Control.shuffled, Control.self)
         self.require("control", not (needs_one and self.teachers), "needs one teacher for all data: set teachers={}, or control=constant")
         if self.data.mix:
@@ -783,6 +796,25 @@ class Config(Section):
         if "path" not in self.teachers[label]:
             raise ConfigError(f"teachers.{label}.path has no value; add teachers.{label}.path=PATH")
         return teacher
+
+    def check_spans(self) -> None:
+        """Check what does not work with a teacher that has another tokenizer."""
+        remedy = "compares distributions of one vocabulary, which teacher.alignment=spans does not have: set ppo.estimator=sampled"
+        self.require("ppo.estimator", self.ppo.estimator is Estimator.sampled, remedy)
+        remedy = "is the KL over one vocabulary, which teacher.alignment=spans does not have: set ppo.baseline=false"
+        self.require("ppo.baseline", not self.ppo.baseline, remedy)
+        remedy = "would count a span of teacher.alignment=spans once for each of its tokens: set ppo.discount=0"
+        self.require("ppo.discount", self.ppo.discount == 0, remedy)
+        remedy = "replaces the advantage of single tokens, not of the spans of teacher.alignment=spans: set control=none"
+        self.require("control", self.control is Control.none, remedy)
+        remedy = "subtracts log-probs of single tokens, not of the spans of teacher.alignment=spans: set teacher.contrast=null"
+        self.require("teacher.contrast", self.teacher.contrast is None, remedy)
+        remedy = "has the student's tokens: set teacher.alignment=ids, or teacher.weights=own with another lora.rank or teacher.path"
+        self.require("teacher.alignment", not self.teaches_itself, remedy)
+        remedy = "of several teachers all read the student's ids: set teachers={}, or teacher.alignment=ids"
+        self.require("teacher.alignment", not self.teachers, remedy)
+        remedy = "is not measured with teacher.alignment=spans: set another metric"
+        self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl"), remedy)
 
     @property
     def is_served(self) -> bool:

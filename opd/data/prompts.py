@@ -66,7 +66,8 @@ class Prompt:
         text: The last message, for people.
         answers: The accepted reference answers.
         get_reward: Grades a completion's text, instead of the configured reward.
-        teacher_ids: The prompt as the teacher sees it, with `teacher.system`, `teacher.prompt` and `teacher.chat_template_kwargs`.
+        teacher_ids: The prompt as the teacher sees it, with `teacher.system`, `teacher.prompt` and `teacher.chat_template_kwargs`,
+            or in its own tokens with `teacher.alignment=spans`.
         chats: The messages that the ids are made from, where the template writes the date into them: the ids are others on another day.
         lost: A part of the text and what its ids decode to, where that is not the same.
         contrast_ids: The teacher's second view, with `teacher.contrast`.
@@ -114,6 +115,7 @@ def encode_rows(
     which: str,
     teacher: TeacherConfig | None = None,
     label: str = "",
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> list[Prompt]:
     """Return the prompts of at most `data.max_prompt_tokens` tokens in every view; the log has the number of the others.
 
@@ -121,6 +123,7 @@ def encode_rows(
         which: "training" or "evaluation", for messages. Only training prompts have given completions.
         teacher: What the teacher sees instead; None for what the student sees.
         label: The dataset's in `data.mix`, for messages.
+        teacher_tokenizer: Renders the teacher's view, with its own chat template, where its tokens are others than the student's.
 
     Raises:
         DataError: A prompt has no text, a column of the teacher's view is missing, the chat template refuses a chat, no prompt is short
@@ -131,7 +134,7 @@ def encode_rows(
     config = config if which == "training" else replace(config, completion=None)
     end = None if config.completion is None else completion_end(tokenizer, config.chat_template_kwargs)
     which = f"{label} {which}".strip()
-    prompts = [encode_row(row, index, tokenizer, config, teacher, max_chars, end) for index, row in enumerate(rows)]
+    prompts = [encode_row(row, index, tokenizer, config, teacher, max_chars, end, teacher_tokenizer) for index, row in enumerate(rows)]
     prompts = drop_long(prompts, [len(prompt.ids) for prompt in prompts], config.max_prompt_tokens, f"{which} prompts are longer")
     longer = f"{which} prompts are longer in the teacher's view"
     prompts = drop_long(prompts, [prompt.longest for prompt in prompts], config.max_prompt_tokens, longer)
@@ -159,18 +162,20 @@ def encode_row(
     teacher: TeacherConfig | None,
     max_chars: int,
     end: int | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Prompt:
-    answers, views = extract_row_answers(row, index, config), views_of(row, index, config, teacher)
+    answers, views = extract_row_answers(row, index, config), views_of(row, index, config, teacher, teacher_tokenizer is not None)
+    tokenizers = {name: teacher_tokenizer if name != "student" and teacher_tokenizer is not None else tokenizer for name in views}
     texts, ids = {}, {}
     for name, view in views.items():
-        texts[name], encoded = view.render(tokenizer, max_chars)
+        texts[name], encoded = view.render(tokenizers[name], max_chars)
         if len(texts[name]) > max_chars and len(encoded) <= config.max_prompt_tokens:  # the tokenizer drops characters
-            texts[name], encoded = view.render(tokenizer)
+            texts[name], encoded = view.render(tokenizers[name])
         if not encoded:
             raise DataError(f"{view.where}: the prompt has no tokens")
         ids[name] = tuple(encoded)
-    lost = (find_lost(texts[name], ids[name], tokenizer) for name in views if len(ids[name]) <= config.max_prompt_tokens)
-    is_dated = any("strftime_now" in (find_template(tokenizer, view.kwargs, view.option) or "") for view in views.values())
+    lost = (find_lost(texts[name], ids[name], tokenizers[name]) for name in views if len(ids[name]) <= config.max_prompt_tokens)
+    is_dated = any("strftime_now" in (find_template(tokenizers[name], view.kwargs, view.option) or "") for name, view in views.items())
     messages = views["student"].messages
     given: tuple[tuple[int, ...], ...] = ()
     if config.completion is not None and end is not None and len(ids["student"]) <= config.max_prompt_tokens:
@@ -197,16 +202,21 @@ def extract_row_answers(row: Row, index: int, config: DataConfig) -> tuple[str, 
     return extract_answers(answer, config.answer_after, f"row {index}: data.answer={config.answer}")
 
 
-def views_of(row: Row, index: int, config: DataConfig, teacher: TeacherConfig | None) -> dict[str, View]:
-    """Return the row's chat as the "student" sees it and, where they are asked for, in the views "teacher" and "contrast"."""
+def views_of(row: Row, index: int, config: DataConfig, teacher: TeacherConfig | None, has_template: bool = False) -> dict[str, View]:
+    """Return the row's chat as the "student" sees it and, where they are asked for, in the views "teacher" and "contrast".
+
+    Args:
+        has_template: Whether the teacher has a chat template of its own, so that its view is another even of the same messages.
+    """
     messages, kwargs, where = to_messages(row, index, config), config.chat_template_kwargs, f"row {index}: data.prompt={config.prompt}"
     views = {"student": View(messages, kwargs, where)}
     if teacher is None:
         return views
     own = teacher.chat_template_kwargs
+    kwargs = without_template(kwargs) if has_template else kwargs
     option = "teacher.chat_template_kwargs" if "chat_template" in own else KWARGS
     for name, is_used, template in (
-        ("teacher", teacher.has_own_view, teacher.prompt),
+        ("teacher", teacher.has_own_view or has_template, teacher.prompt),
         ("contrast", teacher.contrast is not None, teacher.contrast),
     ):
         if is_used:
@@ -314,6 +324,11 @@ def without_nulls(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def without_template(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `data.chat_template_kwargs` for a teacher with a template of its own: the one that they name is the student's."""
+    return {name: value for name, value in kwargs.items() if name != "chat_template"}
 
 
 def find_template(tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], option: str = KWARGS) -> str | None:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from opd.data.prompts import Prompt
+from opd.data.spans import Alignment
+
+ANY_ID = 0  # pads what a teacher with other tokens reads: the student's padding may be no token of it
 
 
 class FinishReason(Enum):
@@ -39,6 +42,7 @@ class Rollout:
         finish_reason: Why the completion ended.
         mask: Which tokens of the completion are trained; None for all of them.
         given: Whether the completion is the dataset's (`data.completion`) and was not sampled; its behaviour_logp is then 0.
+        alignment: The completion in the tokens of a teacher with another tokenizer; None where it reads the student's.
     """
 
     request: Request
@@ -47,6 +51,7 @@ class Rollout:
     finish_reason: FinishReason
     mask: tuple[bool, ...] | None = None
     given: bool = False
+    alignment: Alignment | None = None
 
     @property
     def truncated(self) -> bool:
@@ -73,7 +78,10 @@ class Rollout:
     @property
     def length(self) -> int:
         """Tokens that models read of it, in the longest view of its prompt."""
-        return self.request.prompt.longest + len(self.read)
+        if self.alignment is None:
+            return self.request.prompt.longest + len(self.read)
+        prompt = self.request.prompt
+        return max(len(prompt.ids) + len(self.read), len(prompt.seen_by_teacher) + len(self.alignment.read))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +106,27 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
+class SpanTokens:
+    """The tokens of a teacher with another tokenizer, and where their spans end. Shape: `M` teacher tokens.
+
+    Args:
+        ids_M: Those of the scored spans, rollout by rollout.
+        row_M: For each of them the place among the trained tokens at which its span ends.
+        previous_N: At the last token of a span, the last one of the span before it in the same completion; -1 where that one is not
+            scored, and elsewhere.
+        ends: After how many trained tokens a span ends, or a token that is not scored; ascending, on the CPU.
+    """
+
+    ids_M: Tensor
+    row_M: Tensor
+    previous_N: Tensor
+    ends: tuple[int, ...]
+
+    def to(self, device: torch.device) -> "SpanTokens":
+        return SpanTokens(self.ids_M.to(device), self.row_M.to(device), self.previous_N.to(device), self.ends)
+
+
+@dataclass(frozen=True, slots=True)
 class MicroBatch:
     """Rollouts that go through the models together.
 
@@ -105,8 +134,10 @@ class MicroBatch:
         rollouts: Their indices in the list that was split.
         ids_N: Their trained tokens, rollout by rollout.
         inputs: What the student reads.
-        teacher_inputs: What the teacher reads: the same object unless a prompt has a version of its own for the teacher.
+        teacher_inputs: What the teacher reads: the same object unless a prompt has a version of its own for the teacher. With `spans`, its
+            `predicting_N` are of the teacher's tokens.
         contrast_inputs: What the teacher reads with `teacher.contrast`.
+        spans: For a teacher with another tokenizer.
     """
 
     rollouts: tuple[int, ...]
@@ -114,36 +145,76 @@ class MicroBatch:
     inputs: Inputs
     teacher_inputs: Inputs
     contrast_inputs: Inputs | None = None
+    spans: SpanTokens | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         inputs = self.inputs.to(device)
         teacher_inputs = inputs if self.teacher_inputs is self.inputs else self.teacher_inputs.to(device)
         contrast_inputs = None if self.contrast_inputs is None else self.contrast_inputs.to(device)
-        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs, contrast_inputs)
+        spans = None if self.spans is None else self.spans.to(device)
+        return MicroBatch(self.rollouts, self.ids_N.to(device), inputs, teacher_inputs, contrast_inputs, spans)
 
 
 def collate(rollouts: Sequence[Rollout], indices: Sequence[int], pad_id: int, packed: bool = False) -> MicroBatch:
     """Return the micro-batch of the rollouts at `indices`."""
     chosen = [rollouts[index] for index in indices]
     inputs = lay_out(chosen, [rollout.request.prompt.ids for rollout in chosen], pad_id, packed)
+    ids_N = torch.tensor([rollout.completion[offset] for rollout in chosen for offset in rollout.trained], dtype=torch.long)
+    alignments = [rollout.alignment for rollout in chosen if rollout.alignment is not None]
+    if alignments:
+        return MicroBatch(tuple(indices), ids_N, inputs, *lay_out_spans(chosen, alignments, packed))
     teacher_inputs = inputs
     if any(rollout.request.prompt.teacher_ids is not None for rollout in chosen):
         teacher_inputs = lay_out(chosen, [rollout.request.prompt.seen_by_teacher for rollout in chosen], pad_id, packed)
     contrast = [rollout.request.prompt.contrast_ids for rollout in chosen]
     contrast_inputs = None if None in contrast else lay_out(chosen, [ids for ids in contrast if ids is not None], pad_id, packed)
-    ids = [rollout.completion[offset] for rollout in chosen for offset in rollout.trained]
-    return MicroBatch(tuple(indices), torch.tensor(ids, dtype=torch.long), inputs, teacher_inputs, contrast_inputs)
+    return MicroBatch(tuple(indices), ids_N, inputs, teacher_inputs, contrast_inputs)
 
 
-def lay_out(rollouts: Sequence[Rollout], prompts: Sequence[tuple[int, ...]], pad_id: int, packed: bool) -> Inputs:
-    """Lay prompts and completions out in rows padded on the right or, `packed`, end to end in one row."""
-    sequences = [prompt + rollout.read for prompt, rollout in zip(prompts, rollouts, strict=True)]
+def lay_out_spans(rollouts: Sequence[Rollout], alignments: Sequence[Alignment], packed: bool) -> tuple[Inputs, None, SpanTokens]:
+    """Return what a teacher with another tokenizer reads, its missing second view, and its tokens."""
+    ids, rows, ends, begin = [], [], [], 0
+    previous: list[int] = []
+    offsets = [[offset for span in each.scored for offset in range(span.teacher_start, span.teacher_stop)] for each in alignments]
+    for rollout, alignment, own_offsets in zip(rollouts, alignments, offsets, strict=True):
+        following, row_of = alignment.following, {offset: begin + row for row, offset in enumerate(rollout.trained)}
+        ids += [alignment.teacher_ids[offset] for offset in own_offsets]
+        rows += [row_of[span.stop - 1] for span in alignment.scored for _ in range(span.teacher_start, span.teacher_stop)]
+        ends += [row_of[offset] + 1 for offset in rollout.trained if following[offset] <= 0]
+        own_previous, before = dict.fromkeys(rollout.trained, -1), -1
+        for span in alignment.spans:
+            if span.unscored is None:
+                own_previous[span.stop - 1] = before
+            before = row_of[span.stop - 1] if span.unscored is None else -1
+        previous += own_previous.values()
+        begin += len(rollout.trained)
+    prompts = [rollout.request.prompt.seen_by_teacher for rollout in rollouts]
+    inputs = lay_out(rollouts, prompts, ANY_ID, packed, [alignment.read for alignment in alignments], offsets)
+    ids_M, row_M, previous_N = (torch.tensor(values, dtype=torch.long) for values in (ids, rows, previous))
+    return inputs, None, SpanTokens(ids_M, row_M, previous_N, tuple(ends))
+
+
+def lay_out(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[tuple[int, ...]],
+    pad_id: int,
+    packed: bool,
+    read: Sequence[tuple[int, ...]] | None = None,
+    scored: Sequence[Sequence[int]] | None = None,
+) -> Inputs:
+    """Lay prompts and completions out in rows padded on the right or, `packed`, end to end in one row.
+
+    Args:
+        read: The completions, as far as the model reads them; None for the student's tokens.
+        scored: Offsets within each of the tokens whose log-probs are wanted; None for the trained tokens.
+    """
+    read = [rollout.read for rollout in rollouts] if read is None else read
+    scored = [rollout.trained for rollout in rollouts] if scored is None else scored
+    sequences = [prompt + completion for prompt, completion in zip(prompts, read, strict=True)]
     width = max(map(len, sequences))
     starts = [sum(map(len, sequences[:row])) if packed else row * width for row in range(len(sequences))]
     predicting = [
-        start + len(prompt) - 1 + offset
-        for start, prompt, rollout in zip(starts, prompts, rollouts, strict=True)
-        for offset in rollout.trained
+        start + len(prompt) - 1 + offset for start, prompt, offsets in zip(starts, prompts, scored, strict=True) for offset in offsets
     ]
     predicting_N = torch.tensor(predicting, dtype=torch.long)
     (teacher,) = {rollout.request.prompt.teacher for rollout in rollouts}

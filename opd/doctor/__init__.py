@@ -21,6 +21,7 @@ from opd.models.distributed import make_accelerator
 from opd.models.memory import estimate
 from opd.training.build import Given, Loaded, build, encode_dataset, join_datasets, make_run_grader
 from opd.training.checkpoint import Checkpoints
+from opd.training.spans import describe
 
 __all__ = ["Finding", "Report", "Status", "examine"]
 
@@ -93,7 +94,8 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
         teacher = models.load_tokenizer(config.teacher_files, "teacher")
     if student_errors or teacher_errors:
         return None
-    same_ids = report.run("tokenizers", lambda: tokens.check_maps(student, teacher))
+    own = teacher if config.teacher.has_own_tokens else None
+    comparable = report.run("tokenizers", lambda: (tokens.check_maps if own is None else tokens.check_texts_of_tokens)(student, teacher))
     report.add(*tokens.check_pad(raw_student, "student"), *tokens.check_pad(raw_teacher, "teacher"))
     sampling = f"temperature {config.sampling.temperature:g}, top_p {config.sampling.top_p:g}, top_k {config.sampling.top_k}"
     report.run("student", lambda: tokens.check_generation_config(config.model, "student", sampling))
@@ -103,11 +105,11 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
         report.add(*rows.check_columns(train_rows, eval_rows, config))
         findings, report.rendered = tokens.check_templates(student, teacher, to_messages(train_rows[0], 0, config.data), config)
         report.add(*findings)
-        findings, texts = views.check_views(views_of(train_rows[0], 0, config.data, config.teacher), student)
+        findings, texts = views.check_views(views_of(train_rows[0], 0, config.data, config.teacher), own or student)
         report.add(*findings)
         report.rendered |= texts
-        train, evaluation = encode_dataset(config, student, (train_rows, eval_rows), label)
-    if data_errors or not same_ids:
+        train, evaluation = encode_dataset(config, student, (train_rows, eval_rows), label, own)
+    if data_errors or not comparable:
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
@@ -132,7 +134,9 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
         built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, built.trainer.evaluator
-        for label, part in config.parts_by_teacher.items():
+        if (spans := trainer.scoring.spans) is not None:
+            report.add(ok("end of sequence", describe(spans)))
+        for label, part in config.parts_by_teacher.items() if spans is None else ():
             report.add(*check_ends(part, tokenizer, built.eos, built.teacher_eos[label]))
         report.add(*tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
@@ -142,14 +146,14 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
         report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
-        report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer))
+        report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer), *first_step.check_spans(step))
         report.add(*machine.check_time(step.seconds, rate, step.metrics["perf/mfu"], config, trainer.max_steps))
 
         answered = first_of_each(evaluator.answered, prompts)
         if answered:
             student = first_step.answer_rewards(evaluator, trainer.sampler, answered, as_teacher=False)
             with built.teacher.active():
-                teacher = first_step.answer_rewards(evaluator, built.teacher_sampler, answered, as_teacher=True)
+                teacher = first_step.answer_rewards(evaluator.as_teacher(), built.teacher_sampler, answered, as_teacher=True)
             report.figures["rewards"] = {"student": student, "teacher": teacher}
             report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
 

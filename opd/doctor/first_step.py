@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opd.config.schema import Config, Truncated
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
+from opd.data.spans import Unscored
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.load import decode
 from opd.models.overlap import Overlap
@@ -19,6 +20,7 @@ from opd.training.evaluate import Evaluator, exact_kl, interval
 from opd.training.loop import Trainer
 from opd.training.masked import ROLES, check_masses, name_masked
 from opd.training.metrics import add_rollout_metrics
+from opd.training.spans import PREFIX, span_problems
 from opd.training.tokens import Tokens
 
 SELF_PROMPTS = 4
@@ -26,6 +28,7 @@ MAX_SELF_KL = {False: 1e-4, True: 2e-2}  # nats per token between a model and it
 MAX_KL = 3.0  # nats per token; above it the reverse KL of single tokens is mostly noise
 MIN_ENTROPY = 0.02  # nats per token; below it the student's samples are nearly all the same
 MAX_TRUNCATED = 0.5  # share of completions; above it the student hardly learns to stop
+MAX_ODD = 0.5  # share of completions with a spelling that the student's tokenizer does not make
 NEAR_ZERO = 0.05  # mean reward; up to it few completions are worth more than others
 SHORT_STEP = 5.0  # seconds
 
@@ -67,7 +70,8 @@ def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequenc
     check = "teacher = student"
     by_prompt = {rollout.request.prompt.sample_id: rollout for rollout in rollouts}
     chosen = [
-        replace(rollout, request=Request(replace(rollout.request.prompt, teacher_ids=None)))  # without the teacher's own view
+        # Without the teacher's own view and tokens.
+        replace(rollout, alignment=None, request=Request(replace(rollout.request.prompt, teacher_ids=None)))
         for rollout in list(by_prompt.values())[:SELF_PROMPTS]
     ]
     with evaluator.precision():
@@ -137,6 +141,27 @@ def check_start(step: Step, config: Config) -> list[Finding]:
         return [distance, warn(check, what, "the student hardly learns to stop: raise sampling.max_new_tokens, or ask for shorter answers")]
     make = fail if truncated == 1 else warn
     return [distance, make(check, what, f"sampling.truncated={handling.value} does not train on them: raise sampling.max_new_tokens")]
+
+
+def check_spans(step: Step) -> list[Finding]:
+    """Check how much of the first step a teacher with another tokenizer scores."""
+    shares = {name.removeprefix(PREFIX): value for name, value in step.metrics.items() if name.startswith(PREFIX)}
+    if not shares:
+        return []
+    check, count = "spans", sum(len(rollout.completion) for rollout in step.rollouts)
+    if problems := span_problems(step.metrics):
+        remedy = "the tokenizers, or the prompts as the two templates render them, fit too badly: take another teacher or student"
+        return [fail(check, "; ".join(problems), remedy)]
+    left_out = ", ".join(f"{reason.value} {shares[reason.value]:.1%}" for reason in Unscored)
+    what = (
+        f"{count:,} tokens of the first step: {shares.get('one_to_one', 0.0):.1%} of the scored ones are spans of one token in both, "
+        f"{shares.get('tokens', 0.0):.2f} tokens a span; not scored: {left_out}"
+    )
+    odd = shares["not_canonical_completions"]
+    if odd > MAX_ODD:
+        remedy = "such spellings are not trained on: lower sampling.temperature, and check the tokenizer if it was converted"
+        return [warn(check, f"{what}; {odd:.0%} of the completions have spellings that the student's own tokenizer does not make", remedy)]
+    return [ok(check, what)]
 
 
 def answer_rewards(evaluator: Evaluator, sampler: Sampler, prompts: Sequence[Prompt], as_teacher: bool) -> list[float | None]:

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, turn_end, with_system
+from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, turn_end, with_system, without_template
+from opd.data.token_bytes import TokenBytes, check_student
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
 from opd.models import load as models
@@ -49,6 +50,16 @@ def check_maps(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBas
     if overlap is not None:
         return [ok("tokenizers", overlap.describe())]
     return [ok("tokenizers", f"the same {len(student.get_vocab()):,} tokens have the same ids in student and teacher")]
+
+
+def check_texts_of_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[Finding]:
+    """Count the student's texts that are tokens of the teacher too. Raises `ConfigError` where a tokenizer cannot be aligned."""
+    ours, theirs = TokenBytes(student, "model"), TokenBytes(teacher, "teacher")
+    check_student(ours)
+    pieces = {piece for piece in ours.pieces if piece is not None}
+    both = pieces.intersection(piece for piece in theirs.pieces if piece is not None)
+    what = f"other vocabularies: {len(both):,} of the student's {len(pieces):,} texts are tokens of the teacher too"
+    return [ok("tokenizers", f"{what} ({len(both) / max(1, len(pieces)):.0%})")]
 
 
 def check_pad(raw: PreTrainedTokenizerBase, role: str) -> list[Finding]:
@@ -101,31 +112,36 @@ def check_templates(
     Returns:
         The findings, and the prompt as each template renders it, by role.
     """
-    check, kwargs = "chat templates", config.data.chat_template_kwargs
+    check, kwargs, has_own = "chat templates", config.data.chat_template_kwargs, config.teacher.has_own_tokens
     rendered: dict[str, str] = {}
     findings: list[Finding] = []
     for role, tokenizer in (("student", student), ("teacher", teacher)):
         try:
-            text, ids = render(messages, tokenizer, kwargs, role)
+            read_kwargs = without_template(kwargs) if has_own and role == "teacher" else kwargs
+            text, ids = render(messages, tokenizer, read_kwargs, role)
         except OpdError as error:
             what = f"the first prompt cannot be rendered: {error}"
-            if role == "student":
+            if role == "student" or has_own:
                 findings.append(fail(check, what, "set data.system=null to leave out the system message, or change the chat template"))
             else:
                 findings.append(warn(check, what, "the teacher reads the student's rendering: make sure that it knows this format"))
             continue
         rendered[role] = models.decode(tokenizer, ids)
-        findings += check_template(tokenizer, text, ids, messages, role, kwargs)
+        findings += check_template(tokenizer, text, ids, messages, role, read_kwargs)
     if len(rendered) == 2 and rendered["student"] == rendered["teacher"]:
         findings.append(ok(check, "student and teacher render the first prompt alike"))
+    elif len(rendered) == 2 and has_own:
+        findings.append(ok(check, "each model reads the prompts as its own template renders them (both below)"))
     elif len(rendered) == 2:
         what = "student and teacher render the first prompt differently (both below); the teacher scores the student's rendering"
         remedy = "a teacher scores best in its own format: give both models the same chat template, the teacher's if possible"
         findings.append(warn(check, what, remedy))
     if (system := config.teacher.system) is not None:
-        text = render(with_system(messages, system), student, {**kwargs, **config.teacher.chat_template_kwargs}, "teacher.system")[0]
+        renderer, read_kwargs = (teacher, without_template(kwargs)) if has_own else (student, kwargs)
+        text = render(with_system(messages, system), renderer, {**read_kwargs, **config.teacher.chat_template_kwargs}, "teacher.system")[0]
         if not contains(text, system):
-            what = "the chat template of the student, which renders the teacher's prompts too, leaves it out"
+            whose = "teacher" if has_own else "student, which renders the teacher's prompts too,"
+            what = f"the chat template of the {whose} leaves it out"
             findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
     findings += check_options(student, messages, kwargs, config.teacher.chat_template_kwargs)
     return findings + check_switches(student, teacher, kwargs), rendered

@@ -82,7 +82,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     if only_right and config.eval.reward is None:
         raise ConfigError("--only-right: nothing is judged with eval.reward=null; set eval.reward=NAME")
     accelerator = make_accelerator(config, folder)
-    tokenizer = models.load_tokenizer(config.model, "model")
+    # A teacher with tokens of its own writes text that the student's tokenizer need not know.
+    writer, role = (config.teacher, "teacher") if config.teacher.has_own_tokens else (config.model, "model")
+    tokenizer = models.load_tokenizer(writer, role)
     train_rows, eval_rows = load_rows(config.data)
     prompts, eval_prompts = load_prompts(config, tokenizer, Given(train_rows=train_rows, eval_rows=eval_rows))
     sampler, vocabulary = teacher_sampler(config, tokenizer, prompts, average)

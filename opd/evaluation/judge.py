@@ -76,10 +76,12 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
             shared = [share_ids(config, student, teacher) for teacher in teachers.values()]
             ids, pad_id = min(shared, key=lambda ids: ids.vocabulary), student.tokenizer.pad_token_id
             if role == "model":
-                _, prompts = load_prompts(config, student.tokenizer, Given())
-                models.check_known(prompts, student.tokenizer, ids.vocabulary, ids.overlap)
+                theirs = teachers[""].tokenizer if ids.of_teacher is not None else None
+                _, prompts = load_prompts(config, student.tokenizer, Given(), theirs)
+                if theirs is None:
+                    models.check_known(prompts, student.tokenizer, ids.vocabulary, ids.overlap)
                 grader = make_run_grader(config, prompts, stack)
-            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids.vocabulary, False, ids.masked)
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids.vocabulary, False, ids.masked, theirs)
             check_evaluated_positions(evaluator, student.model, "model")
             for label, teacher in teachers.items():
                 check_evaluated_positions(evaluator, teacher.model, "teacher", label)
@@ -124,7 +126,7 @@ def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bo
     rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, "evaluation"))
     answers = [
         Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated, rollout.request.prompt.dataset)
-        for reward, rollout in zip(evaluator.judge(rollouts), rollouts, strict=True)
+        for reward, rollout in zip((evaluator.as_teacher() if as_teacher else evaluator).judge(rollouts), rollouts, strict=True)
         if reward is not None
     ]
     gathered: list[Answer] = gather_object(answers)

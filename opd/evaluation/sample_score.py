@@ -41,8 +41,10 @@ class LoadedModel:
 
     def sampler(self, pad_id: int, ids: "SharedIds", seed: int) -> GenerateSampler:
         """Return a sampler of the model. Raises `ConfigError` where its samples would not be the model's."""
-        eos = self.eos if ids.ends is None else ids.ends
-        spec = SamplerSpec(model=self.model, eos=eos, pad_id=pad_id, vocabulary=ids.vocabulary, seed=seed, bf16=False, masked=ids.masked)
+        eos, vocabulary = self.eos if ids.ends is None else ids.ends, ids.vocabulary
+        if self.role == "teacher" and ids.of_teacher is not None:
+            pad_id, vocabulary = self.tokenizer.pad_token_id, ids.of_teacher
+        spec = SamplerSpec(model=self.model, eos=eos, pad_id=pad_id, vocabulary=vocabulary, seed=seed, bf16=False, masked=ids.masked)
         sampler = GenerateSampler(spec, self.copies)
         sampler.check(self.role)
         return sampler
@@ -59,12 +61,14 @@ class SharedIds:
         vocabulary: both heads have the ids below it.
         overlap, masked, ends: where each has tokens of its own, what they share, the ids below `vocabulary` that they do not, and the ids
             that end a completion; else None.
+        of_teacher: how many ids a teacher with tokens of its own has; None where the ids are shared.
     """
 
     vocabulary: int
     overlap: Overlap | None = None
     masked: Tensor | None = None
     ends: tuple[int, ...] | None = None
+    of_teacher: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,11 @@ class ModelPair:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.loaded["student"].tokenizer
+
+    @property
+    def teacher_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """That of a teacher with tokens of its own."""
+        return None if self.ids.of_teacher is None else self.loaded["teacher"].tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +156,9 @@ def load_teacher(config: Config, device: torch.device, average: Path | None = No
 
 def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> SharedIds:
     """Return the ids that both models know. Raises `ConfigError` where an id is another token in the other model."""
+    if config.teacher.has_own_tokens and student is not teacher:
+        own, theirs = (models.shared_vocabulary(loaded.tokenizer, loaded.model, None) for loaded in (student, teacher))
+        return SharedIds(own, of_teacher=theirs)
     overlap = models.check_same_ids(student.tokenizer, teacher.tokenizer)
     vocabulary = models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
     if overlap is None:
@@ -177,10 +189,11 @@ def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]
     """Return `samples` completions of the prompt by each model, at the config's sampling settings."""
     options = pair.config.sampling
     decoding = Decoding(options.temperature, options.max_new_tokens, options.top_p, options.top_k, options.batch_size)
-    tokenizer, prompt = pair.tokenizer, _encode(pair, text)
+    prompt = _encode(pair, text)
     completions: dict[str, list[str]] = {}
     for role, loaded in pair.loaded.items():
         seen = prompt.for_teacher() if role == "teacher" else prompt
+        tokenizer = (pair.teacher_tokenizer if role == "teacher" else None) or pair.tokenizer
         check_positions(loaded.model, loaded.role, "sampling.max_new_tokens", [len(seen.ids)], decoding.max_new_tokens)
         sampler = loaded.sampler(tokenizer.pad_token_id, pair.ids, pair.config.seed)
         rollouts = sampler.sample([Request(seen, 0, attempt) for attempt in range(samples)], decoding, "sample")
@@ -203,6 +216,9 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
     Raises:
         DataError: there is no token to score, or more than a model takes.
     """
+    if pair.teacher_tokenizer is not None:
+        remedy = "the two models have other tokens; the report of a run shows its spans"
+        raise ConfigError(f"teacher.alignment=spans: opd score compares log-probs token by token; {remedy}")
     tokenizer = pair.tokenizer
     if prompt is None:
         ids = tokenize_plain(text, tokenizer)
@@ -230,8 +246,10 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
 def _encode(pair: ModelPair, text: str) -> Prompt:
     """Return the prompt of a user's message as training shows it to both models, whatever its length."""
     data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
-    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", replace(pair.config.teacher, contrast=None))
-    models.check_known([prompt], pair.tokenizer, pair.ids.vocabulary, pair.ids.overlap)
+    teacher = replace(pair.config.teacher, contrast=None)
+    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", teacher, teacher_tokenizer=pair.teacher_tokenizer)
+    if pair.teacher_tokenizer is None:
+        models.check_known([prompt], pair.tokenizer, pair.ids.vocabulary, pair.ids.overlap)
     return prompt
 
 

@@ -3,6 +3,7 @@
 from opd.objective.anchor import anchored
 from opd.objective.divergences import forward_kl, jsd, kl, reverse_kl, with_tail
 from opd.objective.head import Head, chunk_rows, chunked_loss, chunked_stats
+from opd.objective.lookahead import Longer
 from opd.objective.losses import (
     Clips,
     Sampled,
@@ -22,6 +23,7 @@ from opd.objective.sampling import behaviour_logp, draw
 __all__ = [
     "Clips",
     "Head",
+    "Longer",
     "Sampled",
     "TeacherStates",
     "TeacherTop",

@@ -8,7 +8,8 @@ the head (V, H). The backward pass only scales them. This takes as many matrix p
 with N V.
 """
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,8 +87,21 @@ def matmul_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def chunks(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def chunks(total: int, size: int, ends: Sequence[int] | None = None) -> list[slice]:
+    """Return slices of at most `size` that cover `total`.
+
+    Args:
+        ends: Where a slice may end, ascending, with `total` last; one is longer than `size` where it may not end before. None: anywhere.
+    """
+    if ends is None:
+        return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+    result, start = [], 0
+    while start < total:
+        fitting = bisect_right(ends, start + size) - 1
+        stop = ends[fitting] if fitting >= 0 and ends[fitting] > start else ends[fitting + 1]
+        result.append(slice(start, stop))
+        start = stop
+    return result
 
 
 def chunk_rows(vocabulary: int, budget_bytes: int = 304 * 2**20) -> int:
@@ -95,7 +109,9 @@ def chunk_rows(vocabulary: int, budget_bytes: int = 304 * 2**20) -> int:
     return max(16, budget_bytes // (3 * 4 * vocabulary))
 
 
-def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N: Tensor | None = None) -> tuple[Tensor, TokenStats]:
+def chunked_loss(
+    hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N: Tensor | None = None, ends: Sequence[int] | None = None
+) -> tuple[Tensor, TokenStats]:
     """Return the sum over tokens of `weight * token_loss`, differentiable in hidden states, head weight and bias, and the statistics.
 
     Args:
@@ -103,6 +119,7 @@ def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N:
         head: The output layer.
         token_loss: Called once per chunk with its logits; returns losses and detached statistics, each of shape (C,).
         weight_N: Weight of each token's loss, 1 if omitted.
+        ends: Where a chunk may end, as in `chunks`: the loss of a span needs all of its tokens.
 
     Returns:
         A scalar, and statistics as (N,) tensors.
@@ -111,7 +128,7 @@ def chunked_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss, weight_N:
     if hidden_NH.shape[0] == 0:
         return hidden_NH.sum() + 0.0 * head.weight_VH[0, 0], {}
     loss = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, weight_N, seen
+        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, weight_N, chunks(hidden_NH.shape[0], head.chunk, ends), seen
     )
     return loss, {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]}
 
@@ -145,6 +162,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Head,
         token_loss: TokenLoss,
         weight_N: Tensor | None,
+        parts: list[slice],
         seen: list[TokenStats],
     ) -> Tensor:
         size, dtype = head.vocabulary, head.dtype or matmul_dtype(weight_VH)
@@ -158,9 +176,11 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_cast_VH = weight_VH[:size].to(dtype)
         bias_cast_V = None if bias_V is None else bias_V[:size].to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        room_CV = weight_cast_VH.new_empty(min(head.chunk, len(hidden_NH)), size)  # allocating it for each chunk would cost time
+        room_CV = weight_cast_VH.new_empty(
+            max(part.stop - part.start for part in parts), size
+        )  # allocating it for each chunk would cost time
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for part in chunks(hidden_NH.shape[0], head.chunk):
+            for part in parts:
                 hidden_CH = hidden_NH[part].to(dtype)
                 raw_CV = torch.mm(hidden_CH, weight_cast_VH.T, out=room_CV[: len(hidden_CH)])
                 if bias_cast_V is not None:
@@ -191,4 +211,4 @@ class _ChunkedLoss(torch.autograd.Function):
         (scale,) = grad_outputs
         hidden, weight, bias = (None if gradient is None else gradient.mul_(scale) for gradient in ctx.gradients)
         ctx.gradients = None  # scaled in place: a second backward pass must fail rather than scale again
-        return hidden, weight, bias, None, None, None, None
+        return hidden, weight, bias, None, None, None, None, None

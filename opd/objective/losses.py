@@ -2,8 +2,8 @@
 
 Each returns a `TokenLoss`: from a chunk's logits (C, V) to losses (C,) in nats and detached statistics (C,). These are `logp` and
 `teacher_logp` of the token at `ppo.temperature`, the student's `entropy`, `reverse_kl` (KL(student‖teacher) at that position, which
-`sampled` estimates from the token), `overlap/share` and `overlap/mass` where the teacher's distributions are known, and for `sampled` also
-`ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip changed it).
+`sampled` estimates from the token, or as a share of its span), `overlap/share` and `overlap/mass` where the teacher's distributions are
+known, and for `sampled` also `ratio`, `clipped` (0 or 1), `advantage` and `cut` (0 or 1: the advantage clip changed it).
 
 Shapes: `N` trained tokens, `C` tokens of a chunk, `R` rows, `V` vocabulary, `H` hidden, `B` sequences.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opd.objective.divergences import forward_kl, reverse_kl, with_tail
 from opd.objective.head import Head, TokenLoss, TokenStats, at_least_float32, chunked_stats, chunks
+from opd.objective.lookahead import Longer
 from opd.objective.masked import masked_stats
 from opd.objective.overlap import OVERLAP_K, overlap, overlap_of_distributions
 
@@ -197,6 +198,13 @@ class Sampled:
         old_logp_N: Their log-probs under the student before the update; None at the first inner step, which computes them.
         advantage_N: Replaces teacher_logp - old_logp, for example by discounted sums of it.
         score_N: Takes the place of teacher_logp in the advantage.
+        span_N: For a teacher with another tokenizer, how many tokens of its span follow each token, -1 for one that is not scored. Every
+            token of a span gets the advantage of the whole span, tokens that are not scored get 0. `teacher_logp_N` then has the log-prob
+            of a span at its last token and 0 elsewhere. A chunk has all tokens of a span.
+        previous_N: The last token of the span before, as in `SpanTokens`.
+        longer: The student's longer tokens, for the lookahead of its spans; None without it.
+        lookahead_N: The lookahead of the student's tokens before the update at the ends of spans: filled at the first inner step, chunk by
+            chunk, and known at later ones.
         bonus_N: Added to the advantage after its clip, for example a task reward.
         whole: The teacher's distributions, to measure the overlap with the student's.
         baseline: The teacher's distributions: the exact KL(student‖teacher) of each position, which is the expectation of -advantage, is
@@ -212,6 +220,10 @@ class Sampled:
     old_logp_N: Tensor | None = None
     advantage_N: Tensor | None = None
     score_N: Tensor | None = None
+    span_N: Tensor | None = None
+    previous_N: Tensor | None = None
+    longer: Longer | None = None
+    lookahead_N: Tensor | None = None
     bonus_N: Tensor | None = None
     whole: TeacherStates | None = None
     baseline: TeacherStates | None = None
@@ -235,9 +247,17 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
             old_C = torch.where(given_C, logp_C.detach(), old_C)
         teacher_C = tokens.teacher_logp_N[part]
         with torch.no_grad():
+            lookahead_C = own_lookahead(tokens, logits_CV, part, temperature)
             score_C = teacher_C if tokens.score_N is None else tokens.score_N[part]
             gap_C = score_C - old_C if tokens.advantage_N is None else tokens.advantage_N[part]
+            kl_C = old_C - teacher_C
+            if tokens.span_N is not None:
+                gap_C = gap_C if lookahead_C is None else gap_C - lookahead_C
+                gap_C, size_C = sum_over_spans(gap_C, tokens.span_N[part])
+                kl_C = -gap_C / size_C
             stats: TokenStats = {}
+            if tokens.lookahead_N is not None:
+                stats["lookahead"] = tokens.lookahead_N[part]
             teacher = tokens.baseline or tokens.whole
             if teacher is not None:
                 student_CV = scaled_logp(logits_CV, temperature)
@@ -261,7 +281,7 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
             "logp": logp_C.detach(),
             "teacher_logp": teacher_C,
             "entropy": entropy_C,
-            "reverse_kl": old_C - teacher_C,
+            "reverse_kl": kl_C,
             "ratio": (logp_C - old_C).detach().exp(),
             "clipped": clipped_C.float(),
             "advantage": advantage_C,
@@ -269,6 +289,18 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
         return loss_C, stats
 
     return loss
+
+
+def own_lookahead(tokens: Sampled, logits_CV: Tensor, part: slice, temperature: float) -> Tensor | None:
+    """Return what is subtracted at the last token of each span for the lookahead of the student's tokens, (C,); None without it."""
+    if tokens.longer is None or tokens.lookahead_N is None or tokens.span_N is None or tokens.previous_N is None:
+        return None
+    if tokens.old_logp_N is None:
+        lookahead_C = tokens.longer.lookahead(logits_CV, tokens.target_N[part], temperature)
+        tokens.lookahead_N[part] = lookahead_C.where(tokens.span_N[part] == 0, 0.0)
+    previous_C = tokens.previous_N[part]
+    before_C = torch.where(previous_C >= 0, tokens.lookahead_N[previous_C.clamp_min(0)], 0.0)
+    return tokens.lookahead_N[part] - before_C
 
 
 def exact(
@@ -351,6 +383,22 @@ def sent_top(target_N: Tensor, teacher: TeacherTop, temperature: float, divergen
         return loss_C, stats
 
     return loss
+
+
+def sum_over_spans(value_C: Tensor, span_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each token the sum of the values of its span and the number of its tokens, (C,) each; 0 and 1 where it is not scored.
+
+    Args:
+        value_C: Of whole spans, in order.
+        span_C: How many tokens of its span follow each token; -1 for one that is not scored.
+    """
+    is_end_C = (span_C <= 0).long()
+    number_C = is_end_C.cumsum(0) - is_end_C  # of the span, counted from 0
+    empty_C = torch.zeros(len(span_C), dtype=torch.float64, device=value_C.device)
+    # In float64 the order of the additions, which varies on a GPU, does not show; the sum of one value is the value.
+    sum_C = empty_C.index_add(0, number_C, value_C.double())[number_C].to(value_C.dtype)
+    size_C = empty_C.index_add(0, number_C, torch.ones_like(empty_C))[number_C].to(value_C.dtype)
+    return torch.where(span_C < 0, 0.0, sum_C), size_C
 
 
 def discounted(advantage_N: Tensor, sequence_N: Tensor, discount: float) -> Tensor:

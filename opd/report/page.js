@@ -1,5 +1,5 @@
 "use strict";
-// The token view. Text of runs is only ever set as textContent. A token is [text, id, student, teacher, entropy, flags, alternatives].
+// The token view. Text of runs is only ever set as textContent. A token is [text, id, student, teacher, entropy, flags, alternatives, span].
 (() => {
   const runs = JSON.parse(document.getElementById("data").textContent);
   const columns = document.getElementById("columns");
@@ -98,12 +98,13 @@
   };
 
   const showDetail = (node) => {
-    const [text, id, student, teacher, entropy, flags, alternatives] = node.token;
+    const [text, id, student, teacher, entropy, flags, alternatives, span] = node.token;
     const difference = gap(node.token);
     const parts = [make("p", "word", text === "" ? "∅" : text), make("p", "where", `id ${id} · position ${node.index + 1}`)];
     if (difference === null) {
       parts.push(make("p", "", "Not scored."));
     } else {
+      if (span) parts.push(make("p", "", `One span for both tokenizers: ${span}`));
       parts.push(prob("student", student, "student"), prob("teacher", teacher, "teacher"));
       parts.push(make("p", "delta", `teacher − student ${signed(difference)} nats`));
       if (entropy !== null) parts.push(make("p", "", `entropy of the student ${entropy.toFixed(2)} nats`));

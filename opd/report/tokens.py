@@ -60,15 +60,18 @@ def spread(steps: Sequence[int]) -> list[int]:
 def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored rollout as page.js reads it.
 
-    Each token is [text, id, student's log-prob, teacher's log-prob, entropy, flags, alternatives].
+    Each token is [text, id, student's log-prob, teacher's log-prob, entropy, flags, alternatives, its span]. The span is null or, where the
+    teacher has another tokenizer, the text of all its tokens, of which the log-probs are then.
     """
     tokens = []
-    for text, token, student, teacher, entropy, clipped, advantage_clipped, alternatives in zip_longest(
-        *((record.get(name) or [])[:MAX_TOKENS] for name in COLUMNS)
+    record, texts = by_span(record)
+    for text, token, student, teacher, entropy, clipped, advantage_clipped, alternatives, span in zip_longest(
+        *((record.get(name) or [])[:MAX_TOKENS] for name in COLUMNS), texts[:MAX_TOKENS]
     ):
         flags = CLIPPED * bool(clipped) + ADVANTAGE_CLIPPED * bool(advantage_clipped)
         others = [[visible(each["text"], MAX_TOKEN_LETTERS), _rounded(each["logp"]), each["id"] == token] for each in alternatives or ()]
-        tokens.append([visible(text, MAX_TOKEN_LETTERS), token, _rounded(student), _rounded(teacher), _rounded(entropy), flags, others])
+        logps = _rounded(student), _rounded(teacher), _rounded(entropy)
+        tokens.append([visible(text, MAX_TOKEN_LETTERS), token, *logps, flags, others, span and visible(span, MAX_TOKEN_LETTERS)])
     return {
         "step": step,
         "sample": record.get("sample_id"),
@@ -79,6 +82,29 @@ def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
         "more": max(0, len(record["tokens"]) - MAX_TOKENS),
         "tokens": tokens,
     }
+
+
+def by_span(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str | None]]:
+    """Return a stored rollout with the log-probs of a whole span at each of its tokens, and each token's span of several as text.
+
+    A record has `span` where the teacher has another tokenizer: how many tokens of its span follow each token.
+    """
+    following: list[int | None] = record.get("span") or []
+    texts: list[str | None] = [None] * len(record["tokens"])
+    student, teacher = list(record["student_logp"]), list(record["teacher_logp"])
+    start = 0
+    for index, count in enumerate(following):
+        if count is None or count < 0:
+            start = index + 1
+        elif count == 0:
+            span = slice(start, index + 1)
+            size = index + 1 - start
+            if size > 1:
+                student[span] = [sum(student[span])] * size
+                teacher[span] = [teacher[index]] * size
+                texts[span] = ["".join(record["tokens"][span])] * size
+            start = index + 1
+    return {**record, "student_logp": student, "teacher_logp": teacher}, texts
 
 
 def _rounded(value: float | None) -> float | None:

@@ -43,6 +43,7 @@ from opd.models.policy import (
     check_positions,
     fuse_layers,
     is_quantized,
+    position_limit,
     prepare_student,
     prepare_teacher,
     uses_packing,
@@ -65,8 +66,9 @@ from opd.teachers import (
 )
 from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
-from opd.training.identity import content, digest, identity
+from opd.training.identity import content, digest, digest_tokenizer, identity
 from opd.training.loop import Trainer
+from opd.training.spans import make_spans
 from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
 
@@ -133,14 +135,16 @@ def build(
     parts = config.parts_by_teacher
     teacher_tokenizers = {}
     overlap = None
+    has_spans = config.teacher.has_own_tokens  # then there is one teacher
     for label, part in parts.items():
         with naming_teacher(label):
             has_tokenizer = given.teacher is None and not part.teaches_itself
+            has_tokenizer |= has_spans
             teacher_tokenizers[label] = load.load_tokenizer(part.teacher, "teacher") if has_tokenizer else tokenizer
-            overlap = load.check_same_ids(tokenizer, teacher_tokenizers[label]) or overlap
+            overlap = None if has_spans else load.check_same_ids(tokenizer, teacher_tokenizers[label]) or overlap
     if overlap is not None and len(parts) > 1:
         raise ConfigError("teachers: one of several has tokens of its own, or lacks some of the student's; use it alone, as teacher")
-    train_prompts, eval_prompts = load_prompts(config, tokenizer, given)
+    train_prompts, eval_prompts = load_prompts(config, tokenizer, given, teacher_tokenizers[""] if has_spans else None)
     grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
 
     torch.manual_seed(config.seed)
@@ -156,14 +160,30 @@ def build(
                     average = MovingAverage(own_model, trained_tensors(student, masters), part.teacher.ema)
             else:
                 teacher_models[label] = None if part.teacher.url is not None else build_teacher(part, given, accelerator)
-    vocabulary = min(load.shared_vocabulary(tokenizer, student, model) for model in teacher_models.values())
+    prompts = [*train_prompts, *eval_prompts]
+    if has_spans:
+        vocabulary = load.shared_vocabulary(tokenizer, student, None)
+        teacher_vocabulary = own_vocabulary(teacher_tokenizers[""], teacher_models[""])
+        load.check_known([replace(prompt, teacher_ids=None) for prompt in prompts], tokenizer, vocabulary)
+        load.check_known([replace(prompt.for_teacher(), given=()) for prompt in prompts], teacher_tokenizers[""], teacher_vocabulary)
+    else:
+        vocabulary = min(load.shared_vocabulary(tokenizer, student, model) for model in teacher_models.values())
+        teacher_vocabulary = vocabulary
+        load.check_known(prompts, tokenizer, vocabulary, overlap)
     masked = None if overlap is None else overlap.masked(vocabulary).to(device)
-    load.check_known([*train_prompts, *eval_prompts], tokenizer, vocabulary, overlap)
     eos = load.eos_ids(student, tokenizer)
     teacher_eos = {label: load.eos_ids(model, teacher_tokenizers[label]) for label, model in teacher_models.items()}
     for label, model in teacher_models.items():
-        if model is None and set(teacher_eos[label]) <= set(eos):
+        if model is None and set(teacher_eos[label]) <= set(eos) and not has_spans:
             teacher_eos[label] = eos  # a tokenizer names one token, a model may have more
+    spans = None
+    if has_spans:
+        teacher_model, ends = teacher_models[""], (eos, teacher_eos[""])
+        views = [prompt.for_teacher() for prompt in prompts]
+        limit = longest_served(config, views) if teacher_model is None else position_limit(teacher_model)
+        spans = make_spans(config, tokenizer, teacher_tokenizers[""], ends, prompts, limit, (vocabulary, teacher_vocabulary), device)
+        if teacher_model is None:
+            teacher_eos[""] = tuple({*teacher_eos[""], spans.aligner.teacher_end})  # a tokenizer names one token
     own_eos, own_teacher_eos = eos, dict(teacher_eos)
     if overlap is not None:
         ((label, last_eos),) = teacher_eos.items()
@@ -182,7 +202,8 @@ def build(
         sharded=sharded,
         masked=masked,
     )
-    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, masked)
+    read_by_teacher = teacher_tokenizers[""] if has_spans else None
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, masked, read_by_teacher)
     local = {label: model for label, model in teacher_models.items() if model is not None}
     new_tokens = config.sampling.max_new_tokens
     check_positions(student, "model", "sampling.max_new_tokens", [len(prompt.ids) for prompt in train_prompts], new_tokens)
@@ -195,7 +216,7 @@ def build(
     if packed:
         with autocast(device, autocasts):
             check_packing(student, "model")
-    choices = choices or make_choices(config, accelerator, spec)
+    choices = choices or make_choices(config, accelerator, spec, max(vocabulary, teacher_vocabulary))
     # Copies and checks the student, before it is sharded. A signal during the check stops all processes.
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
@@ -205,7 +226,8 @@ def build(
         if teacher_models[label] is None:
             seen = [prompt for prompt in (*train_prompts, *eval_prompts) if prompt.teacher == label]
             with naming_teacher(label):
-                connected[label] = connect_teacher(part, accelerator, tokenizer, student, vocabulary, seen, choices, label, overlap)
+                read_with = teacher_tokenizers[label] if has_spans else tokenizer
+                connected[label] = connect_teacher(part, accelerator, read_with, student, teacher_vocabulary, seen, choices, label, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, local.get(""), bf16, decodes_in)
     speed = replace(speed, teachers={label: product_parameters(model) for label, model in local.items() if label})
@@ -213,6 +235,8 @@ def build(
     start = starting_module(config, student) if config.ppo.reference_coef > 0 and not starts else None
     copied = None if start is student else start
     digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_models, train_prompts, eval_prompts, copied))
+    if has_spans:
+        digests["the teacher's tokenizer"] = digest_tokenizer(teacher_tokenizers[""])
     if overlap is not None:
         digests["masked ids"] = digest([overlap.masked(vocabulary).tolist(), eos])
     for label, model in local.items():
@@ -226,7 +250,10 @@ def build(
     teacher_samplers: dict[str, Sampler] = {}
     for label, part in parts.items():
         teacher_model, bf16_teacher = teacher_models[label], part.teaches_itself and autocasts
-        teacher_spec = replace(spec, model=teacher_model or student, eos=teacher_eos[label], bf16=bf16_teacher)
+        pad_id = teacher_tokenizers[label].pad_token_id if has_spans else tokenizer.pad_token_id
+        teacher_spec = replace(
+            spec, model=teacher_model or student, eos=teacher_eos[label], pad_id=pad_id, vocabulary=teacher_vocabulary, bf16=bf16_teacher
+        )
         if teacher_model is None:
             teachers[label] = served = connected[label]
             teacher_samplers[label] = ServedSampler(served.servers[0], served.name, teacher_spec)
@@ -235,7 +262,7 @@ def build(
         kind: type[LocalTeacher] = ChangingTeacher if changes else LocalTeacher
         teachers[label] = kind(
             teacher_model,
-            vocabulary,
+            teacher_vocabulary,
             adapters if teacher_model is student and part.teacher_weights is TeacherWeights.base else None,
             choices["head_rows"],
             bf16=bf16_teacher,
@@ -277,6 +304,7 @@ def build(
             packed=packed,
             choices=choices,
             overlap=overlap,
+            spans=spans,
             reference=reference,
             loss_weights={label: dataset.loss_weight for label, dataset in config.data.datasets.items()},
         ),
@@ -289,7 +317,7 @@ def build(
     sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
     warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
     differences = []
-    for label, teacher_tokenizer in teacher_tokenizers.items():
+    for label, teacher_tokenizer in () if has_spans else teacher_tokenizers.items():
         found = load.pair_differences(tokenizer, teacher_tokenizer, (own_eos, own_teacher_eos[label]), overlap, eos)
         differences += [f"{label}: {difference}" if label else difference for difference in found]
     differences += warnings
@@ -356,7 +384,7 @@ def connect_teacher(
     Its scores of its first prompts are in `choices`, and have to be the same when the run is resumed.
     """
     views = [replace(prompt, ids=ids) for prompt in prompts for ids in prompt.scored_views]
-    longest = longest_sequence(config, views) + 1
+    longest = longest_served(config, views) + 1
     canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     is_topk = config.ppo.estimator is Estimator.topk
     if is_topk and overlap is not None:
@@ -379,18 +407,32 @@ def connect_teacher(
     return teacher
 
 
+def longest_served(config: Config, views: Sequence[Prompt]) -> int:
+    """Return the most tokens that a served teacher reads. In tokens of its own a completion may take twice as many; more are not scored."""
+    spare = config.sampling.max_new_tokens if config.teacher.has_own_tokens else 0
+    return longest_sequence(config, views) + spare
+
+
+def own_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> int:
+    """Return how many ids a teacher with another tokenizer has; a served one (None) as many as its tokenizer."""
+    return max(tokenizer.get_vocab().values()) + 1 if model is None else load.shared_vocabulary(tokenizer, model, None)
+
+
 def can_fuse(config: Config) -> bool:
     """Return whether Liger's kernels may be used: not where the teacher computes on another device than the student."""
     return config.teacher.placement is not Placement.device
 
 
-def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) -> dict[str, Any]:
+def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec, vocabulary: int) -> dict[str, Any]:
     """Return decisions that depend on the machine. All processes agree on them, and a resumed run keeps them: others would round otherwise.
 
     `head_rows`: tokens whose logits exist at a time. `max_tokens`: of a micro-batch, halved when memory runs out. `bf16_copy`: whether to
     sample with a bf16 copy of the weights.
+
+    Args:
+        vocabulary: The larger one of student and teacher.
     """
-    rows = torch.tensor([head_rows(spec.vocabulary, accelerator.device)], device=accelerator.device)
+    rows = torch.tensor([head_rows(vocabulary, accelerator.device)], device=accelerator.device)
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,
@@ -408,8 +450,14 @@ def resumed_choices(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return {**state["choices"], **({"max_tokens": asked} if changed else {})}
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Given) -> tuple[list[Prompt], list[Prompt]]:
-    """Return prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged."""
+def load_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, given: Given, teacher_tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Return prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged.
+
+    Args:
+        teacher_tokenizer: Of a teacher with tokens of its own, for its view.
+    """
     if given.prompts is not None:
         return given.prompts
     if given.train_rows is not None and config.data.mix:
@@ -418,7 +466,7 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, given: Give
     for label, part in config.parts.items():
         with naming_dataset(label), naming_teacher(config.teacher_of(label)):
             rows = load_rows(part.data) if given.train_rows is None else check_rows(given.train_rows, given.eval_rows or [], part.data)
-            loaded[label] = Loaded(rows, encode_dataset(part, tokenizer, rows, label))
+            loaded[label] = Loaded(rows, encode_dataset(part, tokenizer, rows, label, teacher_tokenizer))
     return join_datasets(config, loaded)
 
 
@@ -431,16 +479,21 @@ class Loaded:
 
 
 def encode_dataset(
-    config: Config, tokenizer: PreTrainedTokenizerBase, rows: tuple[Rows, Rows], label: str = ""
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: tuple[Rows, Rows],
+    label: str = "",
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Return the prompts of a single dataset, without its label, which is for messages."""
     train_rows, eval_rows = rows
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher, label)
+    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher, label, teacher_tokenizer)
     if config.data.completion is not None:
         check_given(train_prompts, config, label)
     evaluated = replace(config.teacher, contrast=None)
-    eval_prompts = encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated, label) if len(eval_rows) else []
-    return train_prompts, eval_prompts
+    if not len(eval_rows):
+        return train_prompts, []
+    return train_prompts, encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated, label, teacher_tokenizer)
 
 
 def join_datasets(config: Config, loaded: Mapping[str, Loaded]) -> tuple[list[Prompt], list[Prompt]]:
@@ -486,9 +539,12 @@ def make_evaluator(
     vocabulary: int,
     bf16: bool,
     masked: Tensor | None = None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluator:
     judged = [prompt for prompt in prompts if can_judge(prompt)]
-    local = {label for label, part in config.parts_by_teacher.items() if part.teacher.url is None}  # servers send no whole distributions
+    # Servers send no whole distributions, and two vocabularies have none in common.
+    has_distributions = teacher_tokenizer is None
+    local = {label for label, part in config.parts_by_teacher.items() if part.teacher.url is None and has_distributions}
     return Evaluator(
         accelerator,
         tokenizer,
@@ -501,6 +557,7 @@ def make_evaluator(
         vocabulary=vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
         masked=masked,
+        teacher_tokenizer=teacher_tokenizer,
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -204,6 +204,7 @@ class Evaluator:
         kl_prompts: Prompts on whose samples the KL is measured.
         precision: Context in which the student computes.
         masked: As in `Head`.
+        teacher_tokenizer: Of a teacher with tokens of its own.
     """
 
     accelerator: Accelerator
@@ -217,6 +218,11 @@ class Evaluator:
     vocabulary: int
     precision: Callable[[], Any]
     masked: Tensor | None = None
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None
+
+    def as_teacher(self) -> "Evaluator":
+        """Return the evaluator of the teacher's completions, which may have other tokens."""
+        return self if self.teacher_tokenizer is None else replace(self, tokenizer=self.teacher_tokenizer)
 
     def student(self, step: int, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> Evaluation:
         """Evaluate the student. `ready`: context in which model and teacher answer without collectives."""
@@ -233,7 +239,8 @@ class Evaluator:
             return Judged([])
         requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
-        judged = zip(self.judge(rollouts), rollouts, map(self.text, rollouts), strict=True)
+        reader = self.as_teacher() if as_teacher else self
+        judged = zip(reader.judge(rollouts), rollouts, map(reader.text, rollouts), strict=True)
         rows = [
             (
                 rollout.request.prompt.dataset,

@@ -83,6 +83,11 @@ def content(
     }
 
 
+def digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the digest of all that a tokenizer does to a text: with `teacher.alignment=spans` the teacher's is part of the objective."""
+    return digest([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.eos_token_id])
+
+
 def digest(parts: Iterable[object]) -> str:
     """Return the sha256 of JSON values."""
     hasher = sha256()

@@ -47,6 +47,7 @@ from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.masked import check_masses
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
+from opd.training.spans import span_problems
 from opd.training.speed import Speed
 from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens, concatenate, load_tokens
@@ -197,6 +198,8 @@ class Trainer:
             if self.step == 1:
                 self.check_distance(done.tokens)
                 self.check_masked(done)
+                for problem in span_problems(done.metrics):
+                    log.warning("teacher.alignment=spans: %s", problem)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
@@ -257,6 +260,8 @@ class Trainer:
                 continue
             is_own_R = torch.tensor([own == label for own in labels], device=self.device)
             gap_N = (columns["teacher_logp"] - columns["logp"]).abs()[is_own_R[tokens.rollout_N]]
+            if "span" in columns:
+                gap_N = columns["reverse_kl"][columns["span"] >= 0].abs()
             if len(gap_N) == 0 or float(gap_N.mean()) >= SAME_MODEL:
                 continue
             name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
@@ -303,7 +308,7 @@ class Trainer:
         self.sample_ahead()
         self.note_memory("sampling")
         sampled = clock(self.device)
-        tokens = Tokens(self.with_masks(rollouts), self.device, bonus_R=self.task_bonus(rollouts))
+        tokens = Tokens(self.scoring.align(self.with_masks(rollouts)), self.device, bonus_R=self.task_bonus(rollouts))
         tokens.is_detailed = is_detailed_step(self.step + 1, self.max_steps) and self.has_teacher_states()
         try:
             self.scoring.score(tokens)
@@ -321,7 +326,9 @@ class Trainer:
     def has_teacher_states(self) -> bool:
         """Return whether all teachers' whole distributions can be computed: not by a server, nor after the head that scored is gone."""
         weights = {part.teacher_weights for part in self.config.parts_by_teacher.values()}
-        return not (self.config.is_served or (self.strategy.is_sharded and TeacherWeights.current in weights))
+        return not (
+            self.config.is_served or self.scoring.spans is not None or (self.strategy.is_sharded and TeacherWeights.current in weights)
+        )
 
     def inner_step(self, tokens: Tokens) -> bool:
         """Take one optimizer step. Returns whether its numbers were finite."""
@@ -431,9 +438,10 @@ class Trainer:
     def alternatives(self, rollouts: Sequence[Rollout]) -> Alternatives:
         """Return the teacher's most probable ids and log-probs (tokens, k) at each token of the stored rollouts.
 
-        In the main process, in the steps of `is_detailed_step`, where the teacher is here and has the weights that scored; else nothing.
+        In the main process, in the steps of `is_detailed_step`, where the teacher is here, has the student's tokens, and has the weights
+        that scored; else nothing.
         """
-        if not is_detailed_step(self.step, self.max_steps) or self.config.is_served:
+        if not is_detailed_step(self.step, self.max_steps) or self.config.is_served or self.scoring.spans is not None:
             return {}
         if any(part.teacher_weights is TeacherWeights.current for part in self.config.parts_by_teacher.values()):
             return {}
@@ -537,7 +545,8 @@ class Trainer:
 
     def own_share(self, stored: dict[str, Tensor], numbers: dict[str, Any], device: torch.device) -> Tokens:
         prompts = {prompt.sample_id: prompt for prompt in self.prompts}
-        return load_tokens(stored, numbers, prompts, self.accelerator.process_index, self.accelerator.num_processes, device)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        return load_tokens(stored, numbers, prompts, rank, processes, device, self.scoring.align)
 
     def rewind(self) -> Rewound:
         """Return to the last checkpoint from before the non-finite steps, and leave their samples out."""

@@ -22,6 +22,7 @@ from opd.models.load import decode
 from opd.objective.overlap import OVERLAP
 from opd.runs.text import one_line
 from opd.training.masked import add_masked_metrics
+from opd.training.spans import add_span_metrics
 from opd.training.tokens import Means, Tokens
 
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
@@ -42,9 +43,11 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     means, rollouts = tokens.means, [rollout for rollout in tokens.rollouts if not rollout.given]
     for name in ("reverse_kl", "entropy", "advantage", "cut", "reference_kl", *OVERLAP):
         if name in tokens.columns:
-            means.add_tensors(name, [tokens.own(name)])
+            means.add_tensors(name, [scored_only(tokens, name)])
     add_masked_metrics(tokens)
-    means.add_tensors("teacher_nll", [-tokens.own("teacher_logp")])
+    means.add_tensors("teacher_nll", [-scored_only(tokens, "teacher_logp")])
+    if "span" in tokens.columns:
+        add_span_metrics(means, rollouts)
     if "contrast_logp" in tokens.columns:
         means.add_tensors("contrast_nll", [-tokens.own("contrast_logp")])
     means.add_tensors("engine_gap", [engine_gap(tokens)])
@@ -56,15 +59,22 @@ def add_rollout_metrics(tokens: Tokens, max_new_tokens: int) -> None:
     means.add_tensors("given/nll", [] if tokens.given_N is None else [-tokens.columns["logp"][tokens.given_N]])
 
 
+def scored_only(tokens: Tokens, name: str) -> Tensor:
+    """Return a column as `Tokens.own` does, with `teacher.alignment=spans` without the tokens that the teacher does not score."""
+    values = tokens.own(name)
+    return values[tokens.own("span") >= 0] if "span" in tokens.columns and name != "entropy" else values
+
+
 def add_by_dataset(tokens: Tokens, datasets: Sequence[str]) -> None:
     """Add the metrics of each dataset, of which this process may have no rollout, to the table's means."""
     kl_N = tokens.as_sampled("reverse_kl").double()
     rollout_N = tokens.rollout_N[tokens.sampling_order_N]
+    is_scored_N = tokens.as_sampled("span") >= 0 if "span" in tokens.columns else torch.ones_like(kl_N, dtype=torch.bool)
     for label in datasets:
         own = [rollout for rollout in tokens.rollouts if rollout.request.prompt.dataset == label]
         sampled = [rollout for rollout in own if not rollout.given]
         is_sampled = [rollout.request.prompt.dataset == label and not rollout.given for rollout in tokens.rollouts]
-        own_kl = kl_N[torch.tensor(is_sampled, device=kl_N.device)[rollout_N]]
+        own_kl = kl_N[torch.tensor(is_sampled, device=kl_N.device)[rollout_N] & is_scored_N]
         tokens.means.add(f"data/{label}/reverse_kl", float(own_kl.sum()), len(own_kl))
         tokens.means.add(f"data/{label}/length", float(sum(len(rollout.completion) for rollout in sampled)), len(sampled))
         tokens.means.add(f"data/{label}/truncated", float(sum(rollout.truncated for rollout in sampled)), len(sampled))
@@ -97,7 +107,7 @@ def step_metrics(
     if given := global_sum(accelerator, sum(rollout.given for rollout in tokens.rollouts)):
         metrics["given/rollouts"] = given
     if "reverse_kl" in metrics:  # some are sampled
-        metrics["reverse_kl_p99"] = global_quantile(accelerator, tokens.own("reverse_kl"), 0.99)
+        metrics["reverse_kl_p99"] = global_quantile(accelerator, scored_only(tokens, "reverse_kl"), 0.99)
         metrics["engine_gap_p99"] = global_quantile(accelerator, engine_gap(tokens), 0.99)
     metrics |= {"tokens": trained, "tokens_per_second": trained / seconds}
     return metrics, positions
@@ -184,6 +194,12 @@ def record(
             spread_out[offset] = value
         return spread_out
 
+    teacher_logp: list[float | None] = [*rounded(columns["teacher_logp"])]
+    spans: dict[str, Any] = {}
+    if "span" in columns:
+        following = columns["span"].tolist()
+        spans["span"] = spread(following)
+        teacher_logp = [logp if count == 0 else None for logp, count in zip(teacher_logp, following, strict=True)]
     flags = {name: columns[name].bool().tolist() if name in columns else None for name in ("clipped", "cut")}
     choices = None
     if alternatives is not None:
@@ -208,11 +224,12 @@ def record(
         "learnt": len(rollout.trained) if weight > 0 else 0,
         "behaviour_logp": rounded(rollout.behaviour_logp),
         "student_logp": spread(rounded(columns["logp"])),
-        "teacher_logp": spread(rounded(columns["teacher_logp"])),
+        "teacher_logp": spread(teacher_logp),
         **({"contrast_logp": spread(rounded(columns["contrast_logp"]))} if "contrast_logp" in columns else {}),
         "entropy": spread(rounded(columns["entropy"])),
         "clipped": spread(flags["clipped"]),
         "cut": spread(flags["cut"]),
+        **spans,
         "alternatives": spread(choices),
     }
 

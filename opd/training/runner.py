@@ -52,6 +52,7 @@ from opd.training.identity import check_content, check_same, identity
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
 from opd.training.metrics import rollout_records, run_costs, sample_text
+from opd.training.spans import describe
 
 log = logging.getLogger(__name__)
 
@@ -314,6 +315,8 @@ def introduce(display: Display, config: Config, built: Built, start: Checkpoint 
     if config.control is not Control.none:
         measured = "" if config.control is Control.self else ", which is measured as usual"
         display.note(f"control={config.control.value}: trained without the information of the teacher{measured}")
+    if trainer.scoring.spans is not None:
+        display.note(describe(trainer.scoring.spans))
     if built.served:
         display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL in evaluations of its prompts")
     for line in built.differences:

@@ -11,7 +11,8 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
 `control` replaces the advantage by one without the teacher (`opd.training.control`).
 
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
-The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions.
+The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions. With `teacher.alignment=spans` all
+tokens of a span (opd/data/spans.py) have the advantage A = sum of teacher_logp - sum of old_logp over the span, and others have A = 0.
 
 With `teacher.contrast` the same teacher scores the tokens in a second view too, and the student's term leaves the advantage:
 
@@ -53,6 +54,7 @@ from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import LocalTeacher, Teacher
 from opd.training.control import SHUFFLED, constant_advantage
+from opd.training.spans import Spans
 from opd.training.tokens import Slice, Tokens
 
 log = logging.getLogger(__name__)
@@ -79,6 +81,7 @@ class Step:
         packed: Whether sequences are packed into one row.
         choices: Decisions of the run that checkpoints keep, with `max_tokens` of a micro-batch, halved when memory runs out.
         overlap: What the vocabularies share, where each has tokens of its own.
+        spans: For a teacher with another tokenizer.
         reference: The student's start, where `ppo.reference_coef` asks for it; the same object as a teacher that has its weights.
         loss_weights: Factor on the loss of a dataset's tokens, by label; 1 for others.
     """
@@ -90,6 +93,7 @@ class Step:
     packed: bool
     choices: dict[str, Any]
     overlap: Overlap | None = None
+    spans: Spans | None = None
     reference: LocalTeacher | None = None
     loss_weights: Mapping[str, float] = field(default_factory=dict)
 
@@ -99,6 +103,10 @@ class Step:
         return device
 
     # Score.
+
+    def align(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Return the rollouts with their alignments, where the teacher has another tokenizer."""
+        return rollouts if self.spans is None else self.spans.align(rollouts)
 
     def score(self, tokens: Tokens) -> None:
         """Cut micro-batches and let the teacher score them. Collective."""
@@ -149,6 +157,8 @@ class Step:
         inputs, ids_N, temperature = part.batch.teacher_inputs, part.batch.ids_N, self.config.temperature
         if isinstance(part.teacher, TeacherStates):
             return part.teacher.columns(ids_N, temperature)
+        if self.spans is not None:
+            return self.spans.columns(self.teacher, part.batch, temperature)
         if self.overlap is None:
             return {"teacher_logp": self.teacher.logp(inputs, ids_N, temperature)}
         return self.teacher.columns(inputs, ids_N, temperature)
@@ -258,7 +268,8 @@ class Step:
             token_loss = self.token_loss(tokens, part)
 
             def head_loss(hidden_NH: Tensor, head: Head, token_loss: TokenLoss = token_loss, part: Slice = part) -> Any:
-                loss, stats = chunked_loss(hidden_NH, head, token_loss, weight_N=weight_N[part.rows])
+                ends = part.batch.spans.ends if part.batch.spans else None
+                loss, stats = chunked_loss(hidden_NH, head, token_loss, weight_N=weight_N[part.rows], ends=ends)
                 return loss, stats | self.masked_columns(hidden_NH, head, part, stats) if self.overlap and not tokens.inner else stats
 
             loss, part_stats = self.strategy.policy(part.batch.inputs, head_loss)
@@ -309,6 +320,7 @@ class Step:
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
             score_N=score_N,
+            **self.span_facts(tokens, part),
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
             whole=part.teacher if isinstance(part.teacher, TeacherStates) and tokens.inner == 0 else None,
             baseline=part.teacher if isinstance(part.teacher, TeacherStates) and ppo.baseline else None,
@@ -317,6 +329,16 @@ class Step:
             given_N=given_N,
         )
         return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
+
+    def span_facts(self, tokens: Tokens, part: Slice) -> dict[str, Any]:
+        """Return what `Sampled` says of a micro-batch's spans."""
+        if self.spans is None or part.batch.spans is None:
+            return {}
+        facts: dict[str, Any] = {"span_N": tokens.columns["span"][part.rows], "previous_N": part.batch.spans.previous_N}
+        if self.spans.longer is None:
+            return facts
+        known_N = tokens.columns["lookahead"][part.rows] if tokens.inner else torch.zeros(len(facts["span_N"]), device=self.device)
+        return {**facts, "longer": self.spans.longer, "lookahead_N": known_N}
 
     def apply(self, tokens: Tokens, loss_sum: float, is_empty: bool) -> NotFinite | None:
         """Sum gradients over processes, clip and step; skip the step where anything is not finite in any process, or nothing is trained."""

@@ -2,13 +2,14 @@
 
 Rows are grouped by teacher and then by rollout, the longest rollout first, so that a micro-batch, which has one teacher, is a contiguous
 slice of rows. Sampling fills `behaviour_logp`, the teacher `teacher_logp` and, with `teacher.contrast`, `contrast_logp`; the first pass of
-the update fills `logp`, `entropy`, `reverse_kl` and the advantages, which are those before any update. A run can stop between inner steps
-and resume from the table.
+the update fills `logp`, `entropy`, `reverse_kl` and the advantages, which are those before any update. With `teacher.alignment=spans` the
+column `span` says how many tokens of its span follow a token, -1 where it is not scored, and `teacher_logp` has a span's at its last token.
+A run can stop between inner steps and resume from the table.
 
 Shapes: `N` rows, `R` rollouts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,6 +117,10 @@ class Tokens:
         if "behaviour_logp" not in self.columns:
             logp = [self.rollouts[index].behaviour_logp[self.rollouts[index].trained] for index in order]
             self.columns["behaviour_logp"] = torch.cat(logp).to(self.device) if logp else torch.zeros(0, device=self.device)
+        following = {index: each.alignment.following for index, each in enumerate(self.rollouts) if each.alignment is not None}
+        if following:
+            of_rows = [following[index][offset] for index in order for offset in self.rollouts[index].trained]
+            self.columns["span"] = torch.tensor(of_rows, dtype=torch.long).to(self.device)
 
     def split(self, max_tokens: int, pad_id: int, packed: bool, max_padding: float) -> None:
         """Cut the table into micro-batches of at most `max_tokens` padded tokens."""
@@ -179,7 +184,13 @@ def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def load_tokens(
-    stored: Mapping[str, Tensor], numbers: Mapping[str, Any], prompts: Mapping[int, Prompt], rank: int, processes: int, device: torch.device
+    stored: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+    prompts: Mapping[int, Prompt],
+    rank: int,
+    processes: int,
+    device: torch.device,
+    align: Callable[[list[Rollout]], list[Rollout]] = lambda rollouts: rollouts,
 ) -> Tokens:
     """Return this process's share of a stored table, whatever the number of processes was when it was stored.
 
@@ -187,6 +198,7 @@ def load_tokens(
         stored: As `to_tensors` returned it, concatenated over processes.
         numbers: As `numbers` returned it.
         prompts: By sample id.
+        align: `Step.align`.
     """
     total = len(stored["length"])
     assert total % processes == 0
@@ -205,7 +217,7 @@ def load_tokens(
     first_row = int(stored["mask"][: tokens.start].sum())
     rows = slice(first_row, first_row + int(stored["mask"][tokens].sum()))
     table = Tokens(
-        rollouts,
+        align(rollouts),
         device,
         bonus_R=stored["bonus"][share].to(device) if "bonus" in stored else None,
         # Sums over processes are to count them once.

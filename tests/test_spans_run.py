@@ -1,0 +1,421 @@
+"""Training with a teacher that has another tokenizer: against the ordinary path, against a plain reference, and through every verb."""
+
+import importlib.machinery
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_model
+from fake_vllm import ScoringServer, running
+from safetensors.torch import load_file
+from span_helpers import make_tokenizer, small_spans
+from test_loop import run_until_stopped
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from training_helpers import UNEVEN, make_trainer, untimed, weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from opd import errors
+from opd.cli import main as cli
+from opd.config.compose import PACKAGE
+from opd.data.arithmetic import rows
+from opd.data.prompts import Prompt, turn_end
+from opd.data.spans import Unscored
+from opd.data.token_bytes import TokenBytes
+from opd.errors import DataError
+from opd.report.tokens import by_span
+from opd.train import main
+from opd.training.build import Given, load_prompts
+from opd.training.loop import StepDone, Trainer
+from opd.training.spans import span_problems
+
+ASSETS = PACKAGE / "assets"
+ROOT = Path(__file__).resolve().parent.parent
+SPANS = ("experiment=debug", "device=cpu", "teacher.alignment=spans", "track.rollouts_per_step=3")
+
+
+def span_trainer(folder: Path, **options: Any) -> Trainer:
+    """Return a trainer whose teacher has other tokens and other prompts."""
+    spans = small_spans()
+    size = len(spans.aligner.teacher.pieces)
+    trainer = make_trainer(folder, teacher=random_model(size, seed=2, hidden=24), spans=spans, **options)
+    generator = torch.Generator().manual_seed(1)
+    ids = [tuple(torch.randint(2, size, (1 + index % 3,), generator=generator).tolist()) for index in range(len(trainer.prompts))]
+    trainer.prompts = [replace(prompt, teacher_ids=own) for prompt, own in zip(trainer.prompts, ids, strict=True)]
+    return trainer
+
+
+def plain_logp(trainer: Trainer, model: torch.nn.Module, prompt: tuple[int, ...], ids: tuple[int, ...]) -> torch.Tensor:
+    """Return the next-token distributions at the completion's tokens."""
+    return (model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / trainer.config.temperature).log_softmax(-1)
+
+
+def at(logp: torch.Tensor, ids: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+    return sum((logp[offset, ids[offset]] for offset in range(start, stop)), torch.zeros(()))
+
+
+def plain_lookahead(logp: torch.Tensor, token: int, own: TokenBytes, other: TokenBytes) -> torch.Tensor:
+    """Return log(1 + p(longer tokens) / p(token)), over the tokens that the other tokenizer cuts where this one ends."""
+    piece, total = own.pieces[token], logp[token].exp()
+    for index, longer in enumerate(own.pieces):
+        if piece and longer and longer != piece and longer.startswith(piece) and len(piece) in other.encode(longer.decode()).ends:
+            total = total + logp[index].exp()
+    return total.log() - logp[token]
+
+
+# One step.
+
+
+@pytest.mark.parametrize("options", [{}, {"ppo__reduction": "sequence", "ppo__loss_prefix": 9}, {"train__packing": True}])
+def test_the_gradient_is_that_of_each_span_as_one_action(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Several micro-batches, chunks of the head of 7 rows, unequal lengths, spellings that are not canonical."""
+    unclipped = {"ppo__advantage_clip": None, "ppo__importance_cap": None, "train__max_tokens_per_micro_batch": 60}
+    trainer = span_trainer(tmp_path, **unclipped, **UNEVEN, **options)
+    tokens = trainer.begin_step()
+    assert len(tokens.slices) > 1
+    weight_R, total = trainer.scoring.token_weights(tokens.rollouts)
+    trainer.scoring.gradients(tokens, weight_R[tokens.rollout_N], total)
+    gradients = {name: parameter.grad.clone() for name, parameter in trainer.student.named_parameters()}
+    trainer.student.zero_grad()
+    loss, sizes, reasons, corrected = torch.zeros(()), set(), set(), 0
+    tokenizers = trainer.scoring.spans.aligner
+    for rollout, weight in zip(tokens.rollouts, weight_R, strict=True):
+        prompt, alignment = rollout.request.prompt, rollout.alignment
+        logp, theirs = (
+            plain_logp(trainer, model, *read)
+            for model, read in (
+                (trainer.student, (prompt.ids, rollout.completion)),
+                (trainer.scoring.teacher.model, (prompt.teacher_ids, alignment.teacher_ids)),
+            )
+        )
+        reasons |= {span.unscored for span in alignment.spans}
+        before = torch.zeros(())
+        for span in alignment.spans:
+            if span.unscored is not None:
+                before = torch.zeros(())
+                continue
+            own = at(logp, rollout.completion, span.start, span.stop)
+            last, teacher_last = rollout.completion[span.stop - 1], alignment.teacher_ids[span.teacher_stop - 1]
+            ahead = plain_lookahead(theirs[span.teacher_stop - 1], teacher_last, tokenizers.teacher, tokenizers.student)
+            ahead = ahead - plain_lookahead(logp[span.stop - 1], last, tokenizers.student, tokenizers.teacher)
+            gap = at(theirs, alignment.teacher_ids, span.teacher_start, span.teacher_stop) - own + ahead - before
+            loss = loss - weight / total * gap.detach() * own
+            sizes.add((span.stop - span.start, span.teacher_stop - span.teacher_start))
+            corrected += bool(ahead.abs() > 0.01) and bool(before.abs() > 0.01)
+            before = ahead
+    loss.backward()
+    assert corrected > 3 and len(sizes) > 3 and {None, Unscored.not_canonical, Unscored.unsettled} <= reasons
+    for name, parameter in trainer.student.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-5, rtol=1e-4), name
+
+
+def test_neither_packing_nor_micro_batches_change_the_result(tmp_path: Path) -> None:
+    results = []
+    for options in ({}, {"train__packing": True}, {"train__max_tokens_per_micro_batch": 30}):
+        trainer = span_trainer(tmp_path, ppo__steps=2, **UNEVEN, **options)
+        trainer.train_step()
+        results.append(weights(trainer))
+    assert all(torch.allclose(results[0], other, atol=1e-5) for other in results[1:])
+
+
+def test_metrics_say_how_well_the_tokens_fit_and_why_some_are_not_scored(tmp_path: Path) -> None:
+    done = span_trainer(tmp_path, **UNEVEN).train_step()
+    spans = [span for rollout in done.tokens.rollouts for span in rollout.alignment.spans]
+    total = sum(len(rollout.completion) for rollout in done.tokens.rollouts)
+    scored = [span for span in spans if span.unscored is None]
+    size = sum(span.stop - span.start for span in scored)
+    for reason in Unscored:
+        expected = sum(span.stop - span.start for span in spans if span.unscored is reason) / total
+        assert done.metrics[f"spans/{reason.value}"] == pytest.approx(expected)
+    assert done.metrics["spans/not_canonical"] > 0 and done.metrics["spans/not_canonical_completions"] > 0
+    assert done.metrics["spans/tokens"] == pytest.approx(size / len(scored)) and size > len(scored)
+    assert done.metrics["spans/one_to_one"] == pytest.approx(sum(span.is_one_to_one for span in scored) / size)
+    columns = done.tokens.columns
+    assert int((columns["span"] >= 0).sum()) == size
+    gap = float((columns["reverse_kl"])[columns["span"] >= 0].sum())
+    assert done.metrics["reverse_kl"] == pytest.approx(gap / size, rel=1e-4)
+    assert done.metrics["teacher_nll"] == pytest.approx(-float(columns["teacher_logp"].sum()) / size, rel=1e-4)
+    assert bool((columns["advantage"][columns["span"] < 0] == 0).all())
+
+
+def test_resume_between_inner_steps_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"train__max_steps": 2, "checkpoint__every": 9, "ppo__steps": 2, "ppo__loss_prefix": 9, **UNEVEN}
+    straight, stopped, resumed = (span_trainer(tmp_path / folder, **options) for folder in ("straight", "stopped", "stopped"))
+    steps = [event for event in straight.run() if isinstance(event, StepDone)]
+    run_until_stopped(stopped, monkeypatch, 2)
+    checkpoint = stopped.checkpoints.newest()
+    assert checkpoint.moment == (0, 1)
+    resumed.resume(checkpoint)
+    again = [event for event in resumed.run() if isinstance(event, StepDone)]
+    assert torch.equal(weights(resumed), weights(straight))
+    assert [untimed(step) for step in again] == [untimed(step) for step in steps]
+
+
+def test_a_step_of_which_nothing_is_scored_is_taken_without_the_teacher(tmp_path: Path) -> None:
+    trainer = span_trainer(tmp_path)
+    spans = trainer.scoring.spans
+    trainer.scoring.spans = replace(spans, aligner=replace(spans.aligner, limit=0))
+    before = weights(trainer)
+    done = trainer.train_step()
+    assert done.metrics["spans/unmapped"] > 0.5 and "reverse_kl" not in done.metrics
+    assert torch.equal(before, weights(trainer))
+    assert len(span_problems(done.metrics)) >= 1
+
+
+# Whole runs.
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "final" / "model.safetensors")
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A few rows of the bundled task, as options: rendering all of them takes seconds."""
+    file = tmp_path_factory.mktemp("data") / "sums.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows("train")[:40]))
+    return f"data.source=jsonl data.train_path={file} data.eval_path={file} data.prompt=prompt data.answer=answer"
+
+
+@pytest.fixture(scope="module")
+def ordinary(sums: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the student's ids. The epsilon keeps Adam from making a full step of a rounding error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("ordinary"))
+        assert main([*SPANS, *sums.split(), "optim.eps=1e-3", "teacher.alignment=ids", "name=run"]) == 0
+        return Path("runs/run").resolve()
+
+
+def test_equal_tokenizers_through_spans_are_bitwise_the_ordinary_path(ordinary: Path, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*SPANS, *sums.split(), "optim.eps=1e-3", "name=run"]) == 0
+    one, other = tensors(ordinary), tensors(Path("runs/run"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    for before, after in zip(logged(ordinary), logged(Path("runs/run")), strict=True):
+        assert after["spans/one_to_one"] == 1 and after["spans/tokens"] == 1
+        assert all(after[name] == before[name] for name in ("loss", "reverse_kl", "advantage", "cut", "teacher_nll", "optim/grad_norm"))
+
+
+@pytest.fixture(scope="module")
+def permuted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled teacher with its ids of bytes in another order."""
+    folder = tmp_path_factory.mktemp("permuted")
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "tiny-teacher")
+    vocabulary = {token: int(order[index]) for token, index in tokenizer.get_vocab().items() if index < 256}
+    special = {"pad_token": "<|pad|>", "eos_token": "<|end|>", "extra_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>"]}
+    copy = type(tokenizer)(vocab=vocabulary, merges=[], unk_token=None, **special)
+    copy.chat_template = tokenizer.chat_template
+    copy.save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-teacher", dtype=torch.float32)
+    with torch.no_grad():
+        rows = model.get_input_embeddings().weight
+        rows[order] = rows[:256].clone()
+    model.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder)("27")["input_ids"] != tokenizer("27")["input_ids"]
+    return folder
+
+
+def test_a_copy_of_the_teacher_with_other_ids_teaches_the_same(
+    ordinary: Path, permuted: Path, sums: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*SPANS, *sums.split(), "optim.eps=1e-3", f"teacher.path={permuted}", "name=run"]) == 0
+    one, other = tensors(ordinary), tensors(Path("runs/run"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-6) for name in one)
+    evaluations = [json.loads(line) for line in Path("runs/run/evaluations.jsonl").read_text().splitlines()]
+    assert {line["model"]: line["rewards"]["mean"] for line in evaluations}["teacher"] == 1  # it generates in its own tokens
+    assert all(line["kl"] is None for line in evaluations)
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random teacher whose tokens are pairs of digits too, with a chat template and an end of its own."""
+    folder = tmp_path_factory.mktemp("stranger")
+    tokenizer = pairs_tokenizer()
+    tokenizer.save_pretrained(folder)
+    random_llama(len(tokenizer)).save_pretrained(folder)
+    return folder
+
+
+def random_llama(size: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=size, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, **shape))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def pairs_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level tokenizer in which two digits are one token, but for those of a question."""
+    digits = "0123456789"
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<turn>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary |= {a + b: len(vocabulary) + 10 * int(a) + int(b) for a in digits for b in digits}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [(a, b) for a in digits for b in digits]))
+    of_question = pre_tokenizers.Split(Regex(r"\d(?=\d?[+=])"), "isolated")
+    from_the_left = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [of_question, from_the_left, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    pairs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<turn>", padding_side="left")
+    pairs.chat_template = (
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}<turn>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return pairs
+
+
+def test_a_stranger_teaches_through_every_verb(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = (*SPANS, *sums.split(), f"teacher.path={stranger}", "train.max_steps=2", "eval.limit=4")
+    assert main([*words, "name=run"]) == 0
+    shown = capfd.readouterr().out
+    assert "'<|end|>' for the student, '<turn>' for the teacher" in shown.replace("\n", "")
+    for line in logged(Path("runs/run")):
+        assert line["spans/tokens"] > 1 and 0 < line["spans/one_to_one"] < 1
+    stored = [json.loads(line) for line in Path("runs/run/rollouts/step_000001.jsonl").read_text().splitlines()]
+    for record in stored:
+        scored = [index for index, following in enumerate(record["span"]) if following == 0]
+        assert [index for index, logp in enumerate(record["teacher_logp"]) if logp is not None] == scored
+    assert cli.main(["report", "runs/run"]) == 0
+    assert cli.main(["eval", "runs/run", "--json"]) == 0
+    output = capfd.readouterr().out
+    task = json.loads(output[output.index("{") :])["tasks"]["evaluation"]
+    assert set(task["models"]) == {"model", "baseline", "teacher"} and task["models"]["model"]["kl"] is None
+    assert cli.main(["sample", "runs/run", "--prompt", "12 and 34"]) == 0
+    assert cli.main(["score", "runs/run", "--text", "12 and 34"]) == errors.USAGE
+    assert "teacher.alignment=spans" in capfd.readouterr().err
+
+
+def test_a_served_teacher_with_other_tokens_scores_like_the_local_one(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = (*SPANS, *sums.split(), f"teacher.path={stranger}", "train.max_steps=2", "eval.limit=4", "ppo.temperature=1", "eval.steps=0")
+    with monkeypatch.context() as patch:  # servers do not send what the correction needs
+        patch.setattr("opd.training.spans.longer_tokens", lambda own, other: [[] for _ in own.pieces])
+        assert main([*words, "name=local"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(stranger, dtype=torch.float32).eval()
+    with running(ScoringServer(model, AutoTokenizer.from_pretrained(stranger))) as fake:
+        assert main([*words, f"teacher.url={fake.url}", "name=served"]) == 0
+    one, other = tensors(Path("runs/local")), tensors(Path("runs/served"))
+    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+
+
+def test_a_teacher_whose_tokenizer_changes_the_runs_texts_is_refused_in_one_line(
+    sums: str, tmp_path: Path, monkeypatch: Any, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = make_tokenizer("lower case")
+    tokenizer.save_pretrained("teacher")
+    random_llama(len(tokenizer)).save_pretrained("teacher")
+    assert main([*SPANS, *sums.split(), "teacher.path=./teacher"]) == errors.USAGE
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "teacher.alignment" in line]
+    assert "teacher.path changes" in line
+
+
+def test_doctor_says_how_well_the_tokens_fit(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["doctor", *SPANS, *sums.split(), f"teacher.path={stranger}", "--json", "--prompts", "0"]
+    cli.main(words)
+    report = json.loads(capfd.readouterr().out)
+    found = {finding["check"]: finding for finding in report["findings"]}
+    assert found["tokenizers"]["status"] == "ok" and "256 of the student's 256 texts" in found["tokenizers"]["what"]
+    assert found["spans"]["status"] == "ok" and "tokens a span" in found["spans"]["what"]
+    assert found["teacher = student"]["status"] == "ok"
+    assert "<turn>" in found["end of sequence"]["what"]
+    assert report["rendered"]["teacher"].startswith("user: ")
+
+
+def test_too_few_scored_tokens_and_odd_spellings_are_problems() -> None:
+    good = dict.fromkeys((f"spans/{reason.value}" for reason in Unscored), 0.05)
+    assert span_problems(good) == [] == span_problems({})
+    assert len(span_problems({**good, "spans/unsettled": 0.4})) == 1
+    assert len(span_problems({**good, "spans/not_canonical": 0.3})) == 1
+    assert len(span_problems({**good, "spans/not_canonical": 0.6})) == 2
+
+
+# Prompts.
+
+
+def test_the_teacher_reads_the_messages_in_its_own_template_and_ids_alone_are_refused(stranger: Path) -> None:
+    from opd.api import from_options
+    from opd.training.spans import make_spans
+
+    student, teacher = AutoTokenizer.from_pretrained(ASSETS / "tiny-student"), AutoTokenizer.from_pretrained(stranger)
+    named = {"data.chat_template_kwargs": {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}}
+    options = {"data.source": "python", "data.path": None, "teacher.alignment": "spans", "teacher.system": "Add.", **named}
+    config = from_options({**options, "data.prompt": "prompt", "data.answer": "answer", "data.answer_after": None})
+    (prompt,), _ = load_prompts(config, student, Given(train_rows=[{"prompt": "12+34=", "answer": "64"}], eval_rows=[]), teacher)
+    assert student.decode(prompt.ids) == prompt.text  # the named template is the student's
+    assert teacher.decode(prompt.teacher_ids) == f"system: Add.<turn>user: {prompt.text}<turn>assistant: "
+    assert turn_end(teacher, {}) == teacher.eos_token_id
+    with pytest.raises(DataError, match=r"row 3: teacher\.alignment=spans: a prompt given as ids"):
+        make_spans(config, student, teacher, ((257,), (1,)), [Prompt(3, (5, 6), "a")], None, (400, 400), torch.device("cpu"))
+
+
+# The report.
+
+
+def test_the_token_view_shows_a_span_as_one() -> None:
+    record = {
+        "tokens": ["a", "b", "c", "d", "e"],
+        "student_logp": [-1.0, -2.0, -3.0, -4.0, None],
+        "teacher_logp": [-0.5, None, -6.0, None, None],
+        "span": [0, 1, 0, -1, None],
+    }
+    spread, texts = by_span(record)
+    assert texts == [None, "bc", "bc", None, None]
+    assert spread["student_logp"] == [-1.0, -5.0, -5.0, -4.0, None]
+    assert spread["teacher_logp"] == [-0.5, -6.0, -6.0, None, None]
+
+
+# A pair that learns.
+
+
+def build_tiny() -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader("build_tiny", str(ROOT / "scripts" / "build_tiny"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("build_tiny", loader))
+    sys.modules["build_tiny"] = module
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.long
+def test_a_student_of_characters_learns_from_a_teacher_that_writes_pairs_of_digits(tmp_path: Path, monkeypatch: Any) -> None:
+    """Three minutes: the teacher learns the bundled task from nothing, in its own tokens.
+
+    Merges of digits are the hard case: whether the first two digits are one token depends on the third. At a larger learning rate
+    the student gets worse.
+    """
+    monkeypatch.chdir(tmp_path)
+    tiny = build_tiny()
+    tokenizer = pairs_tokenizer()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    teacher = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, **ends, **shape)
+    )
+    held_out = tiny.encode("eval", tokenizer)
+    recipe = replace(tiny.TEACHER, steps=1200, check_every=50, stop_at=0.995)
+    tiny.train(teacher, tiny.encode("train", tokenizer), lambda: tiny.accuracy(teacher, *held_out), recipe)
+    teacher.save_pretrained("pairs")
+    tokenizer.save_pretrained("pairs")
+    options = ("experiment=tiny", "device=cpu", "teacher.path=./pairs", "teacher.alignment=spans", "train.max_steps=100", "eval.limit=400")
+    gentle = ("optim.lr=2e-4", "optim.schedule=constant", "train.batch_size=32")
+    assert main([*options, *gentle, "name=run"]) == 0
+    summary = json.loads(Path("runs/run/summary.json").read_text())
+    assert summary["reward_before"] < 0.65 and summary["reward_teacher"] > 0.98
+    assert summary["reward_after"] > summary["reward_before"] + 0.15
+    last = logged(Path("runs/run"))[-1]
+    assert last["spans/tokens"] > 1.2 and last["spans/one_to_one"] < 0.8
