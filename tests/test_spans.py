@@ -269,6 +269,23 @@ def test_where_both_write_the_same_texts_equally_often_nothing_is_learnt_thanks_
     assert float(toy.expected_gradient(toy.advantages()[0]).norm()) > 0.05
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_student_is_not_drawn_to_what_is_not_scored(seed: int) -> None:
+    """Advantages are negative on average. With 0 for tokens that are not scored a step writes more of them, with the mean hardly any."""
+    toy = Toy(seed)
+    advantage, _ = toy.advantages(corrected=True)
+    probability = toy.student.total(toy.student.logp(toy.logits)).exp()[toy.student.sequence]
+    is_scored = torch.cat([torch.tensor(alignment.following) for alignment in toy.alignments]) >= 0
+    mean = float((probability * advantage)[is_scored].sum() / probability[is_scored].sum())
+    assert mean < -0.1 and 0.05 < float(probability[~is_scored].sum() / probability.sum()) < 0.6
+    free = toy.logits.clone().requires_grad_()
+    written = toy.student.total(toy.student.logp(free)).exp()[toy.student.sequence][~is_scored].sum()  # their expected number
+    (more,) = torch.autograd.grad(written, free)
+    plain = float((toy.expected_gradient(advantage) * more).sum())
+    charged = float((toy.expected_gradient(torch.where(is_scored, advantage, mean)) * more).sum())
+    assert plain > 0 and charged < 0.5 * plain
+
+
 def test_the_longer_tokens_are_those_that_the_other_tokenizer_cuts_where_the_token_ends() -> None:
     toy = Toy(0)  # a, b, ab against a, b, ba
     ours, theirs = toy.student.tokens, toy.teacher.tokens

@@ -199,8 +199,9 @@ class Sampled:
         advantage_N: Replaces teacher_logp - old_logp, for example by discounted sums of it.
         score_N: Takes the place of teacher_logp in the advantage.
         span_N: For a teacher with another tokenizer, how many tokens of its span follow each token, -1 for one that is not scored. Every
-            token of a span gets the advantage of the whole span, tokens that are not scored get 0. `teacher_logp_N` then has the log-prob
-            of a span at its last token and 0 elsewhere. A chunk has all tokens of a span.
+            token of a span gets the advantage of the whole span. `teacher_logp_N` then has the log-prob of a span at its last token and 0
+            elsewhere. A chunk has all tokens of a span.
+        unscored: The advantage of tokens that are not scored.
         previous_N: The last token of the span before, as in `SpanTokens`.
         longer: The student's longer tokens, for the lookahead of its spans; None without it.
         lookahead_N: The lookahead of the student's tokens before the update at the ends of spans: filled at the first inner step, chunk by
@@ -221,6 +222,7 @@ class Sampled:
     advantage_N: Tensor | None = None
     score_N: Tensor | None = None
     span_N: Tensor | None = None
+    unscored: float = 0.0
     previous_N: Tensor | None = None
     longer: Longer | None = None
     lookahead_N: Tensor | None = None
@@ -267,6 +269,8 @@ def sampled(tokens: Sampled, temperature: float, clips: Clips, overwrite: bool =
                     gap_C = gap_C + reverse_kl(student_CV, teacher_CV)
             advantage_C = gap_C if clips.advantage is None else gap_C.clamp(-clips.advantage, clips.advantage)
             stats["cut"] = (advantage_C != gap_C).float()
+            if tokens.span_N is not None:
+                advantage_C = advantage_C.masked_fill(tokens.span_N[part] < 0, tokens.unscored)
             if tokens.bonus_N is not None:
                 advantage_C = advantage_C + tokens.bonus_N[part]
             if tokens.reference_logp_N is not None:

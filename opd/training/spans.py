@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,11 +20,12 @@ from opd.data.rollouts import MicroBatch, Rollout
 from opd.data.spans import Aligner, Unscored
 from opd.data.token_bytes import TokenBytes, check_student, check_teacher, longer_tokens
 from opd.errors import DataError
+from opd.models.distributed import global_sum
 from opd.objective import Longer
 from opd.objective.head import TokenStats, chunked_stats
-from opd.objective.losses import token_logp
+from opd.objective.losses import sum_over_spans, token_logp
 from opd.teachers import Teacher
-from opd.training.tokens import Means
+from opd.training.tokens import Means, Tokens
 
 PREFIX = "spans/"  # of the metrics
 MAX_UNSCORED, MAX_NOT_CANONICAL = 0.5, 0.2  # shares of a step's tokens
@@ -76,6 +78,21 @@ class Spans:
         is_last_M[:-1] = spans.row_M[1:] != spans.row_M[:-1]
         lookahead_N = torch.zeros_like(sum_N).index_copy_(0, spans.row_M[is_last_M], stats["lookahead"][is_last_M].double())
         return {"teacher_logp": (sum_N + with_previous(lookahead_N, spans.previous_N)).float()}
+
+
+def mean_advantage(tokens: Tokens, clip: float | None, accelerator: Accelerator) -> float:
+    """Return the mean advantage of the sampled tokens that the teacher scores, of all processes, in nats; 0 if it scores none. Collective.
+
+    It is the advantage of those that it does not score. Advantages are negative on average, so that with 0 the student would learn to
+    write what is not scored; between equally good distributions the mean is 0, and so is the difference. The log-probs of the sampler stand
+    in for the student's: a constant needs no more.
+    """
+    span_N = tokens.own("span")
+    advantage_N, _ = sum_over_spans(tokens.own("teacher_logp") - tokens.own("behaviour_logp"), span_N)
+    advantage_N = advantage_N if clip is None else advantage_N.clamp(-clip, clip)
+    count = global_sum(accelerator, int((span_N >= 0).sum()))
+    total = global_sum(accelerator, float(advantage_N.double().sum()))  # 0 where it is not scored
+    return total / count if count else 0.0
 
 
 def with_previous(lookahead_N: Tensor, previous_N: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ For every trained token, with log-probs in nats at `ppo.temperature`, which is t
 
 `behaviour_logp` is of the distribution that the token was drawn from, `old_logp` the trainer's before the update, `logp` its current one.
 The estimators `exact` and `topk` replace w s by a divergence between whole next-token distributions. With `teacher.alignment=spans` all
-tokens of a span (opd/data/spans.py) have the advantage A = sum of teacher_logp - sum of old_logp over the span, and others have A = 0.
+tokens of a span (opd/data/spans.py) have the advantage A = sum of teacher_logp - sum of old_logp over the span, and tokens that are not
+scored the mean of A over the others.
 
 With `teacher.contrast` the same teacher scores the tokens in a second view too, and the student's term leaves the advantage:
 
@@ -54,7 +55,7 @@ from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.teachers import LocalTeacher, Teacher
 from opd.training.control import SHUFFLED, constant_advantage
-from opd.training.spans import Spans
+from opd.training.spans import Spans, mean_advantage
 from opd.training.tokens import Slice, Tokens
 
 log = logging.getLogger(__name__)
@@ -203,6 +204,8 @@ class Step:
         Returns:
             None, or why no step was taken; weights and optimizer are then unchanged.
         """
+        if self.spans is not None:
+            tokens.unscored = mean_advantage(tokens, self.config.ppo.advantage_clip, self.strategy.accelerator)
         weight_R, own = self.token_weights(tokens.rollouts)
         total = global_sum(self.strategy.accelerator, own)
         compute = self.sharded_gradients if self.strategy.is_sharded else self.local_gradients
@@ -334,10 +337,11 @@ class Step:
         """Return what `Sampled` says of a micro-batch's spans."""
         if self.spans is None or part.batch.spans is None:
             return {}
-        facts: dict[str, Any] = {"span_N": tokens.columns["span"][part.rows], "previous_N": part.batch.spans.previous_N}
+        span_N, previous_N = tokens.columns["span"][part.rows], part.batch.spans.previous_N
+        facts: dict[str, Any] = {"span_N": span_N, "unscored": tokens.unscored, "previous_N": previous_N}
         if self.spans.longer is None:
             return facts
-        known_N = tokens.columns["lookahead"][part.rows] if tokens.inner else torch.zeros(len(facts["span_N"]), device=self.device)
+        known_N = tokens.columns["lookahead"][part.rows] if tokens.inner else torch.zeros(len(span_N), device=self.device)
         return {**facts, "longer": self.spans.longer, "lookahead_N": known_N}
 
     def apply(self, tokens: Tokens, loss_sum: float, is_empty: bool) -> NotFinite | None:

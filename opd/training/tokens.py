@@ -85,6 +85,7 @@ class Tokens:
         bonus_R: Task reward added to the advantages of each rollout's tokens, or None.
         means: Metrics so far.
         inner: Inner steps done.
+        unscored: The advantage of tokens that a teacher with another tokenizer does not score.
         is_detailed: Whether to measure the overlap with a local teacher, which takes its whole distributions.
         seconds: Time spent so far, by kind of work.
         slices: The micro-batches; made again after a resume, or when memory ran out.
@@ -96,6 +97,7 @@ class Tokens:
     bonus_R: Tensor | None = None
     means: Means = field(default_factory=Means)
     inner: int = 0
+    unscored: float = 0.0
     is_detailed: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("sample", "wait", "score", "update"), 0.0))
     slices: list[Slice] = field(default_factory=list)
