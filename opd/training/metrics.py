@@ -179,6 +179,18 @@ def rollout_records(
     return [record(tokenizer, tokens, index, weights[index], alternatives.get(index)) for index in range(min(count, len(tokens.rollouts)))]
 
 
+def of_spans(columns: Mapping[str, Tensor], following: Sequence[int]) -> list[float | None]:
+    """Return the teacher's log-prob of each span at its last token, so that the difference to the student's is the span's advantage."""
+    logp, kl = columns["logp"].tolist(), columns["reverse_kl"].tolist()
+    values: list[float | None] = [None] * len(following)
+    start = 0
+    for index, count in enumerate(following):
+        if count == 0:
+            values[index] = round(sum(logp[start : index + 1]) - sum(kl[start : index + 1]), 5)
+        start = index + 1 if count <= 0 else start
+    return values
+
+
 def record(
     tokenizer: PreTrainedTokenizerBase, tokens: Tokens, index: int, weight: float, alternatives: tuple[Tensor, Tensor] | None
 ) -> dict[str, Any]:
@@ -199,7 +211,7 @@ def record(
     if "span" in columns:
         following = columns["span"].tolist()
         spans["span"] = spread(following)
-        teacher_logp = [logp if count == 0 else None for logp, count in zip(teacher_logp, following, strict=True)]
+        teacher_logp = of_spans(columns, following)
     flags = {name: columns[name].bool().tolist() if name in columns else None for name in ("clipped", "cut")}
     choices = None
     if alternatives is not None:
