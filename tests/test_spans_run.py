@@ -306,6 +306,20 @@ def test_a_stranger_teaches_through_every_verb(stranger: Path, sums: str, tmp_pa
     assert "teacher.alignment=spans" in capfd.readouterr().err
 
 
+def test_a_stranger_teaches_with_given_completions_an_anchor_and_several_datasets(
+    stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mix = ["data.mix.one.weight=1", "data.mix.two.weight=1", "data.completion=answer", "train.given_share=0.5", "ppo.reference_coef=0.1"]
+    assert (
+        main([*SPANS, *sums.split(), *mix, f"teacher.path={stranger}", "train.max_steps=2", "eval.limit=2", "eval.steps=0", "name=run"])
+        == 0
+    )
+    for line in logged(Path("runs/run")):
+        assert line["given/nll"] > 0 and line["spans/tokens"] >= 1 and "reference_kl" in line
+        assert line["data/one/reverse_kl"] != line["data/two/reverse_kl"]
+
+
 def test_a_served_teacher_with_other_tokens_scores_like_the_local_one(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     words = (*SPANS, *sums.split(), f"teacher.path={stranger}", "train.max_steps=2", "eval.limit=4", "ppo.temperature=1", "eval.steps=0")

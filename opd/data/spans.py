@@ -112,7 +112,7 @@ class Aligner:
         return Alignment(teacher_ids, tuple(spans))
 
     def is_control(self, token: int) -> bool:
-        return token in self.eos or token == self.end or self.student.piece(token) is None
+        return self.student.piece(token) is None or token in self.eos or token == self.end
 
     def align_text(self, ids: Sequence[int], is_cut_off: bool) -> tuple[tuple[int, ...], list[Span]]:
         """Return the teacher's ids of tokens that are all text, and the spans up to the last boundary that both have."""

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -137,13 +137,10 @@ class TokenBytes:
         return [(own or self.encode(text)).ends for own, text in zip_longest(found, texts)]
 
     def by_bytes(self, ids: Sequence[int], wanted: bytes) -> Encoded | None:
-        if self.spelled(ids) != wanted:
+        pieces = [self.pieces[index] or b"" for index in ids]
+        if b"".join(pieces) != wanted or None in map(self.pieces.__getitem__, ids):
             return None
-        ends, end = [], 0
-        for index in ids:
-            end += len(self.piece(index) or b"")
-            ends.append(end)
-        return Encoded(tuple(ids), tuple(ends))
+        return Encoded(tuple(ids), tuple(accumulate(map(len, pieces))))
 
     def behind_anchors(self, text: str) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Yield ids and offsets of the text behind other ones, which are cut off again: some tokenizers put a space before a text."""

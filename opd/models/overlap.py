@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.data.prompts import turn_end
 from opd.errors import ConfigError
 
-REMEDY = "scoring needs the same ids: set teacher.path to a model of the student's family"
+REMEDY = "set teacher.alignment=spans, with which the teacher reads the text in its own tokens, or another teacher.path"
 SHOWN = 3  # tokens that a message names
 
 
