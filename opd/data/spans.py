@@ -14,7 +14,7 @@ from enum import Enum
 from opd.data.token_bytes import NO_BOUNDARY, Encoded, TokenBytes
 
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # how Python's surrogateescape writes a byte that is not UTF-8
-LAST_WORD = 16  # bytes
+LAST_WORD = 6  # bytes
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
