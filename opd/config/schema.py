@@ -251,6 +251,7 @@ class TeacherConfig(ModelConfig):
     ema: float = bounded(0.99, above=0, below=1, hint="0.99 averages about the last 100 steps")
     url: Any = None
     timeout: float = bounded(600.0, above=0, hint="seconds")
+    canary_every: int = bounded(10, at_least=0, hint="steps; 0: only before each checkpoint")
     system: str | None = None
     prompt: str | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from opd.config.schema import naming_teacher
 from opd.data.rollouts import Inputs, Rollout
 from opd.objective import TeacherStates, TeacherTop
 from opd.objective.head import TokenStats
-from opd.teachers.base import Teacher
+from opd.teachers.base import Scored, Teacher
 
 
 class SeveralTeachers:
@@ -50,6 +50,13 @@ class SeveralTeachers:
         for label, teacher in self.teachers.items():
             with naming_teacher(label):
                 teacher.check()
+
+    def check_scores(self, scored: Sequence[Scored]) -> None:
+        for label, teacher in self.teachers.items():
+            own = [one for one in scored if one.rollout.request.prompt.teacher == label]
+            with naming_teacher(label):
+                if own:
+                    teacher.check_scores(own)
 
     def active(self) -> AbstractContextManager[None]:
         return self.each(lambda teacher: teacher.active())

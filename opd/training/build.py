@@ -57,7 +57,6 @@ from opd.teachers import (
     ServedTeacher,
     Teacher,
     as_one,
-    check_weights,
     loading_device,
     place,
     starting_module,
@@ -66,7 +65,7 @@ from opd.teachers import (
 from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, digest, identity
-from opd.training.loop import Trainer
+from opd.training.loop import COMPARED, Trainer
 from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
 
@@ -205,7 +204,7 @@ def build(
         if teacher_models[label] is None:
             seen = [prompt for prompt in (*train_prompts, *eval_prompts) if prompt.teacher == label]
             with naming_teacher(label):
-                connected[label] = connect_teacher(part, accelerator, tokenizer, student, vocabulary, seen, choices, label, overlap)
+                connected[label] = connect_teacher(part, accelerator, tokenizer, vocabulary, seen, choices, label, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, local.get(""), bf16, decodes_in)
     speed = replace(speed, teachers={label: product_parameters(model) for label, model in local.items() if label})
@@ -344,14 +343,13 @@ def connect_teacher(
     config: Config,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    student: PreTrainedModel,
     vocabulary: int,
     prompts: Sequence[Prompt],
     choices: dict[str, Any],
     label: str,
     overlap: Overlap | None = None,
 ) -> ServedTeacher:
-    """Connect to a served teacher, before the student is sharded.
+    """Connect to a served teacher.
 
     Its scores of its first prompts are in `choices`, and have to be the same when the run is resumed.
     """
@@ -371,10 +369,11 @@ def connect_teacher(
         overlap,
     )
     name = f"canary of {label}" if label else "canary"
-    teacher.reference = [] if config.resume_force else choices.get(name, [])
+    if config.resume_force:  # which accepts another teacher
+        choices.pop(name, None)
+        choices.pop(COMPARED, None)
+    teacher.reference = choices.get(name, [])
     on_main_process(accelerator, teacher.check)
-    if name not in choices:
-        on_main_process(accelerator, lambda: check_weights(teacher, config.teacher, student, vocabulary))
     choices[name] = teacher.reference
     return teacher
 
