@@ -13,6 +13,7 @@ import torch
 from conftest import random_model
 from fake_vllm import ScoringServer, running
 from hypothesis import given, settings
+from test_config import compose
 from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, rollout_lists, rollout_of, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +21,7 @@ from opd import signals
 from opd.config.compose import PACKAGE
 from opd.config.schema import TeacherConfig
 from opd.data.rollouts import collate
+from opd.doctor import Status, examine
 from opd.errors import ENGINE, EngineError, Preempted, TeacherError
 from opd.objective import forward_kl, reverse_kl, topk
 from opd.teachers import LocalTeacher, Scored, ServedTeacher, contract, served
@@ -523,3 +525,12 @@ def test_runs_equal_the_local_ones_wait_stop_with_76_and_resume_bitwise(bundled,
         resumed = tensors(Path("runs/away"))
         assert all(torch.equal(resumed[name], first[name]) for name in first)
     assert Path("runs/away/report.html").exists()
+
+
+def test_doctor_finds_a_server_with_another_model_than_teacher_path(bundled):
+    student = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-student", dtype=torch.float32).eval()
+    for model, is_ready in ((bundled[0], True), (student, False)):
+        with running(ScoringServer(model, bundled[1])) as fake:
+            report = examine(compose(*DEBUG, f"teacher.url={fake.url}"), prompts=0)
+        failed = [finding.what for finding in report.findings if finding.status is Status.fail]
+        assert report.ready is is_ready and all("teacher.path=bundled:tiny-teacher" in what for what in failed), failed

@@ -28,7 +28,7 @@ from opd.data.order import Order, take
 from opd.data.prompts import Prompt, first_of_each, labelled
 from opd.data.rollouts import Rollout, micro_batches
 from opd.doctor import examine
-from opd.errors import OK, USAGE, ConfigError, DataError, TeacherError
+from opd.errors import OK, USAGE, ConfigError, DataError, EngineError, TeacherError
 from opd.evaluation.sample_score import load_pair
 from opd.models.memory import estimate
 from opd.report import render_report
@@ -38,7 +38,7 @@ from opd.train import main
 from opd.training.build import Given, build, load_prompts
 from opd.training.checkpoint import Checkpoints
 from opd.training.identity import check_same, differences
-from opd.training.loop import Trainer
+from opd.training.loop import COMPARED, Trainer
 from opd.training.tokens import Tokens
 
 TEACHER = "bundled:tiny-teacher"
@@ -305,7 +305,17 @@ def test_one_of_the_teachers_may_be_served_and_its_errors_name_it(tmp_path):
     with running(ScoringServer(models[1], Tokenizer())) as fake:
         remote = ServedTeacher(TeacherConfig(url=fake.url, timeout=5.0), Tokenizer(), VOCABULARY, 40, [1, 5, 9])
         trainer.scoring.teacher = as_one({"": LocalTeacher(models[0], VOCABULARY), "a": remote})
-        torch.testing.assert_close(trainer.begin_step().columns["teacher_logp"], local, atol=1e-4, rtol=0)
+        tokens = trainer.begin_step()
+        torch.testing.assert_close(tokens.columns["teacher_logp"], local, atol=1e-4, rtol=0)
+
+        tokens.columns["logp"], trainer.canaries = tokens.columns["behaviour_logp"], {"a": 10}
+        tokens.columns["teacher_logp"][:10] = 0.0  # those of the other teacher, which nobody checks
+        trainer.check_scores(tokens)
+        tokens.columns["teacher_logp"][10:] = 0.0
+        trainer.check_scores(tokens)  # once a run
+        del trainer.scoring.choices[COMPARED]
+        with pytest.raises(EngineError, match=r"^teachers\.a\.url: two scorings"):
+            trainer.check_scores(tokens)
         fake.fault = lambda handler, body, answer: handler.reply({})
         with pytest.raises(TeacherError, match=r"^teachers\.a\.url="):
             trainer.begin_step()
