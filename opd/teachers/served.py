@@ -167,7 +167,7 @@ class ServedTeacher:
         sequences = [sequence for one in scored for sequence in unpack(collate([one.rollout], [0], pad_id=0).teacher_inputs)]
         again = self.score([ids for ids, _ in sequences[::-1]], k=0)[::-1]  # in another order, which must not matter
         second = [own.logp[position] for own, (_, positions) in zip(again, sequences, strict=True) for position in positions]
-        check_spread([value for one in scored for value in one.teacher_logp], second)
+        check_spread(scored, second)
         check_weights(self.config, scored)
 
     def check(self) -> None:

@@ -23,7 +23,7 @@ Answer = dict[str, Any]
 
 FAULTY_FROM = 4  # steps done
 SHORT = 8  # tokens, of a server whose limit is too low
-NOISE = 0.3  # nats, of one that never gives the same scores
+NOISE = 4.0  # nats, of one that never gives the same scores
 WRONG = Path("wrong.txt")  # in the folder of all tries: while it exists, the server is wrong in the way that it names
 
 
