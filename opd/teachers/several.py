@@ -4,8 +4,8 @@ A micro-batch has one teacher, and all micro-batches of a teacher follow each ot
 device in turn.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -59,17 +59,13 @@ class SeveralTeachers:
                     teacher.check_scores(own)
 
     def active(self) -> AbstractContextManager[None]:
-        return self.each(lambda teacher: teacher.active())
-
-    def ready(self) -> AbstractContextManager[None]:
-        return self.each(lambda teacher: teacher.ready())
+        return nullcontext()  # one by one, when they score or their samplers sample: of two that are the student one may need its adapters
 
     @contextmanager
-    def each(self, context: Callable[[Teacher], AbstractContextManager[None]]) -> Iterator[None]:
-        """Enter a context of every teacher, in the same order in all processes."""
+    def ready(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for teacher in self.teachers.values():
-                stack.enter_context(context(teacher))
+            for teacher in self.teachers.values():  # in the same order in all processes
+                stack.enter_context(teacher.ready())
             yield
 
 

@@ -146,12 +146,16 @@ def build(
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
     teacher_models: dict[str, PreTrainedModel | None] = {}
+    own_models: dict[tuple[TeacherWeights, bool], PreTrainedModel] = {}
     average = None
     for label, part in parts.items():
         with naming_teacher(label):
             if part.teaches_itself:
-                teacher_models[label] = own_model = teaching_module(part, student, sharded)
-                if part.teacher_weights is TeacherWeights.ema:  # of `teacher` alone: others have no `weights`
+                whose = (part.teacher_weights, part.names_weights)  # teachers that differ in what they read share a module
+                if whose not in own_models:
+                    own_models[whose] = teaching_module(part, student, sharded)
+                teacher_models[label] = own_model = own_models[whose]
+                if part.teacher_weights is TeacherWeights.ema:  # of `teacher` alone
                     average = MovingAverage(own_model, trained_tensors(student, masters), part.teacher.ema)
             else:
                 teacher_models[label] = None if part.teacher.url is not None else build_teacher(part, given, accelerator)
@@ -294,7 +298,7 @@ def build(
     differences += warnings
     served_teachers = "; ".join(f"{served.name} at {', '.join(parts[label].teacher.urls)}" for label, served in connected.items())
     eos = tuple(sorted({*eos, *own_eos}))  # an end that is masked here may still be written by the trained model
-    teacher_sampler = of_teachers(teacher_samplers)
+    teacher_sampler = of_teachers(teacher_samplers, teachers)
     return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, served_teachers)
 
 
