@@ -503,7 +503,7 @@ def test_runs_equal_the_local_ones_wait_stop_with_76_and_resume_bitwise(bundled,
     bundled[1].save_pretrained(folder)
     assert main([*DEBUG, "name=local"]) == 0
     with running(ScoringServer(*bundled)) as fake:
-        remote = (*DEBUG, f"teacher.path={folder}", f"teacher.url={fake.url}", "teacher.timeout=3")
+        remote = (*DEBUG, f"teacher.path={folder}", f"teacher.url={fake.url}", "teacher.timeout=1.5")
         assert main([*remote, "name=served"]) == 0
         assert "scored at temperature 1" in capsys.readouterr().out
         summary = json.loads(Path("runs/served/summary.json").read_text())

@@ -59,7 +59,7 @@ class Teacher(Protocol):
         ...
 
     def check_scores(self, scored: Sequence[Scored]) -> None:
-        """Raise `EngineError` where it gives other scores of the run's first batch a second time, or than its weights. In the main process only."""
+        """Raise `EngineError` where a second try, or its weights, score the run's first batch otherwise. In the main process only."""
         ...
 
     def ready(self) -> AbstractContextManager[None]:
