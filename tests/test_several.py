@@ -554,7 +554,7 @@ def test_one_student_learns_two_tasks_from_two_teachers_and_not_from_one(tmp_pat
 
 
 class Expecting:
-    """A teacher that remembers what it is to score."""
+    """A teacher that records the rollouts that it is told to expect."""
 
     def expect(self, rollouts):
         self.expected = [rollout.request.prompt.sample_id for rollout in rollouts]
