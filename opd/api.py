@@ -13,7 +13,7 @@ from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import to_config
-from opd.config.schema import Config, Quantization, TeacherWeights, removed
+from opd.config.schema import Config, Quantization, TeacherWeights, of_teacher, removed
 from opd.data.prompts import extract_answers
 from opd.data.rewards import best
 from opd.data.views import columns_of
@@ -152,11 +152,11 @@ class OnPolicyDistillationTrainer:
                 model = replace(config.model, path=final, revision=None, gguf_file=None)
                 # Adapters are merged in it.
                 config = replace(config, model=replace(model, adapter=None, quantization=Quantization.none))
-            for part in config.parts_by_teacher.values():
+            for label, part in config.parts_by_teacher.items():
                 was_made = part.teacher_weights in (TeacherWeights.base, TeacherWeights.ema)
                 if was_made and (self.output_dir / FINAL).is_dir():
                     remedy = f"the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
-                    raise ConfigError(f"{part.weights_option}: {remedy}")
+                    raise ConfigError(f"{of_teacher(label)(part.weights_option)}: {remedy}")
             return runner.evaluate(config, Path(folder), given)
 
     @property

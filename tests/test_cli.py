@@ -164,7 +164,7 @@ MISTAKES = [
     ("experiment=tny", 64, "did you mean tiny"),
     ("modle=qwen05b", 64, "did you mean model?"),
     ("optim.learning_rate=1", 64, "did you mean optim.lr?"),
-    ("optim.rate=1", 64, "optim has lr, weight_decay"),
+    ("optim.rate=1", 64, "optim has name, lr, weight_decay"),
     ("temperature=1", 64, "did you mean sampling.temperature or ppo.temperature or eval.temperature?"),
     ("learning_rate=3", 64, "did you mean optim.lr?"),
     ("data.mix={a:{weight:-1}}", 64, "data.mix.a.weight=-1"),

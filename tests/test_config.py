@@ -187,6 +187,7 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         (["teacher.placement=offload", "teacher.quantization=nf4"], "teacher.quantization=nf4", "teacher.placement=same"),
         (["teacher.url=localhost:8000"], "teacher.url='localhost:8000'", "http://127.0.0.1:8000"),
         (["teacher.url=[http://a:1,b]"], "teacher.url=['http://a:1', 'b']", "http://127.0.0.1:8000"),
+        (["teacher.canary_every=-1"], "teacher.canary_every=-1", "0: only before each checkpoint"),
         (["teacher.url=[]"], "teacher.url=[]", "null for a local teacher"),
         ([URL, "teacher.quantization=nf4"], QUOTED, "teacher.quantization=none"),
         ([URL, "teacher.placement=offload"], QUOTED, "teacher.placement=same"),

@@ -142,12 +142,12 @@ FSDP2 = [*("accelerate", "launch", "--main_process_port", "0", "--config_file", 
 FAULTS = """
 import os, sys, torch
 from opd import train
-from opd.teachers import LocalTeacher
 from opd.training.loop import Trainer
+from opd.training.step import Step
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 calls = {"forward": 0, "step": 0}
-forward, logp, begin_step = Qwen2MLP.forward, LocalTeacher.logp, Trainer.begin_step
+forward, scores, begin_step = Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step
 
 def failing_forward(self, hidden):
     out = forward(self, hidden)
@@ -162,15 +162,15 @@ def failing_forward(self, hidden):
 def fail(gradient):
     raise torch.OutOfMemoryError("made up, backward")
 
-def non_finite_logp(self, inputs, ids_N, temperature):
+def non_finite_scores(self, part):
     bad = os.environ["RANK"] == "0" and calls["step"] == 2
-    return logp(self, inputs, ids_N, temperature) * (float("nan") if bad else 1.0)
+    return {name: logp * (float("nan") if bad else 1.0) for name, logp in scores(self, part).items()}
 
 def counting_begin_step(self):
     calls["step"] = self.step
     return begin_step(self)
 
-Qwen2MLP.forward, LocalTeacher.logp, Trainer.begin_step = failing_forward, non_finite_logp, counting_begin_step
+Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step = failing_forward, non_finite_scores, counting_begin_step
 sys.exit(train.main())
 """
 
@@ -239,12 +239,12 @@ def test_fsdp2_run_out_of_memory_in_one_process_ends_and_resumes_with_smaller_mi
 NON_FINITE = """
 import os, sys, torch
 from opd import train
-from opd.teachers import LocalTeacher
 from opd.training.loop import Trainer
+from opd.training.step import Step
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 now = {"step": 0}
-forward, logp, begin_step = Qwen2MLP.forward, LocalTeacher.logp, Trainer.begin_step
+forward, scores, begin_step = Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step
 
 def non_finite_gradient(self, hidden):
     out = forward(self, hidden)
@@ -252,15 +252,15 @@ def non_finite_gradient(self, hidden):
         out.register_hook(lambda gradient: gradient * float("inf"))
     return out
 
-def non_finite_logp(self, inputs, ids_N, temperature):
+def non_finite_scores(self, part):
     bad = os.environ["RANK"] == "0" and now["step"] == 2
-    return logp(self, inputs, ids_N, temperature) * (float("inf") if bad else 1.0)
+    return {name: logp * (float("inf") if bad else 1.0) for name, logp in scores(self, part).items()}
 
 def counting_begin_step(self):
     now["step"] = self.step
     return begin_step(self)
 
-Qwen2MLP.forward, LocalTeacher.logp, Trainer.begin_step = non_finite_gradient, non_finite_logp, counting_begin_step
+Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step = non_finite_gradient, non_finite_scores, counting_begin_step
 sys.exit(train.main())
 """
 

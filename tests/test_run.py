@@ -272,17 +272,17 @@ def test_other_objectives_and_bf16_run(tmp_path, monkeypatch, options):
 
 
 def test_non_finite_step_is_skipped_and_logged_as_null(tmp_path, monkeypatch):
-    from opd.teachers import LocalTeacher
+    from opd.training.step import Step
 
     monkeypatch.chdir(tmp_path)
     calls = []
-    original = LocalTeacher.logp
+    original = Step.teacher_scores
 
-    def logp(self, inputs, ids_N, temperature):
+    def scores(self, part):
         calls.append(1)
-        return original(self, inputs, ids_N, temperature) * (float("nan") if len(calls) == 2 else 1.0)
+        return {name: logp * (float("nan") if len(calls) == 2 else 1.0) for name, logp in original(self, part).items()}
 
-    monkeypatch.setattr(LocalTeacher, "logp", logp)
+    monkeypatch.setattr(Step, "teacher_scores", scores)
     assert main([*DEBUG, "name=run", "train.max_steps=3", "ppo.steps=1"]) == 0
     metrics = lines(tmp_path / "runs" / "run" / "metrics.jsonl")
     assert [line["optim/skipped"] for line in metrics] == [0, 1, 0]

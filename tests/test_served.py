@@ -13,6 +13,7 @@ import torch
 from conftest import random_model
 from fake_vllm import ScoringServer, running
 from hypothesis import given, settings
+from test_config import compose
 from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, rollout_lists, rollout_of, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,9 +21,10 @@ from opd import signals
 from opd.config.compose import PACKAGE
 from opd.config.schema import TeacherConfig
 from opd.data.rollouts import collate
+from opd.doctor import Status, examine
 from opd.errors import ENGINE, EngineError, Preempted, TeacherError
 from opd.objective import forward_kl, reverse_kl, topk
-from opd.teachers import LocalTeacher, ServedTeacher, check_weights, served
+from opd.teachers import LocalTeacher, Scored, ServedTeacher, contract, served
 from opd.train import main
 
 ASSETS = PACKAGE / "assets"
@@ -281,19 +283,40 @@ def test_servers_with_different_models_are_refused(connect, server, model):
             connect(server.url, second.url)
 
 
-def test_scores_that_change_from_one_request_to_the_next_are_refused_with_the_figure(connect, server):
-    teacher, batch = connect(), collate([rollout_of((3, 4), (5, 6, 1))], [0], pad_id=0)
-    noise = iter(range(1000))
+def scored_by(logp_of, student, rollouts) -> list[Scored]:
+    """Return rollouts with the log-probs of a teacher and a student, each a function of a micro-batch."""
+    batches = [collate([rollout], [0], pad_id=0) for rollout in rollouts]
+    return [Scored(rollout, logp_of(batch).tolist(), student(batch).tolist()) for rollout, batch in zip(rollouts, batches, strict=True)]
+
+
+def logp_of(teacher):
+    return lambda batch: teacher.logp(batch.teacher_inputs, batch.ids_N, 1.0)
+
+
+ROLLOUTS = [rollout_of((3, 4), (5, 6, 1)), rollout_of((7, 2, 9), (8, 30, 21, 1), mask=(True, False, True, True)), rollout_of((7,), (2, 1))]
+
+
+def add_noise(server, size):
+    """Let every second scoring be lower by `size` nats."""
+    number = iter(range(1000))
 
     def noisy(handler, body, answer):
+        shift = size * (next(number) % 2)
         for entry in answer["choices"][0]["prompt_logprobs"][1:]:
             for value in entry.values():
-                value["logprob"] -= 0.2 * next(noise)
+                value["logprob"] -= shift
         handler.reply(answer)
 
     server.fault = noisy
-    with pytest.raises(EngineError, match=r"differ by [\d.]+ nats per token"):
-        teacher.logp(batch.teacher_inputs, batch.ids_N, 1.0)
+
+
+def test_scores_that_change_from_one_request_to_the_next_are_refused_with_the_figure(connect, server):
+    teacher, student = connect(), LocalTeacher(random_model(60, seed=5, hidden=24), 60)
+    add_noise(server, 0.09)  # as two servers may in bf16
+    teacher.check_scores(scored_by(logp_of(teacher), logp_of(student), ROLLOUTS))
+    add_noise(server, 9)  # of three texts that are scored twice, at least one differs
+    with pytest.raises(EngineError, match=r"differ by [\d.]+ nats per token, and the teacher from the student by [\d.]+"):
+        teacher.check_scores(scored_by(logp_of(teacher), logp_of(student), ROLLOUTS))
 
 
 def test_the_canary_finds_another_model_and_a_uniform_one(connect, server, model):
@@ -305,26 +328,46 @@ def test_the_canary_finds_another_model_and_a_uniform_one(connect, server, model
     with pytest.raises(EngineError, match="nats per token from those at the start") as caught:
         teacher.check()
     assert type(caught.value) is EngineError  # not saved
+    connect().check()  # for a run that begins now it is the right one
     with torch.no_grad():
-        server.model.lm_head.weight.zero_()
-    with pytest.raises(EngineError, match="uniform"):
-        teacher.check()
+        server.model.lm_head.weight.mul_(0.1)
+    with pytest.raises(EngineError, match=r"uniform, with an entropy of at least [\d.]+ of 4\.09 nats"):
+        connect().check()
 
 
-def test_a_server_with_another_model_than_the_weights_at_teacher_path_is_refused(connect, server, model, tmp_path):
+def test_scores_of_the_first_batch_that_are_not_those_of_the_weights_at_teacher_path_are_refused_with_the_figure(server, model, tmp_path):
     model.save_pretrained(tmp_path)
-    teacher, student = connect(path=str(tmp_path)), random_model(60, seed=5, hidden=24)
-    config = TeacherConfig(path=str(tmp_path), url=server.url)
-    teacher.check()
-    check_weights(teacher, config, student, 60)
-    with torch.no_grad():  # no canary of before can tell
-        server.model.lm_head.weight += 0.3 * torch.randn(server.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
-    teacher.reference = []
-    teacher.check()
-    with pytest.raises(EngineError, match=r"nats per token from those of the weights at teacher\.path"):
-        check_weights(teacher, config, student, 60)
+    config, student = TeacherConfig(path=str(tmp_path), url=server.url), random_model(60, seed=5, hidden=24)
+    teacher = ServedTeacher(config, Tokenizer(), 60, 40, [1, 5, 9])
+    student_logp = logp_of(LocalTeacher(student, 60))
+
+    def check():
+        teacher.check_scores(scored_by(logp_of(teacher), student_logp, ROLLOUTS))
+
+    check()
+    for wrong in (random_model(60, seed=7, hidden=24), student):  # of the second the distance to the student is all there is
+        server.model = wrong
+        with pytest.raises(EngineError, match=r"teacher\.path=.*, which are [\d.]+ from the student's"):
+            check()
     (tmp_path / "model.safetensors").unlink()
-    check_weights(teacher, config, student, 60)  # nothing to compare with
+    check()  # nothing to compare with
+
+
+def test_what_rounding_to_bf16_explains_is_not_another_model(server, model, tmp_path):
+    """However near the student is to its teacher."""
+    model.save_pretrained(tmp_path)
+    teacher = ServedTeacher(TeacherConfig(path=str(tmp_path), url=server.url), Tokenizer(), 60, 40, [1, 5, 9])
+    exact = logp_of(LocalTeacher(model, 60))
+    server.model = copy.deepcopy(model).bfloat16()
+    near = scored_by(logp_of(teacher), lambda batch: exact(batch) + 0.01, ROLLOUTS)
+    gap = torch.cat([torch.tensor(one.teacher_logp) - exact(collate([one.rollout], [0], pad_id=0)) for one in near]).abs().mean()
+    assert gap > contract.MAX_SHARE * 0.01
+    teacher.check_scores(near)
+    with torch.no_grad():  # small, but more than rounding
+        server.model = copy.deepcopy(model)
+        server.model.lm_head.weight += 0.05 * torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(EngineError, match="from themselves in bf16"):
+        teacher.check_scores(scored_by(logp_of(teacher), lambda batch: exact(batch) + 0.01, ROLLOUTS))
 
 
 def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
@@ -410,15 +453,32 @@ def test_a_step_scores_what_is_finished_while_it_samples_the_rest(make_served_tr
     assert events[:3] == ["sample", "score", "sample"] and not teacher.begun
 
 
-def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server):
-    trainer = make_served_trainer(small_server, every=1)
+@pytest.mark.parametrize(("every", "canary_every", "saved", "ended"), [(1, 0, 2, 3), (2, 0, 2, 4), (5, 2, None, 4)])
+def test_steps_with_another_teacher_are_not_saved(make_served_trainer, small_server, every, canary_every, saved, ended):
+    """The canary is due every `canary_every` steps, and before each checkpoint. After three steps the teacher is another one."""
+    trainer = make_served_trainer(small_server, every=every, train__max_steps=9, teacher__canary_every=canary_every)
     events = trainer.run()
     while trainer.step < 3:
         next(events)
     small_server.model = random_model(VOCABULARY, seed=3, hidden=24)
     with pytest.raises(EngineError, match="at the start of the run"):
         list(events)
-    assert trainer.step > trainer.checkpoints.newest().step == 2
+    newest = trainer.checkpoints.newest()
+    assert (trainer.step, newest and newest.step) == (ended, saved)
+
+
+def test_a_run_whose_first_batch_is_scored_wrong_saves_nothing(make_served_trainer, small_server, tmp_path):
+    random_model(VOCABULARY, seed=3, hidden=24).save_pretrained(tmp_path / "other")
+    trainer = make_served_trainer(small_server, every=1, teacher__path=str(tmp_path / "other"))
+    with pytest.raises(EngineError, match="of the weights at"):
+        list(trainer.run())
+    assert trainer.checkpoints.newest() is None
+    small_server.model.save_pretrained(tmp_path / "same")
+    trainer = make_served_trainer(small_server, "same", teacher__path=str(tmp_path / "same"))
+    calls = []
+    trainer.scoring.teacher.check_scores = calls.append
+    list(trainer.run())
+    assert len(calls) == 1 and len(calls[0]) == 6  # all completions of the first step, once
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -443,7 +503,7 @@ def test_runs_equal_the_local_ones_wait_stop_with_76_and_resume_bitwise(bundled,
     bundled[1].save_pretrained(folder)
     assert main([*DEBUG, "name=local"]) == 0
     with running(ScoringServer(*bundled)) as fake:
-        remote = (*DEBUG, f"teacher.path={folder}", f"teacher.url={fake.url}", "teacher.timeout=0.5")
+        remote = (*DEBUG, f"teacher.path={folder}", f"teacher.url={fake.url}", "teacher.timeout=1.5")
         assert main([*remote, "name=served"]) == 0
         assert "scored at temperature 1" in capsys.readouterr().out
         summary = json.loads(Path("runs/served/summary.json").read_text())
@@ -465,4 +525,14 @@ def test_runs_equal_the_local_ones_wait_stop_with_76_and_resume_bitwise(bundled,
         assert main([*remote, "name=away"]) == 0
         resumed = tensors(Path("runs/away"))
         assert all(torch.equal(resumed[name], first[name]) for name in first)
+        assert Path("runs/away/train.log").read_text().count("scored twice") == 1  # in the first step, not after the resume
     assert Path("runs/away/report.html").exists()
+
+
+def test_doctor_finds_a_server_with_another_model_than_teacher_path(bundled):
+    student = AutoModelForCausalLM.from_pretrained(ASSETS / "tiny-student", dtype=torch.float32).eval()
+    for model, is_ready in ((bundled[0], True), (student, False)):
+        with running(ScoringServer(model, bundled[1])) as fake:
+            report = examine(compose(*DEBUG, f"teacher.url={fake.url}"), prompts=0)
+        failed = [finding.what for finding in report.findings if finding.status is Status.fail]
+        assert report.ready is is_ready and all("teacher.path=bundled:tiny-teacher" in what for what in failed), failed

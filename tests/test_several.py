@@ -21,24 +21,26 @@ from training_helpers import VOCABULARY, FixedSampler, make_prompts, make_sample
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.api import from_options
+from opd.cli import main as cli
 from opd.config.compose import PACKAGE, to_dict
 from opd.config.schema import TeacherConfig
 from opd.data import arithmetic
 from opd.data.order import Order, take
 from opd.data.prompts import Prompt, first_of_each, labelled
-from opd.data.rollouts import Rollout, micro_batches
+from opd.data.rollouts import Rollout, collate, micro_batches
 from opd.doctor import examine
-from opd.errors import OK, USAGE, ConfigError, DataError, TeacherError
+from opd.errors import OK, USAGE, ConfigError, DataError, EngineError, TeacherError
 from opd.evaluation.sample_score import load_pair
 from opd.models.memory import estimate
 from opd.report import render_report
 from opd.runs.reader import open_run
+from opd.samplers import of_teachers
 from opd.teachers import LocalTeacher, ServedTeacher, as_one
 from opd.train import main
 from opd.training.build import Given, build, load_prompts
 from opd.training.checkpoint import Checkpoints
 from opd.training.identity import check_same, differences
-from opd.training.loop import Trainer
+from opd.training.loop import COMPARED, Trainer
 from opd.training.tokens import Tokens
 
 TEACHER = "bundled:tiny-teacher"
@@ -78,8 +80,11 @@ def mixed(**options):
         ({"train.given_share": 0.5}, "train.given_share=0.5: ", "data.completion=COLUMN"),
         ({"control": "shuffled"}, "control=shuffled: ", "teachers={}"),
         ({"control": "self"}, "control=self: ", "teachers={}"),
-        ({"teachers.add": {"path": "a", "weights": "ema"}}, "teachers.add.weights: ", "teacher.weights"),
-        ({"teachers.add": {"path": "a", "contrast": "x"}}, "teachers.add.contrast: ", "teacher.contrast"),
+        ({"teachers.add": {"path": "a", "weights": "ema"}}, "teachers.add.weights=ema: ", "teacher.weights"),
+        ({"teachers.add": {"weights": "base"}}, "teachers.add.weights=base: ", "teachers.add.prompt"),
+        ({"teachers.add": {"weights": "bse"}}, "teachers.add.weights=bse: ", "current"),
+        ({"teachers.add": {"weights": "current", "prompt": "x", "dtype": "float32"}}, "teachers.add.dtype=", "teachers.add.dtype=auto"),
+        ({"teachers.add": {"path": "a", "contrast": "x"}}, "teachers.add.contrast=x: ", "teacher.contrast"),
         ({"teacher.contrast": "x"}, "teacher.contrast='x': ", "teacher.contrast=null"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
@@ -305,7 +310,17 @@ def test_one_of_the_teachers_may_be_served_and_its_errors_name_it(tmp_path):
     with running(ScoringServer(models[1], Tokenizer())) as fake:
         remote = ServedTeacher(TeacherConfig(url=fake.url, timeout=5.0), Tokenizer(), VOCABULARY, 40, [1, 5, 9])
         trainer.scoring.teacher = as_one({"": LocalTeacher(models[0], VOCABULARY), "a": remote})
-        torch.testing.assert_close(trainer.begin_step().columns["teacher_logp"], local, atol=1e-4, rtol=0)
+        tokens = trainer.begin_step()
+        torch.testing.assert_close(tokens.columns["teacher_logp"], local, atol=1e-4, rtol=0)
+
+        tokens.columns["logp"], trainer.canaries = tokens.columns["behaviour_logp"], {"a": 10}
+        tokens.columns["teacher_logp"][:10] = 0.0  # those of the other teacher, which nobody checks
+        trainer.check_scores(tokens)
+        tokens.columns["teacher_logp"][10:] = 0.0
+        trainer.check_scores(tokens)  # once a run
+        del trainer.scoring.choices[COMPARED]
+        with pytest.raises(EngineError, match=r"^teachers\.a\.url: two scorings"):
+            trainer.check_scores(tokens)
         fake.fault = lambda handler, body, answer: handler.reply({})
         with pytest.raises(TeacherError, match=r"^teachers\.a\.url="):
             trainer.begin_step()
@@ -417,6 +432,73 @@ def test_the_doctor_and_the_memory_estimate_know_all_teachers_and_datasets(tmp_p
     assert estimate(mixed(), 1, cpu).resident["teacher"] == 2 * one
 
 
+def test_teachers_that_are_the_student_share_its_copy(tmp_path):
+    """Each scores with the weights that it names, and what it reads."""
+    views = {label: {"weights": weights, "system": label} for label, weights in (("a", "base"), ("b", "base"), ("c", "current"))}
+    write_rows(tmp_path)
+    mix = {label: {"source": "jsonl", "train_path": str(tmp_path / "add.jsonl")} for label in views}
+    options = {**ARITHMETIC, **MODELS, "device": "cpu", "model.dtype": "float32", "data.mix": mix, "teachers": views, "sampling.n": 1}
+    config = from_options({**options, "sampling.max_new_tokens": 4, "train.batch_size": 3})
+    trainer = build(config, Accelerator(cpu=True), Checkpoints(tmp_path, 1, False), Given(), ExitStack(), None).trainer
+    modules = {label: teacher.model for label, teacher in trainer.scoring.teacher.teachers.items()}
+    assert modules["a"] is modules["b"] is not trainer.student and modules["c"] is trainer.student
+    start = copy.deepcopy(trainer.student)
+    with torch.no_grad():
+        trainer.student.get_input_embeddings().weight *= 1.1
+    tokens = trainer.begin_step()
+    assert {rollout.request.prompt.teacher for rollout in tokens.rollouts} == {*views}
+    for index, rollout in enumerate(tokens.rollouts):
+        batch = collate([rollout], [0], pad_id=0)
+        scorer = trainer.student if rollout.request.prompt.teacher == "c" else start
+        expected = LocalTeacher(scorer, trainer.scoring.teacher.teachers["a"].vocabulary).logp(
+            batch.teacher_inputs, batch.ids_N, config.temperature
+        )
+        torch.testing.assert_close(tokens.of_rollout(index)["teacher_logp"], expected, atol=1e-5, rtol=0)
+        assert rollout.request.prompt.teacher_ids != rollout.request.prompt.ids
+    cpu, weights = torch.device("cpu"), sum(weight.numel() for weight in start.parameters()) * start.dtype.itemsize
+    assert estimate(config, 1, cpu).resident["teacher"] == pytest.approx(weights, rel=0.01)
+
+
+def test_each_teacher_is_active_while_its_own_prompts_are_answered():
+    """Of two that are the student, one without its adapters and one with them."""
+
+    class Adapters:
+        are_on = True
+
+        def disable_adapter_layers(self):
+            self.are_on = False
+
+        def enable_adapter_layers(self):
+            self.are_on = True
+
+    class Recorder(FixedSampler):
+        def sample(self, requests, *_):
+            seen.append((requests[0].prompt.teacher, adapters.are_on))
+            return self.rollouts
+
+    adapters, seen, rollouts = Adapters(), [], two_datasets()[:2]
+    models = {"": LocalTeacher(random_model(), VOCABULARY), "a": LocalTeacher(random_model(), VOCABULARY, adapters)}
+    sampler = of_teachers({label: Recorder(rollouts[:1]) for label in models}, models)
+    with as_one(models).active():
+        sampler.sample([rollout.request for rollout in rollouts], None, "evaluation")
+    assert sorted(seen) == [("", True), ("a", False)] and adapters.are_on
+
+
+def test_a_run_whose_student_teaches_one_of_the_datasets_is_evaluated_against_its_start(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path)
+    words = ["data=jsonl", "data.mix={add: {train_path: add.jsonl}, more: {train_path: more.jsonl}}", "optim.lr=1e-3"]
+    words += ["teachers.more.weights=base", "teachers.more.system='12'", "train.max_steps=1", "eval.limit=1", "eval.kl_prompts=2"]
+    assert main([*RUN[:-2], *words, "name=run"]) == OK
+    summary = json.loads(Path("runs/run/summary.json").read_text())["datasets"]
+    capfd.readouterr()
+    assert cli.main(["eval", "runs/run", "--json"]) == OK
+    tasks = json.loads(capfd.readouterr().out)["tasks"]
+    for label in ("add", "more"):
+        assert tasks[f"data.mix.{label}"]["models"]["model"]["kl"] == pytest.approx(summary[label]["eval_kl_after"], rel=1e-4)
+    assert "the student itself (base) (more)" in Path("runs/run/report.html").read_text()
+
+
 def test_a_text_of_no_dataset_needs_a_teacher_that_is_named():
     with pytest.raises(ConfigError, match=rf"^teachers: .*--teacher {TEACHER}"):
         load_pair(mixed(**{"teachers.add.path": TEACHER}))
@@ -472,7 +554,7 @@ def test_one_student_learns_two_tasks_from_two_teachers_and_not_from_one(tmp_pat
 
 
 class Expecting:
-    """A teacher that remembers what it is to score."""
+    """A teacher that records the rollouts that it is told to expect."""
 
     def expect(self, rollouts):
         self.expected = [rollout.request.prompt.sample_id for rollout in rollouts]

@@ -261,6 +261,7 @@ def random_llama(size: int) -> LlamaForCausalLM:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=size, max_position_embeddings=256, eos_token_id=1, pad_token_id=0, **shape))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    model.lm_head.weight.data *= 4  # a served teacher that is nearly uniform is refused
     return model
 
 

@@ -256,6 +256,7 @@ class TeacherConfig(ModelConfig):
     ema: float = bounded(0.99, above=0, below=1, hint="0.99 averages about the last 100 steps")
     url: Any = None
     timeout: float = bounded(600.0, above=0, hint="seconds")
+    canary_every: int = bounded(10, at_least=0, hint="steps; 0: only before each checkpoint")
     alignment: TokenAlignment = TokenAlignment.ids
     system: str | None = None
     prompt: str | None = None
@@ -610,10 +611,12 @@ class Config(Section):
             if label not in self.data.mix:
                 remedy = did_you_mean(label, self.data.mix) or "label a dataset with data.mix, or set teacher.path=… instead"
                 raise ConfigError(f"teachers.{label}: data.mix has no dataset of this label; {remedy}".strip())
-            for option in ("weights", "contrast") if isinstance(entry, dict) else ():
-                if entry.get(option) not in (None, "own", TeacherWeights.own):
-                    remedy = f"leave {label} out of teachers, and set teacher.{option} for all datasets that are left out"
-                    raise ConfigError(f"teachers.{label}.{option}: only applies to teacher: {remedy}")
+            values = entry if isinstance(entry, dict) else {}
+            is_average = values.get("weights") in ("ema", TeacherWeights.ema)
+            for option in ["weights"] * is_average + ["contrast"] * (values.get("contrast") is not None):
+                remedy = f"leave {label} out of teachers, and set teacher.{option} for all datasets that are left out"
+                shown = getattr(values[option], "value", values[option])
+                raise ConfigError(f"teachers.{label}.{option}={shown}: only applies to teacher: {remedy}")
         remedy = "subtracts the log-probs of one teacher: set teachers={}, or teacher.contrast=null"
         self.require("teacher.contrast", self.teacher.contrast is None or not self.teachers, remedy)
         if self.teacher.has_own_tokens:
@@ -793,8 +796,8 @@ class Config(Section):
         if label not in self.teachers:
             return self.teacher
         teacher = overlay(TeacherConfig, {}, self.teachers[label], f"teachers.{label}", TEACHER_OPTIONS)
-        if "path" not in self.teachers[label]:
-            raise ConfigError(f"teachers.{label}.path has no value; add teachers.{label}.path=PATH")
+        if "path" not in self.teachers[label] and teacher.weights is TeacherWeights.own:
+            raise ConfigError(f"teachers.{label}.path has no value; add teachers.{label}.path=PATH, or teachers.{label}.weights=base")
         return teacher
 
     def check_spans(self) -> None:

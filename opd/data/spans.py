@@ -148,7 +148,7 @@ class Aligner:
         """Return up to which byte the teacher's tokens are the same without the last student token.
 
         What one token changed at the end of the text, the next one might change again: that ends where the teacher's tokens are the same
-        without it, and before the last word and the white space around it (for text without white space: `LAST_WORD` bytes).
+        without it, and before the last word, of which at most `LAST_WORD` bytes count, and the white space around it.
         """
         before = self.teacher.encode(read_bytes(b"".join(pieces[:-1]))[0]).ids
         pairs = enumerate(zip(before, theirs.ids[:-1], strict=False))

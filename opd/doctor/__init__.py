@@ -141,6 +141,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.add(*tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
         step = first_step.trial_step(trainer)
+        trainer.check_scores(step.tokens)
         rate = sum(len(rollout.trained) for rollout in step.rollouts) / sum(step.seconds.values())
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, "tokens_per_second": rate, **step.metrics}
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)

@@ -17,6 +17,7 @@ from opd.runs.reader import is_run, open_run
 from opd.training.checkpoint import Checkpoints, verify
 
 NONE = "none"
+FILES = tuple(item.name for item in fields(ModelConfig))
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,12 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         own = replace(config.teacher, **options, weights=TeacherWeights.own, url=None)
         config = replace(config, control=Control.none, teacher=own, teachers={})
     average = None
+    entries = dict(config.teachers)
+    for label, part in config.parts_by_teacher.items():
+        if label and part.names_weights:
+            own = student_as_teacher(part, before)
+            entries[label] = {**entries[label], **{name: getattr(own, name) for name in FILES}, "weights": own.weights}
+    config = replace(config, teachers=entries)
     if config.names_weights:
         is_average = config.teacher.weights is TeacherWeights.ema
         average = newest_average(run) if run is not None and is_average else None
@@ -86,7 +93,7 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
 def student_as_teacher(config: Config, before: ModelConfig | None) -> TeacherConfig:
     """Return, as a model to load, the teacher of a run whose student is its own teacher. `before`: the student before training."""
     student = config.model if before is None or config.teacher.weights is TeacherWeights.current else before
-    files = {item.name: getattr(student, item.name) for item in fields(ModelConfig)}
+    files = {name: getattr(student, name) for name in FILES}
     return replace(config.teacher, **files, weights=TeacherWeights.own)
 
 

@@ -128,10 +128,9 @@ def estimate(
         student.requires_grad_(False)
         add_adapters(student, lora_options(config))
     trained, weights = trained_bytes(student), weight_bytes(student, bf16) + quantized
-    copied = 0
-    for part, _ in teachers:
-        turns_off = part.starts_at_base or (part.lora.rank > 0 and not part.names_weights)
-        copied += copy_bytes(part.teacher_weights, turns_off, trained, weights, bf16, sharded)
+    # Teachers that are the student share a copy.
+    kinds = {(part.teacher_weights, part.starts_at_base or (part.lora.rank > 0 and not part.names_weights)) for part, _ in teachers}
+    copied = sum(copy_bytes(*kind, trained, weights, bf16, sharded) for kind in kinds)
     anchor = copy_bytes(START, config.starts_at_base, trained, weights, bf16, sharded)
     is_anchored = config.ppo.reference_coef > 0 and not any(part.teacher_is_start for part, _ in teachers)
     if bf16 and not sharded:

@@ -70,7 +70,11 @@ def heading(runs: Sequence[Run]) -> str:
         }
         data = run.config.get("data") or {}
         if labels := sorted(data.get("mix") or {}):
-            own = {label: entry.get("path") for label, entry in (run.config.get("teachers") or {}).items()}
+            entries = (run.config.get("teachers") or {}).items()
+            kinds = {label: entry.get("weights") or "own" for label, entry in entries}
+            own = {
+                label: entry.get("path") if kinds[label] == "own" else f"the student itself ({kinds[label]})" for label, entry in entries
+            }
             paths = [f"{own[label]} ({label})" if label in own else str(named["teacher"]) for label in labels]
             named |= {"teacher": ", ".join(dict.fromkeys(paths)), "data": ", ".join(labels)}
         if run.metrics:

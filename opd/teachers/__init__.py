@@ -1,7 +1,6 @@
 """Teachers score the tokens that the student generated."""
 
-from opd.teachers.base import Teacher
-from opd.teachers.contract import check_weights
+from opd.teachers.base import Scored, Teacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
 from opd.teachers.served import ServedTeacher
@@ -12,10 +11,10 @@ __all__ = [
     "ChangingTeacher",
     "LocalTeacher",
     "MovingAverage",
+    "Scored",
     "ServedTeacher",
     "Teacher",
     "as_one",
-    "check_weights",
     "loading_device",
     "place",
     "starting_module",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -9,6 +10,21 @@ from torch import Tensor
 from opd.data.rollouts import Inputs, Rollout
 from opd.objective import TeacherStates, TeacherTop
 from opd.objective.head import TokenStats
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A rollout with the log-probs of its trained tokens, of spans with another tokenizer, in nats at temperature 1.
+
+    Args:
+        rollout: With at least one trained token.
+        teacher_logp: The served teacher's.
+        logp: The student's, before it learned from them.
+    """
+
+    rollout: Rollout
+    teacher_logp: list[float]
+    logp: list[float]
 
 
 class Teacher(Protocol):
@@ -40,6 +56,10 @@ class Teacher(Protocol):
 
     def check(self) -> None:
         """Raise `EngineError` where it is no longer the teacher that the run began with. In the main process only."""
+        ...
+
+    def check_scores(self, scored: Sequence[Scored]) -> None:
+        """Raise `EngineError` where a second try, or its weights, score the run's first batch otherwise. In the main process only."""
         ...
 
     def ready(self) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ from opd.models.distributed import full_tensor, unsharded
 from opd.models.policy import adapters_disabled, output_head, predicting_hidden
 from opd.objective import Head, TeacherStates
 from opd.objective.head import TokenStats
+from opd.teachers.base import Scored
 
 
 class LocalTeacher:
@@ -75,6 +76,8 @@ class LocalTeacher:
     def expect(self, rollouts: Sequence[Rollout]) -> None: ...
 
     def check(self) -> None: ...
+
+    def check_scores(self, scored: Sequence[Scored]) -> None: ...
 
     def active(self) -> AbstractContextManager[None]:
         return adapters_disabled(self.adapters)

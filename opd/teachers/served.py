@@ -4,8 +4,8 @@ An answer counts only if it has a finite log-prob of the very token at every pos
 servers are away, requests are repeated until `teacher.timeout` has passed; then the run saves and ends, and the same command resumes it.
 Rollouts that are finished are sent while others are still generated.
 
-That it is the right teacher is checked at start (names of tokens, longest sequence, a canary text, the first batch twice, and once by the
-weights at `teacher.path` if they are there), and with the canary before each checkpoint.
+That it is the right teacher is checked at start (names of tokens, longest sequence, a canary text), by its scores of the first batch
+(`opd.teachers.contract`), and with the canary every `teacher.canary_every` steps and before each checkpoint.
 """
 
 import json
@@ -28,12 +28,14 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import signals
 from opd.config.schema import TeacherConfig
-from opd.data.rollouts import Inputs, Rollout
+from opd.data.rollouts import Inputs, Rollout, collate
 from opd.errors import EngineError, TeacherError
 from opd.models.overlap import Overlap
 from opd.models.server import Server, ServerAway, served_models, short
 from opd.objective import TeacherStates, TeacherTop
 from opd.objective.head import TokenStats
+from opd.teachers.base import Scored
+from opd.teachers.contract import MAX_SPREAD, check_spread, check_weights, distance, of_spans
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +47,7 @@ PAUSES = (0.5, 10.0)  # seconds before the second attempt, and at most
 POLL = 0.2  # seconds after which signals are looked at
 CANARY_TOKENS = 256
 NAMED_TOKENS = 256  # compared by name, in addition to the special ones
-MAX_SPREAD = 0.05  # nats per token between two scorings of a text: about what one model in float32 and in bf16 differs by
-MIN_SIGNAL = 0.2  # nats per token between a teacher's log-probs and those of the uniform distribution
+MAX_ENTROPY = 0.5  # of a uniform distribution's, ln V: trained models have less than half of that on any text
 TOP = 5  # most probable tokens that are looked at for masked ones
 MINUS_INFINITY = -9999.0  # what vLLM sends for it
 
@@ -91,6 +92,7 @@ class ServedTeacher:
         overlap: Overlap | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {os.environ[KEY]}"} if os.environ.get(KEY) else {}
+        self.config = config
         self.timeout = config.timeout
         self.servers = [Server(url, config.timeout / ATTEMPTS, "teacher", START, headers) for url in config.urls]
         self.vocabulary = vocabulary
@@ -99,7 +101,6 @@ class ServedTeacher:
         self.canary = list(canary[:CANARY_TOKENS])
         self.reference: list[float] = []
         self.turns = count()
-        self.is_compared = False
         self.is_away = False
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="teacher")
@@ -139,9 +140,6 @@ class ServedTeacher:
     def top(self, inputs: Inputs) -> TeacherTop:
         sequences = list(unpack(inputs))
         scores = self.score([ids for ids, _ in sequences])
-        if not self.is_compared:  # in another order, which must not matter
-            again = self.score([ids for ids, _ in sequences[::-1]], k=0)[::-1]
-            self.compare([one.logp for one in scores], [one.logp for one in again])
         # Position 0 of a sequence has no score: the one of the token after `position` has that index.
         places = [(own, position) for own, (_, positions) in zip(scores, sequences, strict=True) for position in positions]
         device = inputs.ids_BT.device
@@ -165,30 +163,41 @@ class ServedTeacher:
 
     # Is it the right teacher?
 
-    def compare(self, first: Sequence[Sequence[float]], second: Sequence[Sequence[float]]) -> None:
-        """Raise `EngineError` where two scorings of the same sequences differ."""
-        spread = fmean(distance(*pair) for pair in zip(first, second, strict=True))
-        if spread > MAX_SPREAD:
-            raise EngineError(
-                f"teacher.url: two scorings of the first batch differ by {spread:.3g} nats per token, more than {MAX_SPREAD:g}: do the "
-                "servers have the same model and dtype?"
-            )
-        log.info("the teacher's scores of the first batch, scored twice, differ by %.2g nats per token", spread)
-        self.is_compared = True
+    def check_scores(self, scored: Sequence[Scored]) -> None:
+        batches = [collate([one.rollout], [0], pad_id=0) for one in scored]
+        sequences = [sequence for batch in batches for sequence in unpack(batch.teacher_inputs)]
+        again = self.score([ids for ids, _ in sequences[::-1]], k=0)[::-1]  # in another order, which must not matter
+        second = []
+        for batch, own, (_, positions) in zip(batches, again, sequences, strict=True):
+            second += of_spans(batch, [own.logp[position] for position in positions])
+        check_spread(scored, second)
+        check_weights(self.config, scored)
 
     def check(self) -> None:
         """Score the canary with each server. Raises `EngineError` for scores that are not those of the run's start, or carry nothing."""
         for server in self.servers:
-            scores = self.score([self.canary], [server], k=0)[0].logp
-            if fmean(abs(score + math.log(self.vocabulary)) for score in scores) < MIN_SIGNAL:
-                raise server.error("its log-probs are those of a uniform distribution: has it loaded its weights?")
-            self.reference = self.reference or scores
-            drift = distance(scores, self.reference)
-            if drift > MAX_SPREAD:
-                raise server.error(
-                    f"its scores of a fixed text are {drift:.3g} nats per token from those at the start of the run, more than "
-                    f"{MAX_SPREAD:g}: it has another model; nothing was saved since, and the same command resumes"
-                )
+            scores = self.score([self.canary], [server], k=1)[0]
+            self.check_entropy(server, [pairs[0][1] for pairs in scores.top])
+            self.check_drift(server, scores.logp)
+
+    def check_entropy(self, server: Server, highest_logp: Sequence[float]) -> None:
+        """Raise `EngineError` for distributions near the uniform one. An entropy is at least minus the highest log-prob."""
+        entropy, uniform = -fmean(highest_logp), math.log(self.vocabulary)
+        if entropy > MAX_ENTROPY * uniform:
+            raise server.error(
+                f"its distributions are nearly uniform, with an entropy of at least {entropy:.3g} of {uniform:.3g} nats: has it loaded its "
+                "weights?"
+            )
+
+    def check_drift(self, server: Server, scores: list[float]) -> None:
+        """Raise `EngineError` where the canary's scores are not those of the run's start."""
+        self.reference = self.reference or scores
+        drift = distance(scores, self.reference)
+        if drift > MAX_SPREAD:
+            raise server.error(
+                f"its scores of a fixed text are {drift:.3g} nats per token from those at the start of the run, more than {MAX_SPREAD:g}: "
+                "it has another model; the steps since the last checkpoint are not saved, and the same command resumes"
+            )
 
     # Requests.
 
@@ -286,11 +295,6 @@ def unpack(inputs: Inputs) -> Iterator[tuple[list[int], list[int]]]:
         positions_of.setdefault(start, []).append(position)
     for start, positions in positions_of.items():
         yield ids[start : start + positions[-1] + 2], positions
-
-
-def distance(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return the mean absolute difference."""
-    return fmean(abs(one - other) for one, other in zip(first, second, strict=True))
 
 
 def find_model(server: Server, path: str, longest: int) -> str:

@@ -4,8 +4,8 @@ A micro-batch has one teacher, and all micro-batches of a teacher follow each ot
 device in turn.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from opd.config.schema import naming_teacher
 from opd.data.rollouts import Inputs, Rollout
 from opd.objective import TeacherStates, TeacherTop
 from opd.objective.head import TokenStats
-from opd.teachers.base import Teacher
+from opd.teachers.base import Scored, Teacher
 
 
 class SeveralTeachers:
@@ -51,18 +51,21 @@ class SeveralTeachers:
             with naming_teacher(label):
                 teacher.check()
 
-    def active(self) -> AbstractContextManager[None]:
-        return self.each(lambda teacher: teacher.active())
+    def check_scores(self, scored: Sequence[Scored]) -> None:
+        for label, teacher in self.teachers.items():
+            own = [one for one in scored if one.rollout.request.prompt.teacher == label]
+            with naming_teacher(label):
+                if own:
+                    teacher.check_scores(own)
 
-    def ready(self) -> AbstractContextManager[None]:
-        return self.each(lambda teacher: teacher.ready())
+    def active(self) -> AbstractContextManager[None]:
+        return nullcontext()  # one by one, when they score or their samplers sample: of two that are the student one may need its adapters
 
     @contextmanager
-    def each(self, context: Callable[[Teacher], AbstractContextManager[None]]) -> Iterator[None]:
-        """Enter a context of every teacher, in the same order in all processes."""
+    def ready(self) -> Iterator[None]:
         with ExitStack() as stack:
-            for teacher in self.teachers.values():
-                stack.enter_context(context(teacher))
+            for teacher in self.teachers.values():  # in the same order in all processes
+                stack.enter_context(teacher.ready())
             yield
 
 

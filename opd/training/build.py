@@ -58,7 +58,6 @@ from opd.teachers import (
     ServedTeacher,
     Teacher,
     as_one,
-    check_weights,
     loading_device,
     place,
     starting_module,
@@ -67,7 +66,7 @@ from opd.teachers import (
 from opd.training.checkpoint import Checkpoints, trained_tensors
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, digest, digest_tokenizer, identity
-from opd.training.loop import Trainer
+from opd.training.loop import COMPARED, Trainer
 from opd.training.spans import make_spans
 from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
@@ -151,12 +150,16 @@ def build(
     student, adapters = build_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
     teacher_models: dict[str, PreTrainedModel | None] = {}
+    own_models: dict[tuple[TeacherWeights, bool], PreTrainedModel] = {}
     average = None
     for label, part in parts.items():
         with naming_teacher(label):
             if part.teaches_itself:
-                teacher_models[label] = own_model = teaching_module(part, student, sharded)
-                if part.teacher_weights is TeacherWeights.ema:  # of `teacher` alone: others have no `weights`
+                whose = (part.teacher_weights, part.names_weights)  # teachers that differ in what they read share a module
+                if whose not in own_models:
+                    own_models[whose] = teaching_module(part, student, sharded)
+                teacher_models[label] = own_model = own_models[whose]
+                if part.teacher_weights is TeacherWeights.ema:  # of `teacher` alone
                     average = MovingAverage(own_model, trained_tensors(student, masters), part.teacher.ema)
             else:
                 teacher_models[label] = None if part.teacher.url is not None else build_teacher(part, given, accelerator)
@@ -227,7 +230,7 @@ def build(
             seen = [prompt for prompt in (*train_prompts, *eval_prompts) if prompt.teacher == label]
             with naming_teacher(label):
                 read_with = teacher_tokenizers[label] if has_spans else tokenizer
-                connected[label] = connect_teacher(part, accelerator, read_with, student, teacher_vocabulary, seen, choices, label, overlap)
+                connected[label] = connect_teacher(part, accelerator, read_with, teacher_vocabulary, seen, choices, label, overlap)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
     speed = measure_speed(config, student, local.get(""), bf16, decodes_in)
     speed = replace(speed, teachers={label: product_parameters(model) for label, model in local.items() if label})
@@ -323,7 +326,7 @@ def build(
     differences += warnings
     served_teachers = "; ".join(f"{served.name} at {', '.join(parts[label].teacher.urls)}" for label, served in connected.items())
     eos = tuple(sorted({*eos, *own_eos}))  # an end that is masked here may still be written by the trained model
-    teacher_sampler = of_teachers(teacher_samplers)
+    teacher_sampler = of_teachers(teacher_samplers, teachers)
     return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, served_teachers)
 
 
@@ -372,14 +375,13 @@ def connect_teacher(
     config: Config,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    student: PreTrainedModel,
     vocabulary: int,
     prompts: Sequence[Prompt],
     choices: dict[str, Any],
     label: str,
     overlap: Overlap | None = None,
 ) -> ServedTeacher:
-    """Connect to a served teacher, before the student is sharded.
+    """Connect to a served teacher.
 
     Its scores of its first prompts are in `choices`, and have to be the same when the run is resumed.
     """
@@ -399,10 +401,11 @@ def connect_teacher(
         overlap,
     )
     name = f"canary of {label}" if label else "canary"
-    teacher.reference = [] if config.resume_force else choices.get(name, [])
+    if config.resume_force:  # which accepts another teacher
+        choices.pop(name, None)
+        choices.pop(COMPARED, None)
+    teacher.reference = choices.get(name, [])
     on_main_process(accelerator, teacher.check)
-    if name not in choices:
-        on_main_process(accelerator, lambda: check_weights(teacher, config.teacher, student, vocabulary))
     choices[name] = teacher.reference
     return teacher
 

@@ -29,7 +29,7 @@ from opd.models.policy import padding_limit
 from opd.objective import group_normalised
 from opd.runs.outcome import is_detailed_step
 from opd.samplers import Decoding, GenerateSampler, Sampler
-from opd.teachers import MovingAverage
+from opd.teachers import MovingAverage, Scored
 from opd.training.checkpoint import (
     AHEAD,
     AVERAGE,
@@ -47,7 +47,7 @@ from opd.training.evaluate import Evaluation, Evaluator
 from opd.training.logs import Guard
 from opd.training.masked import check_masses
 from opd.training.metrics import Alternatives, ByPosition, step_metrics
-from opd.training.spans import span_problems
+from opd.training.spans import scored_logps, span_problems
 from opd.training.speed import Speed
 from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens, concatenate, load_tokens
@@ -56,6 +56,7 @@ log = logging.getLogger(__name__)
 
 NON_FINITE_LIMIT = 3  # steps in a row
 SAME_MODEL = 1e-3  # nats per token between the teacher and a student that is the same model
+COMPARED = "compared teachers"  # the choice that lists the served ones whose scores of a batch were checked
 ALTERNATIVES = 5  # most probable tokens of the teacher that are stored at each token, in detailed steps
 
 
@@ -127,6 +128,7 @@ class Trainer:
         ahead: The next step's rollouts, sampled in the background.
         average: The teacher's weights, where they follow the student's.
         grown: Bytes by which this process's peak memory rose in each kind of work so far.
+        canaries: Steps between two checks of each served teacher, by its label.
     """
 
     config: Config
@@ -152,10 +154,13 @@ class Trainer:
     grown: dict[str, int] = field(default_factory=dict)
     guard: Guard = field(init=False)
     order: Order = field(init=False)
+    canaries: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.order = prompt_order(self.config, self.prompts)
         self.guard = Guard(self.config)
+        teachers = {label: part.teacher for label, part in self.config.parts_by_teacher.items()}
+        self.canaries = {label: teacher.canary_every for label, teacher in teachers.items() if teacher.url is not None}
 
     @property
     def accelerator(self) -> Accelerator:
@@ -200,10 +205,13 @@ class Trainer:
                 self.check_masked(done)
                 for problem in span_problems(done.metrics):
                     log.warning("teacher.alignment=spans: %s", problem)
+            self.check_scores(done.tokens)
             if self.trouble.steps == NON_FINITE_LIMIT:
                 yield self.rewind()
             elif self.save_due():
                 yield self.save()
+            elif self.canary_due():
+                on_main_process(self.accelerator, self.scoring.teacher.check)
 
     def evaluation_due(self, is_last: bool) -> bool:
         every = self.config.eval.steps
@@ -212,6 +220,9 @@ class Trainer:
     def save_due(self) -> bool:
         """Don't save while steps are non-finite: `rewind` needs a checkpoint from before them."""
         return self.step == self.max_steps or (self.step % self.config.checkpoint.every == 0 and self.trouble.steps == 0)
+
+    def canary_due(self) -> bool:
+        return any(every > 0 and self.step % every == 0 for every in self.canaries.values())
 
     def evaluate(self) -> Iterator[Event]:
         self.wait_for_ahead()
@@ -275,6 +286,27 @@ class Trainer:
         overlap = self.scoring.overlap
         if overlap is not None and (problem := check_masses(done.metrics, done.tokens, overlap)):
             raise ConfigError("; ".join(problem))
+
+    def check_scores(self, tokens: Tokens) -> None:
+        """Let each served teacher check its scores of the first batch that it scored, once a run. Collective.
+
+        Raises `EngineError` before that batch's step is saved.
+        """
+        if not self.canaries or self.trouble.steps > 0:
+            return
+        compared = self.scoring.choices.setdefault(COMPARED, [])
+        due = {rollout.request.prompt.teacher for rollout in tokens.rollouts if rollout.trained} & self.canaries.keys() - {*compared}
+
+        def check() -> None:
+            scored = []
+            for index, rollout in enumerate(tokens.rollouts):
+                if rollout.trained and rollout.request.prompt.teacher in due:
+                    scored.append(Scored(rollout, *scored_logps(tokens.of_rollout(index))))
+            if any(one.logp for one in scored):
+                self.scoring.teacher.check_scores(scored)
+
+        on_main_process(self.accelerator, check)
+        compared += sorted(due)
 
     # A step.
 

@@ -100,6 +100,20 @@ def with_previous(lookahead_N: Tensor, previous_N: Tensor) -> Tensor:
     return lookahead_N - torch.where(previous_N >= 0, lookahead_N[previous_N.clamp_min(0)], 0.0)
 
 
+def scored_logps(columns: Mapping[str, Tensor]) -> tuple[list[float], list[float]]:
+    """Return the teacher's and the student's log-probs of a rollout's trained tokens; with `teacher.alignment=spans` of its spans."""
+    teacher, student = columns["teacher_logp"].tolist(), columns["logp"].tolist()
+    if "span" not in columns:
+        return teacher, student
+    following = columns["span"].tolist()
+    sums, start = [], 0
+    for index, count in enumerate(following):
+        if count == 0:
+            sums.append(sum(student[start : index + 1]))
+        start = index + 1 if count <= 0 else start
+    return [logp for logp, count in zip(teacher, following, strict=True) if count == 0], sums
+
+
 def make_spans(
     config: Config,
     student: PreTrainedTokenizerBase,

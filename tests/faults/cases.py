@@ -30,6 +30,6 @@ CASES: dict[str, tuple[Case, int, int]] = {
     "outside": (inputs.outside, 4, 22),
     "data": (inputs.data, 4, 26),
     "vocabularies": (inputs.vocabularies, 2, 10),
-    "wrong-teachers": (teachers.wrong_teachers, 2, 21),
+    "wrong-teachers": (teachers.wrong_teachers, 2, 24),
     "answers": (inputs.answers, 13, 37),
 }

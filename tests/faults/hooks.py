@@ -28,12 +28,12 @@ from opd.config import compose, secrets
 from opd.data import prompts
 from opd.models.distributed import Strategy
 from opd.models.policy import Policy
-from opd.teachers import LocalTeacher
+from opd.objective.head import TokenStats
 from opd.training import checkpoint, loop, step
 from opd.training.checkpoint import Checkpoints, Snapshot, model_tensors, optimizer_tensors, snapshot
 from opd.training.loop import Trainer
 from opd.training.step import NotFinite, Step
-from opd.training.tokens import Tokens
+from opd.training.tokens import Slice, Tokens
 
 FIRED = Path("fired.txt")  # in the working folder of the run
 
@@ -84,7 +84,7 @@ def corrupt_numbers(kind: str, hit: Callable[[int], bool], record: Path = Path("
         record: gets one line an update: "applied" or "skipped", and whether weights and optimizer "changed".
     """
     count = 0
-    apply, logp, loss = Step.apply, LocalTeacher.logp, step.chunked_loss
+    apply, scores, loss = Step.apply, Step.teacher_scores, step.chunked_loss
 
     def tensors(strategy: Strategy) -> dict[str, torch.Tensor]:
         current = model_tensors(strategy.policy) | optimizer_tensors(strategy.optimizer)
@@ -103,18 +103,18 @@ def corrupt_numbers(kind: str, hit: Callable[[int], bool], record: Path = Path("
             file.write(f"{'skipped' if problem else 'applied'} {'unchanged' if same else 'changed'}\n")
         return problem
 
-    def patched_logp(self: LocalTeacher, *args: Any) -> torch.Tensor:
-        logp_N = logp(self, *args)
+    def patched_scores(self: Step, part: Slice) -> TokenStats:
+        columns = scores(self, part)
         if hit(count + 1) and kind in ("nan", "inf"):
-            logp_N[0] = math.nan if kind == "nan" else -math.inf
-        return logp_N
+            columns["teacher_logp"][0] = math.nan if kind == "nan" else -math.inf
+        return columns
 
     def patched_loss(*args: Any, **kwargs: Any) -> Any:
         value, stats = loss(*args, **kwargs)
         return (value * math.nan if hit(count + 1) and kind == "loss" else value), stats
 
     Step.apply = patched_apply  # type: ignore[method-assign]
-    LocalTeacher.logp = patched_logp  # type: ignore[method-assign]
+    Step.teacher_scores = patched_scores  # type: ignore[method-assign]
     step.chunked_loss = patched_loss
 
 

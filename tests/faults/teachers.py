@@ -2,12 +2,13 @@
 
 import math
 import os
+import random
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from fake_vllm import ScoringServer
@@ -21,7 +22,39 @@ from opd.config.compose import PACKAGE
 Answer = dict[str, Any]
 
 FAULTY_FROM = 4  # steps done
+SHORT = 8  # tokens, of a server whose limit is too low
+NOISE = 4.0  # nats, of one that never gives the same scores
 WRONG = Path("wrong.txt")  # in the folder of all tries: while it exists, the server is wrong in the way that it names
+
+
+class Kind(NamedTuple):
+    """A way of being wrong.
+
+    Attributes:
+        from_start: whether from the start of the run, else after `FAULTY_FROM` steps.
+        has_weights: whether the right teacher's weights are at `teacher.path`, else its tokenizer alone.
+        is_told: whether the run only has to say so.
+    """
+
+    from_start: bool = True
+    has_weights: bool = False
+    is_told: bool = False
+
+
+KINDS = {
+    "another model": Kind(from_start=False),
+    "uniform from the start": Kind(),
+    "null": Kind(from_start=False),
+    "another model from the start": Kind(has_weights=True),
+    "other tokens": Kind(),
+    "too short": Kind(),
+    "never the same": Kind(),
+    "NaN": Kind(from_start=False),
+    "the student": Kind(is_told=True),
+    "short answers": Kind(from_start=False),
+    "shuffled answers": Kind(from_start=False),
+    "uniform": Kind(from_start=False),
+}
 
 
 def change_last(value: Any) -> Callable[[Answer, Any], None]:
@@ -35,14 +68,26 @@ def edit_entries(edit: Callable[[list[Any]], object]) -> Callable[[Answer, Any],
     return lambda answer, body: edit(answer["choices"][0]["prompt_logprobs"])  # type: ignore[return-value]
 
 
+def add_noise(entries: list[Any]) -> None:
+    for entry in entries[1:]:
+        for value in entry.values():
+            value["logprob"] -= random.uniform(0, NOISE)
+
+
 ANSWERS: dict[str, Callable[[Answer, Any], None]] = {
     "null": change_last(None),
     "NaN": change_last(math.nan),
-    "short": edit_entries(lambda entries: entries.pop()),
-    "shuffled": edit_entries(lambda entries: entries.insert(1, entries.pop())),
+    "short answers": edit_entries(lambda entries: entries.pop()),
+    "shuffled answers": edit_entries(lambda entries: entries.insert(1, entries.pop())),
+    "never the same": edit_entries(add_noise),
 }
-MODELS = ("uniform", "base")
-KINDS = ("uniform", "null", "base", "NaN", "short", "shuffled", "other from the start")
+MODELS = {
+    "uniform": "uniform",
+    "uniform from the start": "uniform",
+    "another model": "base",
+    "another model from the start": "base",
+    "the student": "base",
+}
 
 
 def load(name: str) -> Any:
@@ -57,18 +102,28 @@ def serve(root: Path) -> None:
     models["uniform"].lm_head.weight.data = torch.zeros_like(models["uniform"].lm_head.weight)  # as after a wake-up without weights
     server = ScoringServer(models[""], AutoTokenizer.from_pretrained(PACKAGE / "assets/tiny-teacher"))
 
+    def now() -> str:
+        return (root / WRONG).read_text() if (root / WRONG).exists() else ""
+
     def respond(handler: Any, body: Any) -> None:
-        wrong = (root / WRONG).read_text() if (root / WRONG).exists() else ""
-        server.model = models["base" if wrong == "other from the start" else wrong if wrong in MODELS else ""]
+        wrong = now()
+        server.model = models[MODELS.get(wrong, "")]
         if "prompt_logprobs" not in body:
             server.sample(handler, body)
             return
-        answer = server.scores(body["prompt"])
-        if wrong in ANSWERS:
+        answer = server.scores(body["prompt"], body["prompt_logprobs"])
+        if wrong in ANSWERS and body["prompt_logprobs"] == 0:  # the canary, with 1, does not notice
             ANSWERS[wrong](answer, body)
         handler.reply(answer)
 
-    server.answers["/v1/completions"] = respond
+    def detokenize(handler: Any, body: Any) -> None:
+        ids = body["tokens"][::-1] if now() == "other tokens" else body["tokens"]
+        handler.reply({"prompt": server.tokenizer.decode(ids)})
+
+    def list_models(handler: Any, body: Any) -> None:
+        handler.reply({"data": [{"id": "teacher", "max_model_len": SHORT if now() == "too short" else 4096}]})
+
+    server.answers |= {"/v1/completions": respond, "/detokenize": detokenize, "/v1/models": list_models}
     (root / "url.new").write_text(server.url)
     (root / "url.new").rename(root / "url.txt")
     server.serve_forever()
@@ -93,32 +148,40 @@ def served(root: Path) -> Iterator[str]:
 
 
 def wrong_teachers(times: int, root: Path) -> Tries:
-    """A served teacher that becomes uniform, another model, or answers null, NaN, too little or shuffled; or is another from the start.
+    """A served teacher that is or becomes wrong: another model, uniform, noisy, the student, other tokens, a low limit, broken answers.
 
     The run ends with 76 and names the server, and what it saved is from before; with the right teacher it resumes, and final weights are
-    bitwise those of an undisturbed run.
+    bitwise those of an undisturbed run. That the teacher is the student it says in the log.
     """
+    AutoTokenizer.from_pretrained(PACKAGE / "assets/tiny-teacher").save_pretrained(root / "tokenizer")
     with served(root) as url:
         words = (*RUN, f"teacher.url={url}", "teacher.timeout=5", "ppo.temperature=1", "eval.kl_prompts=0")
         for number in range(times):
-            kind = KINDS[number % len(KINDS)]
-            folder, wrong = new_folder(root, "run"), root / WRONG
-            from_start = kind == KINDS[-1]
-
-            def become_wrong(step: int, kind: str = kind, wrong: Path = wrong) -> None:
-                if step == FAULTY_FROM:
-                    wrong.write_text(kind)
-
-            if from_start:
-                wrong.write_text(kind)
-            ended = run(folder, words, lambda act=become_wrong: hooks.before_steps(act))  # type: ignore[misc]
-            fired = wrong.exists()
-            wrong.unlink(missing_ok=True)
-            problem = ended.unless(76)
-            kept = len(valid_checkpoints(folder)) and valid_checkpoints(folder)[-1].name
-            if problem is None and "teacher.url" not in status(folder)["reason"]:
-                problem = f"the reason is {status(folder)['reason']}"
-            elif problem is None and kept != (0 if from_start else f"step_{FAULTY_FROM:06}"):
-                problem = f"the newest checkpoint is {kept}"
-            yield Try(kind, fired, problem or resume_to_reference(root, folder, words))
+            name, kind = list(KINDS.items())[number % len(KINDS)]
+            own = words if kind.has_weights else (*words, f"teacher.path={root / 'tokenizer'}")
+            yield one_teacher(name, kind, own, root)
     return None
+
+
+def one_teacher(name: str, kind: Kind, words: Sequence[str], root: Path) -> Try:
+    folder, wrong = new_folder(root, "run"), root / WRONG
+
+    def become_wrong(step: int) -> None:
+        if step == FAULTY_FROM:
+            wrong.write_text(name)
+
+    if kind.from_start:
+        wrong.write_text(name)
+    ended = run(folder, words, None if kind.from_start else lambda: hooks.before_steps(become_wrong))
+    fired = wrong.exists()
+    wrong.unlink(missing_ok=True)
+    if kind.is_told:
+        is_told = "this teacher is the student" in (folder / "runs/run/train.log").read_text()
+        return Try(name, fired, ended.unless(0) or (None if is_told else "the log does not say that the teacher is the student"))
+    problem = ended.unless(76)
+    kept = [path.name for path in valid_checkpoints(folder)][-1:]
+    if problem is None and "teacher.url" not in status(folder)["reason"]:
+        problem = f"the reason is {status(folder)['reason']}"
+    elif problem is None and kept != ([] if kind.from_start else [f"step_{FAULTY_FROM:06}"]):
+        problem = f"the newest checkpoint is {kept}"
+    return Try(name, fired, problem or resume_to_reference(root, folder, words))
