@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_overrides_change_only_what_they_name_in_the_config_of_a_run(trained: Pa
     assert set(task["models"]["model"]["pass"]) == {"1", "2", "3"}
     assert task["models"]["model"]["pass"]["1"] == pytest.approx(task["models"]["model"]["mean"])
     assert json.loads(Path("out.json").read_text()) == found
+
+
+def test_a_run_on_given_completions_is_evaluated_on_data_without_them(trained: Path, evaluate: Any) -> None:
+    shutil.copytree(trained / "runs" / "run", "run")
+    stored = json.loads(Path("run/run.json").read_text())
+    stored["config"]["train"]["given_share"], stored["config"]["data"]["completion"] = 0.5, "answer"
+    Path("run/run.json").write_text(json.dumps(stored))
+    task = evaluate("run", "data=arithmetic", "eval.limit=2", "eval.kl_prompts=0", "--baseline", "none")["tasks"]["evaluation"]
+    assert task["prompts"] == 2
 
 
 def test_a_model_against_a_given_baseline_and_teacher(evaluate: Any, tmp_path: Path) -> None:

@@ -101,7 +101,10 @@ def newest_average(run: Path) -> Path:
 
 
 def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Sequence[str]) -> Config:
-    """Return the stored config with what the overrides name taken from the composed one: all of a group, or a single option."""
+    """Return the stored config with what the overrides name taken from the composed one: all of a group, or a single option.
+
+    It has no given completions.
+    """
     merged, source = compose.restore_config(stored), OmegaConf.structured(composed)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
@@ -111,6 +114,8 @@ def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Seq
             OmegaConf.update(merged, key, OmegaConf.select(source, key), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
+    # Nothing is trained here, and other data need not have the column.
+    merged.train.given_share, merged.data.completion = 0.0, None
     return compose.to_config(merged)
 
 
