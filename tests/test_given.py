@@ -370,6 +370,20 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     assert Path("part.jsonl").read_text() == whole and not part.exists()
 
 
+def test_line_separators_in_a_text_do_not_cut_its_line_and_another_file_is_refused(tmp_path):
+    part, texts = tmp_path / "out.jsonl.part", ["a\u2028b\u2029c\x85d\x0ce"]
+    assert begin(part, {"seed": 0}) == {}
+    line = {"row": 3, "texts": texts, "rewards": [None]}
+    with part.open("a") as stream:
+        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    assert begin(part, {"seed": 0}) == {3: line}
+    for content in (b"text\n", b"text", b"[]\n", b"\xff\n", b'{"seed": 0}\n{"prompt": "x"}\n', b"3\n"):
+        part.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"^\S+\.part: [^\n]*remove it, or [^\n]*--out$"):
+            begin(part, {"seed": 0})
+        assert part.read_bytes() == content
+
+
 def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+12=", "answer": str(a + 12)[::-1]}) + "\n" for a in range(10, 20)))

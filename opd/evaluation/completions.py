@@ -189,19 +189,23 @@ def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[st
 def begin(part: Path, wanted: Mapping[str, Any]) -> dict[int, Any]:
     """Return the lines of an earlier command by row, or begin the file. Drop a last line that is not whole.
 
-    Raises `ConfigError` where the file is of a command with other settings.
+    Raises `ConfigError` where the file is of a command with other settings, or no such file.
     """
     content = part.read_bytes() if part.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    if not whole:
+    if not content:
         write_output(part, json.dumps(wanted) + "\n")
         return {}
-    first, *others = whole.decode().splitlines()
-    stored = json.loads(first)
-    if changed := [name for name in wanted if stored.get(name) != wanted[name]]:
+    try:
+        stored, *others = map(json.loads, whole.decode().split("\n")[:-1])  # texts have other line separators in them
+        changed = [name for name in wanted if stored.get(name) != wanted[name]]
+        done = {} if changed else {line["row"]: line for line in others}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{part}: is not a file of opd sample --out; remove it, or name another with --out") from None
+    if changed:
         raise ConfigError(f"{part}: was begun with another {', '.join(changed)}; repeat those options to continue, or remove it")
     os.truncate(part, len(whole))
-    return {line["row"]: line for line in map(json.loads, others)}
+    return done
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str | None]:
