@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import DataConfig, Source
+from opd.config.schema import Config, DataConfig, Source, TeacherConfig
 from opd.data.given import check_given, given_rollout, takes_given
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
+from opd.evaluation import completions as completions_file
 from opd.evaluation.completions import begin
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
@@ -382,6 +384,27 @@ def test_line_separators_in_a_text_do_not_cut_its_line_and_another_file_is_refus
         with pytest.raises(ConfigError, match=r"^\S+\.part: [^\n]*remove it, or [^\n]*--out$"):
             begin(part, {"seed": 0})
         assert part.read_bytes() == content
+
+
+def test_the_file_has_the_columns_that_the_teachers_views_name_so_that_training_on_it_reads_the_same_prompts():
+    teacher = TeacherConfig(prompt="{question} {hint} {answer}", contrast="{prompt}{answer}{system}")
+    row = {"question": "27+85=", "system": "S", "hint": date(2024, 1, 9), "steps": "so #211", "other": 1}
+    for options in ({"answer": "steps", "answer_after": "#"}, {"answer": None}):
+        source = DataConfig(source=Source.parquet, train_path="x", prompt="question", system="system", **options)
+        rows = [row if source.answer else {**row, "answer": 5}]
+        prompts = encode_rows(rows, tiny_tokenizer(), source, "training", teacher)
+        (line,) = completions_file.lines([completions_file.columns(prompts[0], rows, Config(data=source, teacher=teacher))]).splitlines()
+        assert "other" not in line
+        written = DataConfig(source=Source.jsonl, train_path="x", prompt="prompt", answer="answer", answer_after=None, system="system")
+        (found,) = encode_rows([json.loads(line)], tiny_tokenizer(), written, "training", teacher)
+        assert found.ids == prompts[0].ids and found.scored_views == prompts[0].scored_views and found.teacher_ids != found.contrast_ids
+
+
+@pytest.mark.parametrize(("view", "data"), [({"prompt": "{completion}"}, {}), ({"contrast": "{system}"}, {"system": "role"})])
+def test_a_view_of_a_column_that_the_file_has_for_something_else_is_refused(view, data):
+    config = Config(data=DataConfig(**data), teacher=TeacherConfig(**view))
+    with pytest.raises(ConfigError, match=rf"^teacher\.{next(iter(view))}: .*rename"):
+        completions_file.named_columns(config)
 
 
 def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):

@@ -21,6 +21,7 @@ from opd.data.given import eval_file
 from opd.data.prompts import Prompt, completion_end
 from opd.data.rollouts import Request, Rollout
 from opd.data.sources import Row, Rows, load_rows
+from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import SharedIds, load_teacher
 from opd.models import load as models
@@ -79,6 +80,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     if config.data.mix:
         labels = ", ".join(config.data.mix)
         raise ConfigError(f"data.mix: --out takes one dataset: leave it out, and set the options of one of {labels} as data.OPTION")
+    named_columns(config)  # checked before the teacher takes its time
     if only_right and config.eval.reward is None:
         raise ConfigError("--only-right: nothing is judged with eval.reward=null; set eval.reward=NAME")
     accelerator = make_accelerator(config, folder)
@@ -226,9 +228,25 @@ def finished(prompt: Prompt, source: Rows, config: Config, line: Mapping[str, An
 def columns(prompt: Prompt, source: Rows, config: Config) -> Row:
     """Return the columns in use of a prompt's row, by the names that `data=jsonl` has for them."""
     row, answers = source[prompt.sample_id], list(prompt.answers)
+    named = {name: row[name] for name in named_columns(config) if name in row}
     system = {} if config.data.system is None else {"system": row.get(config.data.system)}
-    return {"prompt": row[config.data.prompt], **system, "answer": answers[0] if len(answers) == 1 else answers or None}
+    answer = {} if config.data.answer is None and "answer" in named else {"answer": answers[0] if len(answers) == 1 else answers or None}
+    return {**named, "prompt": row[config.data.prompt], **system, **answer}
+
+
+def named_columns(config: Config) -> list[str]:
+    """Return the columns that the teacher's views name, which training on the file needs too.
+
+    Raises `ConfigError` where the file has something else in a column of that name.
+    """
+    own = ["completion", "reward", *(["system"] if config.data.system not in (None, "system") else [])]
+    names = []
+    for option, template in (("teacher.prompt", config.teacher.prompt), ("teacher.contrast", config.teacher.contrast)):
+        names += columns_of(template)
+        if taken := [name for name in columns_of(template) if name in own]:
+            raise ConfigError(f"{option}: --out FILE has something else in the column {taken[0]}; rename it in the data and in {option}")
+    return names
 
 
 def lines(records: Any) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)  # dates as their view has them
