@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, DataConfig, Source, TeacherConfig
+from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig
 from opd.data.given import check_given, given_rollout, takes_given
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
@@ -416,6 +416,35 @@ def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):
         assert cli.main([*words, f"teacher.url={server.url}", "sampling.max_new_tokens=8", "--out", "t.jsonl", "--json"]) == errors.OK
     assert json.loads(capfd.readouterr().out)["reward"] == 1.0
     assert all(row["completion"] == row["answer"] for row in map(json.loads, Path("t.jsonl").read_text().splitlines()))
+
+
+def test_prompts_for_a_served_teacher_have_only_tokens_that_it_knows(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(tmp_path)
+    config = Config(
+        model=ModelConfig(path="x"),
+        teacher=TeacherConfig(path="bundled:tiny-teacher", url="http://127.0.0.1:1", timeout=0.1),
+        device=Device.cpu,
+    )
+    prompts = [Prompt(4, (3, len(tokenizer) - 1), "")]
+    with pytest.raises(DataError, match=r"^row 4: .*'<think>'.*data\.chat_template_kwargs"):
+        completions_file.teacher_sampler(config, load_tokenizer(ModelConfig(path=str(tmp_path)), "model"), prompts)
+
+
+def test_a_server_of_another_model_or_without_weights_does_not_continue_a_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", "model=tiny", "teacher=tiny", "data=arithmetic", "data.size=20", "eval=arithmetic", "device=cpu"]
+    teacher = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / "tiny-teacher", dtype=torch.float32)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.zero_()
+    with running(ScoringServer(teacher, tiny_tokenizer())) as server:
+        assert cli.main([*words, f"teacher.url={server.url}", "--out", "t.jsonl"]) == errors.ENGINE
+    assert "uniform" in capfd.readouterr().err
+    wanted = [completions_file.settings(Config(teacher=TeacherConfig(url=url)), [], 1) for url in ("http://a", "http://b")]
+    begin(Path("x.part"), wanted[0])
+    with pytest.raises(ConfigError, match=r"teacher\.url"):
+        begin(Path("x.part"), wanted[1])
 
 
 def killed_at_the_third(monkeypatch):

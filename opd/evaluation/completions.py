@@ -143,8 +143,10 @@ def teacher_sampler(
     teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
     ids = share_ids(config, tokenizer, teacher_tokenizer, (teacher_tokenizer.eos_token_id,), vocabulary)
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
-    canary = [token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher]
-    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[:longest], overlap=ids.overlap)
+    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
+    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1], overlap=ids.overlap)
+    served.check()
     eos = ids.ends or tuple({tokenizer.eos_token_id, completion_end(tokenizer, config.data.chat_template_kwargs)})
     # The server has the model.
     spec: Any = SamplerSpec(
@@ -176,6 +178,7 @@ def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[st
     sampling, teacher = config.sampling, config.teacher
     return {
         "teacher.path": teacher.path,
+        "teacher.url": teacher.url,
         "teacher.revision": teacher.revision,
         "teacher.gguf_file": teacher.gguf_file,
         "teacher.adapter": teacher.adapter,
