@@ -27,6 +27,7 @@ from opd.evaluation import completions as completions_file
 from opd.evaluation.completions import begin
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
+from opd.report.tokens import token_view_data
 from opd.runs.reader import open_run
 from opd.teachers import LocalTeacher
 from opd.training.checkpoint import read
@@ -331,6 +332,11 @@ def test_a_run_with_a_schedule_and_an_anchor_resumes_in_the_middle_with_the_same
     assert cli.main(["train", *TINY, *options, "name=straight"]) == errors.OK
     lines = open_run(Path("runs/straight")).metrics
     assert [line.get("given/rollouts") for line in lines] == [8, 8, 4, 4, None, None]
+    run = open_run(Path("runs/straight"))
+    given = {step: [record["given"] for record in run.rollouts(step)] for step in (1, 6)}
+    assert given[1] and all(given[1]) and not any(given[6])
+    view, _ = token_view_data(run, 10**6)
+    assert {record["step"] for record in view["rollouts"]} <= {3, 4, 5, 6} and len(view["rollouts"]) >= len(given[6])
     assert "reference_kl" not in lines[0] and 0 < lines[-1]["reference_kl"] < 1
     assert capfd.readouterr().err == ""
     checkpoint = next(Path("runs/straight/checkpoints").glob("*4*"))
