@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig
-from opd.data.given import check_given, given_rollout, takes_given
+from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
+from opd.data.given import check_given, given_rollout, takes_given, warm_start
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
@@ -376,6 +376,13 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     assert "seed" in capfd.readouterr().err, "another command's file"
     assert cli.main([*words, "--out", "part.jsonl"]) == errors.OK
     assert Path("part.jsonl").read_text() == whole and not part.exists()
+
+
+def test_the_printed_schedule_has_the_length_of_the_run_and_is_one_share_where_that_is_not_known():
+    shares = {
+        steps: warm_start(Config(train=TrainConfig(max_steps=steps, epochs=None if steps else 1)), Path("x"))[-1] for steps in (40, None)
+    }
+    assert shares == {40: "train.given_share={0: 1.0, 10: 0.25, 20: 0}", None: "train.given_share=0.25"}
 
 
 def test_line_separators_in_a_text_do_not_cut_its_line_and_another_file_is_refused(tmp_path):
