@@ -63,7 +63,12 @@ def test_the_model_card_names_base_method_and_result():
 def test_the_model_card_names_adapters_given_completions_and_the_anchor():
     options = {"model__adapter": "runs/a", "lora__rank": 4, "teacher__adapter": "b", "data__completion": "text"}
     card = model_card(config(**options, train__given_share={0: 1.0, 5: 0}, ppo__reference_coef=0.1), SUMMARY, "bfloat16")
-    for part in ("- student: `Qwen/Qwen2.5-0.5B-Instruct` at revision `main` with the adapter `runs/a`", "the adapter `b`", "{0: 1.0, 5: 0", "0.1 |"):
+    for part in (
+        "- student: `Qwen/Qwen2.5-0.5B-Instruct` at revision `main` with the adapter `runs/a`",
+        "the adapter `b`",
+        "{0: 1.0, 5: 0",
+        "0.1 |",
+    ):
         assert part in card, part
 
 

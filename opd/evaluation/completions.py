@@ -95,7 +95,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         sampling = config.sampling
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
         missing = [prompt for prompt in prompts if prompt.sample_id not in done]
-        size, told = max(1, sampling.batch_size // samples), time.monotonic()
+        size, shown_at = max(1, sampling.batch_size // samples), time.monotonic()
         with part.open("a", encoding="utf-8") as stream:
             for start in range(0, len(missing), size):
                 chosen = missing[start : start + size]
@@ -109,9 +109,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
                     done[prompt.sample_id] = line
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
-                if time.monotonic() - told > EVERY:
+                if time.monotonic() - shown_at > EVERY:
                     log.warning(f"{len(done):,} of {len(prompts):,} prompts are answered")
-                    told = time.monotonic()
+                    shown_at = time.monotonic()
     written = [record for prompt in prompts if (record := finished(prompt, train_rows, config, done[prompt.sample_id], only_right))]
     if not written:
         why = "right" if only_right else f"complete within sampling.max_new_tokens={config.sampling.max_new_tokens}"
