@@ -92,6 +92,7 @@ class OnPolicyDistillationTrainer:
         self.callbacks = list(callbacks)
         self.state = TrainerState()
         named = [name for option in ("teacher.prompt", "teacher.contrast") for name in columns_of((options or {}).get(option))]
+        named += [name for option in ("data.completion", "data.system") if (name := (options or {}).get(option)) is not None]
         self.given = Given(
             student=model if isinstance(model, PreTrainedModel) else None,
             teacher=teacher_model if isinstance(teacher_model, PreTrainedModel) else None,

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,13 @@ class Item:
 def test_items_may_be_objects_with_a_get_reward_method(tmp_path):
     summary = make_trainer(tmp_path / "out", rows=[Item(f"{i}+27=", str(i + 27)[::-1]) for i in range(10, 40)]).train()
     assert 0 <= summary["reward_after"] <= 1
+
+
+def test_objects_keep_the_attributes_that_options_of_the_data_name(tmp_path):
+    rows = [SimpleNamespace(prompt="11+11=", answer="22", text="22", role="S", other=1)] * 4
+    options = {**OPTIONS, "data.completion": "text", "data.system": "role", "train.given_share": 0.5}
+    trainer = make_trainer(tmp_path / "out", rows=rows, options=options)
+    assert trainer.given.train_rows[0] == {"prompt": "11+11=", "answer": "22", "text": "22", "role": "S"}
 
 
 def test_a_reward_may_be_a_function_of_completion_and_answer(tmp_path):

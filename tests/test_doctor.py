@@ -15,12 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from opd import errors
+from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.config.schema import Config, Truncated
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader
-from opd.doctor import first_step, machine, rows, tokens
+from opd.doctor import candidates, first_step, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
 from opd.doctor.machine import REMEDIES
 from opd.models.memory import Memory
@@ -254,6 +255,25 @@ def test_too_little_memory_fails_before_models_are_loaded(doctor: Any, monkeypat
     code, found, _ = doctor("train.batch_size=200")
     assert code == errors.NOT_READY
     assert found["memory"]["status"] == "fail" and "train.max_tokens_per_micro_batch" in found["memory"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "package"),
+    [("model.adapter", "x", "peft"), ("teacher.adapter", "x", "peft"), ("teacher.quantization", "nf4", "bitsandbytes"),
+     ("optim.name", "adamw8bit", "bitsandbytes")],
+)  # fmt: skip
+def test_a_missing_package_is_named_with_the_option_that_needs_it(option: str, value: str, package: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == package else name)
+    (found,) = [finding for finding in machine.check_packages(from_options({option: value})) if finding.check == "packages"]
+    assert option in found.remedy and "pip install" in found.remedy and package in found.what
+
+
+def test_a_worse_teacher_is_not_ranked_higher_for_a_smaller_overlap() -> None:
+    def score(gap: float | None, overlap: float) -> float:
+        return candidates.Candidate("t", True, "", gap, 1.0, 0.5, overlap, 1.0, 1.0).score
+
+    assert score(0.2, 0.5) > score(0.2, 0.1) > score(0.0, 0.5) > score(-0.1, 0.1) == score(-0.1, 0.9) > score(-0.2, 0.1)
+    assert score(None, 0.9) > score(None, 0.1)
 
 
 def test_missing_package_of_the_tracker_fails(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from transformers import AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, EvalConfig
+from opd.config.schema import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, Quantization, TeacherConfig
 from opd.errors import ConfigError
 from opd.evaluation import judge
+from opd.evaluation.target import with_quantized_base
 from opd.training.evaluate import interval
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
@@ -105,6 +107,27 @@ def test_overrides_change_only_what_they_name_in_the_config_of_a_run(trained: Pa
     assert json.loads(Path("out.json").read_text()) == found
 
 
+def test_a_run_on_given_completions_is_evaluated_on_data_without_them(trained: Path, evaluate: Any) -> None:
+    shutil.copytree(trained / "runs" / "run", "run")
+    stored = json.loads(Path("run/run.json").read_text())
+    stored["config"]["train"]["given_share"], stored["config"]["data"]["completion"] = 0.5, "answer"
+    Path("run/run.json").write_text(json.dumps(stored))
+    task = evaluate("run", "data=arithmetic", "eval.limit=2", "eval.kl_prompts=0", "--baseline", "none")["tasks"]["evaluation"]
+    assert task["prompts"] == 2
+
+
+def test_a_teacher_that_was_the_quantised_base_of_the_student_stays_quantised() -> None:
+    mix = {"a": {"source": "arithmetic"}, "b": {"source": "arithmetic"}}
+    lora = LoraConfig(rank=2)
+    base = ModelConfig(path="x", quantization=Quantization.nf4)
+    own, other = TeacherConfig(path="x", prompt="{prompt} !"), TeacherConfig(path="y")
+    assert with_quantized_base(Config(model=base, teacher=own, lora=lora)).teacher.quantization is Quantization.nf4
+    assert with_quantized_base(Config(model=base, teacher=other, lora=lora)).teacher == other
+    teachers = {"a": {"path": "x", "prompt": "{prompt} !"}}
+    found = with_quantized_base(Config(model=base, teacher=other, teachers=teachers, lora=lora, data=DataConfig(mix=mix))).parts_by_teacher
+    assert {label: part.teacher.quantization.value for label, part in found.items()} == {"a": "nf4", "": "none"}
+
+
 def test_a_model_against_a_given_baseline_and_teacher(evaluate: Any, tmp_path: Path) -> None:
     words = [
         "bundled:tiny-student",
@@ -143,6 +166,10 @@ def test_the_table_of_an_evaluation(trained: Path, capfd: pytest.CaptureFixture[
         (["broken"], 65, "there is no final/ in it: the run is failed"),
         (["broken/final"], 64, "is a part of the run broken"),
         (["broken/final", "teacher=tiny"], 64, "broken/final: there is no such folder"),
+        (["x", "model.adapter=y"], 64, "model.adapter='y': does not apply to x"),
+        (["x", "model.revision=y"], 64, "model.path=x"),
+        (["broken", "model.quantization=nf4", "lora=default"], 64, "model.quantization=nf4: does not apply to broken"),
+        (["x", "--teacher", "z", "teacher.adapter=y"], 64, "teacher.path=z"),
     ],
 )
 def test_eval_mistakes_are_one_line_with_an_exit_code(

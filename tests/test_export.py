@@ -60,6 +60,18 @@ def test_the_model_card_names_base_method_and_result():
         assert part in card, part
 
 
+def test_the_model_card_names_adapters_given_completions_and_the_anchor():
+    options = {"model__adapter": "runs/a", "lora__rank": 4, "teacher__adapter": "b", "data__completion": "text"}
+    card = model_card(config(**options, train__given_share={0: 1.0, 5: 0}, ppo__reference_coef=0.1), SUMMARY, "bfloat16")
+    for part in (
+        "- student: `Qwen/Qwen2.5-0.5B-Instruct` at revision `main` with the adapter `runs/a`",
+        "the adapter `b`",
+        "{0: 1.0, 5: 0",
+        "0.1 |",
+    ):
+        assert part in card, part
+
+
 def test_the_front_matter_of_a_card_is_yaml_for_any_names(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base/README.md").write_text("---\nlicense: other\nlicense_name: 'a: b\"'\nlicense_link: https://x.y/z\n---\n# Base\n")

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import DataConfig, Source
-from opd.data.given import check_given, given_rollout, takes_given
+from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
+from opd.data.given import check_given, given_rollout, takes_given, warm_start
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
+from opd.evaluation import completions as completions_file
 from opd.evaluation.completions import begin
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
+from opd.report.tokens import token_view_data
 from opd.runs.reader import open_run
 from opd.teachers import LocalTeacher
 from opd.training.checkpoint import read
@@ -329,6 +332,11 @@ def test_a_run_with_a_schedule_and_an_anchor_resumes_in_the_middle_with_the_same
     assert cli.main(["train", *TINY, *options, "name=straight"]) == errors.OK
     lines = open_run(Path("runs/straight")).metrics
     assert [line.get("given/rollouts") for line in lines] == [8, 8, 4, 4, None, None]
+    run = open_run(Path("runs/straight"))
+    given = {step: [record["given"] for record in run.rollouts(step)] for step in (1, 6)}
+    assert given[1] and all(given[1]) and not any(given[6])
+    view, _ = token_view_data(run, 10**6)
+    assert {record["step"] for record in view["rollouts"]} <= {3, 4, 5, 6} and len(view["rollouts"]) >= len(given[6])
     assert "reference_kl" not in lines[0] and 0 < lines[-1]["reference_kl"] < 1
     assert capfd.readouterr().err == ""
     checkpoint = next(Path("runs/straight/checkpoints").glob("*4*"))
@@ -370,6 +378,48 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     assert Path("part.jsonl").read_text() == whole and not part.exists()
 
 
+def test_the_printed_schedule_has_the_length_of_the_run_and_is_one_share_where_that_is_not_known():
+    shares = {
+        steps: warm_start(Config(train=TrainConfig(max_steps=steps, epochs=None if steps else 1)), Path("x"))[-1] for steps in (40, None)
+    }
+    assert shares == {40: "train.given_share={0: 1.0, 10: 0.25, 20: 0}", None: "train.given_share=0.25"}
+
+
+def test_line_separators_in_a_text_do_not_cut_its_line_and_another_file_is_refused(tmp_path):
+    part, texts = tmp_path / "out.jsonl.part", ["a\u2028b\u2029c\x85d\x0ce"]
+    assert begin(part, {"seed": 0}) == {}
+    line = {"row": 3, "texts": texts, "rewards": [None]}
+    with part.open("a") as stream:
+        stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+    assert begin(part, {"seed": 0}) == {3: line}
+    for content in (b"text\n", b"text", b"[]\n", b"\xff\n", b'{"seed": 0}\n{"prompt": "x"}\n', b"3\n"):
+        part.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"^\S+\.part: [^\n]*remove it, or [^\n]*--out$"):
+            begin(part, {"seed": 0})
+        assert part.read_bytes() == content
+
+
+def test_the_file_has_the_columns_that_the_teachers_views_name_so_that_training_on_it_reads_the_same_prompts():
+    teacher = TeacherConfig(prompt="{question} {hint} {answer}", contrast="{prompt}{answer}{system}")
+    row = {"question": "27+85=", "system": "S", "hint": date(2024, 1, 9), "steps": "so #211", "other": 1}
+    for options in ({"answer": "steps", "answer_after": "#"}, {"answer": None}):
+        source = DataConfig(source=Source.parquet, train_path="x", prompt="question", system="system", **options)
+        rows = [row if source.answer else {**row, "answer": 5}]
+        prompts = encode_rows(rows, tiny_tokenizer(), source, "training", teacher)
+        (line,) = completions_file.lines([completions_file.columns(prompts[0], rows, Config(data=source, teacher=teacher))]).splitlines()
+        assert "other" not in line
+        written = DataConfig(source=Source.jsonl, train_path="x", prompt="prompt", answer="answer", answer_after=None, system="system")
+        (found,) = encode_rows([json.loads(line)], tiny_tokenizer(), written, "training", teacher)
+        assert found.ids == prompts[0].ids and found.scored_views == prompts[0].scored_views and found.teacher_ids != found.contrast_ids
+
+
+@pytest.mark.parametrize(("view", "data"), [({"prompt": "{completion}"}, {}), ({"contrast": "{system}"}, {"system": "role"})])
+def test_a_view_of_a_column_that_the_file_has_for_something_else_is_refused(view, data):
+    config = Config(data=DataConfig(**data), teacher=TeacherConfig(**view))
+    with pytest.raises(ConfigError, match=rf"^teacher\.{next(iter(view))}: .*rename"):
+        completions_file.named_columns(config)
+
+
 def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text("".join(json.dumps({"prompt": f"{a}+12=", "answer": str(a + 12)[::-1]}) + "\n" for a in range(10, 20)))
@@ -379,6 +429,35 @@ def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):
         assert cli.main([*words, f"teacher.url={server.url}", "sampling.max_new_tokens=8", "--out", "t.jsonl", "--json"]) == errors.OK
     assert json.loads(capfd.readouterr().out)["reward"] == 1.0
     assert all(row["completion"] == row["answer"] for row in map(json.loads, Path("t.jsonl").read_text().splitlines()))
+
+
+def test_prompts_for_a_served_teacher_have_only_tokens_that_it_knows(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.save_pretrained(tmp_path)
+    config = Config(
+        model=ModelConfig(path="x"),
+        teacher=TeacherConfig(path="bundled:tiny-teacher", url="http://127.0.0.1:1", timeout=0.1),
+        device=Device.cpu,
+    )
+    prompts = [Prompt(4, (3, len(tokenizer) - 1), "")]
+    with pytest.raises(DataError, match=r"^row 4: .*'<think>'.*data\.chat_template_kwargs"):
+        completions_file.teacher_sampler(config, load_tokenizer(ModelConfig(path=str(tmp_path)), "model"), prompts)
+
+
+def test_a_server_of_another_model_or_without_weights_does_not_continue_a_file(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", "model=tiny", "teacher=tiny", "data=arithmetic", "data.size=20", "eval=arithmetic", "device=cpu"]
+    teacher = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / "tiny-teacher", dtype=torch.float32)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight.zero_()
+    with running(ScoringServer(teacher, tiny_tokenizer())) as server:
+        assert cli.main([*words, f"teacher.url={server.url}", "--out", "t.jsonl"]) == errors.ENGINE
+    assert "uniform" in capfd.readouterr().err
+    wanted = [completions_file.settings(Config(teacher=TeacherConfig(url=url)), [], 1) for url in ("http://a", "http://b")]
+    begin(Path("x.part"), wanted[0])
+    with pytest.raises(ConfigError, match=r"teacher\.url"):
+        begin(Path("x.part"), wanted[1])
 
 
 def killed_at_the_third(monkeypatch):

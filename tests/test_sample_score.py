@@ -177,6 +177,11 @@ def test_sample_and_score_mistakes_are_one_line_with_an_exit_code(
     assert part in shown.err and shown.err.count("\n") == 1 and shown.out == ""
 
 
+def test_prompts_of_a_file_are_its_lines_whatever_other_separators_are_in_them(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a\u2028b\x85c\r\n\nd".encode())
+    assert sample_score.read_prompts([], "prompts.txt", input) == ["a\u2028b\x85c", "d"]
+
+
 def test_prompts_end_with_the_input() -> None:
     def ask() -> str:
         raise EOFError

@@ -32,6 +32,7 @@ from opd.doctor import examine
 from opd.errors import OK, USAGE, ConfigError, DataError, EngineError, TeacherError
 from opd.evaluation.sample_score import load_pair
 from opd.models.memory import estimate
+from opd.objective.overlap import OVERLAP
 from opd.report import render_report
 from opd.runs.reader import open_run
 from opd.samplers import of_teachers
@@ -324,6 +325,18 @@ def test_one_of_the_teachers_may_be_served_and_its_errors_name_it(tmp_path):
         fake.fault = lambda handler, body, answer: handler.reply({})
         with pytest.raises(TeacherError, match=r"^teachers\.a\.url="):
             trainer.begin_step()
+
+
+def test_a_served_and_a_local_teacher_have_the_same_columns_where_the_server_sends_few_ids(tmp_path):
+    options = {"ppo__temperature": 1.0, "ppo__estimator": "topk", "ppo__k": 8, "teacher__url": "http://a"}
+    trainer, models = two_teachers(tmp_path, two_datasets(), **options)
+    with running(ScoringServer(models[1], Tokenizer())) as fake:
+        remote = ServedTeacher(TeacherConfig(url=fake.url, timeout=5.0), Tokenizer(), VOCABULARY, 40, [1, 5, 9], 8)
+        for teachers in ({"": LocalTeacher(models[0], VOCABULARY), "a": remote}, {"": remote, "a": LocalTeacher(models[0], VOCABULARY)}):
+            trainer.scoring.teacher = as_one(teachers)
+            tokens = trainer.begin_step()
+            assert trainer.scoring.update(tokens) is None
+            assert len(tokens.columns["reverse_kl"]) == 13 and not set(OVERLAP) & set(tokens.columns)
 
 
 def mixed_trainer(folder: Path) -> Trainer:

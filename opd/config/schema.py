@@ -675,7 +675,7 @@ class Config(Section):
             remedy = "leaves the teacher out, whose distributions ppo.baseline adds: set ppo.baseline=false, or control=none"
             self.require("control", not self.ppo.baseline, remedy)
         if self.control is Control.shuffled:
-            remedy = "needs other completions in each process to take scores from: set sampling.n=2 or train.batch_size=2"
+            remedy = "takes scores from other completions of the step: set sampling.n=2 or train.batch_size=2"
             self.require("control", self.sampling.n * self.train.batch_size > 1, remedy)
 
         for section in (self.sampling, self.eval) if self.sampling.engine is Engine.vllm else ():

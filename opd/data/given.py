@@ -77,9 +77,12 @@ def eval_file(out: Path) -> Path:
 
 
 def warm_start(config: Config, out: Path) -> list[str]:
-    """Return the options of a run that starts on the file that `opd sample --out` wrote: alone for a quarter of its steps, then few."""
-    steps = config.train.max_steps or 200
-    shares = {0: 1.0, max(1, steps // 4): 0.25, max(2, steps // 2): 0}
+    """Return the options of a run that starts on the file that `opd sample --out` wrote: alone for a quarter of its steps, then few.
+
+    Without `train.max_steps` the number of steps is not known, and a quarter of all completions are taken from it.
+    """
+    steps = config.train.max_steps
+    shares = 0.25 if steps is None else {0: 1.0, max(1, steps // 4): 0.25, max(2, steps // 2): 0}
     system = [] if config.data.system is None else ["data.system=system"]
     files = [f"data.train_path={out}", f"data.eval_path={eval_file(out)}"]
     return ["data=jsonl", *files, "data.completion=completion", *system, f"train.given_share={shares}"]

@@ -43,11 +43,13 @@ class Candidate:
     def score(self) -> float:
         """What the candidates are ranked by: the part of the reward gap where the teacher speaks of tokens that the student would say.
 
-        The gap times the overlap's mass; the mass alone where no rewards were measured. It is a rule of thumb and no forecast.
+        The gap times the overlap's mass; the mass alone where no rewards were measured, and the gap alone where the teacher is the worse
+        one. It is a rule of thumb and no forecast.
         """
         if not self.ready or self.overlap_mass is None:
             return float("-inf")
-        return self.overlap_mass * (1.0 if self.reward_gap is None else self.reward_gap)
+        gap = 1.0 if self.reward_gap is None else self.reward_gap
+        return gap * self.overlap_mass if gap > 0 else gap
 
 
 def candidate(teacher: str, report: Report) -> Candidate:

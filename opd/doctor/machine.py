@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import torch
 
-from opd.config.schema import Config, of_teacher
+from opd.config.schema import Config, ModelConfig, OptimizerName, Quantization, of_teacher
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, format_duration
@@ -52,12 +52,17 @@ def check_time(seconds: Mapping[str, float], tokens_per_second: float, mfu: floa
 def check_packages(config: Config) -> list[Finding]:
     """Look for the packages that the options need. Raises `ConfigError` if the tracker's is missing."""
     check_tracker(config.track.tool)
-    gguf_files = {"model.gguf_file": config.model.gguf_file}
-    for label, part in config.parts_by_teacher.items():
-        gguf_files[of_teacher(label)("teacher.gguf_file")] = part.teacher.gguf_file
-    gguf = next((option for option, file in gguf_files.items() if file), "")
+    loaded: dict[str, ModelConfig] = {"model.": config.model}
+    loaded |= {of_teacher(label)("teacher."): part.teacher for label, part in config.parts_by_teacher.items()}
+    gguf = next((f"{prefix}gguf_file" for prefix, model in loaded.items() if model.gguf_file), "")
+    rank = [f"lora.rank={config.lora.rank}"] if config.lora.rank > 0 else []
+    peft = next(iter([*rank, *(f"{prefix}adapter" for prefix, model in loaded.items() if model.adapter)]), "")
+    states = ["optim.name=adamw8bit"] if config.optim.name is OptimizerName.adamw8bit else []
+    packed = (f"{prefix}quantization" for prefix, model in loaded.items() if model.quantization is not Quantization.none)
+    bits = next(iter([*states, *packed]), "")
     needed = {
-        "peft": (config.lora.rank > 0, f"lora.rank={config.lora.rank} needs it: pip install 'opd[lora]'"),
+        "peft": (peft, f"{peft} needs it: pip install 'opd[lora]'"),
+        "bitsandbytes": (bits, f"{bits} needs it: pip install 'opd[quantized]'"),
         "gguf": (gguf, f"{gguf} needs it: pip install 'opd[gguf]'"),
         "math_verify": (config.eval.reward == "math", "eval.reward=math needs it: pip install 'opd[math]'"),
     }

@@ -17,9 +17,8 @@ MAX_DROPPED = 0.05  # share of prompts; leaving out more changes what the studen
 def check_columns(train: Rows, evaluation: Rows, config: Config) -> list[Finding]:
     """Name the columns and those in use; rows without a configured column are refused on loading."""
     data = config.data
-    used = ", ".join(
-        f"{option}={column}" for option, column in (("prompt", data.prompt), ("answer", data.answer), ("system", data.system)) if column
-    )
+    options = {"prompt": data.prompt, "answer": data.answer, "system": data.system, "completion": data.completion}
+    used = ", ".join(f"{option}={column}" for option, column in options.items() if column)
     columns = ", ".join(sorted(train[0]))
     return [ok("columns", f"{len(train):,} rows to train on, {len(evaluation):,} to evaluate on; columns: {columns}; in use: {used}")]
 

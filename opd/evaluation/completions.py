@@ -21,6 +21,7 @@ from opd.data.given import eval_file
 from opd.data.prompts import Prompt, completion_end
 from opd.data.rollouts import Request, Rollout
 from opd.data.sources import Row, Rows, load_rows
+from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import SharedIds, load_teacher
 from opd.models import load as models
@@ -79,6 +80,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     if config.data.mix:
         labels = ", ".join(config.data.mix)
         raise ConfigError(f"data.mix: --out takes one dataset: leave it out, and set the options of one of {labels} as data.OPTION")
+    named_columns(config)  # checked before the teacher takes its time
     if only_right and config.eval.reward is None:
         raise ConfigError("--only-right: nothing is judged with eval.reward=null; set eval.reward=NAME")
     accelerator = make_accelerator(config, folder)
@@ -95,7 +97,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         sampling = config.sampling
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
         missing = [prompt for prompt in prompts if prompt.sample_id not in done]
-        size, told = max(1, sampling.batch_size // samples), time.monotonic()
+        size, shown_at = max(1, sampling.batch_size // samples), time.monotonic()
         with part.open("a", encoding="utf-8") as stream:
             for start in range(0, len(missing), size):
                 chosen = missing[start : start + size]
@@ -109,9 +111,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
                     done[prompt.sample_id] = line
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
-                if time.monotonic() - told > EVERY:
+                if time.monotonic() - shown_at > EVERY:
                     log.warning(f"{len(done):,} of {len(prompts):,} prompts are answered")
-                    told = time.monotonic()
+                    shown_at = time.monotonic()
     written = [record for prompt in prompts if (record := finished(prompt, train_rows, config, done[prompt.sample_id], only_right))]
     if not written:
         why = "right" if only_right else f"complete within sampling.max_new_tokens={config.sampling.max_new_tokens}"
@@ -143,8 +145,10 @@ def teacher_sampler(
     teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
     ids = share_ids(config, tokenizer, teacher_tokenizer, (teacher_tokenizer.eos_token_id,), vocabulary)
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
-    canary = [token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher]
-    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[:longest], overlap=ids.overlap)
+    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
+    models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
+    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1], overlap=ids.overlap)
+    served.check()
     eos = ids.ends or tuple({tokenizer.eos_token_id, completion_end(tokenizer, config.data.chat_template_kwargs)})
     # The server has the model.
     spec: Any = SamplerSpec(
@@ -176,6 +180,7 @@ def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[st
     sampling, teacher = config.sampling, config.teacher
     return {
         "teacher.path": teacher.path,
+        "teacher.url": teacher.url,
         "teacher.revision": teacher.revision,
         "teacher.gguf_file": teacher.gguf_file,
         "teacher.adapter": teacher.adapter,
@@ -191,19 +196,23 @@ def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[st
 def begin(part: Path, wanted: Mapping[str, Any]) -> dict[int, Any]:
     """Return the lines of an earlier command by row, or begin the file. Drop a last line that is not whole.
 
-    Raises `ConfigError` where the file is of a command with other settings.
+    Raises `ConfigError` where the file is of a command with other settings, or no such file.
     """
     content = part.read_bytes() if part.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]
-    if not whole:
+    if not content:
         write_output(part, json.dumps(wanted) + "\n")
         return {}
-    first, *others = whole.decode().splitlines()
-    stored = json.loads(first)
-    if changed := [name for name in wanted if stored.get(name) != wanted[name]]:
+    try:
+        stored, *others = map(json.loads, whole.decode().split("\n")[:-1])  # texts have other line separators in them
+        changed = [name for name in wanted if stored.get(name) != wanted[name]]
+        done = {} if changed else {line["row"]: line for line in others}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise ConfigError(f"{part}: is not a file of opd sample --out; remove it, or name another with --out") from None
+    if changed:
         raise ConfigError(f"{part}: was begun with another {', '.join(changed)}; repeat those options to continue, or remove it")
     os.truncate(part, len(whole))
-    return {line["row"]: line for line in map(json.loads, others)}
+    return done
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str | None]:
@@ -224,9 +233,25 @@ def finished(prompt: Prompt, source: Rows, config: Config, line: Mapping[str, An
 def columns(prompt: Prompt, source: Rows, config: Config) -> Row:
     """Return the columns in use of a prompt's row, by the names that `data=jsonl` has for them."""
     row, answers = source[prompt.sample_id], list(prompt.answers)
+    named = {name: row[name] for name in named_columns(config) if name in row}
     system = {} if config.data.system is None else {"system": row.get(config.data.system)}
-    return {"prompt": row[config.data.prompt], **system, "answer": answers[0] if len(answers) == 1 else answers or None}
+    answer = {} if config.data.answer is None and "answer" in named else {"answer": answers[0] if len(answers) == 1 else answers or None}
+    return {**named, "prompt": row[config.data.prompt], **system, **answer}
+
+
+def named_columns(config: Config) -> list[str]:
+    """Return the columns that the teacher's views name, which training on the file needs too.
+
+    Raises `ConfigError` where the file has something else in a column of that name.
+    """
+    own = ["completion", "reward", *(["system"] if config.data.system not in (None, "system") else [])]
+    names = []
+    for option, template in (("teacher.prompt", config.teacher.prompt), ("teacher.contrast", config.teacher.contrast)):
+        names += columns_of(template)
+        if taken := [name for name in columns_of(template) if name in own]:
+            raise ConfigError(f"{option}: --out FILE has something else in the column {taken[0]}; rename it in the data and in {option}")
+    return names
 
 
 def lines(records: Any) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records)  # dates as their view has them

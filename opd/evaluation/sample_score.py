@@ -257,7 +257,7 @@ def read_prompts(texts: Sequence[str], file: str | None, ask: Callable[[], str])
     """Return the prompts of the command line and the lines of a file; without either, `ask` until an empty answer or the end of input."""
     prompts = list(texts)
     if file is not None:
-        prompts += [line for line in read_text(file).splitlines() if line.strip()]
+        prompts += [line for line in read_text(file).split("\n") if line.strip()]
     if not texts and file is None:
         with suppress(EOFError):
             while line := ask():

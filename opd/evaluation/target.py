@@ -17,7 +17,8 @@ from opd.runs.reader import is_run, open_run
 from opd.training.checkpoint import Checkpoints, verify
 
 NONE = "none"
-FILES = tuple(item.name for item in fields(ModelConfig))
+OPTIONS = tuple(item.name for item in fields(ModelConfig))
+FILES = ("gguf_file", "revision", "trust_remote_code", "adapter", "quantization")  # options of a model at `path`, not of one that is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,16 +63,19 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         if not stored:
             raise DataError(f"{run}: the run ended before it began training; there is no config in it")
         config = _apply_overrides(stored, composed, overrides)
+        check_applies(overrides, composed.model, ("adapter", "quantization"), str(word))
         before = config.model
-        config = replace(config, model=_model(str(run), before))
+        config = replace(with_quantized_base(config), model=_model(str(run), before))
     elif word is not None:
         outer = next((parent for parent in Path(word).parents if is_run(parent)), None)
         if outer is not None and teacher is None and not any(override.lstrip("+~").startswith("teacher") for override in overrides):
             raise ConfigError(f"{word}: is a part of the run {outer}: name the run, which has its teacher and data, or set teacher=NAME")
+        check_applies(overrides, composed.model, FILES, word)
         config = replace(composed, model=_model(word, composed.model))
     if teacher is not None and teacher != NONE:
+        check_applies(overrides, composed.teacher, FILES[:-1], f"--teacher {teacher}")
         model = _model(teacher, config.teacher)
-        options = {name: getattr(model, name) for name in ("path", "gguf_file", "revision", "trust_remote_code", "adapter")}
+        options = {name: getattr(model, name) for name in ("path", *FILES[:-1])}
         own = replace(config.teacher, **options, weights=TeacherWeights.own, url=None)
         config = replace(config, control=Control.none, teacher=own, teachers={})
     average = None
@@ -79,7 +83,7 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     for label, part in config.parts_by_teacher.items():
         if label and part.names_weights:
             own = student_as_teacher(part, before)
-            entries[label] = {**entries[label], **{name: getattr(own, name) for name in FILES}, "weights": own.weights}
+            entries[label] = {**entries[label], **{name: getattr(own, name) for name in OPTIONS}, "weights": own.weights}
     config = replace(config, teachers=entries)
     if config.names_weights:
         is_average = config.teacher.weights is TeacherWeights.ema
@@ -90,10 +94,28 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     return Target(config, word or config.model.path, run, before, overrides, average)
 
 
+def check_applies(overrides: Sequence[str], section: ModelConfig, names: Sequence[str], word: str) -> None:
+    """Raise `ConfigError` for a typed option of the model at `path` where `word` names another."""
+    typed = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    for name in names:
+        is_default = getattr(section, name) == getattr(type(section)(), name)
+        remedy = f"does not apply to {word}: leave that out, and set {section.PREFIX}path={word.removeprefix('--teacher ')}"
+        section.require(name, is_default or f"{section.PREFIX}{name}" not in typed, remedy)
+
+
+def with_quantized_base(config: Config) -> Config:
+    """Return the config of a run with the quantization of its student for teachers that are the student's base without adapters."""
+    value = config.model.quantization
+    shared = {label for label, part in config.parts_by_teacher.items() if part.teaches_itself and not part.names_weights}
+    teachers = {label: {**entry, "quantization": value} if label in shared else entry for label, entry in config.teachers.items()}
+    teacher = replace(config.teacher, quantization=value) if "" in shared else config.teacher
+    return replace(config, teacher=teacher, teachers=teachers)
+
+
 def student_as_teacher(config: Config, before: ModelConfig | None) -> TeacherConfig:
     """Return, as a model to load, the teacher of a run whose student is its own teacher. `before`: the student before training."""
     student = config.model if before is None or config.teacher.weights is TeacherWeights.current else before
-    files = {name: getattr(student, name) for name in FILES}
+    files = {name: getattr(student, name) for name in OPTIONS}
     return replace(config.teacher, **files, weights=TeacherWeights.own)
 
 
@@ -108,7 +130,10 @@ def newest_average(run: Path) -> Path:
 
 
 def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Sequence[str]) -> Config:
-    """Return the stored config with what the overrides name taken from the composed one: all of a group, or a single option."""
+    """Return the stored config with what the overrides name taken from the composed one: all of a group, or a single option.
+
+    It has no given completions.
+    """
     merged, source = compose.restore_config(stored), OmegaConf.structured(composed)
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0].partition("@")[0]
@@ -118,6 +143,8 @@ def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Seq
             OmegaConf.update(merged, key, OmegaConf.select(source, key), merge=False)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
+    # Nothing is trained here, and other data need not have the column.
+    merged.train.given_share, merged.data.completion = 0.0, None
     return compose.to_config(merged)
 
 

@@ -18,7 +18,7 @@ COLUMNS = ("tokens", "ids", "student_logp", "teacher_logp", "entropy", "clipped"
 
 
 def token_view_data(run: Run, max_bytes: int) -> tuple[dict[str, Any], list[str]]:
-    """Return the run's stored completions as page.js reads them, and a sentence for each thing left out.
+    """Return the stored completions that the student generated as page.js reads them, and a sentence for each thing left out.
 
     Args:
         run: its rollouts are read from its folder.
@@ -29,7 +29,7 @@ def token_view_data(run: Run, max_bytes: int) -> tuple[dict[str, Any], list[str]
     total = planned if isinstance(planned, int) else max(stored, default=1)
     rollouts: list[dict[str, Any]] = []
     for step in spread([step for step in stored if is_detailed_step(step, total)]):
-        of_step = [_rollout(step, record) for record in run.rollouts(step)]
+        of_step = [_rollout(step, record) for record in run.rollouts(step) if not record.get("given")]
         max_bytes -= sum(len(json.dumps(rollout, ensure_ascii=False).encode()) for rollout in of_step)
         if max_bytes < 0:
             break

@@ -255,9 +255,6 @@ class Evaluator:
         ]
         return Judged(gather_object(rows))
 
-    def kl(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> float | None:
-        return mean_kl(self.distances(sampler, model, teacher, ready))
-
     def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
         """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""
         if not self.kl_prompts:

@@ -48,6 +48,7 @@ METHOD = (
     ("sampling temperature, top-p, top-k", "{sampling[temperature]:g}, {sampling[top_p]:g}, {sampling[top_k]}"),
     ("maximum new tokens", "{sampling[max_new_tokens]}"),
     ("low-rank adapters, quantised base", "{lora[rank]}, {model[quantization]}"),
+    ("share of given completions, coefficient of the KL to the start", "{train[given_share]}, {ppo[reference_coef]:g}"),
     ("seed", "{seed}"),
 )
 
@@ -268,6 +269,7 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
     merge = f" Adapters merged: {merged:.1e} nats/token from the quantised model that was trained." if merged is not None else ""
     checkpoint = f" The weights are those of the checkpoint `{summary['checkpoint']}`." if "checkpoint" in summary else ""
     options = to_dict(config)
+    options["train"]["given_share"] = str(options["train"]["given_share"]).replace("'", "")  # JSON has texts as keys
     method = "\n".join(f"| {label} | {template.format(**options)} |" for label, template in METHOD)
     versions = summary.get("versions") or {name: version(name) for name in ("torch", "transformers", "accelerate")}
     made_with = ", ".join(f"{name} {number}" for name, number in versions.items())
@@ -311,7 +313,8 @@ Made with {made_with}; weights in {dtype}.
 def _model_name(model: ModelConfig) -> str:
     revision = f" at revision `{model.revision or 'main'}`" if _on_hub(model.path) else ""
     file = f", file `{model.gguf_file}`" if model.gguf_file is not None else ""
-    return f"`{model.path}`{revision}{file}"
+    adapter = f" with the adapter `{model.adapter}`" if model.adapter is not None else ""
+    return f"`{model.path}`{revision}{file}{adapter}"
 
 
 def _on_hub(path: str) -> bool:

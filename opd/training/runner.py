@@ -353,7 +353,9 @@ def write_event(event: Event, config: Config, built: Built, run_folder: RunFolde
                 records = rollout_records(built.tokenizer, event.tokens, stored, event.weights, event.alternatives)
                 run_folder.write_rollouts(event.step, records)
             accelerator.log(event.metrics, step=event.step)
-            display.show(event, sample_text(built.tokenizer, event.tokens.rollouts[0]) if config.track.rollouts_per_step else "")
+            rollouts = event.tokens.rollouts
+            shown = next((rollout for rollout in rollouts if not rollout.given), rollouts[0])
+            display.show(event, sample_text(built.tokenizer, shown) if config.track.rollouts_per_step else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
             accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)

@@ -52,7 +52,7 @@ class Speed:
         and without what is recomputed. A decoding batch reads all weights for each new token, and the keys and values of all earlier ones.
         """
         rollouts = [rollout for rollout in tokens.rollouts if not rollout.given]
-        count, sampled = (sum(rollout.length for rollout in some) for some in (tokens.rollouts, rollouts if self.weight_bytes else []))
+        count, sampled = (sum(rollout.length for rollout in group) for group in (tokens.rollouts, rollouts if self.weight_bytes else []))
         scored = sum(rollout.length * self.teachers.get(rollout.request.prompt.teacher, self.teacher) for rollout in tokens.rollouts)
         operations = 2 * (scored + sampled * self.student + count * tokens.inner * self.passes * self.student)
         shares = {"perf/mfu": operations / sum(tokens.seconds.values()) / self.product_rate}

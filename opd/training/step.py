@@ -53,6 +53,7 @@ from opd.models.policy import padding_limit
 from opd.objective import Clips, Sampled, TeacherStates, anchored, chunked_loss, discounted, exact, masked_stats, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
+from opd.objective.overlap import OVERLAP, OVERLAP_K
 from opd.teachers import LocalTeacher, Teacher
 from opd.training.control import SHUFFLED, constant_advantage
 from opd.training.spans import Spans, mean_advantage
@@ -216,7 +217,9 @@ class Step:
                 values = [part[name] for part in stats]
                 tokens.means.add_tensors(name, values if tokens.given_N is None else [torch.cat(values)[~tokens.given_N]])
         if "logp" not in tokens.columns:
-            for name in stats[0] if stats else ():
+            # Of several teachers a server may send too few ids for the overlap: all micro-batches and processes have the same columns.
+            left_out = OVERLAP if self.config.is_served and self.config.ppo.k < OVERLAP_K else ()
+            for name in [name for name in stats[0] if name not in left_out] if stats else ():
                 tokens.fill(name, [part[name] for part in stats])
         elif "clipped" in tokens.columns:
             tokens.columns["clipped"] = torch.maximum(tokens.columns["clipped"], torch.cat([part["clipped"] for part in stats]))
