@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from opd.data.arithmetic import rows
 
 ASSETS = Path(__file__).resolve().parents[1] / "opd" / "assets"
-TEACHER, STUDENT = "tiny-teacher", "tiny-student"
+TEACHER, STUDENT, PAIRS = "tiny-teacher", "tiny-student", "tiny-pairs"
 BOTH = pytest.mark.parametrize("name", [TEACHER, STUDENT])
 
 
@@ -35,8 +35,8 @@ def generated_accuracy(name: str, count: int = 600) -> float:
     model, tokenizer, questions = load_model(name), load_tokenizer(name), rows("eval")[:count]
     batch = tokenizer([render(name, ("user", row["prompt"])) for row in questions], padding=True, return_tensors="pt")
     tokens = model.generate(**batch, do_sample=False, max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
-    texts = [text.replace("<|pad|>", "") for text in tokenizer.batch_decode(tokens)]
-    return sum(text == row["answer"] + "<|end|>" for text, row in zip(texts, questions, strict=True)) / count
+    texts = [text.replace(tokenizer.pad_token, "") for text in tokenizer.batch_decode(tokens)]
+    return sum(text == row["answer"] + tokenizer.eos_token for text, row in zip(texts, questions, strict=True)) / count
 
 
 def test_answers_are_the_reversed_sums_of_two_digit_numbers():
@@ -70,7 +70,7 @@ def test_an_unknown_split_is_refused():
         rows("test")
 
 
-def test_both_models_together_take_at_most_three_megabytes():
+def test_the_models_together_take_at_most_three_megabytes():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) <= 3_000_000
 
 
@@ -78,11 +78,11 @@ def test_weights_are_safetensors_only():
     weights = {
         str(file.relative_to(ASSETS)) for file in ASSETS.rglob("*") if file.is_file() and file.suffix not in {".json", ".jinja", ".md"}
     }
-    assert weights == {f"{STUDENT}/model.safetensors", f"{TEACHER}/model.safetensors"}
+    assert weights == {f"{name}/model.safetensors" for name in (STUDENT, TEACHER, PAIRS)}
 
 
 def test_readme_has_the_parameter_counts_of_the_models():
-    counts = {name: load_model(name).num_parameters() for name in (TEACHER, STUDENT)}
+    counts = {name: load_model(name).num_parameters() for name in (TEACHER, STUDENT, PAIRS)}
     assert 600_000 <= counts[TEACHER] <= 1_000_000
     assert 80_000 <= counts[STUDENT] <= 150_000
     readme = (ASSETS / "README.md").read_text(encoding="utf-8")
@@ -143,6 +143,18 @@ def test_finished_chat_ends_with_the_answer_and_its_end(name):
 
 def test_teacher_answers_held_out_questions_correctly():
     assert generated_accuracy(TEACHER) >= 0.99
+
+
+def test_the_teacher_with_other_tokens_answers_correctly_in_pairs_of_digits():
+    tokenizer = load_tokenizer(PAIRS)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("135")) == ["13", "5"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(render(PAIRS, ("user", "27+85=")))[6:]) == [
+        *"27+85=",
+        "<turn>",
+        *"assistant:",
+        "Ġ",
+    ]
+    assert generated_accuracy(PAIRS) >= 0.98
 
 
 def test_student_answers_about_half_of_the_held_out_questions_correctly():
