@@ -93,10 +93,25 @@ def test_no_question_of_sums_is_in_two_splits(sums: ModuleType, tmp_path: Path) 
     assert len(set.union(*prompts.values())) == sum(sums.SPLITS.values())
 
 
+def test_a_command_is_stopped_when_it_is_time_and_a_failed_one_is_named(sums: ModuleType, tmp_path: Path) -> None:
+    wait = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({0})); print('up', flush=True); time.sleep(60)"
+    logs = {code: tmp_path / "logs" / f"{code}.log" for code in (70, 75)}
+
+    def wait_for_the_time(code: int) -> None:
+        sums.execute([sys.executable, "-c", wait.format(code)], logs[code], lambda: logs[code].read_text() == "up\n")
+
+    wait_for_the_time(75)
+    with pytest.raises(SystemExit, match="exit code 70: up"):
+        wait_for_the_time(70)
+    with pytest.raises(SystemExit, match="exit code 75: gone"):  # a signal that was not ours
+        sums.execute([sys.executable, "-c", "import sys; print('gone'); sys.exit(75)"], tmp_path / "other.log")
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_sums_makes_a_teacher_and_trains_each_arm_once(sums: ModuleType, tmp_path: Path) -> None:
     arms = [arm for arm in sums.ARMS if arm not in sums.TRL or find_spec("trl")]
+    tmp_path /= "a b"
     done = run_sums(tmp_path, "--seeds", "0", "--arms", *arms)
     assert done.returncode == 0, done.stderr
     for arm in arms:
