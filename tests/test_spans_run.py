@@ -1,6 +1,7 @@
 """Training with a teacher that has another tokenizer: against the ordinary path, against a plain reference, and through every verb."""
 
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from opd.training.loop import StepDone, Trainer
 from opd.training.spans import mean_advantage, span_problems
 
 ASSETS = PACKAGE / "assets"
+ROOT = Path(__file__).resolve().parent.parent
 SPANS = ("experiment=debug", "device=cpu", "teacher.alignment=spans", "track.rollouts_per_step=3")
 
 
@@ -424,3 +426,16 @@ def test_it_comes_near_the_teachers_reward(tmp_path: Path, monkeypatch: Any) -> 
     summary, _ = learn(["train.max_steps=400", "eval.steps=100"])
     gap = summary["reward_teacher"] - summary["reward_before"]
     assert summary["reward_after"] > summary["reward_before"] + 0.9 * gap
+
+
+@pytest.mark.long
+def test_two_processes_and_fsdp2_train_as_one_process(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=debug", "device=cpu", "teacher=tiny_pairs", "train.max_steps=2", "eval.steps=0", "eval.limit=4", "ppo.steps=2"]
+    words += ["sampling.max_new_tokens=10", "optim.eps=1e-3", "optim.schedule=constant"]
+    assert main([*words, "train.batch_size=4", "name=one"]) == 0
+    fsdp2 = ["accelerate", "launch", "--config_file", str(ROOT / "scripts" / "accelerate" / "fsdp2_cpu2.yaml"), "-m", "opd.train"]
+    for name, command in (("two", ["torchrun", "--nproc_per_node", "2", "-m", "opd.train"]), ("fsdp2", fsdp2)):
+        subprocess.run([*command, *words, "train.batch_size=2", f"name={name}"], check=True, timeout=300)
+        one, other = tensors(Path("runs/one")), tensors(Path("runs") / name)
+        assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
