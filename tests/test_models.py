@@ -144,7 +144,7 @@ def test_model_that_cannot_be_loaded_is_one_line_with_a_remedy(tmp_path, monkeyp
     assert "\n" not in str(caught.value) and str(caught.value).startswith("teacher.path=")
     with pytest.raises(ConfigError, match="check the folder"):
         models.load_model(ModelConfig(path=str(tmp_path)), "model", torch.device("cpu"))
-    with pytest.raises(ConfigError, match="bundled are bundled:tiny-student, bundled:tiny-teacher"):
+    with pytest.raises(ConfigError, match="bundled are bundled:tiny-pairs, bundled:tiny-student, bundled:tiny-teacher"):
         models.load_tokenizer(ModelConfig(path="bundled:huge"), "model")
 
 
