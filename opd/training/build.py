@@ -32,7 +32,7 @@ from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.models import load
 from opd.models.adapters import trained_adapters
-from opd.models.device import autocast
+from opd.models.device import autocast, free_memory
 from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
@@ -390,7 +390,7 @@ def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec) ->
     `head_rows`: tokens whose logits exist at a time. `max_tokens`: of a micro-batch, halved when memory runs out. `bf16_copy`: whether to
     sample with a bf16 copy of the weights.
     """
-    rows = torch.tensor([head_rows(spec.vocabulary, accelerator.device)], device=accelerator.device)
+    rows = torch.tensor([head_rows(spec.vocabulary, accelerator.device, free_memory(accelerator.device))], device=accelerator.device)
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,
