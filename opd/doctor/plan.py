@@ -236,7 +236,7 @@ class Planner:
             yield offloaded
 
     def shrunk(self, config: Config) -> Config | None:
-        """Return the config, with fewer rows decoded at a time if that is what it takes to fit; None where it does not."""
+        """Return the config, with fewer rows decoded at a time where it would not fit otherwise; None if it never fits."""
         while True:
             memory = self.memory_of(config)
             if memory.peak - memory.resident["the process"] <= self.room:
@@ -287,8 +287,8 @@ class Planner:
             return "the student", "it has no weights of its own"
         if found.teacher.placement is before.teacher.placement:
             is_same = found.teacher.placement is Placement.same
-            return found.teacher.placement.value, "it fits beside the student" if is_same else "as configured"
-        return "offload", "it does not fit beside the student: its layers are copied from main memory in turn"
+            return found.teacher.placement.value, "it fits next to the student" if is_same else "as configured"
+        return "offload", "it does not fit next to the student: its layers are copied from main memory in turn"
 
     def fit_time(self, config: Config, timing: Timing | None) -> Config:
         """Return the config with a length of completions and a number of steps that fit into the time.

@@ -47,6 +47,7 @@ NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
 START = TeacherWeights.base
 MOMENTS = 2  # AdamW's, for each trained parameter
 MOMENT_8BIT, UNQUANTIZED = 1 + 4 / 256, 4096  # bytes of one, with a float32 scale for every 256; tensors of fewer numbers keep float32
+STEP_8BIT = 6  # float32 copies of the largest tensor that bitsandbytes' step makes on a CPU: moments, gradient, and what rounds them again
 LOGITS_COPIES = 4  # float32 copies of a decoding batch's logits while its next tokens are drawn
 # Share of all layers' activations, where some are freed while others stay. On a CPU glibc's heap keeps freed blocks of up to 32 MiB, and
 # many of the next ones do not fit: SmolLM2-135M needed 0.25 more with recomputed activations, 0.74 more with adapters, and nothing more
@@ -163,6 +164,10 @@ def estimate(
     if prompts is not None:
         sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device, sharded) else 0
         update |= update_bytes(config, student, prompts[0], device, free_memory(device) if free is None else free)
+    if config.optim.name is OptimizerName.adamw8bit and device.type == "cpu":
+        largest = max(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+        passes = update.get("activations", 0) + update.get("head chunks", 0)  # which are freed by then
+        update["8-bit step"] = max(0, STEP_8BIT * FLOAT32 * largest - passes)
     return Memory(resident, sampling, update)
 
 
