@@ -1,11 +1,15 @@
-"""`opd doctor`: check whether a run is ready, without training; or rank candidate teachers."""
+"""`opd doctor`: check whether a run is ready, without training; rank candidate teachers; or plan the run for a machine."""
 
 import argparse
 import gc
 import json
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hydra.core.hydra_config import HydraConfig
 
 from opd import errors
 from opd.cli.arguments import non_negative_int
@@ -13,8 +17,9 @@ from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
 
 if TYPE_CHECKING:
-    from opd.doctor import Report
+    from opd.doctor import PlanRequest, Report
 
+NUMBER, ANY_TIME = r"\d+(?:\.\d+)?", "--plan=any"
 TEACHERS = ("teacher", "teacher.path")  # options that may list several, with commas
 
 
@@ -25,8 +30,11 @@ class DoctorParser(FlagParser):
         super().__init__("doctor", examine)
         self.add_argument("--json", action="store_true")
         self.add_argument("--prompts", type=non_negative_int, default=32)
+        self.add_argument("--plan", type=minutes, metavar="MINUTES")
+        self.add_argument("--memory", type=gibibytes, metavar="SIZE")
 
     def run(self, words: Sequence[str]) -> int:
+        words = joined_minutes(words)
         place, option, names = listed_teachers(words)
         if len(names) < 2:
             return super().run(words)
@@ -43,6 +51,30 @@ def make_parser() -> FlagParser:
     return DoctorParser()
 
 
+def joined_minutes(words: Sequence[str]) -> list[str]:
+    """Return the words with the minutes of `--plan`, which may be left out, in one word with it."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--plan":
+            joined[-1:] = [f"--plan={word}"] if re.fullmatch(NUMBER, word) else [ANY_TIME, word]
+        else:
+            joined.append(word)
+    return joined if not joined or joined[-1] != "--plan" else [*joined[:-1], ANY_TIME]
+
+
+def minutes(word: str) -> float:
+    if word != "any" and (not re.fullmatch(NUMBER, word) or float(word) == 0):
+        raise argparse.ArgumentTypeError(f"{word!r} is not a number of minutes above 0")
+    return math.inf if word == "any" else float(word)
+
+
+def gibibytes(word: str) -> int:
+    size = re.fullmatch(rf"({NUMBER})(G|GB|GiB)", word)
+    if size is None or float(size[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{word!r} is not a size in GiB such as 80G")
+    return round(float(size[1]) * 2**30)
+
+
 def listed_teachers(words: Sequence[str]) -> tuple[int, str, list[str]]:
     """Return the place, the option and the names of a list of teachers, none where there is no list."""
     for place, word in enumerate(words):
@@ -54,7 +86,7 @@ def listed_teachers(words: Sequence[str]) -> tuple[int, str, list[str]]:
 
 def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Examine the composed config and print the findings. Raises `NotReady` if a check failed."""
-    from opd.doctor import Status
+    from opd.doctor import Status, plan
     from opd.doctor.findings import show
 
     report = findings(config, flags)
@@ -62,6 +94,8 @@ def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
         show(report)
+        if "plan" in report.figures:
+            plan.show(report.figures["plan"])
     failed = report.of(Status.fail)
     if failed:
         raise errors.NotReady(f"not ready: {', '.join(finding.check for finding in failed)}")
@@ -74,6 +108,8 @@ def compare(config: Config, flags: argparse.Namespace, name: str, reports: "dict
     """
     from opd.doctor import candidates
 
+    if flags.plan is not None:
+        raise errors.ConfigError("--plan: plans for one teacher: name one, or remove --plan")
     if "" not in config.parts_by_teacher:
         raise errors.ConfigError(f"teacher={name}: teachers has one for every dataset; leave out that of the dataset to find a teacher for")
     reports[name] = findings(config, flags)
@@ -93,4 +129,18 @@ def findings(config: Config, flags: argparse.Namespace) -> "Report":
     from opd.training import runner  # imports torch, which --help does not need
 
     runner.quiet_libraries()
-    return doctor.examine(config, flags.prompts)
+    return doctor.examine(config, flags.prompts, plan_request(config, flags))
+
+
+def plan_request(config: Config, flags: argparse.Namespace) -> "PlanRequest | None":
+    """Return what the flags ask of a plan; None without `--plan`. Raises `ConfigError` for what no plan is made for."""
+    from opd.doctor import PlanRequest
+
+    if flags.plan is None:
+        if flags.memory is not None:
+            raise errors.ConfigError("--memory: is the memory to plan for: add --plan, or remove it")
+        return None
+    if config.launch.several:
+        raise errors.ConfigError("--plan: plans for one process on one device: remove launch.processes and launch.config_file")
+    words = [str(word) for word in HydraConfig.get().overrides.task]
+    return PlanRequest(words, None if flags.plan == math.inf else flags.plan, flags.memory)

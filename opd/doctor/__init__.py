@@ -1,39 +1,43 @@
 """Check a run before it starts: `opd doctor`. Each check is a function that returns findings; this module runs them in order."""
 
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import Config, of_dataset, of_teacher
+from opd.config.schema import Config, Device, Dtype, of_dataset, of_teacher
 from opd.data.prompts import Prompt, first_of_each, to_messages, views_of
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
+from opd.doctor.plan import Planner, PlanRequest, Timing, train_command, with_options
 from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
 from opd.models.device import free_memory
 from opd.models.distributed import make_accelerator
-from opd.models.memory import estimate
+from opd.models.memory import Memory, estimate
 from opd.training.build import Given, Loaded, build, encode_dataset, join_datasets, make_run_grader
 from opd.training.checkpoint import Checkpoints
 from opd.training.spans import describe
 
-__all__ = ["Finding", "Report", "Status", "examine"]
+__all__ = ["Finding", "PlanRequest", "Report", "Status", "examine"]
 
 Prompts = tuple[list[Prompt], list[Prompt]]  # to train and to evaluate on
 
 
-def examine(config: Config, prompts: int = 32) -> Report:
+def examine(config: Config, prompts: int = 32, request: PlanRequest | None = None) -> Report:
     """Check the run that `config` describes, without training and without leaving files behind.
 
     Args:
         config: the run's.
         prompts: how many evaluation prompts student and teacher answer; 0 for none.
+        request: for a plan of the run, which is checked in its place.
     """
     report = Report()
     report.add(ok("config", f"composes; the run would be runs/{config.name}"))
@@ -45,7 +49,9 @@ def examine(config: Config, prompts: int = 32) -> Report:
     with ExitStack() as stack:
         if not report.run("reward", lambda: rows.check_reward(data[1], make_run_grader(config, data[1], stack), config)):
             return report
-    if report.run("memory", lambda: check_memory(config, data, report)) and report.ready:
+    if request is not None:
+        check_plan(config, request, tokenizer, data, prompts, report)
+    elif report.run("memory", lambda: check_memory(config, data, report)) and report.ready:
         with report.catch("models"):
             check_models(config, tokenizer, data, prompts, report)
     return report
@@ -126,6 +132,50 @@ def check_memory(config: Config, data: Prompts, report: Report) -> list[Finding]
     return machine.check_memory(memory, free, device)
 
 
+def check_plan(
+    config: Config, request: PlanRequest, tokenizer: PreTrainedTokenizerBase, data: Prompts, prompts: int, report: Report
+) -> None:
+    """Choose options for a machine, check the run with them if the machine is this one, and add the plan to the report's figures."""
+    with report.catch("plan") as problems:
+        planner = make_planner(config, request, data)
+        planned = planner.fit(config)
+    if problems:
+        return
+    if request.is_here and report.run("memory", lambda: check_memory(planned, data, report)) and report.ready:
+        with report.catch("models"):
+            check_models(planned, tokenizer, data, prompts, report)
+    with report.catch("plan"):
+        planned = planner.fit_time(planned, measured_timing(planned, report))
+        report.figures["plan"] = planner.to_dict(train_command(request.words, config, planned))
+
+
+def make_planner(config: Config, request: PlanRequest, data: Prompts) -> Planner:
+    if request.memory is None:
+        device = models.find_device(config.device)
+        free, host = free_memory(device), free_memory(torch.device("cpu"))
+    else:
+        device = torch.device("cpu" if config.device is Device.cpu else "cuda")
+        free, host = request.memory, None
+
+    def memory_of(candidate: Config) -> Memory:
+        if not request.is_here and device.type == "cuda":  # such a card computes in bf16, whatever this machine does
+            named = {"model.dtype": candidate.model.dtype, "teacher.dtype": candidate.teacher.dtype}
+            candidate = with_options(candidate, {option: Dtype.bfloat16 for option, dtype in named.items() if dtype is Dtype.auto})
+        return estimate(candidate, 1, device, prompts=data, free=free)
+
+    return Planner(request.typed, request.minutes, device.type, free, memory_of, host)
+
+
+def measured_timing(config: Config, report: Report) -> Timing | None:
+    """Return what the trial step of the report took; None where none ran to its end."""
+    step = report.figures.get("step")
+    if step is None:
+        return None
+    seconds = step["seconds"]
+    per_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
+    return Timing(per_step, step.get("truncated", 0.0), step["steps"], **report.figures.get("evaluation_seconds", {}))
+
+
 def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Prompts, prompts: int, report: Report) -> None:
     """Load student and teacher, run a trial step, and let both answer `prompts` evaluation prompts."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -152,9 +202,14 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
 
         answered = first_of_each(evaluator.answered, prompts)
         if answered:
+            scale = config.eval.samples * len(evaluator.answered) / len(answered)
+            started = time.perf_counter()
             student = first_step.answer_rewards(evaluator, trainer.sampler, answered, as_teacher=False)
+            between = time.perf_counter()
             with built.teacher.active():
                 teacher = first_step.answer_rewards(evaluator.as_teacher(), built.teacher_sampler, answered, as_teacher=True)
+            seconds = {"student": scale * (between - started), "teacher": scale * (time.perf_counter() - between)}
+            report.figures["evaluation_seconds"] = seconds
             report.figures["rewards"] = {"student": student, "teacher": teacher}
             report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
 

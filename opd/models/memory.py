@@ -47,12 +47,14 @@ NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
 START = TeacherWeights.base
 MOMENTS = 2  # AdamW's, for each trained parameter
 MOMENT_8BIT, UNQUANTIZED = 1 + 4 / 256, 4096  # bytes of one, with a float32 scale for every 256; tensors of fewer numbers keep float32
+STEP_8BIT = 6  # float32 copies of the largest tensor that bitsandbytes' step makes on a CPU: moments, gradient, and what rounds them again
 LOGITS_COPIES = 4  # float32 copies of a decoding batch's logits while its next tokens are drawn
 # Share of all layers' activations, where some are freed while others stay. On a CPU glibc's heap keeps freed blocks of up to 32 MiB, and
 # many of the next ones do not fit: SmolLM2-135M needed 0.25 more with recomputed activations, 0.74 more with adapters, and nothing more
 # with MALLOC_MMAP_THRESHOLD_=65536, that is, without the heap.
 HEAP_SLACK = 0.42
 STEPS = 20  # steps whose prompts decide how large micro-batches become
+MEASURED: dict[tuple[Any, ...], tuple[float, float]] = {}  # by `measure`, which takes a minute for the layers of a 7B model on a CPU
 SHORT, LONG = 16, 1024  # tokens of the sequences on which a layer's activations are measured, at most
 
 
@@ -100,6 +102,7 @@ def estimate(
     sharded: bool = False,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]] | None = None,
     in_use: int = 0,
+    free: int | None = None,
 ) -> Memory:
     """Estimate what `config` needs in each process.
 
@@ -109,6 +112,7 @@ def estimate(
         sharded: FSDP2 shards the student's weights, gradients and optimizer over all processes and gathers one layer at a time.
         prompts: those to train and to evaluate on; without them activations and samples are left out.
         in_use: bytes that the process uses already.
+        free: bytes that the device has besides; None to ask it.
 
     Raises:
         ConfigError: a model's config cannot be read.
@@ -158,7 +162,11 @@ def estimate(
         update["gradients"] = round(share * trained) + 2 * max(trained_rest, *map(trained_bytes, blocks))
     if prompts is not None:
         sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device, sharded) else 0
-        update |= update_bytes(config, student, prompts[0], device)
+        update |= update_bytes(config, student, prompts[0], device, free_memory(device) if free is None else free)
+    if config.optim.name is OptimizerName.adamw8bit and device.type == "cpu":
+        largest = max(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+        passes = update.get("activations", 0) + update.get("head chunks", 0)  # which are freed by then
+        update["8-bit step"] = max(0, STEP_8BIT * FLOAT32 * largest - passes)
     return Memory(resident, sampling, update)
 
 
@@ -223,9 +231,14 @@ def line_length(tokens: int) -> int:
 
 
 def measure(what: str, measurement: Callable[..., tuple[float, float]], model: Any, *args: Any) -> tuple[float, float]:
-    """Return the measurement, or zeros where the model cannot be run without its weights or with fewer layers."""
+    """Return the measurement, made once, or zeros where the model cannot be run without its weights or with fewer layers.
+
+    Args:
+        model: A model or its config.
+    """
+    known = (measurement, getattr(model, "config", model).to_json_string(use_diff=False), repr(args))
     try:
-        return measurement(model, *args)
+        return MEASURED.get(known) or MEASURED.setdefault(known, measurement(model, *args))
     except MODEL_ERRORS as error:
         log.warning("memory: %s cannot be measured for %s and is left out: %s", what, type(model).__name__, str(error).partition("\n")[0])
         return 0.0, 0.0
@@ -257,7 +270,7 @@ def per_token_and_constant(of_short: int, of_long: int, long: int) -> tuple[floa
     return per_token, max(0.0, of_short - SHORT * per_token)
 
 
-def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device) -> dict[str, int]:
+def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device, free: int) -> dict[str, int]:
     """Return what the forward and backward pass of the largest micro-batch needs, apart from the gradients of the weights."""
     text = student.config.get_text_config()
     rows, width = largest_micro_batch(config, prompts, device)
@@ -271,20 +284,20 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     if recomputes:
         activations = text.num_hidden_layers * rows * width * text.hidden_size * (BFLOAT16 if bf16 else FLOAT32) + layer
     copies = 1 if config.ppo.estimator is Estimator.sampled else 3
-    chunk = min(head_rows(text.vocab_size, device), rows * config.sampling.max_new_tokens)
+    chunk = min(head_rows(text.vocab_size, device, free), rows * config.sampling.max_new_tokens)
     # The chunked head computes a gradient of its weight in addition to the accumulated one; a tied embedding computes another.
     tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
     head = 0 if config.lora.rank else (2 if tied else 1) * FLOAT32 * text.vocab_size * text.hidden_size
     return {"activations": round(activations + slack), "head chunks": (copies + 1) * FLOAT32 * chunk * text.vocab_size + head}
 
 
-def head_rows(vocabulary: int, device: torch.device) -> int:
+def head_rows(vocabulary: int, device: torch.device, free: int) -> int:
     """Return how many tokens' logits exist at a time: in a twentieth of the free memory, at most 304 MiB (2 GiB on a GPU).
 
     A CPU gains nothing from more than 256 of them, or 16 MiB of logits.
     """
     on_gpu = device.type == "cuda"
-    rows = chunk_rows(vocabulary, min(free_memory(device) // 20, 2**31 if on_gpu else 304 * 2**20))
+    rows = chunk_rows(vocabulary, min(free // 20, 2**31 if on_gpu else 304 * 2**20))
     return rows if on_gpu else min(rows, max(256, 2**24 // (4 * vocabulary)))
 
 

@@ -32,7 +32,7 @@ from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.models import load
 from opd.models.adapters import trained_adapters
-from opd.models.device import autocast
+from opd.models.device import autocast, free_memory
 from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
@@ -435,7 +435,7 @@ def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec, vo
     Args:
         vocabulary: The larger one of student and teacher.
     """
-    rows = torch.tensor([head_rows(vocabulary, accelerator.device)], device=accelerator.device)
+    rows = torch.tensor([head_rows(vocabulary, accelerator.device, free_memory(accelerator.device))], device=accelerator.device)
     return {
         "head_rows": int(accelerator.gather(rows).min()),
         "max_tokens": config.train.max_tokens_per_micro_batch,
