@@ -60,8 +60,8 @@ def spread(steps: Sequence[int]) -> list[int]:
 def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored rollout as page.js reads it.
 
-    Each token is [text, id, student's log-prob, teacher's log-prob, entropy, flags, alternatives, its span]. The span is null or, where the
-    teacher has another tokenizer, the text of all its tokens, of which the log-probs are then.
+    Each token is [text, id, student's log-prob, teacher's log-prob, entropy, flags, alternatives, its span]. The last is there where the
+    teacher has another tokenizer and the span several tokens: their text, of which the log-probs are then.
     """
     tokens = []
     record, texts = by_span(record)
@@ -71,7 +71,9 @@ def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
         flags = CLIPPED * bool(clipped) + ADVANTAGE_CLIPPED * bool(advantage_clipped)
         others = [[visible(each["text"], MAX_TOKEN_LETTERS), _rounded(each["logp"]), each["id"] == token] for each in alternatives or ()]
         logps = _rounded(student), _rounded(teacher), _rounded(entropy)
-        tokens.append([visible(text, MAX_TOKEN_LETTERS), token, *logps, flags, others, span and visible(span, MAX_TOKEN_LETTERS)])
+        tokens.append(
+            [visible(text, MAX_TOKEN_LETTERS), token, *logps, flags, others, *([] if span is None else [visible(span, MAX_TOKEN_LETTERS)])]
+        )
     return {
         "step": step,
         "sample": record.get("sample_id"),
