@@ -126,9 +126,8 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
 def check_memory(config: Config, data: Prompts, report: Report) -> list[Finding]:
     device = models.find_device(config.device)
     free = free_memory(device)
-    in_use = psutil.Process().memory_info().rss if device.type == "cpu" else 0
-    memory = estimate(config, 1, device, prompts=data, in_use=in_use)
-    report.figures["memory"] = {**memory.to_dict(), "free": free + in_use}
+    memory = estimate(config, 1, device, prompts=data, in_use=lambda: psutil.Process().memory_info().rss if device.type == "cpu" else 0)
+    report.figures["memory"] = {**memory.to_dict(), "free": free + memory.resident["the process"]}
     return machine.check_memory(memory, free, device)
 
 

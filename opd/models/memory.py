@@ -101,7 +101,7 @@ def estimate(
     device: torch.device,
     sharded: bool = False,
     prompts: tuple[Sequence[Prompt], Sequence[Prompt]] | None = None,
-    in_use: int = 0,
+    in_use: Callable[[], int] = int,
     free: int | None = None,
 ) -> Memory:
     """Estimate what `config` needs in each process.
@@ -111,7 +111,7 @@ def estimate(
         device: the student's.
         sharded: FSDP2 shards the student's weights, gradients and optimizer over all processes and gathers one layer at a time.
         prompts: those to train and to evaluate on; without them activations and samples are left out.
-        in_use: bytes that the process uses already.
+        in_use: returns the bytes that the process uses, once layers were measured: a CPU's heap keeps some of theirs.
         free: bytes that the device has besides; None to ask it.
 
     Raises:
@@ -141,7 +141,7 @@ def estimate(
         weights += trained * BFLOAT16 // FLOAT32  # float32 masters in addition to the bf16 module
     share = 1 / processes if sharded else 1.0
     resident = {
-        "the process": in_use,
+        "the process": 0,
         "student": round(share * weights),
         "teacher": sum(teacher_bytes(part.teacher, model, processes, device) for part, model in teachers if not part.teaches_itself)
         + copied,
@@ -163,6 +163,7 @@ def estimate(
     if prompts is not None:
         sampling["bf16 copy"] = BFLOAT16 * parameters if samples_with_copy(config, device, sharded) else 0
         update |= update_bytes(config, student, prompts[0], device, free_memory(device) if free is None else free)
+    resident["the process"] = in_use()
     if config.optim.name is OptimizerName.adamw8bit and device.type == "cpu":
         largest = max(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
         passes = update.get("activations", 0) + update.get("head chunks", 0)  # which are freed by then
