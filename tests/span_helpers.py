@@ -177,7 +177,7 @@ class Law:
                 yield from self.grow((*prefix, token))
 
     def logits_of(self, mass: dict[str, float]) -> Tensor:
-        """Return logits with which each string is written this often, and only in the tokens of its own tokenizer."""
+        """Return logits that generate each string this often, and only in the tokens of its own tokenizer."""
         table = torch.full((len(self.prefixes), 4), 1e-300, dtype=torch.float64)
         for text, share in mass.items():
             ids = (*self.tokens.encode(text).ids, END)

@@ -567,7 +567,7 @@ def test_one_student_learns_two_tasks_from_two_teachers_and_not_from_one(tmp_pat
 
 
 class Expecting:
-    """A teacher that records the rollouts that it is told to expect."""
+    """A teacher that records the rollouts it is to expect."""
 
     def expect(self, rollouts):
         self.expected = [rollout.request.prompt.sample_id for rollout in rollouts]

@@ -96,7 +96,7 @@ def mean_advantage(tokens: Tokens, clip: float | None, accelerator: Accelerator)
 
 
 def with_previous(lookahead_N: Tensor, previous_N: Tensor) -> Tensor:
-    """Return what is added to the log-prob of each span, at its last token: its lookahead less that of the span before it, (N,)."""
+    """Return the lookahead of each span, at its last token, less that of the span before it, (N,)."""
     return lookahead_N - torch.where(previous_N >= 0, lookahead_N[previous_N.clamp_min(0)], 0.0)
 
 
