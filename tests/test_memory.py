@@ -160,3 +160,26 @@ def test_peak_is_that_of_the_larger_phase() -> None:
 
 def test_bf16_student_has_float32_masters_beside_it() -> None:
     assert estimate(tiny(**{"model.dtype": "bfloat16"}), 1, CPU).resident["student"] == (2 + 4) * STUDENT
+
+
+def test_8_bit_states_are_expanded_on_a_cpu_and_not_on_a_gpu() -> None:
+    options = {"optim.name": "adamw8bit"}
+    assert estimate(tiny(**options), 1, CPU).update["8-bit step"] >= 6 * 4 * 64 * 64
+    assert "8-bit step" not in estimate(tiny(**options), 1, GPU).update
+    assert "8-bit step" not in estimate(tiny(), 1, CPU).update
+
+
+def test_a_layer_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(*args: object) -> tuple[float, float]:
+        calls.append(args)
+        return 1000.0, 0.0
+
+    monkeypatch.setattr(memory, "activations_of_layer", counted)
+    first, again, other = (
+        estimate(tiny(**{"train.max_tokens_per_micro_batch": tokens, "lora.rank": rank}), 1, CPU, prompts=(PROMPTS, PROMPTS))
+        for tokens, rank in ((8192, 0), (300, 0), (8192, 2))
+    )
+    assert len(calls) == 2, "once for each kind of layer"
+    assert first.update["activations"] > again.update["activations"] and other.update["activations"] > 0
