@@ -49,6 +49,7 @@ class Server:
     def ask(self, method: str, path: str, body: bytes | None, is_json: bool = True) -> Any:
         connection = self.connect(self.address, timeout=self.timeout)
         self.open.add(connection)
+        response: http.client.HTTPResponse | None = None
         try:
             connection.request(method, path, body, self.headers)
             response = connection.getresponse()
@@ -60,6 +61,8 @@ class Server:
             raise ServerAway(f"{self.name}: no answer to {path} ({reason}): is it running? {self.start}") from None
         finally:
             self.open.discard(connection)
+            if response is not None:
+                response.close()  # it keeps the socket open where its body did not arrive in full
             connection.close()
         if status == 404:
             raise NoSuchAddress(f"{self.name}: it has no {path}: {self.start}")
