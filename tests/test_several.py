@@ -87,6 +87,8 @@ def mixed(**options):
         ({"teachers.add": {"weights": "current", "prompt": "x", "dtype": "float32"}}, "teachers.add.dtype=", "teachers.add.dtype=auto"),
         ({"teachers.add": {"path": "a", "contrast": "x"}}, "teachers.add.contrast=x: ", "teacher.contrast"),
         ({"teacher.contrast": "x"}, "teacher.contrast='x': ", "teacher.contrast=null"),
+        ({"teachers.add": {"path": "a", "alignment": "spans"}}, "teachers.add.alignment=spans: ", "without teachers"),
+        ({"teacher.alignment": "spans"}, "teacher.alignment=spans: ", "teachers={}"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )

@@ -612,6 +612,9 @@ class Config(Section):
                 remedy = did_you_mean(label, self.data.mix) or "label a dataset with data.mix, or set teacher.path=… instead"
                 raise ConfigError(f"teachers.{label}: data.mix has no dataset of this label; {remedy}".strip())
             values = entry if isinstance(entry, dict) else {}
+            if values.get("alignment") in ("spans", TokenAlignment.spans):
+                remedy = "works for one teacher alone: name it as teacher, without teachers, or take one with the student's tokens"
+                raise ConfigError(f"teachers.{label}.alignment=spans: {remedy}")
             is_average = values.get("weights") in ("ema", TeacherWeights.ema)
             for option in ["weights"] * is_average + ["contrast"] * (values.get("contrast") is not None):
                 remedy = f"leave {label} out of teachers, and set teacher.{option} for all datasets that are left out"
@@ -812,9 +815,9 @@ class Config(Section):
         self.require("control", self.control is Control.none, remedy)
         remedy = "subtracts log-probs of single tokens, not of the spans of teacher.alignment=spans: set teacher.contrast=null"
         self.require("teacher.contrast", self.teacher.contrast is None, remedy)
-        remedy = "has the student's tokens: set teacher.alignment=ids, or teacher.weights=own with another lora.rank or teacher.path"
+        remedy = "the teacher is the student: set teacher.alignment=ids, or teacher.weights=own and another teacher.path"
         self.require("teacher.alignment", not self.teaches_itself, remedy)
-        remedy = "of several teachers all read the student's ids: set teachers={}, or teacher.alignment=ids"
+        remedy = "works for one teacher alone: set teachers={}, or teacher.alignment=ids"
         self.require("teacher.alignment", not self.teachers, remedy)
         remedy = "is not measured with teacher.alignment=spans: set another metric"
         self.require("sweep.metric", not self.sweep.metric.startswith("eval_kl"), remedy)
