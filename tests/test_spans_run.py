@@ -321,7 +321,16 @@ def test_a_stranger_teaches_with_given_completions_an_anchor_and_several_dataset
 
 def test_a_served_teacher_with_other_tokens_scores_like_the_local_one(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    words = (*SPANS, *sums.split(), f"teacher.path={stranger}", "train.max_steps=2", "eval.limit=4", "ppo.temperature=1", "eval.steps=0")
+    words = (
+        *SPANS,
+        *sums.split(),
+        f"teacher.path={stranger}",
+        "train.max_steps=2",
+        "eval.limit=4",
+        "ppo.temperature=1",
+        "eval.steps=0",
+        "track.rollouts_per_step=8",
+    )
     with monkeypatch.context() as patch:  # servers do not send what the correction needs
         patch.setattr("opd.training.spans.longer_tokens", lambda own, other: [[] for _ in own.pieces])
         assert main([*words, "name=local"]) == 0
@@ -330,6 +339,25 @@ def test_a_served_teacher_with_other_tokens_scores_like_the_local_one(stranger: 
         assert main([*words, f"teacher.url={fake.url}", "name=served"]) == 0
     one, other = tensors(Path("runs/local")), tensors(Path("runs/served"))
     assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)
+    # Each text that is sent is a question with a completion of the run, in the teacher's tokens; it is begun while others are sampled.
+    stored = [json.loads(line) for file in Path("runs/served/rollouts").iterdir() for line in file.read_text().splitlines()]
+    completions = [record["completion"].replace("<|end|>", "<turn>") for record in stored]
+    tokenizer = AutoTokenizer.from_pretrained(stranger)
+    prompts = [body["prompt"] for body in fake.bodies("/v1/completions") if "prompt_logprobs" in body]
+    prompts = [ids for ids in prompts if ids[0] != tokenizer.eos_token_id]  # without the canary
+    sent = {tokenizer.decode(ids).rpartition("assistant: ")[2] for ids in prompts}
+    assert len(stored) == 16 and sent - {""} and all(any(own.startswith(text) for own in completions) for text in sent)
+
+
+def test_a_completion_of_which_nothing_is_scored_is_left_out_of_the_comparison(
+    stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(stranger, dtype=torch.float32).eval()
+    with running(ScoringServer(model, AutoTokenizer.from_pretrained(stranger))) as fake:
+        words = (*SPANS, *sums.split(), f"teacher.path={stranger}", f"teacher.url={fake.url}", "train.max_steps=1", "eval.limit=2")
+        assert main([*words, "sampling.max_new_tokens=3", "eval.steps=0", "name=run"]) == 0  # three digits are cut off, and unsettled
+    assert 0 < logged(Path("runs/run"))[0]["spans/unsettled"] < 1
 
 
 def test_a_teacher_whose_tokenizer_changes_the_runs_texts_is_refused_in_one_line(

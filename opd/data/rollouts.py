@@ -76,12 +76,15 @@ class Rollout:
         return self.completion[: trained[-1] + 1] if trained else ()
 
     @property
+    def read_by_teacher(self) -> tuple[int, ...]:
+        """The completion up to its last scored token, in the teacher's tokens."""
+        return self.read if self.alignment is None else self.alignment.read
+
+    @property
     def length(self) -> int:
         """Tokens that models read of it, in the longest view of its prompt."""
-        if self.alignment is None:
-            return self.request.prompt.longest + len(self.read)
         prompt = self.request.prompt
-        return max(len(prompt.ids) + len(self.read), len(prompt.seen_by_teacher) + len(self.alignment.read))
+        return max(len(prompt.ids) + len(self.read), max(map(len, prompt.scored_views)) + len(self.read_by_teacher))
 
 
 @dataclass(frozen=True, slots=True)

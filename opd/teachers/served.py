@@ -149,7 +149,7 @@ class ServedTeacher:
         return TeacherTop(id_NK.long(), logp_NK.float(), token_logp_N)
 
     def expect(self, rollouts: Sequence[Rollout]) -> None:
-        sequences = [rollout.request.prompt.seen_by_teacher + rollout.read for rollout in rollouts if rollout.read]
+        sequences = [rollout.request.prompt.seen_by_teacher + rollout.read_by_teacher for rollout in rollouts if rollout.read_by_teacher]
         self.begun |= {ids: self.submit(ids, self.servers, self.k) for ids in sequences}
 
     def submit(self, ids: Sequence[int], servers: Sequence[Server], k: int) -> "Future[Scores]":

@@ -302,7 +302,7 @@ class Trainer:
             for index, rollout in enumerate(tokens.rollouts):
                 if rollout.trained and rollout.request.prompt.teacher in due:
                     scored.append(Scored(rollout, *scored_logps(tokens.of_rollout(index))))
-            if any(one.logp for one in scored):
+            if scored := [one for one in scored if one.logp]:  # of spans a rollout may have none that is scored
                 self.scoring.teacher.check_scores(scored)
 
         on_main_process(self.accelerator, check)
@@ -405,7 +405,7 @@ class Trainer:
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
 
         def expect(done: Sequence[Rollout]) -> None:
-            self.scoring.teacher.expect(self.with_masks(done))
+            self.scoring.teacher.expect(self.scoring.align(self.with_masks(done)))
 
         given = {row: given_rollout(requests[row], sampling.max_new_tokens) for row in self.given_rows(step, requests)}
         if not given:

@@ -22,7 +22,7 @@ from opd.models.load import decode
 from opd.objective.overlap import OVERLAP
 from opd.runs.text import one_line
 from opd.training.masked import add_masked_metrics
-from opd.training.spans import add_span_metrics
+from opd.training.spans import add_span_metrics, sums_at_ends
 from opd.training.tokens import Means, Tokens
 
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
@@ -179,18 +179,6 @@ def rollout_records(
     return [record(tokenizer, tokens, index, weights[index], alternatives.get(index)) for index in range(min(count, len(tokens.rollouts)))]
 
 
-def of_spans(columns: Mapping[str, Tensor], following: Sequence[int]) -> list[float | None]:
-    """Return the teacher's log-prob of each span at its last token, so that the difference to the student's is the span's advantage."""
-    logp, kl = columns["logp"].tolist(), columns["reverse_kl"].tolist()
-    values: list[float | None] = [None] * len(following)
-    start = 0
-    for index, count in enumerate(following):
-        if count == 0:
-            values[index] = round(sum(logp[start : index + 1]) - sum(kl[start : index + 1]), 5)
-        start = index + 1 if count <= 0 else start
-    return values
-
-
 def record(
     tokenizer: PreTrainedTokenizerBase, tokens: Tokens, index: int, weight: float, alternatives: tuple[Tensor, Tensor] | None
 ) -> dict[str, Any]:
@@ -211,7 +199,9 @@ def record(
     if "span" in columns:
         following = columns["span"].tolist()
         spans["span"] = spread(following)
-        teacher_logp = of_spans(columns, following)
+        # At the last token of a span, and such that the difference to the student's is the span's advantage.
+        sums = sums_at_ends((columns["logp"] - columns["reverse_kl"]).tolist(), following)
+        teacher_logp = [round(sums[index], 5) if index in sums else None for index in range(len(following))]
     flags = {name: columns[name].bool().tolist() if name in columns else None for name in ("clipped", "cut")}
     choices = None
     if alternatives is not None:

@@ -106,12 +106,17 @@ def scored_logps(columns: Mapping[str, Tensor]) -> tuple[list[float], list[float
     if "span" not in columns:
         return teacher, student
     following = columns["span"].tolist()
-    sums, start = [], 0
+    return [logp for logp, count in zip(teacher, following, strict=True) if count == 0], list(sums_at_ends(student, following).values())
+
+
+def sums_at_ends(values: Sequence[float], following: Sequence[int]) -> dict[int, float]:
+    """Return the sum of the values of each scored span, by the place of its last token. `following`: the column `span`."""
+    sums, start = {}, 0
     for index, count in enumerate(following):
         if count == 0:
-            sums.append(sum(student[start : index + 1]))
+            sums[index] = sum(values[start : index + 1])
         start = index + 1 if count <= 0 else start
-    return [logp for logp, count in zip(teacher, following, strict=True) if count == 0], sums
+    return sums
 
 
 def make_spans(
