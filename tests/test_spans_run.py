@@ -1,6 +1,7 @@
 """Training with a teacher that has another tokenizer: against the ordinary path, against a plain reference, and through every verb."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,10 +26,12 @@ from opd.data.arithmetic import rows
 from opd.data.prompts import Prompt, turn_end
 from opd.data.spans import Unscored
 from opd.data.token_bytes import TokenBytes
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.report.tokens import by_span
 from opd.train import main
 from opd.training.build import Given, load_prompts
+from opd.training.checkpoint import Checkpoints
+from opd.training.identity import check_content
 from opd.training.loop import StepDone, Trainer
 from opd.training.spans import mean_advantage, span_problems
 
@@ -358,6 +361,26 @@ def test_a_completion_of_which_nothing_is_scored_is_left_out_of_the_comparison(
         words = (*SPANS, *sums.split(), f"teacher.path={stranger}", f"teacher.url={fake.url}", "train.max_steps=1", "eval.limit=2")
         assert main([*words, "sampling.max_new_tokens=3", "eval.steps=0", "name=run"]) == 0  # three digits are cut off, and unsettled
     assert 0 < logged(Path("runs/run"))[0]["spans/unsettled"] < 1
+
+
+def test_the_teacher_answers_in_all_of_its_own_tokens(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", "model=tiny", "teacher=tiny_pairs", "data=arithmetic", "device=cpu", "sampling.temperature=0.1", "--json"]
+    assert cli.main([*words, "--prompt", "27+85="]) == 0
+    assert '"211"' in capfd.readouterr().out  # two tokens, of ids that the student does not have
+
+
+def test_a_resumed_run_must_have_the_same_tokenizer_of_the_teacher(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(stranger, "other")
+    file = Path("other/tokenizer.json")
+    file.write_text(file.read_text().replace("{1,2}", "{1,1}"))  # single digits in answers; prompts stay
+    states = []
+    for path in (stranger, Path("other").resolve()):
+        assert main([*SPANS, *sums.split(), f"teacher.path={path}", "train.max_steps=1", "eval.limit=2", f"name={path.name}"]) == 0
+        states.append(Checkpoints(Path("runs") / path.name / "checkpoints", 1, keep_best=False).newest().state)
+    with pytest.raises(ConfigError, match="another run: the teacher's tokenizer changed"):
+        check_content(*states, Path("run"), force=False)
 
 
 def test_a_teacher_whose_tokenizer_changes_the_runs_texts_is_refused_in_one_line(
