@@ -20,6 +20,7 @@ from training_helpers import UNEVEN, make_trainer, untimed, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd import errors
+from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.data.arithmetic import rows
@@ -27,6 +28,7 @@ from opd.data.prompts import Prompt, turn_end
 from opd.data.spans import Unscored
 from opd.data.token_bytes import TokenBytes
 from opd.errors import ConfigError, DataError
+from opd.evaluation.sample_score import load_pair
 from opd.report.tokens import by_span
 from opd.train import main
 from opd.training.build import Given, load_prompts
@@ -367,7 +369,14 @@ def test_the_teacher_answers_in_all_of_its_own_tokens(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     words = ["sample", "model=tiny", "teacher=tiny_pairs", "data=arithmetic", "device=cpu", "sampling.temperature=0.1", "--json"]
     assert cli.main([*words, "--prompt", "27+85="]) == 0
-    assert '"211"' in capfd.readouterr().out  # two tokens, of ids that the student does not have
+    assert '"211"' in capfd.readouterr().out
+    pair = {"model.path": "bundled:tiny-student", "teacher.path": "bundled:tiny-pairs", "teacher.alignment": "spans", "device": "cpu"}
+    models = load_pair(from_options(pair))
+    assert models.loaded["teacher"].sampler(0, models.ids, 0).spec.vocabulary == 358  # pairs of digits have ids that the student lacks
+    assert models.loaded["student"].sampler(0, models.ids, 0).spec.vocabulary == 261
+    assert cli.main(["eval", *words[1:5], "eval=arithmetic", "eval.limit=8", "--json"]) == 0
+    output = capfd.readouterr().out
+    assert json.loads(output[output.index("{") :])["tasks"]["evaluation"]["models"]["teacher"]["mean"] == 1
 
 
 def test_a_resumed_run_must_have_the_same_tokenizer_of_the_teacher(stranger: Path, sums: str, tmp_path: Path, monkeypatch: Any) -> None:
@@ -420,7 +429,6 @@ def test_too_few_scored_tokens_and_odd_spellings_are_problems() -> None:
 
 
 def test_the_teacher_reads_the_messages_in_its_own_template_and_ids_alone_are_refused(stranger: Path) -> None:
-    from opd.api import from_options
     from opd.training.spans import make_spans
 
     student, teacher = AutoTokenizer.from_pretrained(ASSETS / "tiny-student"), AutoTokenizer.from_pretrained(stranger)

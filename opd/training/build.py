@@ -137,8 +137,7 @@ def build(
     has_spans = config.teacher.has_own_tokens  # then there is one teacher
     for label, part in parts.items():
         with naming_teacher(label):
-            has_tokenizer = given.teacher is None and not part.teaches_itself
-            has_tokenizer |= has_spans
+            has_tokenizer = has_spans or (given.teacher is None and not part.teaches_itself)
             teacher_tokenizers[label] = load.load_tokenizer(part.teacher, "teacher") if has_tokenizer else tokenizer
             overlap = None if has_spans else load.check_same_ids(tokenizer, teacher_tokenizers[label]) or overlap
     if overlap is not None and len(parts) > 1:
