@@ -22,6 +22,7 @@ from opd.runs.folder import write_json
 from opd.runs.reader import find_runs, open_run
 from opd.training import control
 from opd.training.control import CONSTANT, SHUFFLED, UNLIKELY, constant_advantage, partners
+from opd.training.evaluate import Judged
 from opd.training.identity import differences
 from opd.training.tokens import Tokens
 
@@ -159,6 +160,11 @@ def test_a_run_does_not_resume_as_another_arm() -> None:
 # What the teacher accounts for.
 
 
+def found(each: list[Any]) -> dict[str, Any]:
+    judged = [reward for reward in each if reward is not None]
+    return {"mean": fmean(judged), "low": 0, "high": 1, "count": len(judged), "each": each}
+
+
 def stored(folder: Path, rewards: dict[int, list[int]], arm: str = "none", seed: int = 0, data: str = "a", lr: float = 0.1) -> Path:
     """A finished member of a sweep with these rewards of each prompt, by step."""
     folder.mkdir(parents=True)
@@ -168,8 +174,7 @@ def stored(folder: Path, rewards: dict[int, list[int]], arm: str = "none", seed:
     write_json(folder / "member.json", {"overrides": []})
     lines = []
     for step, each in rewards.items():
-        found = {"mean": fmean(each), "low": 0, "high": 1, "count": len(each), "each": each}
-        lines.append({"model": "student", "step": step, "kl": None, "rewards": found})
+        lines.append({"model": "student", "step": step, "kl": None, "rewards": found(each)})
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -186,6 +191,18 @@ def test_the_teachers_part_of_the_gain_is_paired_by_prompt(tmp_path: Path) -> No
     spread = t95(3) * math.sqrt((3 * 0.25**2 + 0.75**2 + 1) / 3 / 4)
     assert (effect.low, effect.high) == pytest.approx((0.25 - spread, 1.0)) and 0.25 + spread > 1
     assert f"25.0 of 50.0 points [{100 * effect.low:.1f}, {100 * effect.high:.1f}]" in effect.sentence()
+
+
+def test_prompts_that_a_run_did_not_judge_are_left_out_of_the_pairs(tmp_path: Path) -> None:
+    """A user's reward may be None for some completions: lists without them would pair other prompts."""
+    rows = [("", reward, 3, False, "", sample) for sample, reward in ((2, 1.0), (0, None), (1, 0.5))]
+    rewards = Judged(rows).rewards()
+    assert rewards is not None and rewards.each == (None, 0.5, 1) and (rewards.mean, rewards.count) == (0.75, 2)
+    assert Judged(rows[1:2]).rewards() is None
+    for name, arm, after in (("taught", "none", [1, 1, 0, None]), ("arm", "constant", [None, 0, 0, 1])):
+        stored(tmp_path / name, {0: BEFORE, 5: after}, arm)
+    [effect] = effects(find_runs([tmp_path]))
+    assert (effect.prompts, effect.before, effect.after, effect.without) == (2, 0.0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("other", [{"data": "b"}, {"lr": 0.2}, {"seed": 1}], ids=str)

@@ -101,6 +101,12 @@ def _effect(control: str, seeds: list[int], pairs: Sequence[tuple[Run, Run]]) ->
     if 0 not in steps or len(steps) == 1 or len(prompts) != 1:
         return None
     step = max(steps)
+    # The prompts that all of these runs judged, at the start and then.
+    lists = [one[at] for pair in rewards for one in pair for at in (0, step)]
+    common = [place for place in range(prompts.pop()) if all(each[place] is not None for each in lists)]
+    if not common:
+        return None
+    rewards = [tuple({at: [one[at][place] for place in common] for at in (0, step)} for one in pair) for pair in rewards]
     differences = [[ours - other for ours, other in zip(taught[step], arm[step], strict=True)] for taught, arm in rewards]
     low, high = paired_interval(differences)
     if all(0 <= reward <= 1 for pair in rewards for one in pair for reward in one[step]):
@@ -109,11 +115,11 @@ def _effect(control: str, seeds: list[int], pairs: Sequence[tuple[Run, Run]]) ->
         fmean(fmean(one) for one in each)
         for each in ([taught[0] for taught, _ in rewards], [taught[step] for taught, _ in rewards], [arm[step] for _, arm in rewards])
     )
-    return Effect(control, seeds, step, prompts.pop(), before, after, without, low, high, [str(run.path) for pair in pairs for run in pair])
+    return Effect(control, seeds, step, len(common), before, after, without, low, high, [str(run.path) for pair in pairs for run in pair])
 
 
-def _rewards(run: Run) -> dict[int, list[float]]:
-    """Return the student's reward on each prompt, by step."""
+def _rewards(run: Run) -> dict[int, list[Any]]:
+    """Return the student's reward on each prompt, None where it judged none, by step."""
     student = [line for line in run.evaluations if line.get("model") == "student"]
     return {line["step"]: line["rewards"]["each"] for line in student if (line.get("rewards") or {}).get("each")}
 

@@ -40,7 +40,7 @@ KL = "kl"
 class Rewards:
     """Mean reward with its 95 % interval over `count` judged answers, mean completion tokens, and the share that was truncated.
 
-    `each`: the reward of each judged prompt, in their order, so that runs can be compared prompt by prompt.
+    `each`: the reward of each prompt, in their order, so that runs can be compared prompt by prompt; None where it judged none.
     """
 
     mean: float
@@ -49,7 +49,7 @@ class Rewards:
     count: int
     length: float
     truncated: float
-    each: tuple[float, ...] = ()
+    each: tuple[float | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,19 +169,20 @@ def mean_overlap(distances: Distances, max_new_tokens: int) -> dict[str, Any] | 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Judged answers: dataset, reward, tokens, whether it was truncated, prompt with answer, and sample id, of each."""
+    """Answers: dataset, reward (None for one that was not judged), tokens, whether it was truncated, prompt with answer, and sample id."""
 
-    rows: list[tuple[str, float, int, bool, str, int]]
+    rows: list[tuple[str, float | None, int, bool, str, int]]
 
     def rewards(self, dataset: str | None = None) -> Rewards | None:
         """Return the statistics of one dataset or, for None, of all; None without answers."""
-        rows = [row for row in self.rows if dataset in (None, row[0])]
+        asked = sorted((row for row in self.rows if dataset in (None, row[0])), key=lambda row: row[5])
+        rows = [row for row in self.rows if dataset in (None, row[0]) and row[1] is not None]
         if not rows:
             return None
-        values = [row[1] for row in rows]
+        values = [row[1] for row in rows if row[1] is not None]
         low, high = interval(values)
         # Whole numbers as integers, which are short in JSON: most rewards are 0 or 1.
-        each = tuple(int(row[1]) if row[1] == int(row[1]) else row[1] for row in sorted(rows, key=lambda row: row[5]))
+        each = tuple(int(row[1]) if row[1] is not None and row[1] == int(row[1]) else row[1] for row in asked)
         lengths, truncated = fmean(row[2] for row in rows), fmean(row[3] for row in rows)
         return Rewards(fmean(values), low, high, len(rows), lengths, truncated, each)
 
@@ -251,7 +252,6 @@ class Evaluator:
                 rollout.request.prompt.sample_id,
             )
             for reward, rollout, text in judged
-            if reward is not None
         ]
         return Judged(gather_object(rows))
 
