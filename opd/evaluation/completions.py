@@ -23,17 +23,19 @@ from opd.data.rollouts import Request, Rollout
 from opd.data.sources import Row, Rows, load_rows
 from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
-from opd.evaluation.sample_score import SharedIds, load_teacher
+from opd.evaluation.sample_score import load_teacher
 from opd.models import load as models
 from opd.models.distributed import make_accelerator
 from opd.models.overlap import end_ids
 from opd.models.policy import check_positions
+from opd.models.shared_ids import SharedIds
 from opd.runs.folder import check_output_path, write_output
 from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import ServedTeacher
-from opd.training.build import CANARY_PROMPTS, Given, load_prompts, make_evaluator, make_run_grader
+from opd.teachers import ServedTeacher, canary_ids
+from opd.training.evaluate import make_evaluator
 from opd.training.identity import digest, rows
+from opd.training.inputs import Given, load_prompts, make_run_grader
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     sampler, vocabulary = teacher_sampler(config, tokenizer, prompts, average)
     with ExitStack() as stack:
         grader = make_run_grader(config, prompts, stack)
-        evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, vocabulary, bf16=False)
+        evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, SharedIds(vocabulary))
         done = begin(part, settings(config, prompts, samples))
         sampling = config.sampling
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
@@ -145,9 +147,8 @@ def teacher_sampler(
     teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
     ids = share_ids(config, tokenizer, teacher_tokenizer, (teacher_tokenizer.eos_token_id,), vocabulary)
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
-    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
-    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1], overlap=ids.overlap)
+    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary_ids(tokenizer, prompts, longest), overlap=ids.overlap)
     served.check()
     eos = ids.ends or tuple({tokenizer.eos_token_id, completion_end(tokenizer, config.data.chat_template_kwargs)})
     # The server has the model.

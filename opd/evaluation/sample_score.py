@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig, SamplingDtype
@@ -15,8 +14,9 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, DataError
 from opd.models import load as models
 from opd.models.adapters import trained_adapters
-from opd.models.overlap import Overlap, end_ids
+from opd.models.overlap import end_ids
 from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
+from opd.models.shared_ids import SharedIds
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
@@ -39,7 +39,7 @@ class LoadedModel:
     eos: tuple[int, ...]
     copies: bool
 
-    def sampler(self, pad_id: int, ids: "SharedIds", seed: int) -> GenerateSampler:
+    def sampler(self, pad_id: int, ids: SharedIds, seed: int) -> GenerateSampler:
         """Return a sampler of the model. Raises `ConfigError` where its samples would not be the model's."""
         eos, vocabulary = self.eos if ids.ends is None else ids.ends, ids.vocabulary
         if self.role == "teacher" and ids.of_teacher is not None:
@@ -49,26 +49,8 @@ class LoadedModel:
         sampler.check(self.role)
         return sampler
 
-    def teacher(self, ids: "SharedIds") -> LocalTeacher:
+    def teacher(self, ids: SharedIds) -> LocalTeacher:
         return LocalTeacher(self.model, ids.vocabulary, masked=ids.masked)
-
-
-@dataclass(frozen=True, slots=True)
-class SharedIds:
-    """The ids that two models share.
-
-    Attributes:
-        vocabulary: both heads have the ids below it.
-        overlap, masked, ends: where each has tokens of its own, what they share, the ids below `vocabulary` that they do not, and the ids
-            that end a completion; else None.
-        of_teacher: how many ids a teacher with tokens of its own has; None where the ids are shared.
-    """
-
-    vocabulary: int
-    overlap: Overlap | None = None
-    masked: Tensor | None = None
-    ends: tuple[int, ...] | None = None
-    of_teacher: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
