@@ -20,7 +20,8 @@ from opd.models.policy import add_adapters, prepare_student
 from opd.samplers.weights import merged_copy
 from opd.train import main
 from opd.training.build import Given, build_student, check_sharding, make_optimizer
-from opd.training.checkpoint import Checkpoints, model_tensors, restore, snapshot
+from opd.training.checkpoint import Checkpoints
+from opd.training.tensors import model_tensors, restore, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 

@@ -25,6 +25,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.models.policy import Policy, prepare_student
 from opd.objective import Clips, Sampled, chunked_loss, sampled
 from opd.teachers import LocalTeacher
+from opd.training.batches import with_masks
 from opd.training.loop import Trainer
 from opd.training.step import Step
 from opd.training.tokens import Tokens
@@ -270,7 +271,7 @@ def test_loss_prefix_trains_as_if_completions_ended_there(tmp_path):
 
 def test_loss_prefix_trains_no_token_that_was_masked_before(tmp_path):
     trainer = make_trainer(tmp_path, ppo__loss_prefix=4)
-    (masked,) = trainer.with_masks([rollout_of((6,), LONG, mask=HOLES)])
+    (masked,) = with_masks(trainer.config, [rollout_of((6,), LONG, mask=HOLES)])
     assert masked.trained == [0, 2, 3]
 
 

@@ -32,7 +32,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.models.device import free_memory
 from opd.samplers.adapter_sync import NAME, room_for_adapters, write_adapters
-from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, run_here, unchanged
 from opd.samplers.weights import checkpoint_weights, plain_config
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class VllmSampler:
                 self.wake()
                 self.sleep()
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         """Raises `EngineError` unless the engine returns a completion with finite log-probs for each request."""
         from vllm import TokensPrompt
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -125,8 +125,7 @@ class VllmSampler:
             ids = list(output.outputs[0].token_ids)
             logp = [step[token].logprob for token, step in zip(ids, output.outputs[0].logprobs, strict=True)]
             rollouts.append(make_rollout(request, ids, logp, decoding, self.spec))
-        on_done(rollouts)
-        return rollouts
+        return list(on_done(rollouts))
 
     def generate(self, prompts: Sequence[Any], options: Sequence[Any]) -> list[Any]:
         """Do what the engine's `generate` does, but check for signals between its steps; `Preempted` empties the engine."""

@@ -63,13 +63,15 @@ from opd.teachers import (
     starting_module,
     teaching_module,
 )
-from opd.training.checkpoint import Checkpoints, trained_tensors
+from opd.training.checkpoint import Checkpoints
+from opd.training.checks import COMPARED
 from opd.training.evaluate import Evaluator
 from opd.training.identity import content, digest, digest_tokenizer, identity
-from opd.training.loop import COMPARED, Trainer
+from opd.training.loop import Trainer
 from opd.training.spans import make_spans
 from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
+from opd.training.tensors import trained_tensors
 
 CANARY_PROMPTS = 8
 
