@@ -42,7 +42,7 @@ METRICS = {
 
 
 def step_done(step: int) -> StepDone:
-    return StepDone(step, METRICS | {"reverse_kl": 1.5 / step}, {}, Tokens([], torch.device("cpu")), [], {})
+    return StepDone(step, METRICS | {"reverse_kl": 1.5 / step}, {}, Tokens([], torch.device("cpu")), {})
 
 
 def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:

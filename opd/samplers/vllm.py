@@ -198,11 +198,9 @@ def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float, rank: int |
     config = plain_config(model)
     config.architectures = [type(model).__name__]
     config.get_text_config().vocab_size = spec.vocabulary
-    room: dict[str, float]
+    room: dict[str, float] = {"gpu_memory_utilization": memory_share}
     if on_cpu:
         room = {"kv_cache_memory_bytes": min(cache_bytes(spec, bf16), int(memory_share * free_memory(model.device)))}
-    else:
-        room = {"gpu_memory_utilization": memory_share}
     try:
         from vllm import LLM, SamplingParams, TokensPrompt
         from vllm.platforms import current_platform
@@ -328,7 +326,6 @@ def sampling_options(decoding: Decoding, eos: Sequence[int], allowed: list[int] 
     Args:
         allowed: Ids that may be drawn; None for all. vLLM sets the logits of the others to -inf before anything else.
     """
-    restriction = {} if allowed is None else {"allowed_token_ids": allowed}
     return {
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -341,7 +338,7 @@ def sampling_options(decoding: Decoding, eos: Sequence[int], allowed: list[int] 
         "stop_token_ids": list(eos),
         "ignore_eos": True,  # the ids above are all that end a completion
         "logprobs": 0,  # of the drawn token only
-        **restriction,
+        **({} if allowed is None else {"allowed_token_ids": allowed}),
     }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from opd.config.schema import Config, SamplingDtype, of_teacher
+from opd.config.schema import Config, GuardAction, SamplingDtype, of_teacher
 from opd.data.rollouts import Rollout
-from opd.errors import ConfigError
+from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
 from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
@@ -22,8 +22,46 @@ from opd.training.tokens import Tokens
 log = logging.getLogger(__name__)
 
 SAME_MODEL = 1e-3  # nats per token between the teacher and a student that is the same model
+GUARD_STEPS = 10  # consecutive steps at or above a limit
+GUARD_LIMITS = {"truncated": 0.95, "repetition": 0.5}  # of these metrics
+GUARD_REMEDIES = {
+    "truncated": "raise sampling.max_new_tokens, lower optim.lr, or leave them out of the loss with sampling.truncated=mask",
+    "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
+}
 NON_FINITE_LIMIT = 3  # steps in a row
 COMPARED = "compared teachers"  # the choice that lists the served ones whose scores of a batch were checked
+
+
+class Guard:
+    """Watch the completions for collapse. Each problem is reported once, and again only after it has gone away."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config.sampling
+        self.comparable = config.draws_from_scored and config.sampling.lag == 0
+        self.steps_above = dict.fromkeys(GUARD_LIMITS, 0)
+        self.gap_reported = False
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn of problems in a step's metrics, or raise `NumericError` with `sampling.guard=stop`."""
+        self.check_gap(step, metrics.get("engine_gap", 0.0))  # a step of given completions has none
+        for name, limit in GUARD_LIMITS.items() if self.config.guard is not GuardAction.none else ():
+            self.steps_above[name] = self.steps_above[name] + 1 if metrics.get(name, 0.0) >= limit else 0
+            if self.steps_above[name] != GUARD_STEPS:
+                continue
+            problem = f"step {step}: {name}={metrics[name]:.2f}, at least {limit:g} for {GUARD_STEPS} steps: {GUARD_REMEDIES[name]}"
+            if self.config.guard is GuardAction.stop:
+                raise NumericError(f"{problem}; the last checkpoint is intact, and sampling.guard=warn continues from it")
+            log.warning(problem)
+
+    def check_gap(self, step: int, gap: float) -> None:
+        # With top-p, top-k, another temperature or lag=1 the sampler's distribution is not the trainer's, and a gap is expected.
+        if self.comparable and gap > self.config.max_gap and not self.gap_reported:
+            log.warning(
+                f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.3f} nats on average, more than "
+                f"sampling.max_gap={self.config.max_gap:g}: it computes in bf16, or its weights are not the student's. Importance weights "
+                "correct for it up to ppo.importance_cap; sampling.engine=generate sampling.dtype=trainer has no gap"
+            )
+        self.gap_reported = gap > self.config.max_gap
 
 
 def check_copy(config: Config, sampler: Sampler, choices: dict[str, Any], step: int, gap: float) -> None:
@@ -34,11 +72,8 @@ def check_copy(config: Config, sampler: Sampler, choices: dict[str, Any], step: 
         sampler.drop_copy()
         choices["bf16_copy"] = False
         log.warning(
-            "step %d: the bf16 copy's log-probs are %.3f nats from the trainer's (sampling.max_gap=%g): sampling with the trainer's "
-            "weights from here on",
-            step,
-            gap,
-            sampling.max_gap,
+            f"step {step}: the bf16 copy's log-probs are {gap:.3f} nats from the trainer's (sampling.max_gap={sampling.max_gap:g}): "
+            "sampling with the trainer's weights from here on"
         )
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from opd.config.schema import Config, Control
+from opd.config.schema import Control
 from opd.objective.overlap import OVERLAP_K
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
 from opd.training.build import Built
@@ -190,9 +190,9 @@ def describe_rewards(rewards: Rewards) -> str:
     return f"{format_reward(rewards.mean, (rewards.low, rewards.high))} of {rewards.count}"
 
 
-def introduce(display: Display, config: Config, built: Built, start: Checkpoint | None) -> None:
+def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
     """Show models, sizes and settings of the run."""
-    trainer, processes = built.trainer, built.trainer.accelerator.num_processes
+    trainer, config, processes = built.trainer, built.trainer.config, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
     parameters = trainer.student.num_parameters()  # of 4-bit weights as well
     teachers = config.parts_by_teacher

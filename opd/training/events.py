@@ -12,7 +12,6 @@ class StepDone:
     """A step with its metrics.
 
     Args:
-        weights: Loss weight of each rollout's tokens.
         alternatives: The teacher's most probable tokens for the rollouts that are stored, in some steps.
     """
 
@@ -20,7 +19,6 @@ class StepDone:
     metrics: dict[str, float]
     by_position: ByPosition
     tokens: Tokens
-    weights: list[float]
     alternatives: Alternatives
 
 

@@ -27,11 +27,10 @@ from opd.samplers import Decoding, Sampler
 from opd.teachers import MovingAverage
 from opd.training.batches import Batch, make_batch, task_bonus, with_masks
 from opd.training.checkpoint import AHEAD, AVERAGE, TOKENS, Checkpoint, Checkpoints
-from opd.training.checks import NON_FINITE_LIMIT, Trouble, check_copy, check_first_step, check_scores
+from opd.training.checks import NON_FINITE_LIMIT, Guard, Trouble, check_copy, check_first_step, check_scores
 from opd.training.control import SHUFFLED, shuffled_scores
 from opd.training.evaluate import Evaluator
 from opd.training.events import Evaluated, Event, Rewound, Saved, StepDone
-from opd.training.logs import Guard
 from opd.training.metrics import has_teacher_states, max_peak_memory, step_metrics, teacher_alternatives
 from opd.training.speed import Speed
 from opd.training.step import Step, lr_factor
@@ -238,11 +237,10 @@ class Trainer:
             "memory/peak_bytes": max_peak_memory(self.accelerator),
             "epoch": self.step * self.prompts_per_step / len(self.prompts),
         }
-        weights = self.scoring.token_weights(tokens.rollouts)[0].tolist()
         stored = self.config.track.rollouts_per_step if self.accelerator.is_main_process else 0
         is_detailed = is_detailed_step(self.step, self.max_steps)
         alternatives = teacher_alternatives(self.scoring, tokens.rollouts[:stored]) if is_detailed else {}
-        return StepDone(self.step, metrics, by_position, tokens, weights, alternatives)
+        return StepDone(self.step, metrics, by_position, tokens, alternatives)
 
     # Sampling.
 

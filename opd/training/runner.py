@@ -270,7 +270,7 @@ def distil(
         handler = NoteHandler(display)
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
-        introduce(display, config, built, start)
+        introduce(display, built, start)
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
         start_tracking(config, accelerator, run_folder.path)
@@ -283,14 +283,14 @@ def distil(
         display.begin(trainer.step)
         for event in trainer.run():
             beat()
-            write_event(event, config, built, run_folder, display)
+            write_event(event, built, run_folder, display)
             on_event(event)
             if isinstance(event, Rewound):
                 on_main_process(accelerator, partial(cut_logs, (event.step, 0), run_folder, checkpoints))
                 restore_counters(run_folder, checkpoints, trainer)
         display.end()
         on_main_process(accelerator, checkpoints.wait)
-        return finish(config, accelerator, run_folder, built, display)
+        return finish(run_folder, built, display)
 
 
 def evaluate_teacher(built: Built, run_folder: RunFolder, display: Display) -> None:
@@ -302,20 +302,19 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, display: Display) -> N
         display.note(f"teacher: reward {describe_rewards(evaluation.rewards)}{describe_datasets(evaluation)}")
 
 
-def write_event(event: Event, config: Config, built: Built, run_folder: RunFolder, display: Display) -> None:
+def write_event(event: Event, built: Built, run_folder: RunFolder, display: Display) -> None:
     """Log, store, track and show what happened."""
-    accelerator = built.trainer.accelerator
+    trainer, accelerator = built.trainer, built.trainer.accelerator
     match event:
         case StepDone():
             run_folder.append(METRICS, {"step": event.step, **event.metrics, "by_position": event.by_position})
+            stored, rollouts = trainer.config.track.rollouts_per_step, event.tokens.rollouts
             if accelerator.is_main_process:
-                stored = config.track.rollouts_per_step
-                records = rollout_records(built.tokenizer, event.tokens, stored, event.weights, event.alternatives)
-                run_folder.write_rollouts(event.step, records)
+                weights = trainer.scoring.token_weights(rollouts)[0].tolist()
+                run_folder.write_rollouts(event.step, rollout_records(built.tokenizer, event.tokens, stored, weights, event.alternatives))
             accelerator.log(event.metrics, step=event.step)
-            rollouts = event.tokens.rollouts
             shown = next((rollout for rollout in rollouts if not rollout.given), rollouts[0])
-            display.show(event, sample_text(built.tokenizer, shown) if config.track.rollouts_per_step else "")
+            display.show(event, sample_text(built.tokenizer, shown) if stored else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
             accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)
@@ -325,9 +324,9 @@ def write_event(event: Event, config: Config, built: Built, run_folder: RunFolde
             display.show(event)
 
 
-def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, built: Built, display: Display) -> dict[str, Any]:
+def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, Any]:
     """Export the model, write summary and report, and return the summary."""
-    trainer = built.trainer
+    trainer, config, accelerator = built.trainer, built.trainer.config, built.trainer.accelerator
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
     summary = on_main_process(accelerator, lambda: summarised(*read_logs(run_folder))) | costs
     summary["control"] = config.control.value
