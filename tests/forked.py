@@ -32,10 +32,10 @@ class Done(NamedTuple):
 @cache
 def context() -> multiprocessing.context.ForkServerContext:
     forking = multiprocessing.get_context("forkserver")
-    forking.set_forkserver_preload(["pytest", "opd.training.runner", "transformers.models.qwen2.modeling_qwen2"])
+    forking.set_forkserver_preload(["pytest", "preloaded"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
         forkserver.ensure_running()
     return forking
 

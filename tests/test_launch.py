@@ -117,7 +117,13 @@ def press_ctrl_c(running: "subprocess.Popen[str]") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [press_ctrl_c, lambda running: running.send_signal(signal.SIGUSR1)], ids=["ctrl-c", "sigusr1"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(press_ctrl_c, id="ctrl-c"),
+        pytest.param(lambda running: running.send_signal(signal.SIGUSR1), id="sigusr1", marks=pytest.mark.long),  # forwarded likewise
+    ],
+)
 def test_signal_to_the_parent_stops_all_workers_with_a_checkpoint(stop: Callable[["subprocess.Popen[str]"], None], tmp_path):
     running = begin(tmp_path, *LONG)
     wait_for_step(tmp_path)

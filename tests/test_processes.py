@@ -78,7 +78,8 @@ def gradient_norms(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes") / "two"
-    done = launch(folder, ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
+    config = str(ROOT / "scripts/accelerate/cpu2.yaml")
+    done = launch(folder, ["accelerate", "launch", "--config_file", config, "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
     return folder, done
 
 
@@ -111,9 +112,9 @@ def test_shuffled_scores_are_drawn_over_all_processes(tmp_path):
     assert distance(weights(tmp_path / "two"), expected) < 1e-6 and distance(weights(tmp_path / "sharded"), expected) < 1e-6
 
 
-def test_accelerate_launch_runs_the_same_job(two, tmp_path):
-    config = str(ROOT / "scripts/accelerate/cpu2.yaml")
-    launch(tmp_path / "two", ["accelerate", "launch", "--config_file", config, "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
+@pytest.mark.long
+def test_torchrun_runs_the_same_job(two, tmp_path):
+    launch(tmp_path / "two", ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
     one, other = weights(two[0]), weights(tmp_path / "two")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

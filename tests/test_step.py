@@ -286,14 +286,15 @@ def test_truncated_completions_are_left_out_of_the_gradient_unless_kept(tmp_path
     def step(rollouts, truncated="keep"):
         trainer = make_trainer(tmp_path, ppo__reduction=reduction, ppo__importance_cap=None, sampling__truncated=truncated)
         trainer.sampler = FixedSampler(rollouts)
-        return trainer.train_step(), weights(trainer)
+        done = trainer.train_step()
+        return done, weights(trainer), trainer.scoring.token_weights(done.tokens.rollouts)[0].tolist()
 
-    done, trained = step(rollouts, truncated)
-    _, without = step(complete)
+    done, trained, loss_weights = step(rollouts, truncated)
+    _, without, _ = step(complete)
     assert torch.allclose(trained, without, atol=1e-5) == (truncated != "keep")
     assert done.metrics["tokens"] == (5 if truncated == "drop" else 10)
     assert (done.metrics["finish/stop"], done.metrics["finish/length"]) == (2, 1)
-    assert [weight > 0 for weight in done.weights] == [True, truncated == "keep", True]
+    assert [weight > 0 for weight in loss_weights] == [True, truncated == "keep", True]
 
 
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
