@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from opd.data.rollouts import Inputs
 from opd.errors import USAGE, ConfigError
-from opd.models.distributed import Fsdp2, Strategy, all_reduce_gradients, check_distributed_type, gather_tensors, shard_like, unsharded
+from opd.models.accelerator import check_distributed_type
+from opd.models.distributed import Fsdp2, Strategy, all_reduce_gradients, gather_tensors, shard_like, unsharded
 from opd.models.policy import Policy
 from opd.objective import Head
 from opd.train import main

@@ -19,8 +19,8 @@ from opd.doctor.findings import Finding, Report, Status, ok
 from opd.doctor.plan import Planner, PlanRequest, Timing, train_command, with_options
 from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
+from opd.models.accelerator import make_accelerator
 from opd.models.device import free_memory
-from opd.models.distributed import make_accelerator
 from opd.models.memory import Memory, estimate
 from opd.training.build import Given, Loaded, build, encode_dataset, join_datasets, make_run_grader
 from opd.training.checkpoint import Checkpoints

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Checkpoints:
     background: bool = False
     failures: int = 0
     writer: ThreadPoolExecutor | None = None
-    in_flight: "Future[Path] | None" = field(default=None)
+    in_flight: Future[Path] | None = None
 
     def path(self, step: int, inner: int = 0) -> Path:
         return self.folder / (f"step_{step:06d}_{inner}" if inner else f"step_{step:06d}")
@@ -205,10 +205,8 @@ class Checkpoints:
 
     def best(self) -> dict[str, float] | None:
         """Return the step and score of the best evaluation so far whose checkpoint exists."""
-        if not (self.folder / BEST).is_file():
-            return None
-        best: dict[str, float] = json.loads((self.folder / BEST).read_text())
-        return best if (int(best["step"]), 0) in self.moments() else None
+        best = files.read_json(self.folder / BEST)
+        return best if best is not None and (int(best["step"]), 0) in self.moments() else None
 
     def set_aside(self, moment: Moment) -> None:
         """Rename the checkpoints after `moment`: the run takes another way from there."""

@@ -133,7 +133,7 @@ class Trainer:
                 yield self.rewind()
             elif self.save_due():
                 yield self.save()
-            elif self.canary_due():
+            elif any(every > 0 and self.step % every == 0 for every in self.canaries.values()):
                 on_main_process(self.accelerator, self.scoring.teacher.check)
 
     def evaluation_due(self, is_last: bool) -> bool:
@@ -143,9 +143,6 @@ class Trainer:
     def save_due(self) -> bool:
         """Don't save while steps are non-finite: `rewind` needs a checkpoint from before them."""
         return self.step == self.max_steps or (self.step % self.config.checkpoint.every == 0 and self.trouble.steps == 0)
-
-    def canary_due(self) -> bool:
-        return any(every > 0 and self.step % every == 0 for every in self.canaries.values())
 
     def evaluate(self) -> Iterator[Event]:
         self.wait_for_ahead()

@@ -23,7 +23,8 @@ from opd.config.compose import to_dict
 from opd.config.schema import Config
 from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
-from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
+from opd.models.accelerator import make_accelerator
+from opd.models.distributed import gather_tensors, is_peer_failure, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
 from opd.models.policy import is_quantized
 from opd.report import render_report
@@ -138,6 +139,11 @@ def write_composed_config(config: Config, run_folder: RunFolder) -> None:
 @contextmanager
 def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints) -> Iterator[None]:
     """Write whatever ends the run to `status.json`, with the exit code."""
+
+    def written(error: OpdError, status: Status = Status.failed) -> OpdError:
+        run_folder.set_status(status, str(error), error.exit_code)
+        return error
+
     try:
         yield
     except KeyboardInterrupt:
@@ -146,21 +152,16 @@ def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints:
     except Preempted as error:
         moments = checkpoints.moments()
         saved = f"the same command resumes from {checkpoints.path(*moments[-1])}" if moments else "nothing was trained yet"
-        stopped = Preempted(f"{error}; {saved}")
-        run_folder.set_status(Status.preempted, str(stopped), stopped.exit_code)
-        raise stopped from None
+        raise written(Preempted(f"{error}; {saved}"), Status.preempted) from None
     except torch.OutOfMemoryError as error:
-        out_of_memory = ConfigError(
+        remedy = (
             f"{accelerator.device} has too little memory ({str(error).splitlines()[0]}): lower train.max_tokens_per_micro_batch, set "
             "train.activation_checkpointing=true, or, while sampling, lower sampling.batch_size and eval.batch_size"
         )
-        run_folder.set_status(Status.failed, str(out_of_memory), out_of_memory.exit_code)
-        raise out_of_memory from error
+        raise written(ConfigError(remedy)) from error
     except Exception as error:
         if is_peer_failure(error):
-            gone = PeerError("another process of the run ended; its message is the reason")
-            run_folder.set_status(Status.failed, str(gone), gone.exit_code)
-            raise gone from error
+            raise written(PeerError("another process of the run ended; its message is the reason")) from error
         code = error.exit_code if isinstance(error, OpdError) else INTERNAL
         run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
         raise
