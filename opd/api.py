@@ -21,9 +21,9 @@ from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.runs.reader import open_run
 from opd.training import runner
+from opd.training.events import Evaluated, Event, StepDone
 from opd.training.inputs import Given
 from opd.training.logs import evaluation_metrics
-from opd.training.loop import Evaluated, Event, StepDone
 
 Model = str | Path | PreTrainedModel
 Reward = str | Callable[[str, str], float | None]
@@ -54,7 +54,7 @@ class OnPolicyDistillationTrainer:
         batch_size: Prompts per process and step, each sampled `samples_per_prompt` times.
         output_dir: The run folder; a run that was interrupted there is resumed.
         use_accelerate: False requires a single process; it is an error under a launcher of several.
-        callbacks: Called with every event of the run (`opd.training.loop.Event`).
+        callbacks: Called with every event of the run (`opd.training.events.Event`).
         options: Any other option of the configuration by its dotted name, for example {"ppo.advantage_clip": 2.0, "seed": 1}.
 
     Raises:

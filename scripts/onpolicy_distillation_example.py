@@ -5,7 +5,7 @@ python scripts/onpolicy_distillation_example.py
 torchrun --nproc_per_node 2 scripts/onpolicy_distillation_example.py
 """
 
-from opd import OnPolicyDistillationTrainer
+from opd.api import OnPolicyDistillationTrainer
 
 
 def question(a: int, b: int) -> dict:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opd import OnPolicyDistillationTrainer
+from opd.api import OnPolicyDistillationTrainer
 from opd.config.compose import PACKAGE
 from opd.errors import ConfigError, DataError
-from opd.training.loop import StepDone
+from opd.training.events import StepDone
 
 STUDENT, TEACHER = (PACKAGE / "assets" / f"tiny-{role}" for role in ("student", "teacher"))
 OPTIONS = {"device": "cpu", "eval.kl_prompts": 4}

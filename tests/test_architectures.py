@@ -6,15 +6,15 @@ from architectures import ARCHITECTURES, POSITIONS, random_architecture, setting
 from test_samplers import gaps
 from transformers import AutoTokenizer
 
-from opd import OnPolicyDistillationTrainer
-from opd.api import from_options
+from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.config.compose import PACKAGE
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Inputs, Request
 from opd.errors import ConfigError
-from opd.evaluation.sample_score import LoadedModel, SharedIds
+from opd.evaluation.sample_score import LoadedModel
 from opd.models import memory
 from opd.models.policy import Policy, check_head, check_packing, position_limit
+from opd.models.shared_ids import SharedIds
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, generate, make_sampler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers' about kernels that are not installed

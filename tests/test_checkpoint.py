@@ -21,12 +21,10 @@ from opd.training.checkpoint import (
     Checkpoints,
     Snapshot,
     load_file,
-    model_tensors,
     read,
-    restore,
-    snapshot,
     verify,
 )
+from opd.training.tensors import model_tensors, restore, snapshot
 
 
 def make_snapshot(step: int, inner: int = 0) -> Snapshot:

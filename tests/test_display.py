@@ -11,7 +11,7 @@ from rich.console import Console
 from opd.training import metrics
 from opd.training.display import Display, NoteHandler
 from opd.training.evaluate import Evaluation, Rewards
-from opd.training.loop import Evaluated, StepDone
+from opd.training.events import Evaluated, StepDone
 from opd.training.tokens import Tokens
 
 HOSTILE = "a\x1b[31mb\x07\u202ec\nd\r"
@@ -42,7 +42,7 @@ METRICS = {
 
 
 def step_done(step: int) -> StepDone:
-    return StepDone(step, METRICS | {"reverse_kl": 1.5 / step}, {}, Tokens([], torch.device("cpu")), [], {})
+    return StepDone(step, METRICS | {"reverse_kl": 1.5 / step}, {}, Tokens([], torch.device("cpu")), {})
 
 
 def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:

@@ -77,13 +77,13 @@ def test_processes_share_the_given_rows_that_one_process_would_have(tmp_path):
     for rank, trainer in enumerate(two):
         trainer.strategy.accelerator = SimpleNamespace(num_processes=2, process_index=rank)
     for step in range(5):
-        rows = [trainer.given_rows(step, trainer.requests(step)) for trainer in two]
-        assert rows[0] + [4 + row for row in rows[1]] == one.given_rows(step, one.requests(step))
+        rows = [list(trainer.batch(step)[1]) for trainer in two]
+        assert rows[0] + [4 + row for row in rows[1]] == list(one.batch(step)[1])
 
 
 def test_a_share_counts_from_its_step_on_and_prompts_without_a_text_are_sampled(tmp_path):
     trainer = given_trainer(tmp_path, {0: 1.0, 2: 0.5, 3: 0})
-    assert [len(trainer.given_rows(step, trainer.requests(step))) for step in range(5)] == [6, 6, 3, 0, 0]
+    assert [len(trainer.batch(step)[1]) for step in range(5)] == [6, 6, 3, 0, 0]
     trainer.prompts = [replace(prompt, given=()) if prompt.sample_id % 2 else prompt for prompt in trainer.prompts]
     assert not any(rollout.given for rollout in trainer.sample_step(0) if rollout.request.prompt.sample_id % 2)
 

@@ -21,7 +21,7 @@ from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import launch
 from opd.config.schema import Device, LaunchConfig
 from opd.errors import ConfigError
-from opd.models import distributed
+from opd.models import accelerator
 from opd.training.identity import differences
 
 TWO = ["experiment=debug", "device=cpu", "name=run", "launch.processes=2", "train.batch_size=2", "eval.limit=4", "eval.kl_prompts=2"]
@@ -117,7 +117,13 @@ def press_ctrl_c(running: "subprocess.Popen[str]") -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [press_ctrl_c, lambda running: running.send_signal(signal.SIGUSR1)], ids=["ctrl-c", "sigusr1"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(press_ctrl_c, id="ctrl-c"),
+        pytest.param(lambda running: running.send_signal(signal.SIGUSR1), id="sigusr1", marks=pytest.mark.long),  # forwarded likewise
+    ],
+)
 def test_signal_to_the_parent_stops_all_workers_with_a_checkpoint(stop: Callable[["subprocess.Popen[str]"], None], tmp_path):
     running = begin(tmp_path, *LONG)
     wait_for_step(tmp_path)
@@ -250,7 +256,7 @@ def test_rank_is_a_launchers_where_its_variables_agree(variables, expected, monk
 
 def test_variables_of_an_earlier_launcher_are_named_in_one_line(monkeypatch, tmp_path, capsys):
     config, exits = from_options({"device": "cpu"}), []
-    monkeypatch.setattr(distributed, "PATIENCE", 0.05)
+    monkeypatch.setattr(accelerator, "PATIENCE", 0.05)
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     for outcome in (ValueError("no\nMASTER_ADDR"), TimeoutError(), SimpleNamespace(num_processes=1)):
@@ -263,10 +269,10 @@ def test_variables_of_an_earlier_launcher_are_named_in_one_line(monkeypatch, tmp
                 raise ValueError(outcome)
             return outcome
 
-        monkeypatch.setattr(distributed, "Accelerator", start)
+        monkeypatch.setattr(accelerator, "Accelerator", start)
         config.launch.processes = 2
         with pytest.raises(ConfigError, match=r"^launch.*ACCELERATE_MIXED_PRECISION=bf16.*unset") as caught:
-            distributed.make_accelerator(config, tmp_path)
+            accelerator.make_accelerator(config, tmp_path)
         assert "\n" not in str(caught.value)
     assert exits == [errors.USAGE] and capsys.readouterr().err.startswith("opd: error: launch")
 

@@ -9,7 +9,8 @@ import pytest
 
 from opd.config.schema import Config, GuardAction, PPOConfig, SamplingConfig
 from opd.errors import INTERNAL, NumericError
-from opd.training.logs import Guard, watchdog
+from opd.training.checks import Guard
+from opd.training.logs import watchdog
 
 HANG = """
 import sys, time

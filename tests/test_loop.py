@@ -24,8 +24,10 @@ from opd.data.order import nth_position, take
 from opd.errors import ConfigError, NumericError, Preempted
 from opd.training.build import resumed_choices
 from opd.training.checkpoint import read
+from opd.training.checks import check_copy
 from opd.training.evaluate import Evaluation
-from opd.training.loop import Evaluated, Rewound, Saved, StepDone, Trainer
+from opd.training.events import Evaluated, Rewound, Saved, StepDone
+from opd.training.loop import Trainer
 from opd.training.step import lr_factor
 
 
@@ -135,11 +137,11 @@ def test_two_processes_share_the_prompts_that_one_process_would_draw(tmp_path, l
         trainer.trouble.left_out = left_out
     drawn = []
     for step in range(6):
-        assert two[0].places(step) + two[1].places(step) == one.places(step)
-        assert two[0].requests(step) + two[1].requests(step) == one.requests(step)
-        drawn += one.places(step)
+        assert two[0].positions(step) + two[1].positions(step) == one.positions(step)
+        assert two[0].batch(step)[0] + two[1].batch(step)[0] == one.batch(step)[0]
+        drawn += one.positions(step)
     assert drawn == [position for position in range(99) if position not in left_out][: len(drawn)]
-    assert [request.attempt for request in one.requests(0)] == [0, 1] * 4
+    assert [request.attempt for request in one.batch(0)[0]] == [0, 1] * 4
 
 
 # Resume and preemption.
@@ -247,9 +249,9 @@ def poison(trainer: Trainer, steps: range, once: bool = True) -> None:
 def test_three_non_finite_steps_rewind_to_the_last_good_checkpoint_and_leave_their_samples_out(tmp_path, caplog):
     trainer = make_trainer(tmp_path, train__max_steps=8, train__batch_size=1, checkpoint__every=2, checkpoint__keep_last=9)
     poison(trainer, range(3, 6))
-    suspects = [trainer.requests(step)[0].prompt.sample_id for step in (3, 4, 5)]
+    suspects = [trainer.batch(step)[0][0].prompt.sample_id for step in (3, 4, 5)]
     sample, drawn = trainer.sampler.sample, []
-    trainer.sampler.sample = lambda *args: drawn.append(trainer.places(trainer.step)) or sample(*args)
+    trainer.sampler.sample = lambda *args: drawn.append(trainer.positions(trainer.step)) or sample(*args)
     events, at_step_2 = [], None
     for event in trainer.run():
         events.append(event)
@@ -292,7 +294,7 @@ def test_a_rewind_to_the_middle_of_a_step_does_not_train_on_its_left_out_samples
     trainer.trouble.places = [0, 1, 2]
     event = trainer.rewind()
     assert event == Rewound(0, [0, 1, 2]) and torch.equal(weights(trainer), before)
-    assert trainer.tokens is None and trainer.places(0) == [3]
+    assert trainer.tokens is None and trainer.positions(0) == [3]
 
 
 # Sampling ahead.
@@ -320,7 +322,7 @@ def test_with_lag_1_the_next_step_is_sampled_with_the_weights_from_before_the_up
     before = weights(trainer)
     first = trainer.train_step()
     trainer.wait_for_ahead()
-    expected = [[request.prompt.sample_id for request in trainer.requests(step)] for step in (0, 1)]
+    expected = [[request.prompt.sample_id for request in trainer.batch(step)[0]] for step in (0, 1)]
     assert [call for call, _ in trainer.sampler.calls] == ["sync", expected[0], "sync", expected[1]]
     assert all(torch.equal(seen, before) for _, seen in trainer.sampler.calls[:3])
     second = trainer.train_step()
@@ -394,7 +396,7 @@ def test_a_bf16_copy_too_far_from_the_trainer_is_dropped_and_the_choice_is_store
 )
 def test_a_bf16_copy_is_kept_if_it_is_close_or_asked_for_or_the_gap_says_nothing(tmp_path, options, gap):
     trainer = make_trainer(tmp_path, bf16_copy=True, **options)
-    trainer.check_copy(gap)
+    check_copy(trainer.config, trainer.sampler, trainer.scoring.choices, 1, gap)
     assert trainer.sampler.copy is not None and trainer.scoring.choices["bf16_copy"] is True
 
 

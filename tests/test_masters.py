@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from opd.api import from_options
 from opd.models.masters import MasterWeights
 from opd.training import runner
-from opd.training.loop import StepDone
+from opd.training.events import StepDone
 
 DEBUG = {
     "model.path": "bundled:tiny-student",

@@ -1,6 +1,7 @@
 """Several processes on the CPU (DDP, FSDP2, two nodes): the result of one process, one log, one run folder."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -8,13 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from forked import FSDP2, train, trained
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
 from opd.train import main
+from opd.training.loop import Trainer
+from opd.training.step import Step
+from opd.training.tokens import Slice, Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 # Uneven completions, so that a mean of local means would differ; a large eps, so that AdamW does not amplify rounding errors.
@@ -58,7 +66,7 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def one(tmp_path_factory):
     """One process of four prompts."""
     folder = tmp_path_factory.mktemp("processes") / "one"
-    launch(folder, [sys.executable, "-m", "opd.train", *OPTIONS, "train.batch_size=4"])
+    trained(folder, [*OPTIONS, "train.batch_size=4"])
     return folder
 
 
@@ -70,7 +78,8 @@ def gradient_norms(folder: Path) -> list[float]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes") / "two"
-    done = launch(folder, ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
+    config = str(ROOT / "scripts/accelerate/cpu2.yaml")
+    done = launch(folder, ["accelerate", "launch", "--config_file", config, "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
     return folder, done
 
 
@@ -96,90 +105,108 @@ def test_two_processes_write_one_log_and_one_folder_and_show_the_effective_batch
 @pytest.mark.long
 def test_shuffled_scores_are_drawn_over_all_processes(tmp_path):
     shuffled = [*OPTIONS, "control=shuffled"]
-    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *shuffled, "train.batch_size=4"])
-    launch(tmp_path / "two", ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *shuffled, "train.batch_size=2"])
-    launch(tmp_path / "sharded", [*FSDP2, "-m", "opd.train", *shuffled, "train.batch_size=2"])
+    trained(tmp_path / "one", [*shuffled, "train.batch_size=4"])
+    trained(tmp_path / "two", [*shuffled, "train.batch_size=2"], 2)
+    trained(tmp_path / "sharded", [*shuffled, "train.batch_size=2"], 2, config=FSDP2)
     expected = weights(tmp_path / "one")
     assert distance(weights(tmp_path / "two"), expected) < 1e-6 and distance(weights(tmp_path / "sharded"), expected) < 1e-6
 
 
-def test_accelerate_launch_runs_the_same_job(two, tmp_path):
-    config = str(ROOT / "scripts/accelerate/cpu2.yaml")
-    launch(tmp_path / "two", ["accelerate", "launch", "--config_file", config, "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
+@pytest.mark.long
+def test_torchrun_runs_the_same_job(two, tmp_path):
+    launch(tmp_path / "two", ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
     one, other = weights(two[0]), weights(tmp_path / "two")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_mistake_is_shown_once_by_two_processes(tmp_path):
-    command = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "model.path=./nowhere"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
+    done = train(tmp_path, [*OPTIONS, "model.path=./nowhere"], 2)
+    assert done.codes == [64, 64]
     assert done.stderr.count("there is no such folder") == 1
     assert json.loads((tmp_path / "runs/run/status.json").read_text())["exit_code"] == 64
 
 
 @pytest.mark.long
 def test_sweep_of_two_processes_runs_every_member(tmp_path):
-    command = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", "-m", *OPTIONS, "train.max_steps=1", "optim.lr=1e-4,2e-4"]
-    launch(tmp_path / "sweep", command)
+    trained(tmp_path / "sweep", ["-m", *OPTIONS, "train.max_steps=1", "optim.lr=1e-4,2e-4"], 2)
     assert len(list((tmp_path / "sweep" / "sweeps" / "run").glob("*/summary.json"))) == 2
 
 
 def test_run_resumes_with_another_number_of_processes(tmp_path):
     """Two processes of two prompts resume a run of one process of four, and end with the weights of the uninterrupted run."""
     options = [*OPTIONS, "train.max_steps=4", "checkpoint.every=2", "checkpoint.keep_last=9"]
-    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *options, "train.batch_size=4"])
+    trained(tmp_path / "one", [*options, "train.batch_size=4"])
     half = tmp_path / "one" / "runs" / "run" / "checkpoints" / "step_000002"
-    two = ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *options, "train.batch_size=2", f"resume={half}"]
-    launch(tmp_path / "two", two)
+    trained(tmp_path / "two", [*options, "train.batch_size=2", f"resume={half}"], 2)
     one, other = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 1e-5
 
 
-FSDP2 = [*("accelerate", "launch", "--main_process_port", "0", "--config_file", str(ROOT / "scripts/accelerate/fsdp2_cpu2.yaml"))]
-# One of two processes runs out of memory in a forward and in a backward pass, and in the last step the other has a non-finite score.
-FAULTS = """
-import os, sys, torch
-from opd import train
-from opd.training.loop import Trainer
-from opd.training.step import Step
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+def run_out_of_memory(step: int | None = None) -> None:
+    """Let one of two processes run out of memory in a forward and in a backward pass, and the other have a bad score in the third step.
 
-calls = {"forward": 0, "step": 0}
-forward, scores, begin_step = Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step
+    Args:
+        step: Where the forward pass fails, instead of in the fourth micro-batch.
+    """
+    now = {"forward": 0, "step": 0}
+    forward = Qwen2MLP.forward
 
-def failing_forward(self, hidden):
-    out = forward(self, hidden)
-    if os.environ["RANK"] == "1" and torch.is_grad_enabled() and hidden.shape[1] > 1:
-        calls["forward"] += 1
-        if calls["forward"] == 4:
-            raise torch.OutOfMemoryError("made up, forward")
-        if calls["forward"] == 9:
-            out.register_hook(fail)
-    return out
+    def failing_forward(self: Qwen2MLP, hidden: Tensor) -> Tensor:
+        out = forward(self, hidden)
+        if os.environ["RANK"] == "1" and torch.is_grad_enabled() and hidden.shape[1] > 1:
+            now["forward"] += 1
+            if now["step"] == step if step else now["forward"] == 4:
+                raise torch.OutOfMemoryError("made up, forward")
+            if now["forward"] == 9:
+                out.register_hook(fail)
+        return out
 
-def fail(gradient):
-    raise torch.OutOfMemoryError("made up, backward")
+    def fail(gradient: Tensor) -> None:
+        raise torch.OutOfMemoryError("made up, backward")
 
-def non_finite_scores(self, part):
-    bad = os.environ["RANK"] == "0" and calls["step"] == 2
-    return {name: logp * (float("nan") if bad else 1.0) for name, logp in scores(self, part).items()}
+    Qwen2MLP.forward = failing_forward
+    change_scores(now, math.nan)
 
-def counting_begin_step(self):
-    calls["step"] = self.step
-    return begin_step(self)
 
-Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step = failing_forward, non_finite_scores, counting_begin_step
-sys.exit(train.main())
-"""
+def lose_numbers() -> None:
+    """Let a gradient of one process be infinite in the second of three steps, and in the third a score of the other.
+
+    Its gradient is finite then, because advantages are clipped.
+    """
+    now = {"step": 0}
+    forward = Qwen2MLP.forward
+
+    def infinite_gradient(self: Qwen2MLP, hidden: Tensor) -> Tensor:
+        out = forward(self, hidden)
+        if torch.is_grad_enabled() and os.environ["RANK"] == "1" and now["step"] == 1:
+            out.register_hook(lambda gradient: gradient * math.inf)
+        return out
+
+    Qwen2MLP.forward = infinite_gradient
+    change_scores(now, math.inf)
+
+
+def change_scores(now: dict[str, int], factor: float) -> None:
+    """Multiply the first process's scores of the third step, and keep the number of the step in `now`."""
+    scores, begin_step = Step.teacher_scores, Trainer.begin_step
+
+    def changed_scores(self: Step, part: Slice) -> dict[str, Tensor]:
+        is_bad = os.environ["RANK"] == "0" and now["step"] == 2
+        return {name: logp * (factor if is_bad else 1.0) for name, logp in scores(self, part).items()}
+
+    def counting_begin_step(self: Trainer) -> Tokens:
+        now["step"] = self.step
+        return begin_step(self)
+
+    Step.teacher_scores, Trainer.begin_step = changed_scores, counting_begin_step
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """Two processes of two prompts, each with half of the weights."""
     folder = tmp_path_factory.mktemp("processes") / "sharded"
-    done = launch(folder, [*FSDP2, "-m", "opd.train", *UNEVEN, "train.batch_size=2", "checkpoint.keep_last=9"])
+    started = ["accelerate", "launch", "--main_process_port", "0", "--config_file", str(FSDP2), "-m", "opd.train"]
+    done = launch(folder, [*started, *UNEVEN, "train.batch_size=2", "checkpoint.keep_last=9"])
     assert "(0.1 M parameters)" in done.stdout
     assert "sharded (FSDP2): each process holds 0.05 M of the parameters" in done.stdout
     return folder
@@ -195,17 +222,16 @@ def test_fsdp2_trains_as_one_process(one, sharded):
 @pytest.mark.slow
 def test_fsdp2_run_resumes_bitwise_and_in_one_process_with_any_placement_of_the_teacher(one, sharded, tmp_path):
     half = f"resume={sharded / 'runs/run/checkpoints/step_000002'}"
-    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *UNEVEN, "train.batch_size=2", half, "teacher.placement=sharded"])
+    trained(tmp_path / "two", [*UNEVEN, "train.batch_size=2", half, "teacher.placement=sharded"], 2, config=FSDP2)
     assert distance(weights(tmp_path / "two"), weights(sharded)) == 0.0
-    launch(tmp_path / "one", [sys.executable, "-m", "opd.train", *OPTIONS, "train.batch_size=4", half, "teacher.placement=offload"])
+    trained(tmp_path / "one", [*OPTIONS, "train.batch_size=4", half, "teacher.placement=offload"])
     assert distance(weights(tmp_path / "one"), weights(one)) < 1e-6
 
 
 @pytest.mark.slow
 def test_both_of_two_processes_halve_micro_batches_when_one_runs_out_of_memory_and_skip_a_non_finite_step(sharded, tmp_path):
-    (tmp_path / "faults.py").write_text(FAULTS)
     options = [*OPTIONS, "train.batch_size=2", "train.max_steps=3", "optim.schedule=constant", "eval.steps=0"]
-    launch(tmp_path / "faulty", ["torchrun", "--nproc_per_node", "2", str(tmp_path / "faults.py"), *options])
+    trained(tmp_path / "faulty", options, 2, before=run_out_of_memory)
     run = tmp_path / "faulty" / "runs" / "run"
     assert (run / "train.log").read_text().count("out of memory") == 2
     assert skipped(run) == [0.0, 0.0, 1.0]
@@ -220,13 +246,10 @@ def skipped(run: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.long
 def test_fsdp2_run_out_of_memory_in_one_process_ends_and_resumes_with_smaller_micro_batches(sharded, tmp_path, monkeypatch):
-    (tmp_path / "faults.py").write_text(FAULTS.replace('calls["forward"] == 4', 'calls["step"] == 1'))
     options = [*OPTIONS, "train.batch_size=2", "train.max_steps=2", "optim.schedule=constant", "eval.steps=0", "checkpoint.every=1"]
-    with pytest.raises(AssertionError) as ended:
-        launch(tmp_path / "faulty", [*FSDP2, str(tmp_path / "faults.py"), *options])
-    output = str(ended.value)
-    assert output.count("has too little memory for the update (made up, forward)") == 1 and "[rank 1] error" in output
-    assert "lower train.max_tokens_per_micro_batch (now 40)" in output
+    done = train(tmp_path / "faulty", options, 2, config=FSDP2, before=partial(run_out_of_memory, step=1))
+    assert done.codes[1] != 0 and done.stderr.count("has too little memory for the update (made up, forward)") == 1
+    assert "[rank 1] error" in done.stderr and "lower train.max_tokens_per_micro_batch (now 40)" in done.stderr
     run = tmp_path / "faulty" / "runs" / "run"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     assert alone(tmp_path / "faulty", monkeypatch, [*options, "train.batch_size=4", "train.max_tokens_per_micro_batch=30"]) == 0
@@ -234,44 +257,12 @@ def test_fsdp2_run_out_of_memory_in_one_process_ends_and_resumes_with_smaller_mi
     assert distance(reference, load_file(run / "checkpoints/step_000002/model.safetensors")) < 1e-6
 
 
-# In the second of three steps a gradient of one process is not finite; in the third a score of the other, while its gradient is finite,
-# because advantages are clipped.
-NON_FINITE = """
-import os, sys, torch
-from opd import train
-from opd.training.loop import Trainer
-from opd.training.step import Step
-from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-
-now = {"step": 0}
-forward, scores, begin_step = Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step
-
-def non_finite_gradient(self, hidden):
-    out = forward(self, hidden)
-    if torch.is_grad_enabled() and os.environ["RANK"] == "1" and now["step"] == 1:
-        out.register_hook(lambda gradient: gradient * float("inf"))
-    return out
-
-def non_finite_scores(self, part):
-    bad = os.environ["RANK"] == "0" and now["step"] == 2
-    return {name: logp * (float("inf") if bad else 1.0) for name, logp in scores(self, part).items()}
-
-def counting_begin_step(self):
-    now["step"] = self.step
-    return begin_step(self)
-
-Qwen2MLP.forward, Step.teacher_scores, Trainer.begin_step = non_finite_gradient, non_finite_scores, counting_begin_step
-sys.exit(train.main())
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.long
 def test_non_finite_numbers_in_one_process_leave_sharded_weights_and_optimizer_bitwise_unchanged(tmp_path):
-    (tmp_path / "faults.py").write_text(NON_FINITE)
     options = [*UNEVEN, "train.batch_size=2", "train.max_steps=3", "optim.schedule=constant", "eval.steps=0"]
     options += ["checkpoint.every=1", "checkpoint.keep_last=9"]
-    launch(tmp_path / "faulty", [*FSDP2, str(tmp_path / "faults.py"), *options])
+    trained(tmp_path / "faulty", options, 2, config=FSDP2, before=lose_numbers)
     run = tmp_path / "faulty" / "runs" / "run"
     assert skipped(run) == [0.0, 1.0, 1.0]
     for name in ("model", "optimizer"):
@@ -287,7 +278,7 @@ def test_adapters_train_under_fsdp2_as_in_one_process_which_resumes_from_them(tm
     pytest.importorskip("peft")
     base = ["model.path=bundled:tiny-teacher", "teacher.path=bundled:tiny-teacher", "teacher.system='27'", "lora=default", "lora.rank=4"]
     options = [*OPTIONS, *base, "optim.lr=1e-3", "optim.schedule=constant", "train.max_steps=3", "checkpoint.keep_last=9", "eval.steps=0"]
-    launch(tmp_path / "two", [*FSDP2, "-m", "opd.train", *options, "train.batch_size=2"])
+    trained(tmp_path / "two", [*options, "train.batch_size=2"], 2, config=FSDP2)
     assert alone(tmp_path / "one", monkeypatch, [*options, "train.batch_size=4"]) == 0
     assert gradient_norms(tmp_path / "two") == pytest.approx(gradient_norms(tmp_path / "one"), rel=1e-3)
     half = tmp_path / "two/runs/run/checkpoints/step_000002"

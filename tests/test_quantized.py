@@ -20,9 +20,10 @@ from opd.models.policy import add_adapters, prepare_student
 from opd.samplers.weights import merged_copy
 from opd.train import main
 from opd.training.build import make_optimizer
-from opd.training.checkpoint import Checkpoints, model_tensors, restore, snapshot
+from opd.training.checkpoint import Checkpoints
 from opd.training.inputs import Given
 from opd.training.pair import check_sharding, load_student
+from opd.training.tensors import model_tensors, restore, snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 

@@ -1,8 +1,8 @@
 """Compare short training runs with stored reference results.
 
-The runs are started from the command line and read back from their run folders, so the test does not depend on how the package is
-organised. The reference is in tests/reference, one JSON file for each run: the metrics and the sampled token ids of each step, and the
-digest, sum and norm of each final weight.
+The runs get command lines and are read back from their run folders, so the test does not depend on how the package is organised. The
+reference is in tests/reference, one JSON file for each run: the metrics and the sampled token ids of each step, and the digest, sum and
+norm of each final weight.
 
 Each file also holds a fingerprint: digests of a few fixed computations on the machine that wrote it. Where the fingerprint of this machine
 is the same, results must be bitwise equal. Elsewhere the metrics and the sum and norm of each weight must agree within a tolerance, and the
@@ -20,19 +20,23 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 REFERENCE = Path(__file__).resolve().parent / "reference"
 # Every option that affects the numbers is given, so that another default does not change them. The micro-batches are small, so that a step
@@ -141,29 +145,8 @@ RUNS = {
 SLOW = {"sampled_two_processes", "exact_two_processes"}
 
 
-def environment() -> dict[str, str]:
-    """Return the environment variables of all processes whose arithmetic is compared."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(folder: Path, command: list[str], code: int = 0) -> str:
-    """Run a command in a folder and wait for its end.
-
-    Args:
-        folder: Working directory.
-        command: Program and arguments.
-        code: Exit code that is expected.
-
-    Returns:
-        What it wrote to standard output.
-    """
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, f"exit code {done.returncode} instead of {code}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
-
-
 def train(folder: Path, run: Run) -> dict[str, Any]:
-    """Train from the command line.
+    """Train from a command line.
 
     Args:
         folder: Empty folder to work in.
@@ -172,37 +155,21 @@ def train(folder: Path, run: Run) -> dict[str, Any]:
     Returns:
         Its results, as `results` reads them.
     """
-    launcher = [] if run.processes == 1 else ["torch.distributed.run", "--standalone", "--nproc_per_node", str(run.processes), "-m"]
-    start(folder, [sys.executable, "-m", *launcher, "opd.train", *run.words()])
+    forked.trained(folder, run.words(), run.processes)
     return results(folder / "run")
 
 
-def train_until_update(folder: Path, run: Run, updates: int) -> None:
-    """Train from the command line, and send the process SIGTERM right after an optimizer update.
+def stop_after(updates: int) -> None:
+    """Let this process send itself SIGTERM after so many updates of any optimizer; nothing of the package is replaced."""
+    done = 0
 
-    The signal comes from a hook of torch that is called after each update of any optimizer, so nothing of the package is replaced.
+    def count(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        if done == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    Args:
-        folder: Folder to work in.
-        run: The run, of one process.
-        updates: After how many updates the signal comes.
-    """
-    code = f"""
-import os, runpy, signal
-from torch.optim.optimizer import register_optimizer_step_post_hook
-
-done = 0
-
-def stop(*_):
-    global done
-    done += 1
-    if done == {updates}:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-register_optimizer_step_post_hook(stop)
-runpy.run_module("opd.train", run_name="__main__", alter_sys=True)
-"""
-    start(folder, [sys.executable, "-c", code, *run.words()], STOPPED)
+    register_optimizer_step_post_hook(count)
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -360,7 +327,9 @@ def stored(name: str) -> dict[str, Any]:
 
 def measured_fingerprint(folder: Path) -> dict[str, str]:
     """Return the fingerprint of this machine, from a process of its own that works in `folder`."""
-    found: dict[str, str] = json.loads(start(folder, [sys.executable, str(Path(__file__).resolve()), "--fingerprint"]))
+    command, environment = [sys.executable, str(Path(__file__).resolve()), "--fingerprint"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
     return found
 
 
@@ -405,7 +374,8 @@ def test_a_run_gives_the_results_of_the_reference(name, trained, machine):
 def test_a_run_that_was_stopped_between_inner_steps_gives_the_results_of_the_reference(trained, machine, tmp_path):
     """Stop after the first of the two updates of step 3 and resume with the same command."""
     run, reference = RUNS["sampled"], stored("sampled")
-    train_until_update(tmp_path, run, updates=5)
+    stopped = forked.train(tmp_path, run.words(), before=partial(stop_after, 5))
+    assert stopped.codes == [STOPPED], stopped
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000002_1"]
     found = train(tmp_path, run)
     check(differences("stopped, compared with the run that was not", found, trained("sampled"), exact=True), exact=True)

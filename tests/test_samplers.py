@@ -139,6 +139,18 @@ def test_log_probs_are_those_of_the_distribution_drawn_from(engine, model, tempe
     engine.assert_log_probs_of(model, rollouts, decoding)
 
 
+def test_each_finished_rollout_is_returned_as_it_was_prepared(engine, model):
+    prepared = []
+
+    def prepare(done):
+        prepared.extend(replace(rollout, given=True) for rollout in done)
+        return prepared[-len(done) :]
+
+    rollouts = engine.sampler(model).sample(requests(4), Decoding(1.0, 12, batch_size=3), "train", prepare)
+    assert {id(rollout) for rollout in rollouts} == {id(rollout) for rollout in prepared} and len(rollouts) == len(requests(4))
+    assert [rollout.request for rollout in rollouts] == requests(4)
+
+
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (1.6, 0.9, 0), (0.6, 1.0, 5)])
 def test_samples_follow_the_configured_distribution(engine, model, temperature, top_p, top_k):
     """Chi-square of pairs of tokens against the model's probabilities; the bound is 8 standard deviations away."""

@@ -40,9 +40,10 @@ from opd.teachers import LocalTeacher, ServedTeacher, as_one
 from opd.train import main
 from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
+from opd.training.checks import COMPARED, check_scores
 from opd.training.identity import check_same, differences
 from opd.training.inputs import Given, load_prompts
-from opd.training.loop import COMPARED, Trainer
+from opd.training.loop import Trainer
 from opd.training.tokens import Tokens
 
 TEACHER = "bundled:tiny-teacher"
@@ -233,7 +234,7 @@ def test_the_share_of_given_completions_holds_in_a_dataset_that_takes_turns_with
     mix = {name: {"source": "arithmetic", "completion": "answer" if name == label else None} for name in "ab"}
     options = {"data__mix": mix, "train__given_share": 0.25, "sampling__n": 1, "train__batch_size": 2}
     trainer = make_trainer(tmp_path, prompts=prompts, **options)
-    counts = [len(trainer.given_rows(step, trainer.requests(step))) for step in range(40)]
+    counts = [len(trainer.batch(step)[1]) for step in range(40)]
     assert 9 <= sum(counts) <= 11
 
 
@@ -317,14 +318,14 @@ def test_one_of_the_teachers_may_be_served_and_its_errors_name_it(tmp_path):
         tokens = trainer.begin_step()
         torch.testing.assert_close(tokens.columns["teacher_logp"], local, atol=1e-4, rtol=0)
 
-        tokens.columns["logp"], trainer.canaries = tokens.columns["behaviour_logp"], {"a": 10}
+        tokens.columns["logp"] = tokens.columns["behaviour_logp"]
         tokens.columns["teacher_logp"][:10] = 0.0  # those of the other teacher, which nobody checks
-        trainer.check_scores(tokens)
+        check_scores(trainer.scoring, ["a"], tokens)
         tokens.columns["teacher_logp"][10:] = 0.0
-        trainer.check_scores(tokens)  # once a run
+        check_scores(trainer.scoring, ["a"], tokens)  # once a run
         del trainer.scoring.choices[COMPARED]
         with pytest.raises(EngineError, match=r"^teachers\.a\.url: two scorings"):
-            trainer.check_scores(tokens)
+            check_scores(trainer.scoring, ["a"], tokens)
         fake.fault = lambda handler, body, answer: handler.reply({})
         with pytest.raises(TeacherError, match=r"^teachers\.a\.url="):
             trainer.begin_step()

@@ -4,18 +4,20 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils import DistributedType
 from conftest import random_model
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from opd.data.rollouts import Inputs
 from opd.errors import USAGE, ConfigError
-from opd.models.distributed import Fsdp2, Strategy, all_reduce_gradients, check_distributed_type, gather_tensors, shard_like, unsharded
+from opd.models.accelerator import check_distributed_type
+from opd.models.distributed import Fsdp2, Strategy, all_reduce_gradients, gather_tensors, shard_like, unsharded
 from opd.models.policy import Policy
 from opd.objective import Head
 from opd.train import main
@@ -100,7 +102,7 @@ def compute_sharded(rank: int, folder: Path, tied: bool) -> None:
 @pytest.mark.slow
 def test_fsdp2_gathers_layers_in_turn_and_a_process_without_passes_keeps_up(tmp_path):
     """The sum of gradients over passes and processes is that of one process, also with tied weights and activation checkpointing."""
-    multiprocessing.spawn(work, (tmp_path,), nprocs=2)
+    forked.work_in_two(work, tmp_path)
     for tied in (False, True):
         policy = make_policy(tied)
         for length in LENGTHS + LENGTHS:

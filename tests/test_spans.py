@@ -183,7 +183,7 @@ def test_a_span_that_the_mask_cuts_and_what_the_teacher_has_no_position_for_are_
     whole = aligner.align(completion, is_cut_off=False)
     long = next(span for span in whole.spans if span.stop - span.start > 1)
     mask = [offset < long.stop - 1 for offset in range(len(completion))]
-    cut = aligner.align(completion, is_cut_off=False, mask=mask)
+    cut = whole.masked(mask)
     assert cut.following == [*whole.following[: long.start], *[-1] * (len(completion) - long.start)]
     narrow = Aligner(aligner.student, aligner.teacher, aligner.end, aligner.teacher_end, aligner.eos, limit=10)
     found = narrow.align(completion, is_cut_off=False, prompt=8)

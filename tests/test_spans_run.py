@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from span_helpers import make_tokenizer, small_spans
 from test_loop import run_until_stopped
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from training_helpers import UNEVEN, make_trainer, untimed, weights
+from training_helpers import SERVER, UNEVEN, make_trainer, untimed, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd import errors
@@ -25,16 +25,17 @@ from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.data.arithmetic import rows
 from opd.data.prompts import Prompt, turn_end
-from opd.data.spans import Unscored
+from opd.data.spans import Aligner, Alignment, Unscored
 from opd.data.token_bytes import TokenBytes
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import load_pair
 from opd.report.tokens import by_span
 from opd.train import main
 from opd.training.checkpoint import Checkpoints
+from opd.training.events import StepDone
 from opd.training.identity import check_content
 from opd.training.inputs import Given, load_prompts
-from opd.training.loop import StepDone, Trainer
+from opd.training.loop import Trainer
 from opd.training.spans import mean_advantage, span_problems
 
 ASSETS = PACKAGE / "assets"
@@ -152,6 +153,29 @@ def test_metrics_say_how_well_the_tokens_fit_and_why_some_are_not_scored(tmp_pat
     assert average < -0.1
     assert torch.allclose(columns["advantage"][~is_scored], torch.tensor(done.tokens.unscored))
     assert done.tokens.unscored == pytest.approx(average, rel=0.2)  # the lookahead of the student is left out
+
+
+@pytest.mark.parametrize("options", [{"sampling__truncated": "drop", "ppo__loss_prefix": 9}, {**SERVER, "ppo__loss_prefix": 3}])
+def test_each_completion_is_aligned_once_while_others_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    """What a batch of the sampler masks, of which it may be the shortest rollout that stays, decides nothing that is trained."""
+    trainer, aligned, align = span_trainer(tmp_path, sampling__batch_size=4, **{**UNEVEN, **options}), [], Aligner.align
+
+    def counted(self: Aligner, completion: Sequence[int], *rest: Any) -> Alignment:
+        aligned.append(completion)
+        return align(self, completion, *rest)
+
+    monkeypatch.setattr(Aligner, "align", counted)
+    expected: list[tuple[int, ...]] = []
+    for _ in range(2):
+        tokens = trainer.begin_step()
+        trainer.wait_for_ahead()
+        expected += [rollout.completion for rollout in tokens.rollouts]
+        for rollout in tokens.rollouts:
+            alone = align(trainer.scoring.spans.aligner, rollout.completion, rollout.truncated, len(rollout.request.prompt.teacher_ids))
+            assert rollout.alignment == (alone if rollout.mask is None else alone.masked(rollout.mask))
+        assert any(rollout.mask is not None for rollout in tokens.rollouts)
+    ahead = [] if trainer.ahead is None else [rollout.completion for rollout in trainer.ahead.result()]
+    assert sorted(aligned) == sorted(expected + ahead)
 
 
 def test_resume_between_inner_steps_is_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

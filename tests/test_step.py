@@ -25,6 +25,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.models.policy import Policy, prepare_student
 from opd.objective import Clips, Sampled, chunked_loss, sampled
 from opd.teachers import LocalTeacher
+from opd.training.batches import with_masks
 from opd.training.loop import Trainer
 from opd.training.step import Step
 from opd.training.tokens import Tokens
@@ -270,7 +271,7 @@ def test_loss_prefix_trains_as_if_completions_ended_there(tmp_path):
 
 def test_loss_prefix_trains_no_token_that_was_masked_before(tmp_path):
     trainer = make_trainer(tmp_path, ppo__loss_prefix=4)
-    (masked,) = trainer.with_masks([rollout_of((6,), LONG, mask=HOLES)])
+    (masked,) = with_masks(trainer.config, [rollout_of((6,), LONG, mask=HOLES)])
     assert masked.trained == [0, 2, 3]
 
 
@@ -285,14 +286,15 @@ def test_truncated_completions_are_left_out_of_the_gradient_unless_kept(tmp_path
     def step(rollouts, truncated="keep"):
         trainer = make_trainer(tmp_path, ppo__reduction=reduction, ppo__importance_cap=None, sampling__truncated=truncated)
         trainer.sampler = FixedSampler(rollouts)
-        return trainer.train_step(), weights(trainer)
+        done = trainer.train_step()
+        return done, weights(trainer), trainer.scoring.token_weights(done.tokens.rollouts)[0].tolist()
 
-    done, trained = step(rollouts, truncated)
-    _, without = step(complete)
+    done, trained, loss_weights = step(rollouts, truncated)
+    _, without, _ = step(complete)
     assert torch.allclose(trained, without, atol=1e-5) == (truncated != "keep")
     assert done.metrics["tokens"] == (5 if truncated == "drop" else 10)
     assert (done.metrics["finish/stop"], done.metrics["finish/length"]) == (2, 1)
-    assert [weight > 0 for weight in done.weights] == [True, truncated == "keep", True]
+    assert [weight > 0 for weight in loss_weights] == [True, truncated == "keep", True]
 
 
 @pytest.mark.parametrize("truncated", ["mask", "drop"])

@@ -32,9 +32,10 @@ from opd.models.memory import estimate
 from opd.teachers import ChangingTeacher, MovingAverage, teaching_module
 from opd.train import main
 from opd.training.build import Built, build
-from opd.training.checkpoint import AVERAGE, MODEL, Checkpoints, read, trained_tensors
+from opd.training.checkpoint import AVERAGE, MODEL, Checkpoints, read
+from opd.training.checks import Trouble, check_distance
 from opd.training.inputs import Given
-from opd.training.loop import Trouble
+from opd.training.tensors import trained_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
 
@@ -340,7 +341,7 @@ def test_a_view_that_changes_nothing_is_logged(tmp_path, caplog, monkeypatch, we
         monkeypatch.setattr("opd.data.prompts.with_system", lambda messages, system: messages)
     run = built(config(weights, **REWARDED, **options), tmp_path)
     tokens = run.trainer.train_step().tokens
-    run.trainer.check_distance(tokens)
+    check_distance(run.trainer.config, tokens)
     assert ("changes nothing" in caplog.text) == logged and "this teacher is the student" not in caplog.text
 
 

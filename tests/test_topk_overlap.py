@@ -13,7 +13,7 @@ from opd.objective import TeacherTop, exact, reverse_kl, topk
 from opd.objective.overlap import MASS, OVERLAP, OVERLAP_K, SHARE, overlap, overlap_of_distributions
 from opd.teachers import LocalTeacher
 from opd.training.evaluate import exact_kl
-from opd.training.loop import StepDone
+from opd.training.events import StepDone
 
 
 def distributions(count: int = 7, vocabulary: int = 40) -> tuple[torch.Tensor, torch.Tensor]:

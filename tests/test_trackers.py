@@ -3,11 +3,10 @@
 import json
 import os
 import sqlite3
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forked
 import pytest
 
 from opd.config.schema import Tracker
@@ -24,17 +23,16 @@ OFFLINE = {
 }
 
 
+def stay_offline() -> None:
+    """Let trackers write to the working folder."""
+    folders = {name: str(Path(value).resolve()) for name, value in OFFLINE.items() if name.endswith(("DIR", "URI"))}
+    os.environ.update(OFFLINE | folders)
+
+
 def tracked_run(folder: Path, tool: str) -> set[str]:
-    """Run two steps with the tracker in a subprocess and return the names of the numbers in metrics.jsonl."""
+    """Run two steps with the tracker in a process of its own and return the names of the numbers in metrics.jsonl."""
     words = ["experiment=debug", "device=cpu", "name=run", f"track={tool}", "train.max_steps=2", "eval.limit=4", "eval.kl_prompts=4"]
-    environment = {
-        **os.environ,
-        **{name: str(folder / value) if "/" not in value and name.endswith(("DIR", "URI")) else value for name, value in OFFLINE.items()},
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "opd", "train", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
+    forked.trained(folder, words, before=stay_offline)
     lines = [json.loads(line) for line in (folder / "runs" / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     return {name for name, value in lines[0].items() if not isinstance(value, dict)} - {"step"}

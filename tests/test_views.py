@@ -335,7 +335,7 @@ def test_score_and_sample_use_the_view(capfd):
 
 
 def test_rows_from_python_have_views_too(tmp_path):
-    from opd import OnPolicyDistillationTrainer
+    from opd.api import OnPolicyDistillationTrainer
 
     @dataclass
     class Item:

@@ -4,13 +4,13 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import random_model
@@ -258,7 +258,7 @@ def student(tied, adapted):
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
 def test_sharded_weights_are_sent_in_full_and_stay_sharded(server, tmp_path):
     pytest.importorskip("peft")
-    torch.multiprocessing.spawn(send_sharded_weights, (tmp_path, server.url), nprocs=2)
+    forked.work_in_two(send_sharded_weights, tmp_path, server.url)
     assert len(server.bodies("/collective_rpc")) == 3
     for name, tied, dtype in (("tied", True, torch.bfloat16), ("apart", False, torch.float32)):
         sent, model = load_file(tmp_path / name / "model.safetensors"), student(tied, adapted=False)
@@ -279,15 +279,10 @@ def test_sharded_run_samples_with_a_server_without_gathering_weights(server, tmp
     """The weights that are sent last are those that the run ends with."""
     server.completion = completion([17, 18, 256], [-0.5, -0.25, -1.0])
     server.answers["/v1/models"] = {"data": [{"id": "student", "max_model_len": 4096}]}
-    (tmp_path / "run.py").write_text(NOTE_GATHERING)
-    config = ROOT / "scripts/accelerate/fsdp2_cpu2.yaml"
-    command = ["accelerate", "launch", "--main_process_port", "0", "--config_file", str(config), "run.py", "experiment=debug", "device=cpu"]
-    command += ["name=run", "sampling.engine=vllm", f"sampling.vllm.url={server.url}", "sampling.vllm.weights_folder=w"]
-    command += [f"sampling.lag={lag}", "train.max_steps=3", "eval.steps=0", "eval.kl_prompts=4"]
-    command += ["lora=default", "optim.lr=1e-2"] if lora else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["experiment=debug", "device=cpu", "name=run", "sampling.engine=vllm", f"sampling.vllm.url={server.url}"]
+    words += ["sampling.vllm.weights_folder=w", f"sampling.lag={lag}", "train.max_steps=3", "eval.steps=0", "eval.kl_prompts=4"]
+    words += ["lora=default", "optim.lr=1e-2"] if lora else []
+    forked.trained(tmp_path, words, 2, config=forked.FSDP2, before=note_gathering)
     # At first and after each of three updates; with a lag, the second step samples with the first weights.
     assert len(server.bodies("/collective_rpc")) == 4 - lag
     callers = (tmp_path / "callers.txt").read_text().split()
@@ -296,24 +291,17 @@ def test_sharded_run_samples_with_a_server_without_gathering_weights(server, tmp
     assert all(torch.allclose(sent[name], tensor, atol=1e-6 * lora) for name, tensor in final.items()) and sent.keys() >= final.keys()
 
 
-# Writes down which functions gather weights.
-NOTE_GATHERING = """
-import os, sys
-from pathlib import Path
-from opd import train
-from opd.models.distributed import Fsdp2
+def note_gathering() -> None:
+    """Write down which functions gather weights."""
+    gathered_weights = Fsdp2.gathered_weights
 
-gathered_weights = Fsdp2.gathered_weights
+    def noted(self):
+        if os.environ["RANK"] == "0":
+            with Path("callers.txt").open("a") as file:
+                print(sys._getframe(1).f_code.co_name, file=file)
+        return gathered_weights(self)
 
-def noted(self):
-    if os.environ["RANK"] == "0":
-        with Path("callers.txt").open("a") as file:
-            print(sys._getframe(1).f_code.co_name, file=file)
-    return gathered_weights(self)
-
-Fsdp2.gathered_weights = noted
-sys.exit(train.main(sys.argv[1:]))
-"""
+    Fsdp2.gathered_weights = noted
 
 
 def test_stop_signal_ends_sampling_in_the_main_thread_but_not_sampling_ahead(make_sampler, monkeypatch):

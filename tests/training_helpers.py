@@ -25,12 +25,14 @@ from opd.objective import TeacherStates
 from opd.samplers import GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher, Teacher
 from opd.training.build import make_optimizer
-from opd.training.checkpoint import Checkpoints, optimizer_tensors
+from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluation
-from opd.training.loop import StepDone, Trainer
+from opd.training.events import StepDone
+from opd.training.loop import Trainer
 from opd.training.spans import Spans
 from opd.training.speed import Speed
 from opd.training.step import Step
+from opd.training.tensors import optimizer_tensors
 
 hypothesis_settings.register_profile("opd", deadline=None)  # a busy machine is no failure
 hypothesis_settings.load_profile("opd")

@@ -5,7 +5,7 @@ Shapes: `B` sequences, `T` positions, `N` trained tokens.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -61,6 +61,10 @@ class Rollout:
     def answer(self) -> tuple[int, ...]:
         """The completion without its end-of-sequence token, which need not be a special token."""
         return self.completion if self.truncated else self.completion[:-1]
+
+    def masked(self, mask: tuple[bool, ...]) -> "Rollout":
+        """Return the rollout with a mask of trained tokens in place of its own, which has all of them."""
+        return replace(self, mask=mask, alignment=None if self.alignment is None else self.alignment.masked(mask))
 
     @property
     def trained(self) -> list[int]:

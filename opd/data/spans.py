@@ -64,6 +64,14 @@ class Alignment:
         """For each student token, how many tokens of its span follow it; -1 for one that is not scored."""
         return [span.stop - 1 - offset if span.unscored is None else -1 for span in self.spans for offset in range(span.start, span.stop)]
 
+    def masked(self, mask: Sequence[bool]) -> "Alignment":
+        """Return the alignment where only some tokens are trained: a span that the mask cuts is not scored."""
+        is_cut = (not all(mask[span.start : span.stop]) for span in self.spans)
+        pairs = zip(self.spans, is_cut, strict=True)
+        return replace(
+            self, spans=tuple(replace(span, unscored=span.unscored or Unscored.unsettled) if cut else span for span, cut in pairs)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Aligner:
@@ -83,13 +91,12 @@ class Aligner:
     eos: frozenset[int]
     limit: int | None = None
 
-    def align(self, completion: Sequence[int], is_cut_off: bool, prompt: int = 0, mask: Sequence[bool] | None = None) -> Alignment:
+    def align(self, completion: Sequence[int], is_cut_off: bool, prompt: int = 0) -> Alignment:
         """Return the alignment of a completion.
 
         Args:
             is_cut_off: Whether the completion reached the limit of new tokens.
             prompt: Tokens of the teacher's prompt.
-            mask: Which tokens are trained. A span that it cuts is not scored.
         """
         stop = next((place for place, token in enumerate(completion) if self.is_control(token)), len(completion))
         teacher_ids, spans = self.align_text(completion[:stop], is_cut_off and stop == len(completion))
@@ -104,11 +111,6 @@ class Aligner:
         if self.limit is not None:
             room = self.limit - prompt
             spans = [replace(span, unscored=Unscored.unmapped) if span.teacher_stop > room else span for span in spans]
-        if mask is not None:
-            spans = [
-                replace(span, unscored=span.unscored or Unscored.unsettled) if not all(mask[span.start : span.stop]) else span
-                for span in spans
-            ]
         return Alignment(teacher_ids, tuple(spans))
 
     def is_control(self, token: int) -> bool:

@@ -19,11 +19,12 @@ from opd.doctor.findings import Finding, Report, Status, ok
 from opd.doctor.plan import Planner, PlanRequest, Timing, train_command, with_options
 from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
+from opd.models.accelerator import make_accelerator
 from opd.models.device import free_memory
-from opd.models.distributed import make_accelerator
 from opd.models.memory import Memory, estimate
 from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
+from opd.training.checks import check_scores
 from opd.training.inputs import Given, Loaded, encode_dataset, join_datasets, make_run_grader
 from opd.training.spans import describe
 
@@ -191,7 +192,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.add(*tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
         step = first_step.trial_step(trainer)
-        trainer.check_scores(step.tokens)
+        check_scores(trainer.scoring, trainer.canaries, step.tokens)
         rate = sum(len(rollout.trained) for rollout in step.rollouts) / sum(step.seconds.values())
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, "tokens_per_second": rate, **step.metrics}
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)

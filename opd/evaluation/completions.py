@@ -25,7 +25,7 @@ from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import load_teacher
 from opd.models import load as models
-from opd.models.distributed import make_accelerator
+from opd.models.accelerator import make_accelerator
 from opd.models.overlap import end_ids
 from opd.models.policy import check_positions
 from opd.models.shared_ids import SharedIds

@@ -21,8 +21,9 @@ from opd.data.rollouts import Request
 from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target
 from opd.models import load as models
+from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
-from opd.models.distributed import make_accelerator, run_stoppable
+from opd.models.distributed import run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import as_one

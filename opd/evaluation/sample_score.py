@@ -20,7 +20,8 @@ from opd.models.shared_ids import SharedIds
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher
-from opd.training.checkpoint import AVERAGE, read, restore_weights, trained_tensors
+from opd.training.checkpoint import AVERAGE, read
+from opd.training.tensors import restore_weights, trained_tensors
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,13 @@ from opd.data.rollouts import Request, Rollout
 
 OnMain = Callable[[Callable[[], Any]], Any]
 """Runs something in the main process while the others wait, and returns its result, or raises its error, in all of them."""
-OnDone = Callable[[Sequence[Rollout]], None]
-"""Is given rollouts as soon as they are finished, while others are still sampled."""
+OnDone = Callable[[Sequence[Rollout]], Sequence[Rollout]]
+"""Is given rollouts as soon as they are finished, while others are still sampled, and returns those to return in their place."""
 
 
-def ignore(rollouts: Sequence[Rollout]) -> None:
+def unchanged(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
     """The `OnDone` that does nothing."""
+    return rollouts
 
 
 def run_here(work: Callable[[], Any]) -> Any:
@@ -77,8 +78,11 @@ class SamplerSpec:
 class Sampler(Protocol):
     """Generates completions. `stream` keeps the random numbers of different uses (training, evaluation) apart."""
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
-        """Return one rollout for each request, in order. Raises `Preempted`, between decode steps, when this process is asked to stop."""
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
+        """Return one rollout for each request, in order, as `on_done` returned it.
+
+        Raises `Preempted`, between decode steps, when this process is asked to stop.
+        """
         ...
 
     def refresh(self) -> None:

@@ -26,7 +26,7 @@ from opd.errors import ConfigError, EngineError
 from opd.models.device import autocast
 from opd.models.policy import cache_argument, is_quantized, output_head, predicting_hidden, refusing
 from opd.objective import behaviour_logp, draw
-from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, run_here, unchanged
 from opd.samplers.bf16_copy import Bf16Copy
 from opd.samplers.line import DecodeLines, can_capture, keys_and_values
 
@@ -110,14 +110,13 @@ class GenerateSampler:
                 f"forward passes; {remedy}"
             )
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
         bf16 = self.spec.bf16 and self.copy is None
         with self.copy or nullcontext(self.spec.model) as self.model, autocast(self.spec.model.device, bf16):
             for batch in decoding_batches(requests, decoding.batch_size):
                 sampled = self.sample_batch([requests[index] for index in batch], decoding, stream)
-                rollouts |= dict(zip(batch, sampled, strict=True))
-                on_done(sampled)
+                rollouts |= zip(batch, on_done(sampled), strict=True)
         return [rollouts[index] for index in range(len(requests))]
 
     @torch.inference_mode()

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 from opd.data.rollouts import Request, Rollout
-from opd.samplers.base import Decoding, OnDone, OnMain, Sampler, ignore, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, Sampler, run_here, unchanged
 from opd.teachers import Teacher
 
 
@@ -19,7 +19,7 @@ class TeacherSamplers:
     def __init__(self, samplers: Mapping[str, Sampler], teachers: Mapping[str, Teacher]) -> None:
         self.samplers, self.teachers = samplers, teachers
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
         for label, sampler in self.samplers.items():
             own = [index for index, request in enumerate(requests) if request.prompt.teacher == label]

@@ -32,7 +32,7 @@ from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.errors import ConfigError, EngineError, Preempted
 from opd.models.device import free_memory
 from opd.samplers.adapter_sync import NAME, room_for_adapters, write_adapters
-from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, run_here, unchanged
 from opd.samplers.weights import checkpoint_weights, plain_config
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class VllmSampler:
                 self.wake()
                 self.sleep()
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         """Raises `EngineError` unless the engine returns a completion with finite log-probs for each request."""
         from vllm import TokensPrompt
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -125,8 +125,7 @@ class VllmSampler:
             ids = list(output.outputs[0].token_ids)
             logp = [step[token].logprob for token, step in zip(ids, output.outputs[0].logprobs, strict=True)]
             rollouts.append(make_rollout(request, ids, logp, decoding, self.spec))
-        on_done(rollouts)
-        return rollouts
+        return list(on_done(rollouts))
 
     def generate(self, prompts: Sequence[Any], options: Sequence[Any]) -> list[Any]:
         """Do what the engine's `generate` does, but check for signals between its steps; `Preempted` empties the engine."""
@@ -199,11 +198,9 @@ def start_engine(spec: SamplerSpec, bf16: bool, memory_share: float, rank: int |
     config = plain_config(model)
     config.architectures = [type(model).__name__]
     config.get_text_config().vocab_size = spec.vocabulary
-    room: dict[str, float]
+    room: dict[str, float] = {"gpu_memory_utilization": memory_share}
     if on_cpu:
         room = {"kv_cache_memory_bytes": min(cache_bytes(spec, bf16), int(memory_share * free_memory(model.device)))}
-    else:
-        room = {"gpu_memory_utilization": memory_share}
     try:
         from vllm import LLM, SamplingParams, TokensPrompt
         from vllm.platforms import current_platform
@@ -329,7 +326,6 @@ def sampling_options(decoding: Decoding, eos: Sequence[int], allowed: list[int] 
     Args:
         allowed: Ids that may be drawn; None for all. vLLM sets the logits of the others to -inf before anything else.
     """
-    restriction = {} if allowed is None else {"allowed_token_ids": allowed}
     return {
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
@@ -342,7 +338,7 @@ def sampling_options(decoding: Decoding, eos: Sequence[int], allowed: list[int] 
         "stop_token_ids": list(eos),
         "ignore_eos": True,  # the ids above are all that end a completion
         "logprobs": 0,  # of the drawn token only
-        **restriction,
+        **({} if allowed is None else {"allowed_token_ids": allowed}),
     }
 
 

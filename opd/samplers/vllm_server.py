@@ -29,7 +29,7 @@ from opd.errors import OutputError
 from opd.models.policy import is_quantized, last_hidden, output_head
 from opd.models.server import NoSuchAddress, Server, served_models, short
 from opd.samplers.adapter_sync import NAME, room_for_adapters, write_adapters
-from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, ignore, run_here
+from opd.samplers.base import Decoding, OnDone, OnMain, SamplerSpec, run_here, unchanged
 from opd.samplers.vllm import TESTED, make_rollout, request_seed, sampling_options
 from opd.samplers.weights import write_weights
 
@@ -59,7 +59,7 @@ class ServedSampler:
 
     def sync_weights(self, on_main: OnMain = run_here) -> None: ...
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
         options = sampling_options(decoding, self.spec.eos, self.allowed)
 
@@ -67,12 +67,11 @@ class ServedSampler:
             ids, logp = self.complete(self.model_name, request.prompt.ids, options, request_seed(request, stream, self.spec.seed))
             return make_rollout(request, ids, logp, decoding, self.spec)
 
-        pool, rollouts = ThreadPoolExecutor(self.spec.batch_size), []
+        pool, rollouts = ThreadPoolExecutor(self.spec.batch_size), list[Rollout]()
         try:
             for rollout in pool.map(generate, requests):
                 signals.check()
-                rollouts.append(rollout)
-                on_done([rollout])
+                rollouts += on_done([rollout])
             return rollouts
         except BaseException:
             self.server.hang_up()
@@ -210,7 +209,7 @@ class VllmServerSampler(ServedSampler):
         if not gap < BASE_TOLERANCE:  # also where it is not finite
             raise self.server.error(f"its log-probs are {gap:.2g} nats from the student's: start it with the model that model.path names")
 
-    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = ignore) -> list[Rollout]:
+    def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         """Raises `EngineError` when the server refuses, is late, or does not return completions with finite log-probs."""
         if self.stale and self.spec.is_main:
             self.sync_weights()

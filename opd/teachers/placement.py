@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from opd.config.schema import Placement, TeacherConfig
 from opd.errors import ConfigError
-from opd.models.distributed import FSDP_FILE, shard
+from opd.models.accelerator import FSDP_FILE
+from opd.models.distributed import shard
 from opd.models.policy import decoder_layers
 from opd.teachers.offload import Offload
 

@@ -25,7 +25,14 @@ from opd.models.shared_ids import SharedIds
 from opd.samplers import GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, of_teachers
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import ChangingTeacher, LocalTeacher, ServedTeacher, Teacher, as_one, place
+from opd.teachers import (
+    ChangingTeacher,
+    LocalTeacher,
+    ServedTeacher,
+    Teacher,
+    as_one,
+    place,
+)
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluate import Evaluator, make_evaluator
 from opd.training.identity import content, digest, digest_tokenizer, identity

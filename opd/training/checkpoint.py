@@ -13,20 +13,16 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from opd.errors import ConfigError, OutputError
-from opd.models.distributed import gather_tensors, shard_like
-from opd.models.masters import MasterWeights
 from opd.runs import folder as files
 
 log = logging.getLogger(__name__)
@@ -95,7 +91,7 @@ class Checkpoints:
     background: bool = False
     failures: int = 0
     writer: ThreadPoolExecutor | None = None
-    in_flight: "Future[Path] | None" = field(default=None)
+    in_flight: Future[Path] | None = None
 
     def path(self, step: int, inner: int = 0) -> Path:
         return self.folder / (f"step_{step:06d}_{inner}" if inner else f"step_{step:06d}")
@@ -209,10 +205,8 @@ class Checkpoints:
 
     def best(self) -> dict[str, float] | None:
         """Return the step and score of the best evaluation so far whose checkpoint exists."""
-        if not (self.folder / BEST).is_file():
-            return None
-        best: dict[str, float] = json.loads((self.folder / BEST).read_text())
-        return best if (int(best["step"]), 0) in self.moments() else None
+        best = files.read_json(self.folder / BEST)
+        return best if best is not None and (int(best["step"]), 0) in self.moments() else None
 
     def set_aside(self, moment: Moment) -> None:
         """Rename the checkpoints after `moment`: the run takes another way from there."""
@@ -275,94 +269,3 @@ def manifest(content: dict[str, Any]) -> str:
 def digest(file: Path) -> str:
     with file.open("rb") as stream:
         return file_digest(stream, "sha256").hexdigest()
-
-
-# Tensors.
-
-
-def snapshot(
-    weights: dict[str, Tensor],
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    tables: Mapping[str, dict[str, Tensor]] | None = None,
-    keep: bool = True,
-) -> Snapshot:
-    """Return the current state to save; tensors are those in use, not copies. Sharded ones are gathered, which is collective.
-
-    Args:
-        weights: As `model_tensors` returns them.
-        state: With `step` and `inner`.
-        tables: Further tensors by file name.
-        keep: Whether this process needs the gathered tensors.
-    """
-    tensors = {MODEL: weights, OPTIMIZER: optimizer_tensors(optimizer)}
-    gathered = {name: gather_tensors(parts, keep) for name, parts in tensors.items()}
-    return Snapshot({**gathered, **(tables or {})}, {**state, "format": FORMAT})
-
-
-def model_tensors(model: nn.Module, masters: MasterWeights | None = None) -> dict[str, Tensor]:
-    """Return trained parameters, or their float32 masters, and saved buffers; a tied one appears once."""
-    persistent = model.state_dict().keys()
-    return {**trained_tensors(model, masters), **{name: buffer for name, buffer in model.named_buffers() if name in persistent}}
-
-
-def trained_tensors(model: nn.Module, masters: MasterWeights | None = None) -> dict[str, Tensor]:
-    """Return trained parameters, or their float32 masters; a tied one appears once."""
-    named = model.named_parameters() if masters is None else masters.named_parameters()
-    return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-
-
-def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state by `<parameter number>.<name>`, sorted, so that a resumed run writes the same files."""
-    state = optimizer.state_dict()["state"]
-    return {f"{number}.{name}": tensor for number, entries in sorted(state.items()) for name, tensor in sorted(flat(entries).items())}
-
-
-def flat(entries: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a parameter's state as tensors: bitsandbytes has some in a dictionary of its own, and counts steps with an int."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in entries.items():
-        # All parameters share one table of 256 codes, and safetensors stores no memory twice.
-        is_shared = name in ("qmap1", "qmap2")
-        tensors |= flat(value) if isinstance(value, dict) else {name: value.clone() if is_shared else torch.as_tensor(value)}
-    return tensors
-
-
-def restore(checkpoint: Checkpoint, weights: dict[str, Tensor], optimizer: Optimizer) -> None:
-    """Restore weights and optimizer bit for bit, without holding more than one tensor of the file."""
-    restore_weights(checkpoint, weights)
-    file = checkpoint.path / OPTIMIZER
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    for key in tensor_names(file):
-        number, _, name = key.partition(".")
-        parameter, tensor = parameters[int(number)], stored_tensor(file, key)
-        value = shard_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
-        is_count = tensor.ndim == 0 and not tensor.is_floating_point()  # AdamW's own count is a float
-        state.setdefault(int(number), {})[name] = tensor.item() if is_count else value.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-@torch.no_grad()
-def restore_weights(checkpoint: Checkpoint, tensors: dict[str, Tensor], name: str = MODEL) -> None:
-    """Copy the weights of the file `MODEL` or `AVERAGE` into `tensors`. Raises `OutputError` where they are another model's."""
-    file = checkpoint.path / name
-    if tensor_names(file) != tensors.keys():
-        raise OutputError(f"{checkpoint.path}: contains the weights of another model")
-    for name, tensor in tensors.items():
-        tensor.copy_(shard_like(stored_tensor(file, name), tensor))
-
-
-def tensor_names(file: Path) -> set[str]:
-    with safe_open(file, framework="pt") as tensors:
-        return set(tensors.keys())
-
-
-def stored_tensor(file: Path, name: str) -> Tensor:
-    """Return a tensor that is memory-mapped; copy it if you keep it.
-
-    The file is opened for this tensor only: pages that were read count as the process's memory until it is closed.
-    """
-    with safe_open(file, framework="pt") as tensors:
-        tensor: Tensor = tensors.get_tensor(name)
-    return tensor

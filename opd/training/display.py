@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from opd.config.schema import Control
 from opd.objective.overlap import OVERLAP_K
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
+from opd.training.build import Built
+from opd.training.checkpoint import Checkpoint
 from opd.training.evaluate import Evaluation, Rewards
-from opd.training.loop import Evaluated, Event, Rewound, Saved, StepDone
+from opd.training.events import Evaluated, Event, Rewound, Saved, StepDone
+from opd.training.spans import describe as describe_spans
 
 log = logging.getLogger(__name__)
 
@@ -183,3 +188,44 @@ def describe_datasets(evaluation: Evaluation) -> str:
 
 def describe_rewards(rewards: Rewards) -> str:
     return f"{format_reward(rewards.mean, (rewards.low, rewards.high))} of {rewards.count}"
+
+
+def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
+    """Show models, sizes and settings of the run."""
+    trainer, config, processes = built.trainer, built.trainer.config, built.trainer.accelerator.num_processes
+    size, n = config.train.batch_size, config.sampling.n
+    parameters = trainer.student.num_parameters()  # of 4-bit weights as well
+    teachers = config.parts_by_teacher
+    named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
+    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {trainer.accelerator.device}")
+    display.note(
+        f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
+        f"{size * processes * n} rollouts; "
+        f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
+    )
+    if config.data.mix:
+        rows = Counter(prompt.dataset for prompt in trainer.prompts)
+        shares = {label: dataset.weight for label, dataset in config.data.datasets.items()}
+        each = (f"{label} {share / sum(shares.values()):.0%} ({rows[label]:,} prompts)" for label, share in shares.items())
+        display.note(f"datasets: {', '.join(each)}")
+    if trainer.strategy.is_sharded:
+        held = f"{trainer.strategy.held_parameters() / 1e6:,.2f} M of the parameters"
+        display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
+    display.note(f"sampling: {built.sampling}")
+    if config.control is not Control.none:
+        measured = "" if config.control is Control.self else ", which is measured as usual"
+        display.note(f"control={config.control.value}: trained without the information of the teacher{measured}")
+    if trainer.scoring.spans is not None:
+        display.note(describe_spans(trainer.scoring.spans))
+    if built.served:
+        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL in evaluations of its prompts")
+    for line in built.differences:
+        display.note(f"warning: {line}")
+    if start is not None:
+        display.note(f"resuming after step {start.step} from {start.path}")
+        asked, used = config.train.max_tokens_per_micro_batch, trainer.scoring.choices["max_tokens"]
+        if used != asked:
+            display.note(
+                f"micro-batches of {used} tokens: train.max_tokens_per_micro_batch={asked} did not fit into memory before; set another "
+                "number to try it"
+            )

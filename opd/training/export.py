@@ -29,8 +29,9 @@ from opd.runs.outcome import summarised
 from opd.runs.reader import Run, is_run, open_run
 from opd.runs.text import format_number, format_percent, format_reward, one_line
 from opd.samplers.weights import merged_copy
-from opd.training.checkpoint import model_tensors, read, restore_weights, verify
+from opd.training.checkpoint import read, verify
 from opd.training.inputs import Given, load_prompts
+from opd.training.tensors import model_tensors, restore_weights
 
 log = logging.getLogger(__name__)
 

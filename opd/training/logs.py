@@ -1,11 +1,10 @@
-"""What watches a run from the side: trackers, the guard over the completions, and the watchdog for a run that hangs."""
+"""What watches a run from the side: trackers, and the watchdog for a run that hangs."""
 
 import faulthandler
-import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,19 +12,11 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from opd.config.compose import to_dict
-from opd.config.schema import Config, GuardAction, Tracker
-from opd.errors import INTERNAL, ConfigError, NumericError
+from opd.config.schema import Config, Tracker
+from opd.errors import INTERNAL, ConfigError
 from opd.runs.reader import flatten
 from opd.training.evaluate import DatasetResult, Evaluation
 
-log = logging.getLogger(__name__)
-
-GUARD_STEPS = 10  # consecutive steps at or above a limit
-GUARD_LIMITS = {"truncated": 0.95, "repetition": 0.5}  # of these metrics
-GUARD_REMEDIES = {
-    "truncated": "raise sampling.max_new_tokens, lower optim.lr, or leave them out of the loss with sampling.truncated=mask",
-    "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
-}
 LAST_RESORT = 60.0  # seconds: faulthandler ends the process when another thread holds the GIL, so that the watchdog's thread cannot run
 CHECKS = 20  # how often the watchdog's thread checks within the limit
 
@@ -64,38 +55,6 @@ def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
         if result.overlap is not None:
             metrics |= {f"{prefix}/overlap_{name}": result.overlap[name] for name in ("share", "mass")}
     return metrics
-
-
-class Guard:
-    """Watch the completions for collapse. Each problem is reported once, and again only after it has gone away."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config.sampling
-        self.comparable = config.draws_from_scored and config.sampling.lag == 0
-        self.steps_above = dict.fromkeys(GUARD_LIMITS, 0)
-        self.gap_reported = False
-
-    def check(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Warn of problems in a step's metrics, or raise `NumericError` with `sampling.guard=stop`."""
-        self.check_gap(step, metrics.get("engine_gap", 0.0))  # a step of given completions has none
-        for name, limit in GUARD_LIMITS.items() if self.config.guard is not GuardAction.none else ():
-            self.steps_above[name] = self.steps_above[name] + 1 if metrics.get(name, 0.0) >= limit else 0
-            if self.steps_above[name] != GUARD_STEPS:
-                continue
-            problem = f"step {step}: {name}={metrics[name]:.2f}, at least {limit:g} for {GUARD_STEPS} steps: {GUARD_REMEDIES[name]}"
-            if self.config.guard is GuardAction.stop:
-                raise NumericError(f"{problem}; the last checkpoint is intact, and sampling.guard=warn continues from it")
-            log.warning(problem)
-
-    def check_gap(self, step: int, gap: float) -> None:
-        # With top-p, top-k, another temperature or lag=1 the sampler's distribution is not the trainer's, and a gap is expected.
-        if self.comparable and gap > self.config.max_gap and not self.gap_reported:
-            log.warning(
-                f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.3f} nats on average, more than "
-                f"sampling.max_gap={self.config.max_gap:g}: it computes in bf16, or its weights are not the student's. Importance weights "
-                "correct for it up to ppo.importance_cap; sampling.engine=generate sampling.dtype=trainer has no gap"
-            )
-        self.gap_reported = gap > self.config.max_gap
 
 
 @contextmanager

@@ -15,19 +15,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd import __version__
-from opd.data.rollouts import FinishReason, Rollout, repetition
+from opd.config.schema import TeacherWeights
+from opd.data.rollouts import FinishReason, Rollout, micro_batches, repetition
 from opd.models.device import peak_memory
 from opd.models.distributed import global_quantile, global_sum
 from opd.models.load import decode
+from opd.models.policy import padding_limit
 from opd.objective.overlap import OVERLAP
 from opd.runs.text import one_line
 from opd.training.masked import add_masked_metrics
 from opd.training.spans import add_span_metrics, sums_at_ends
+from opd.training.step import Step
 from opd.training.tokens import Means, Tokens
 
 BUCKETS = 16  # positions of a completion are reported in at most so many buckets of equal width
 BY_POSITION = ("reverse_kl", "entropy", *OVERLAP)
 PREFIX = "by_position/"
+ALTERNATIVES = 5  # most probable tokens of the teacher that are stored at each token, in detailed steps
 
 ByPosition = dict[str, int | list[float | None]]
 Alternatives = Mapping[int, tuple[Tensor, Tensor]]
@@ -167,6 +171,31 @@ def take_by_position(means: Means, max_new_tokens: int) -> ByPosition:
 # Stored rollouts.
 
 
+def has_teacher_states(scoring: Step, is_updated: bool = False) -> bool:
+    """Return whether all teachers' whole distributions can be computed: not by a server, nor by the student itself once it `is_updated`."""
+    parts, has_changed = scoring.config.parts_by_teacher.values(), is_updated or scoring.strategy.is_sharded  # the head that scored is gone
+    is_other = has_changed and any(part.teacher_weights is TeacherWeights.current for part in parts)
+    return not (scoring.config.is_served or scoring.spans is not None or is_other)
+
+
+def teacher_alternatives(scoring: Step, rollouts: Sequence[Rollout]) -> Alternatives:
+    """Return the teacher's most probable ids and log-probs (tokens, k) at each token of each rollout, after the update. Collective.
+
+    Nothing without `has_teacher_states`.
+    """
+    if not has_teacher_states(scoring, is_updated=True):
+        return {}
+    alternatives: dict[int, tuple[Tensor, Tensor]] = {}
+    with scoring.teacher.ready():
+        max_tokens, max_padding = scoring.choices["max_tokens"], padding_limit(scoring.device)
+        for batch in micro_batches(rollouts, max_tokens, scoring.pad_id, scoring.packed, max_padding):
+            states = scoring.teacher.states(batch.teacher_inputs)
+            ids, logp = (values.cpu() for values in states.top(ALTERNATIVES, scoring.config.temperature))
+            lengths = [len(rollouts[index].trained) for index in batch.rollouts]
+            alternatives.update(zip(batch.rollouts, zip(ids.split(lengths), logp.split(lengths), strict=True), strict=True))
+    return alternatives
+
+
 def rollout_records(
     tokenizer: PreTrainedTokenizerBase, tokens: Tokens, count: int, weights: Sequence[float], alternatives: Alternatives
 ) -> list[dict[str, Any]]:
@@ -245,14 +274,18 @@ def sample_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:
     return one_line(f"{rollout.request.prompt.text} → {decode(tokenizer, rollout.answer, skip_special_tokens=True)}")
 
 
+def max_peak_memory(accelerator: Accelerator) -> float:
+    """Return the peak of memory, in bytes, of the process that needed most. Collective."""
+    return float(accelerator.gather(torch.tensor([peak_memory(accelerator.device)], device=accelerator.device)).max())
+
+
 def run_costs(accelerator: Accelerator, steps: int, grown: Mapping[str, int], seed: int) -> dict[str, Any]:
     """Return the part of summary.json that is not in the logs. All ranks must call it: it gathers their peaks of memory."""
-    device = accelerator.device
-    peaks = accelerator.gather(torch.tensor([peak_memory(device)], device=device)).tolist()
+    device, peak = accelerator.device, max_peak_memory(accelerator)
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
     return {
         "steps": steps,
-        "peak_memory_bytes": max(peaks),
+        "peak_memory_bytes": int(peak),
         "peak_memory_grown_bytes": dict(grown),
         "seed": seed,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {torch.get_num_threads()} threads",

@@ -20,10 +20,10 @@ from opd.models.policy import fuse_layers, position_limit, prepare_student, prep
 from opd.models.shared_ids import SharedIds
 from opd.samplers import longest_sequence
 from opd.teachers import MovingAverage, ServedTeacher, canary_ids, loading_device, starting_module, teaching_module
-from opd.training.checkpoint import trained_tensors
+from opd.training.checks import COMPARED
 from opd.training.inputs import Given
-from opd.training.loop import COMPARED
 from opd.training.spans import Spans, make_spans
+from opd.training.tensors import trained_tensors
 
 
 @dataclass(slots=True)

@@ -2,10 +2,10 @@
 
 import gc
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from opd import signals
 from opd.config.compose import to_dict
-from opd.config.schema import Config, Control
+from opd.config.schema import Config
 from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
-from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
+from opd.models.accelerator import make_accelerator
+from opd.models.distributed import gather_tensors, is_peer_failure, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
 from opd.models.policy import is_quantized
 from opd.report import render_report
@@ -45,19 +46,21 @@ from opd.runs.folder import (
 from opd.runs.outcome import objective, summarised
 from opd.runs.reader import open_run
 from opd.training.build import Built, build, resumed_choices
-from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
-from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards
+from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
+from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
+from opd.training.events import Evaluated, Event, Rewound, StepDone
 from opd.training.export import merge_quantized, save_model
 from opd.training.identity import check_content, check_same, identity
 from opd.training.inputs import Given
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
-from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
+from opd.training.loop import Trainer
 from opd.training.metrics import rollout_records, run_costs, sample_text
-from opd.training.spans import describe
+from opd.training.tensors import model_tensors
 
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], None]
+Lines = list[dict[str, Any]]
 
 
 def run(config: Config, folder: Path) -> float | None:
@@ -137,6 +140,11 @@ def write_composed_config(config: Config, run_folder: RunFolder) -> None:
 @contextmanager
 def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints) -> Iterator[None]:
     """Write whatever ends the run to `status.json`, with the exit code."""
+
+    def written(error: OpdError, status: Status = Status.failed) -> OpdError:
+        run_folder.set_status(status, str(error), error.exit_code)
+        return error
+
     try:
         yield
     except KeyboardInterrupt:
@@ -145,21 +153,16 @@ def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints:
     except Preempted as error:
         moments = checkpoints.moments()
         saved = f"the same command resumes from {checkpoints.path(*moments[-1])}" if moments else "nothing was trained yet"
-        stopped = Preempted(f"{error}; {saved}")
-        run_folder.set_status(Status.preempted, str(stopped), stopped.exit_code)
-        raise stopped from None
+        raise written(Preempted(f"{error}; {saved}"), Status.preempted) from None
     except torch.OutOfMemoryError as error:
-        out_of_memory = ConfigError(
+        remedy = (
             f"{accelerator.device} has too little memory ({str(error).splitlines()[0]}): lower train.max_tokens_per_micro_batch, set "
             "train.activation_checkpointing=true, or, while sampling, lower sampling.batch_size and eval.batch_size"
         )
-        run_folder.set_status(Status.failed, str(out_of_memory), out_of_memory.exit_code)
-        raise out_of_memory from error
+        raise written(ConfigError(remedy)) from error
     except Exception as error:
         if is_peer_failure(error):
-            gone = PeerError("another process of the run ended; its message is the reason")
-            run_folder.set_status(Status.failed, str(gone), gone.exit_code)
-            raise gone from error
+            raise written(PeerError("another process of the run ended; its message is the reason")) from error
         code = error.exit_code if isinstance(error, OpdError) else INTERNAL
         run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
         raise
@@ -205,36 +208,36 @@ def find_start(
     return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
 
 
-@dataclass(frozen=True, slots=True)
-class History:
-    """What the run logged before it was resumed, and the step and score of its best evaluation."""
-
-    metrics: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    best: dict[str, float] | None
-
-
 def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
     """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from."""
     if start is None:
         run_folder.rewind(-1)
     else:
         run_folder.copy_logs(start.path.parent.parent)
-        run_folder.rewind(start.step)
-        checkpoints.set_aside(start.moment)
+        cut_logs(start.moment, run_folder, checkpoints)
     run_folder.write(RUN, trainer.saved_state)
 
 
-def restore_history(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> History:
-    """Set the trainer's counters from the logs, and return the logs."""
-    metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
-    history = on_main_process(accelerator, lambda: History(read_lines(metrics), read_lines(evaluations), checkpoints.best()))
-    trainer.trained_tokens = int(sum(line["tokens"] for line in history.metrics))
-    if any(line["model"] == "student" and line["step"] == trainer.step for line in history.evaluations):
+def cut_logs(moment: Moment, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Cut logs and checkpoints at a moment: the run takes another way from there."""
+    run_folder.rewind(moment[0])
+    checkpoints.set_aside(moment)
+
+
+def restore_counters(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> Lines:
+    """Set the trainer's counters from the logs, and return the evaluations. Collective."""
+    (metrics, evaluations), best = on_main_process(trainer.accelerator, lambda: (read_logs(run_folder), checkpoints.best()))
+    trainer.trained_tokens = int(sum(line["tokens"] for line in metrics))
+    if any(line["model"] == "student" and line["step"] == trainer.step for line in evaluations):
         trainer.evaluated = trainer.step
-    if history.best is not None and history.best["step"] <= trainer.step:
-        trainer.best = history.best["score"]
-    return history
+    if best is not None and best["step"] <= trainer.step:
+        trainer.best = best["score"]
+    return evaluations
+
+
+def read_logs(run_folder: RunFolder) -> tuple[Lines, Lines]:
+    """Return the metrics and the evaluations so far."""
+    return read_lines(run_folder.path / METRICS), read_lines(run_folder.path / EVALUATIONS)
 
 
 # The run.
@@ -264,78 +267,36 @@ def distil(
             forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
             trainer.resume(start, restart_step=bool(forced))
         on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
-        history = restore_history(accelerator, run_folder, checkpoints, trainer)
+        evaluations = restore_counters(run_folder, checkpoints, trainer)
         display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         handler = NoteHandler(display)
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
-        introduce(display, config, built, start)
+        introduce(display, built, start)
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
         stacks = run_folder.stacks_file(accelerator.process_index)
         beat = stack.enter_context(watchdog(config.train.watchdog_minutes, stacks, run_folder.record_hang))
-        evaluate_teacher(built, run_folder, history, display)
+        if not any(line["model"] == "teacher" for line in evaluations):
+            evaluate_teacher(built, run_folder, display)
         stack.callback(display.end)
         display.begin(trainer.step)
         for event in trainer.run():
             beat()
-            write_event(event, config, built, run_folder, display)
+            write_event(event, built, run_folder, display)
             on_event(event)
             if isinstance(event, Rewound):
-                on_main_process(accelerator, lambda step=event.step: cut_logs(step, run_folder, checkpoints))  # type: ignore[misc]
-                restore_history(accelerator, run_folder, checkpoints, trainer)
+                on_main_process(accelerator, partial(cut_logs, (event.step, 0), run_folder, checkpoints))
+                restore_counters(run_folder, checkpoints, trainer)
         display.end()
         on_main_process(accelerator, checkpoints.wait)
-        return finish(config, accelerator, run_folder, built, display)
+        return finish(run_folder, built, display)
 
 
-def introduce(display: Display, config: Config, built: Built, start: Checkpoint | None) -> None:
-    """Show models, sizes and settings of the run."""
-    trainer, processes = built.trainer, built.trainer.accelerator.num_processes
-    size, n = config.train.batch_size, config.sampling.n
-    parameters = trainer.student.num_parameters()  # of 4-bit weights as well
-    teachers = config.parts_by_teacher
-    named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
-    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {trainer.accelerator.device}")
-    display.note(
-        f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
-        f"{size * processes * n} rollouts; "
-        f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
-    )
-    if config.data.mix:
-        rows = Counter(prompt.dataset for prompt in trainer.prompts)
-        shares = {label: dataset.weight for label, dataset in config.data.datasets.items()}
-        each = (f"{label} {share / sum(shares.values()):.0%} ({rows[label]:,} prompts)" for label, share in shares.items())
-        display.note(f"datasets: {', '.join(each)}")
-    if trainer.strategy.is_sharded:
-        held = f"{trainer.strategy.held_parameters() / 1e6:,.2f} M of the parameters"
-        display.note(f"sharded ({trainer.strategy.name}): each process holds {held} between computations")
-    display.note(f"sampling: {built.sampling}")
-    if config.control is not Control.none:
-        measured = "" if config.control is Control.self else ", which is measured as usual"
-        display.note(f"control={config.control.value}: trained without the information of the teacher{measured}")
-    if trainer.scoring.spans is not None:
-        display.note(describe(trainer.scoring.spans))
-    if built.served:
-        display.note(f"teacher: {built.served}; scored at temperature 1 (ppo.temperature); no KL in evaluations of its prompts")
-    for line in built.differences:
-        display.note(f"warning: {line}")
-    if start is not None:
-        display.note(f"resuming after step {start.step} from {start.path}")
-        asked, used = config.train.max_tokens_per_micro_batch, trainer.scoring.choices["max_tokens"]
-        if used != asked:
-            display.note(
-                f"micro-batches of {used} tokens: train.max_tokens_per_micro_batch={asked} did not fit into memory before; set another "
-                "number to try it"
-            )
-
-
-def evaluate_teacher(built: Built, run_folder: RunFolder, history: History, display: Display) -> None:
-    """Evaluate the teacher under the student's decoding, once per run."""
-    if any(line["model"] == "teacher" for line in history.evaluations):
-        return
+def evaluate_teacher(built: Built, run_folder: RunFolder, display: Display) -> None:
+    """Evaluate the teacher under the student's decoding."""
     with built.teacher.ready(), built.teacher.active():
         evaluation = built.trainer.evaluator.teacher(built.teacher_sampler)
     run_folder.append(EVALUATIONS, {"model": "teacher", **evaluation.to_dict()})
@@ -343,20 +304,19 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, history: History, disp
         display.note(f"teacher: reward {describe_rewards(evaluation.rewards)}{describe_datasets(evaluation)}")
 
 
-def write_event(event: Event, config: Config, built: Built, run_folder: RunFolder, display: Display) -> None:
+def write_event(event: Event, built: Built, run_folder: RunFolder, display: Display) -> None:
     """Log, store, track and show what happened."""
-    accelerator = built.trainer.accelerator
+    trainer, accelerator = built.trainer, built.trainer.accelerator
     match event:
         case StepDone():
             run_folder.append(METRICS, {"step": event.step, **event.metrics, "by_position": event.by_position})
+            stored, rollouts = trainer.config.track.rollouts_per_step, event.tokens.rollouts
             if accelerator.is_main_process:
-                stored = config.track.rollouts_per_step
-                records = rollout_records(built.tokenizer, event.tokens, stored, event.weights, event.alternatives)
-                run_folder.write_rollouts(event.step, records)
+                weights = trainer.scoring.token_weights(rollouts)[0].tolist()
+                run_folder.write_rollouts(event.step, rollout_records(built.tokenizer, event.tokens, stored, weights, event.alternatives))
             accelerator.log(event.metrics, step=event.step)
-            rollouts = event.tokens.rollouts
             shown = next((rollout for rollout in rollouts if not rollout.given), rollouts[0])
-            display.show(event, sample_text(built.tokenizer, shown) if config.track.rollouts_per_step else "")
+            display.show(event, sample_text(built.tokenizer, shown) if stored else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
             accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)
@@ -366,18 +326,11 @@ def write_event(event: Event, config: Config, built: Built, run_folder: RunFolde
             display.show(event)
 
 
-def cut_logs(step: int, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
-    """Cut logs and checkpoints at `step`: the run takes another way from there."""
-    run_folder.rewind(step)
-    checkpoints.set_aside((step, 0))
-
-
-def finish(config: Config, accelerator: Accelerator, run_folder: RunFolder, built: Built, display: Display) -> dict[str, Any]:
+def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, Any]:
     """Export the model, write summary and report, and return the summary."""
-    trainer = built.trainer
+    trainer, config, accelerator = built.trainer, built.trainer.config, built.trainer.accelerator
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
-    metrics, evaluations = run_folder.path / METRICS, run_folder.path / EVALUATIONS
-    summary = on_main_process(accelerator, lambda: summarised(read_lines(metrics), read_lines(evaluations))) | costs
+    summary = on_main_process(accelerator, lambda: summarised(*read_logs(run_folder))) | costs
     summary["control"] = config.control.value
     if is_quantized(trainer.student) and accelerator.is_main_process:
         student, weights = merge_quantized(trainer.student, trainer.strategy.masters, config, trainer.prompts, summary), None

@@ -46,14 +46,10 @@ class Spans:
     longer: Longer | None = None
     teacher_longer: Longer | None = None
 
-    def align(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """Return the rollouts with their alignments."""
-        aligned = []
-        for rollout in rollouts:
-            prompt = len(rollout.request.prompt.seen_by_teacher)
-            alignment = self.aligner.align(rollout.completion, rollout.truncated, prompt, rollout.mask)
-            aligned.append(replace(rollout, alignment=alignment))
-        return aligned
+    def align(self, rollout: Rollout) -> Rollout:
+        """Return the rollout with its alignment."""
+        alignment = self.aligner.align(rollout.completion, rollout.truncated, len(rollout.request.prompt.seen_by_teacher))
+        return replace(rollout, alignment=alignment if rollout.mask is None else alignment.masked(rollout.mask))
 
     def columns(self, teacher: Teacher, batch: MicroBatch, temperature: float) -> TokenStats:
         """Return the teacher's log-prob of each span, in nats, at the span's last token, 0 elsewhere; (N,)."""

@@ -35,7 +35,7 @@ Shapes: `N` rows of the token table, `R` rollouts.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -106,9 +106,9 @@ class Step:
 
     # Score.
 
-    def align(self, rollouts: list[Rollout]) -> list[Rollout]:
+    def align(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Return the rollouts with their alignments, where the teacher has another tokenizer."""
-        return rollouts if self.spans is None else self.spans.align(rollouts)
+        return [*(rollouts if self.spans is None else map(self.spans.align, rollouts))]
 
     def score(self, tokens: Tokens) -> None:
         """Cut micro-batches and let the teacher score them. Collective."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from opd.data.prompts import Prompt
@@ -183,6 +184,12 @@ class Tokens:
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the stored tables of all processes as one."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def gather_table(tokens: Tokens | None) -> dict[str, Tensor] | None:
+    """Return the stored tables of all processes as one; None where a process has none. Collective."""
+    parts = gather_object([None if tokens is None else tokens.to_tensors()])
+    return None if None in parts else concatenate(parts)
 
 
 def load_tokens(

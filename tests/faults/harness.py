@@ -11,15 +11,17 @@ import shutil
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers.models.qwen2.modeling_qwen2  # noqa: F401 - imported once instead of in every child
+import preloaded  # noqa: F401 - once instead of in every child
+import torch
+from safetensors.torch import load_file
 
 from opd.train import main
-from opd.training import runner  # noqa: F401 - likewise
 from opd.training.checkpoint import Checkpoints, verify
 
 Fault = Callable[[], None]  # called in the child before its run starts
@@ -155,18 +157,26 @@ def each_try(one: Callable[[int, Path, Path], Try]) -> Case:
     return tries
 
 
-_references: dict[tuple[Path, tuple[str, ...], int], Path] = {}
+class Reference(NamedTuple):
+    """What an undisturbed run left, and how long it took."""
+
+    weights: dict[str, torch.Tensor]
+    digest: str
+    seconds: float
 
 
-def reference_folder(root: Path, words: Sequence[str] = RUN, processes: int = 1) -> Path:
-    """Return the folder of an undisturbed run, made once."""
-    key = (root, tuple(words), processes)
-    if key not in _references:
-        folder = new_folder(root, f"reference{len(_references)}")
+@functools.cache
+def reference(words: Sequence[str] = RUN, processes: int = 1) -> Reference:
+    """Return the results of an undisturbed run, made once for all cases."""
+    with tempfile.TemporaryDirectory(prefix="opd-faults-") as root:
+        folder, begin = new_folder(Path(root), "run"), time.monotonic()
         problem = finish(folder, words, processes)
         assert problem is None, problem
-        _references[key] = folder
-    return _references[key]
+        return Reference(final_weights(folder), final_digest(folder), time.monotonic() - begin)
+
+
+def final_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "runs/run/final/model.safetensors")
 
 
 def final_digest(folder: Path) -> str:
@@ -174,10 +184,10 @@ def final_digest(folder: Path) -> str:
     return hashlib.sha256((folder / "runs/run/final/model.safetensors").read_bytes()).hexdigest()
 
 
-def resume_to_reference(root: Path, folder: Path, words: Sequence[str] = RUN, processes: int = 1) -> str | None:
+def resume_to_reference(folder: Path, words: Sequence[str] = RUN, processes: int = 1) -> str | None:
     """Resume to the end; return None if the final weights are bitwise those of an undisturbed run."""
     problem = finish(folder, words, processes)
-    if problem is None and final_digest(folder) != final_digest(reference_folder(root, words, processes)):
+    if problem is None and final_digest(folder) != reference(tuple(words), processes).digest:
         problem = "final weights differ from those of an undisturbed run"
     return problem
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from faults import teachers
 from opd.runs import folder
 from opd.teachers import ServedTeacher, served
-from opd.training import checkpoint
+from opd.training import checkpoint, checks
 from opd.training.checkpoint import Checkpoint
-from opd.training.loop import Trainer
 
 
 def skip_manifest() -> None:
@@ -96,7 +95,7 @@ def accept_any_answer() -> None:
 
 def trust_distance() -> None:
     """Do not compare teacher and student."""
-    Trainer.check_distance = lambda *_: None  # type: ignore[method-assign]
+    checks.check_distance = lambda *_: None
 
 
 class Hole(NamedTuple):

@@ -30,9 +30,10 @@ from opd.models.distributed import Strategy
 from opd.models.policy import Policy
 from opd.objective.head import TokenStats
 from opd.training import checkpoint, loop, step
-from opd.training.checkpoint import Checkpoints, Snapshot, model_tensors, optimizer_tensors, snapshot
+from opd.training.checkpoint import Checkpoints, Snapshot
 from opd.training.loop import Trainer
 from opd.training.step import NotFinite, Step
+from opd.training.tensors import model_tensors, optimizer_tensors, snapshot
 from opd.training.tokens import Slice, Tokens
 
 FIRED = Path("fired.txt")  # in the working folder of the run

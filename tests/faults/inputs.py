@@ -178,7 +178,7 @@ def outside(number: int, folder: Path, root: Path) -> Try:
         newest = valid_checkpoints(folder)[-1]
         (newest / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
         (newest / "optimizer.pt").write_bytes(pickle.dumps(Bomb()))
-        problem = resume_to_reference(root, folder, words)
+        problem = resume_to_reference(folder, words)
     elif fault == "code in a model":
         student = copy_model(folder, "student")
         config = json.loads((student / "config.json").read_text())

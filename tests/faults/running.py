@@ -14,9 +14,10 @@ from faults.harness import (
     Try,
     each_try,
     final_digest,
+    final_weights,
     finish,
     new_folder,
-    reference_folder,
+    reference,
     resume_to_reference,
     run,
     start,
@@ -92,8 +93,7 @@ def out_of_memory(number: int, folder: Path, root: Path) -> Try:
     elif problem is None and "out of memory" not in (folder / "runs/run/train.log").read_text():
         problem = "it is not in the log"
     elif problem is None:
-        folders = folder, reference_folder(root, words, processes)
-        one, other = (load_file(path / "runs/run/final/model.safetensors") for path in folders)
+        one, other = final_weights(folder), reference(words, processes).weights
         gap = max(float((one[name] - other[name]).abs().max()) for name in one)
         problem = None if gap < 1e-5 else f"final weights differ by {gap}"
     return Try(f"{number}: {processes} processes", (folder / hooks.FIRED).exists(), problem)
@@ -117,7 +117,7 @@ def hangs(number: int, folder: Path, root: Path) -> Try:
         problem = problem or f"status {status(folder)}"
     elif not stacks.is_file() or "in hang" not in stacks.read_text():
         problem = problem or "no stacks of the threads"
-    return Try(f"number {number}", (folder / hooks.FIRED).exists(), problem or resume_to_reference(root, folder))
+    return Try(f"number {number}", (folder / hooks.FIRED).exists(), problem or resume_to_reference(folder))
 
 
 @each_try
@@ -136,7 +136,7 @@ def second_writers(number: int, folder: Path, root: Path) -> Try:
         first.wait()
     else:
         problem = problem or first.wait().unless(0)
-    return Try(f"{number}: {'killed' if number % 2 else 'finished'}", True, problem or resume_to_reference(root, folder))
+    return Try(f"{number}: {'killed' if number % 2 else 'finished'}", True, problem or resume_to_reference(folder))
 
 
 @each_try

@@ -137,7 +137,7 @@ def full_disks(number: int, folder: Path, root: Path) -> Try:
             problem = problem or f"status {status(folder)}, checkpoints {valid_checkpoints(folder)}"
         (disk / "filler").unlink(missing_ok=True)
         what = f"{number}: {'for good' if for_good else 'for a while'}, {'tmpfs' if mounted else 'simulated'}"
-        return Try(what, (folder / hooks.FIRED).exists(), problem or resume_to_reference(root, folder))
+        return Try(what, (folder / hooks.FIRED).exists(), problem or resume_to_reference(folder))
     finally:
         if mounted:
             subprocess.run(["umount", str(disk)], check=True)

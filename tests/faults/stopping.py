@@ -15,8 +15,8 @@ from faults.harness import (
     Tries,
     Try,
     each_try,
-    finish,
     new_folder,
+    reference,
     resume_to_reference,
     start,
     status,
@@ -47,11 +47,9 @@ def random_signals(times: int, root: Path) -> Tries:
 
 def random_moments(times: int, root: Path, signals: Sequence[signal.Signals]) -> Tries:
     draw, words = random.Random(1), LONG_RUN if times > 10 else RUN
+    seconds = reference(words).seconds
     done, runs, saved, in_save = 0, 0, 0, 0
     while done < times:
-        timed, begin = new_folder(root, "timed"), time.monotonic()
-        assert finish(timed, words) is None
-        seconds = time.monotonic() - begin  # of an undisturbed run at present
         folder, runs, tries = new_folder(root, "run"), runs + 1, list[Try]()
         while len(tries) < min(FAULTS_PER_RUN, times - done):
             before, number = valid_checkpoints(folder), draw.choice(signals)
@@ -72,7 +70,7 @@ def random_moments(times: int, root: Path, signals: Sequence[signal.Signals]) ->
             saved += ended.code == 75
             in_save += any((folder / "runs/run/checkpoints").glob("tmp_*"))
             tries.append(Try(f"{number.name} in run {runs}", True, problem))
-        at_end = resume_to_reference(root, folder, words)
+        at_end = resume_to_reference(folder, words)
         done += len(tries)
         yield from (attempt._replace(problem=attempt.problem or at_end) for attempt in tries)
     return f"{runs} runs, {in_save} ended inside a save, {saved} with 75"
@@ -123,7 +121,7 @@ def stops(times: int, root: Path, processes: int = 1) -> Tries:
         near_end = place > len(kinds) - 12  # the second signal may come after the run
         expected = codes == {75} or (near_end and codes == {0, 75})
         problem = None if expected else f"exit codes {codes}: {first[-1]}; {second[-1]}"
-        yield Try(f"look {place} of {len(kinds)}", 75 in codes, problem or resume_to_reference(root, folder, RUN, processes))
+        yield Try(f"look {place} of {len(kinds)}", 75 in codes, problem or resume_to_reference(folder, RUN, processes))
     return f"{len(kinds)} places in a run; {between} stops between inner steps"
 
 
@@ -157,7 +155,7 @@ def lost_launchers(number: int, folder: Path, root: Path) -> Try:
         problem = f"processes {list(filter(is_alive, pids))} are still alive"
     elif status(folder)["status"] != "preempted":
         problem = f"status {status(folder)}"
-    return Try(f"number {number}", True, problem or resume_to_reference(root, folder, RUN, 2))
+    return Try(f"number {number}", True, problem or resume_to_reference(folder, RUN, 2))
 
 
 def is_alive(pid: str) -> bool:

@@ -184,4 +184,4 @@ def one_teacher(name: str, kind: Kind, words: Sequence[str], root: Path) -> Try:
         problem = f"the reason is {status(folder)['reason']}"
     elif problem is None and kept != ([] if kind.from_start else [f"step_{FAULTY_FROM:06}"]):
         problem = f"the newest checkpoint is {kept}"
-    return Try(name, fired, problem or resume_to_reference(root, folder, words))
+    return Try(name, fired, problem or resume_to_reference(folder, words))

@@ -1,0 +1,170 @@
+"""What is checked once a step is done, before it is saved: some of it warns, some ends the run; and updates that were not finite."""
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from opd.config.schema import Config, GuardAction, SamplingDtype, of_teacher
+from opd.data.rollouts import Rollout
+from opd.errors import ConfigError, NumericError
+from opd.models.distributed import on_main_process
+from opd.samplers import GenerateSampler, Sampler
+from opd.teachers import Scored
+from opd.training.masked import check_masses
+from opd.training.spans import scored_logps, span_problems
+from opd.training.step import NotFinite, Step
+from opd.training.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+SAME_MODEL = 1e-3  # nats per token between the teacher and a student that is the same model
+GUARD_STEPS = 10  # consecutive steps at or above a limit
+GUARD_LIMITS = {"truncated": 0.95, "repetition": 0.5}  # of these metrics
+GUARD_REMEDIES = {
+    "truncated": "raise sampling.max_new_tokens, lower optim.lr, or leave them out of the loss with sampling.truncated=mask",
+    "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
+}
+NON_FINITE_LIMIT = 3  # steps in a row
+COMPARED = "compared teachers"  # the choice that lists the served ones whose scores of a batch were checked
+
+
+class Guard:
+    """Watch the completions for collapse. Each problem is reported once, and again only after it has gone away."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config.sampling
+        self.comparable = config.draws_from_scored and config.sampling.lag == 0
+        self.steps_above = dict.fromkeys(GUARD_LIMITS, 0)
+        self.gap_reported = False
+
+    def check(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Warn of problems in a step's metrics, or raise `NumericError` with `sampling.guard=stop`."""
+        self.check_gap(step, metrics.get("engine_gap", 0.0))  # a step of given completions has none
+        for name, limit in GUARD_LIMITS.items() if self.config.guard is not GuardAction.none else ():
+            self.steps_above[name] = self.steps_above[name] + 1 if metrics.get(name, 0.0) >= limit else 0
+            if self.steps_above[name] != GUARD_STEPS:
+                continue
+            problem = f"step {step}: {name}={metrics[name]:.2f}, at least {limit:g} for {GUARD_STEPS} steps: {GUARD_REMEDIES[name]}"
+            if self.config.guard is GuardAction.stop:
+                raise NumericError(f"{problem}; the last checkpoint is intact, and sampling.guard=warn continues from it")
+            log.warning(problem)
+
+    def check_gap(self, step: int, gap: float) -> None:
+        # With top-p, top-k, another temperature or lag=1 the sampler's distribution is not the trainer's, and a gap is expected.
+        if self.comparable and gap > self.config.max_gap and not self.gap_reported:
+            log.warning(
+                f"step {step}: the sampler's log-probs differ from the trainer's by {gap:.3f} nats on average, more than "
+                f"sampling.max_gap={self.config.max_gap:g}: it computes in bf16, or its weights are not the student's. Importance weights "
+                "correct for it up to ppo.importance_cap; sampling.engine=generate sampling.dtype=trainer has no gap"
+            )
+        self.gap_reported = gap > self.config.max_gap
+
+
+def check_copy(config: Config, sampler: Sampler, choices: dict[str, Any], step: int, gap: float) -> None:
+    """With sampling.dtype=auto, stop sampling with a bf16 copy whose log-probs are too far from the trainer's."""
+    sampling = config.sampling
+    is_far = config.draws_from_scored and gap > sampling.max_gap  # not where it is NaN
+    if is_far and sampling.dtype is SamplingDtype.auto and isinstance(sampler, GenerateSampler) and sampler.copy is not None:
+        sampler.drop_copy()
+        choices["bf16_copy"] = False
+        log.warning(
+            f"step {step}: the bf16 copy's log-probs are {gap:.3f} nats from the trainer's (sampling.max_gap={sampling.max_gap:g}): "
+            "sampling with the trainer's weights from here on"
+        )
+
+
+def check_first_step(scoring: Step, metrics: Mapping[str, float], tokens: Tokens) -> None:
+    """Warn where there is nothing to learn, or little of it scored.
+
+    Raises:
+        ConfigError: Student or teacher wants to write what the other one lacks.
+    """
+    check_distance(scoring.config, tokens)
+    if scoring.overlap is not None and (problem := check_masses(metrics, tokens, scoring.overlap)):
+        raise ConfigError("; ".join(problem))
+    for line in span_problems(metrics):
+        log.warning("teacher.alignment=spans: %s", line)
+
+
+def check_distance(config: Config, tokens: Tokens) -> None:
+    """Warn where a teacher's scores are the student's: there is nothing to learn."""
+    columns = tokens.columns
+    if "logp" not in columns:
+        return
+    labels = [rollout.request.prompt.teacher for rollout in tokens.rollouts]
+    for label, part in config.parts_by_teacher.items():
+        if part.teaches_itself and not part.teacher.has_own_view:  # it moves away by the rewards of the task
+            continue
+        is_own_R = torch.tensor([own == label for own in labels], device=tokens.device)
+        gap_N = (columns["teacher_logp"] - columns["logp"]).abs()[is_own_R[tokens.rollout_N]]
+        if "span" in columns:
+            gap_N = columns["reverse_kl"][columns["span"] >= 0].abs()
+        if len(gap_N) == 0 or float(gap_N.mean()) >= SAME_MODEL:
+            continue
+        name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
+        problem = "this teacher is the student"
+        if part.teaches_itself:
+            name, problem = of_teacher(label)(part.weights_option), "what it reads besides changes nothing"
+        log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
+
+
+def check_scores(scoring: Step, served: Collection[str], tokens: Tokens) -> None:
+    """Let each served teacher check its scores of the first batch that it scored, once a run. Collective.
+
+    Args:
+        served: The labels of these teachers.
+
+    Raises:
+        EngineError: The scores are wrong.
+    """
+    if not served:
+        return
+    compared = scoring.choices.setdefault(COMPARED, [])
+    due = {rollout.request.prompt.teacher for rollout in tokens.rollouts if rollout.trained}.intersection(served).difference(compared)
+
+    def check() -> None:
+        scored = []
+        for index, rollout in enumerate(tokens.rollouts):
+            if rollout.trained and rollout.request.prompt.teacher in due:
+                scored.append(Scored(rollout, *scored_logps(tokens.of_rollout(index))))
+        if scored := [one for one in scored if one.logp]:  # of spans a rollout may have none that is scored
+            scoring.teacher.check_scores(scored)
+
+    on_main_process(scoring.strategy.accelerator, check)
+    compared += sorted(due)
+
+
+@dataclass(slots=True)
+class Trouble:
+    """Updates that were not finite.
+
+    Args:
+        steps: How many steps in a row.
+        places: Positions of their samples in the data (see `opd.data.order`).
+        left_out: Positions that are not trained on any more.
+        rewound_to: The step of the last rewind.
+    """
+
+    steps: int = 0
+    places: list[int] = field(default_factory=list)
+    left_out: list[int] = field(default_factory=list)
+    rewound_to: int | None = None
+
+    def note(self, step: int, problem: NotFinite, rollouts: Sequence[Rollout], positions: Sequence[int], n: int) -> None:
+        """Log and remember the samples of a skipped update: those with scores that are not finite, else all of the step. Collective.
+
+        Args:
+            positions: Of the samples, which have `n` rollouts each.
+        """
+
+        def samples(indices: Sequence[int]) -> list[tuple[int, int]]:
+            return [(positions[index // n], rollouts[index].request.prompt.sample_id) for index in indices]
+
+        named = gather_object(samples(problem.suspects)) or gather_object(samples(range(0, len(rollouts), n)))
+        self.places = sorted({*self.places, *(position for position, _ in named)})
+        ids = ", ".join(str(sample_id) for sample_id in sorted({sample_id for _, sample_id in named}))
+        log.error("step %d: %s: the update is skipped (sample ids %s)", step, problem.reason, ids)
