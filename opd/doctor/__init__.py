@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config, Device, Dtype, of_dataset, of_teacher
-from opd.data.prompts import Prompt, first_of_each, to_messages, views_of
+from opd.data.prompts import Encoder, Prompt, first_of_each
+from opd.data.rows import DataRow
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
@@ -109,9 +110,10 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
     with report.catch("data") as data_errors:
         train_rows, eval_rows = load_rows(config.data)
         report.add(*rows.check_columns(train_rows, eval_rows, config))
-        findings, report.rendered = tokens.check_templates(student, teacher, to_messages(train_rows[0], 0, config.data), config)
+        first = DataRow(train_rows[0], 0, config.data)
+        findings, report.rendered = tokens.check_templates(student, teacher, first.messages(), config)
         report.add(*findings)
-        findings, texts = views.check_views(views_of(train_rows[0], 0, config.data, config.teacher), own or student)
+        findings, texts = views.check_views(Encoder(own or student, config.data, config.teacher).views(first))
         report.add(*findings)
         report.rendered |= texts
         train, evaluation = encode_dataset(config, student, (train_rows, eval_rows), label, own)

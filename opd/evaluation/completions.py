@@ -17,8 +17,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config
+from opd.data.chat_template import ChatTemplate
 from opd.data.given import eval_file
-from opd.data.prompts import Prompt, completion_end
+from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
 from opd.data.sources import Row, Rows, load_rows
 from opd.data.views import columns_of
@@ -149,7 +150,7 @@ def teacher_sampler(
     models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
     served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1], overlap=ids.overlap)
     served.check()
-    eos = ids.ends or tuple({tokenizer.eos_token_id, completion_end(tokenizer, config.data.chat_template_kwargs)})
+    eos = ids.ends or tuple({tokenizer.eos_token_id, ChatTemplate(tokenizer, config.data.chat_template_kwargs).completion_end()})
     # The server has the model.
     spec: Any = SamplerSpec(
         model=None,  # type: ignore[arg-type]

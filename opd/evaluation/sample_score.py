@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig, SamplingDtype
-from opd.data.prompts import Prompt, encode_rows, tokenize_plain
+from opd.data.chat_template import tokenize_plain
+from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, DataError
 from opd.models import load as models
@@ -246,8 +247,8 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
 def _encode(pair: ModelPair, text: str) -> Prompt:
     """Return the prompt of a user's message as training shows it to both models, whatever its length."""
     data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
-    teacher = replace(pair.config.teacher, contrast=None)
-    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", teacher, teacher_tokenizer=pair.teacher_tokenizer)
+    encoder = Encoder(pair.tokenizer, data, pair.config.teacher, pair.teacher_tokenizer)
+    (prompt,) = encode_rows([{"prompt": text}], encoder, "given")
     if pair.teacher_tokenizer is None:
         models.check_known([prompt], pair.tokenizer, pair.ids.vocabulary, pair.ids.overlap)
     return prompt

@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config
-from opd.data.prompts import Prompt, turn_end, without_template
+from opd.data.chat_template import ChatTemplate, teacher_template
+from opd.data.prompts import Prompt
 from opd.data.rollouts import MicroBatch, Rollout
 from opd.data.spans import Aligner, Unscored
 from opd.data.token_bytes import TokenBytes, check_student, check_teacher, longer_tokens
@@ -150,9 +151,8 @@ def make_spans(
                 f"row {prompt.sample_id}: teacher.alignment=spans: a prompt given as ids has no messages to render for the teacher; give "
                 "its text or messages"
             )
-    kwargs = config.data.chat_template_kwargs
-    own_kwargs = {**without_template(kwargs), **config.teacher.chat_template_kwargs}
-    end, teacher_end = turn_end(student, kwargs), turn_end(teacher, own_kwargs)
+    end = ChatTemplate(student, config.data.chat_template_kwargs).turn_end()
+    teacher_end = teacher_template(config.data, config.teacher, student, teacher).turn_end()
     end = end if end in eos[0] else student.eos_token_id
     # The teacher need not stop there itself: its template says how an answer ends.
     is_control = teacher_end is not None and (teacher_end in eos[1] or theirs.piece(teacher_end) is None)
