@@ -10,7 +10,8 @@ from torch import Tensor
 
 from opd.objective.divergences import reverse_kl
 from opd.objective.head import TokenLoss, TokenStats
-from opd.objective.losses import TeacherStates, scaled_logp
+from opd.objective.logp import scaled_logp
+from opd.objective.teacher import TeacherStates
 
 
 def anchored(loss: TokenLoss, reference: TeacherStates, temperature: float, coefficient: float, given_N: Tensor | None = None) -> TokenLoss:
