@@ -29,10 +29,9 @@ REMEDIES = {
 
 def check_memory(memory: Memory, free: int, device: torch.device) -> list[Finding]:
     """Compare the estimate, less what the process uses already, with the `free` bytes of the device."""
-    in_use = memory.resident["the process"]
-    needed = memory.peak - in_use
+    needed, total = memory.missing, free + memory.resident["the process"]
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.parts.items() if size >= 0.005 * 2**30)
-    what = f"about {format_bytes(memory.peak)} a process on {device.type} ({parts}), of {format_bytes(free + in_use)}"
+    what = f"about {format_bytes(memory.peak)} a process on {device.type} ({parts}), of {format_bytes(total)}"
     largest = max(memory.parts.keys() & REMEDIES.keys(), key=lambda name: memory.parts[name])
     if needed > free:
         return [fail("memory", what, f"the largest part is {largest}: {REMEDIES[largest]}")]

@@ -165,8 +165,7 @@ class Planner:
         return round(TIGHT * self.free)
 
     def needed(self, config: Config) -> int:
-        memory = self.memory_of(config)
-        return memory.peak - memory.resident["the process"]
+        return self.memory_of(config).missing
 
     def is_fixed(self, config: Config, option: str) -> bool:
         """Return whether an option stays as it is."""
@@ -239,7 +238,7 @@ class Planner:
         """Return the config, with fewer rows decoded at a time where it would not fit otherwise; None if it never fits."""
         while True:
             memory = self.memory_of(config)
-            if memory.peak - memory.resident["the process"] <= self.room:
+            if memory.missing <= self.room:
                 return config
             of_update = {**memory.resident, **memory.update}
             if sum(of_update.values()) - sum(of_update.get(part, 0) for part in ("the process", "decode line")) > self.room:
@@ -252,8 +251,7 @@ class Planner:
 
     def explain(self, before: Config, found: Config, training: Training, too_large: Sequence[str]) -> None:
         """Record the choices that `fit` made."""
-        memory = self.memory_of(found)
-        needed = f"needs {format_bytes(memory.peak - memory.resident['the process'])} of {format_bytes(self.free)}"
+        needed = f"needs {format_bytes(self.needed(found))} of {format_bytes(self.free)}"
         reason = f"{needed}; too large: {', '.join(too_large)}" if too_large else needed
         adapters = f", lora.rank={found.lora.rank}" if training.adapters else ""
         quantized = f", {found.model.quantization.value}" if training.quantized else ""

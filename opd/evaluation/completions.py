@@ -27,7 +27,6 @@ from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import SharedIds, load_teacher
 from opd.models import load as models
 from opd.models.distributed import make_accelerator
-from opd.models.overlap import end_ids
 from opd.models.policy import check_positions
 from opd.runs.folder import check_output_path, write_output
 from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
@@ -134,17 +133,20 @@ def teacher_sampler(
     config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], average: Path | None = None
 ) -> tuple[Sampler, int]:
     """Return a sampler of the local or served teacher, and the number of ids that it may draw."""
+    own = tokenizer, (tokenizer.eos_token_id,)
     if config.teacher.url is None:
         teacher = load_teacher(config, models.find_device(config.device), average)
         vocabulary = models.shared_vocabulary(tokenizer, teacher.model, None)
-        ids = share_ids(config, tokenizer, teacher.tokenizer, teacher.eos, vocabulary)
+        overlap = models.check_same_ids(tokenizer, teacher.tokenizer)
+        ids = SharedIds.of(config, overlap, vocabulary, own, (teacher.tokenizer, teacher.eos))
         models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
         lengths = [len(prompt.seen_by_teacher) for prompt in prompts]
         check_positions(teacher.model, "teacher", "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
         return teacher.sampler(tokenizer.pad_token_id, ids, config.seed), vocabulary
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
-    ids = share_ids(config, tokenizer, teacher_tokenizer, (teacher_tokenizer.eos_token_id,), vocabulary)
+    overlap = models.check_same_ids(tokenizer, teacher_tokenizer)
+    ids = SharedIds.of(config, overlap, vocabulary, own, (teacher_tokenizer, (teacher_tokenizer.eos_token_id,)))
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
     canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
@@ -163,17 +165,6 @@ def teacher_sampler(
         masked=ids.masked,
     )
     return ServedSampler(served.servers[0], served.name, spec), vocabulary
-
-
-def share_ids(
-    config: Config, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_eos: Sequence[int], vocabulary: int
-) -> SharedIds:
-    """Return the ids that the teacher may draw: those that the student has too."""
-    overlap = models.check_same_ids(student, teacher)
-    if overlap is None:
-        return SharedIds(vocabulary)
-    ends = end_ids(overlap, [(student, (student.eos_token_id,)), (teacher, teacher_eos)], config.data.chat_template_kwargs)
-    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(models.find_device(config.device)), ends)
 
 
 def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[str, Any]:

@@ -71,6 +71,16 @@ class SharedIds:
     ends: tuple[int, ...] | None = None
     of_teacher: int | None = None
 
+    @classmethod
+    def of(
+        cls, config: Config, overlap: Overlap | None, vocabulary: int, *pairs: tuple[PreTrainedTokenizerBase, Sequence[int]]
+    ) -> "SharedIds":
+        """Return the ids below `vocabulary` that both have. `pairs`: tokenizer and end ids of the student, then of the teacher."""
+        if overlap is None:
+            return cls(vocabulary)
+        ends = end_ids(overlap, pairs, config.data.chat_template_kwargs)
+        return cls(vocabulary, overlap, overlap.masked(vocabulary).to(models.find_device(config.device)), ends)
+
 
 @dataclass(frozen=True, slots=True)
 class ModelPair:
@@ -162,11 +172,7 @@ def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> Sha
         return SharedIds(own, of_teacher=theirs)
     overlap = models.check_same_ids(student.tokenizer, teacher.tokenizer)
     vocabulary = models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
-    if overlap is None:
-        return SharedIds(vocabulary)
-    pairs = [(loaded.tokenizer, loaded.eos) for loaded in (student, teacher)]
-    ends = end_ids(overlap, pairs, config.data.chat_template_kwargs)
-    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(student.model.device), ends)
+    return SharedIds.of(config, overlap, vocabulary, (student.tokenizer, student.eos), (teacher.tokenizer, teacher.eos))
 
 
 def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:

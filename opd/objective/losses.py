@@ -10,7 +10,6 @@ Shapes: `N` trained tokens, `C` tokens of a chunk, `V` vocabulary, `B` sequences
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -147,36 +146,14 @@ def advantages(tokens: Sampled, logits_CV: Tensor, old_C: Tensor, part: slice, t
 
 
 def exact(
-    target_N: Tensor,
-    teacher: TeacherStates,
-    temperature: float,
-    divergence: Divergence,
-    given_N: Tensor | None = None,
-    of_given: Divergence = forward_kl,
+    target_N: Tensor, teacher: TeacherStates | TeacherTop, temperature: float, divergence: Divergence, given_N: Tensor | None = None
 ) -> TokenLoss:
     """Return the loss of whole distributions: the divergence over the vocabulary at each position, without sampling noise.
 
     Args:
-        given_N: Tokens that have the divergence `of_given` instead.
+        given_N: Tokens that have the forward KL instead.
     """
-
-    def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
-        student_CV = scaled_logp(logits_CV, temperature)
-        teacher_CV = teacher.logp(part, temperature).to(student_CV)
-        loss_C = own_C = divergence(student_CV, teacher_CV)
-        if given_N is not None:
-            loss_C = torch.where(given_N[part], of_given(student_CV, teacher_CV), own_C)
-        with torch.no_grad():
-            stats = {
-                "logp": student_CV.gather(-1, target_N[part][:, None])[:, 0],
-                "teacher_logp": teacher_CV.gather(-1, target_N[part][:, None])[:, 0],
-                "entropy": entropy(student_CV),
-                "reverse_kl": own_C.detach() if divergence is reverse_kl else reverse_kl(student_CV, teacher_CV),
-                **overlap_of_distributions(student_CV, teacher_CV),
-            }
-        return loss_C, stats
-
-    return loss
+    return topk(target_N, teacher, temperature, divergence, None, given_N)
 
 
 def topk(
@@ -184,10 +161,10 @@ def topk(
     teacher: TeacherStates | TeacherTop,
     temperature: float,
     divergence: Divergence,
-    k: int,
+    k: int | None,
     given_N: Tensor | None = None,
 ) -> TokenLoss:
-    """Return the divergence over the teacher's k most probable ids and one bucket for the rest; k = V is `exact`.
+    """Return the divergence over the teacher's k most probable ids and one bucket for the rest; k = V or None is `exact`.
 
     The statistic `reverse_kl` is over the whole vocabulary, or where the teacher sent only its most probable ids over them and the bucket,
     which is less.
@@ -195,34 +172,28 @@ def topk(
     Args:
         given_N: Tokens that have the forward KL instead.
     """
-    if isinstance(teacher, TeacherTop):
-        return sent_top(target_N, teacher, temperature, divergence, given_N)
-
-    def on_top(student_CV: Tensor, teacher_CV: Tensor, divergence: Divergence = divergence) -> Tensor:
-        top_CK = teacher_CV.topk(min(k, teacher_CV.shape[-1]), -1).indices
-        return divergence(with_tail(student_CV, top_CK), with_tail(teacher_CV, top_CK))
-
-    return exact(target_N, teacher, temperature, on_top, given_N, partial(on_top, divergence=forward_kl))
-
-
-def sent_top(target_N: Tensor, teacher: TeacherTop, temperature: float, divergence: Divergence, given_N: Tensor | None = None) -> TokenLoss:
-    """Return `topk` for a teacher of which only the most probable ids are known."""
 
     def loss(logits_CV: Tensor, part: slice) -> tuple[Tensor, TokenStats]:
-        student_CV = scaled_logp(logits_CV, temperature)
-        student_top, teacher_top = with_tail(student_CV, teacher.id_NK[part]), teacher.with_tail(part).to(student_CV)
-        loss_C = divergence(student_top, teacher_top)
-        if given_N is not None:
-            loss_C = torch.where(given_N[part], forward_kl(student_top, teacher_top), loss_C)
-        with torch.no_grad():
-            stats = {
-                "logp": student_CV.gather(-1, target_N[part][:, None])[:, 0],
-                "teacher_logp": teacher.token_logp_N[part],
-                "entropy": entropy(student_CV),
-                "reverse_kl": reverse_kl(student_top, teacher_top),
-            }
+        student_CV, target_C1 = scaled_logp(logits_CV, temperature), target_N[part][:, None]
+        stats: TokenStats = {}
+        if isinstance(teacher, TeacherTop):
+            compared = known = with_tail(student_CV, teacher.id_NK[part]), teacher.with_tail(part).to(student_CV)
+            teacher_C = teacher.token_logp_N[part]
             if teacher.id_NK.shape[-1] >= OVERLAP_K:
-                stats |= overlap(student_CV, teacher.id_NK[part, :OVERLAP_K], teacher.logp_NK[part, :OVERLAP_K])
+                stats = overlap(student_CV, teacher.id_NK[part, :OVERLAP_K], teacher.logp_NK[part, :OVERLAP_K])
+        else:
+            compared = known = student_CV, teacher.logp(part, temperature).to(student_CV)
+            teacher_C, stats = known[1].gather(-1, target_C1)[:, 0], overlap_of_distributions(*known)
+            if k is not None:
+                top_CK = known[1].topk(min(k, known[1].shape[-1]), -1).indices
+                compared = with_tail(known[0], top_CK), with_tail(known[1], top_CK)
+        loss_C = own_C = divergence(*compared)
+        if given_N is not None:
+            loss_C = torch.where(given_N[part], forward_kl(*compared), own_C)
+        with torch.no_grad():
+            stats["logp"], stats["teacher_logp"] = student_CV.gather(-1, target_C1)[:, 0], teacher_C
+            stats["entropy"] = entropy(student_CV)
+            stats["reverse_kl"] = own_C.detach() if divergence is reverse_kl and compared is known else reverse_kl(*known)
         return loss_C, stats
 
     return loss

@@ -301,11 +301,8 @@ class Step:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
             forward_N = given_N if ppo.divergence is Divergence.reverse_kl else None
-            if ppo.estimator is Estimator.topk:
-                loss = topk(ids_N, part.teacher, temperature, divergence, ppo.k, forward_N)
-            else:
-                assert isinstance(part.teacher, TeacherStates)
-                loss = exact(ids_N, part.teacher, temperature, divergence, forward_N)
+            facts = ids_N, part.teacher, temperature, divergence
+            loss = topk(*facts, ppo.k, forward_N) if ppo.estimator is Estimator.topk else exact(*facts, forward_N)
             return loss if part.reference is None else anchored(loss, part.reference, temperature, ppo.reference_coef, given_N)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         control, contrast_logp = self.config.control, tokens.columns.get("contrast_logp")
@@ -319,7 +316,7 @@ class Step:
             # Sums over later tokens are needed before the first pass: the sampler's log-probs stand in for old_logp, which they equal.
             own_N = score_N - behaviour_logp_N if advantage_N is None else advantage_N
             advantage_N = discounted(own_N, tokens.rollout_N[rows], ppo.discount)
-        facts = Sampled(
+        inputs = Sampled(
             target_N=ids_N,
             teacher_logp_N=teacher_logp_N,
             behaviour_logp_N=behaviour_logp_N,
@@ -334,7 +331,7 @@ class Step:
             reference_coef=ppo.reference_coef,
             given_N=given_N,
         )
-        return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
+        return sampled(inputs, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 
     def scored_spans(self, tokens: Tokens, part: Slice) -> ScoredSpans | None:
         """Return the spans of a micro-batch; None for a teacher with the student's tokenizer."""
