@@ -17,7 +17,8 @@ from opd.data.rows import DataRow
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
-from opd.doctor.plan import Planner, PlanRequest, Timing, train_command, with_options
+from opd.doctor.plan import Planner, PlanRequest, train_command, with_options
+from opd.doctor.plan_time import Timing, fit_time
 from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
 from opd.models.device import free_memory
@@ -146,7 +147,7 @@ def check_plan(
         with report.catch("models"):
             check_models(planned, tokenizer, data, prompts, report)
     with report.catch("plan"):
-        planned = planner.fit_time(planned, measured_timing(planned, report))
+        planned = fit_time(planner, planned, measured_timing(planned, report), request.minutes)
         report.figures["plan"] = planner.to_dict(train_command(request.words, config, planned))
 
 
@@ -164,7 +165,7 @@ def make_planner(config: Config, request: PlanRequest, data: Prompts) -> Planner
             candidate = with_options(candidate, {option: Dtype.bfloat16 for option, dtype in named.items() if dtype is Dtype.auto})
         return estimate(candidate, 1, device, prompts=data, free=free)
 
-    return Planner(request.typed, request.minutes, device.type, free, memory_of, host)
+    return Planner(request.typed, device.type, free, memory_of, host)
 
 
 def measured_timing(config: Config, report: Report) -> Timing | None:

@@ -29,7 +29,7 @@ REMEDIES = {
 
 def check_memory(memory: Memory, free: int, device: torch.device) -> list[Finding]:
     """Compare the estimate, less what the process uses already, with the `free` bytes of the device."""
-    needed, total = memory.missing, free + memory.resident["the process"]
+    needed, total = memory.needed, free + memory.resident["the process"]
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in memory.parts.items() if size >= 0.005 * 2**30)
     what = f"about {format_bytes(memory.peak)} a process on {device.type} ({parts}), of {format_bytes(total)}"
     largest = max(memory.parts.keys() & REMEDIES.keys(), key=lambda name: memory.parts[name])

@@ -82,7 +82,7 @@ class Memory:
         return sum(self.parts.values())
 
     @property
-    def missing(self) -> int:
+    def needed(self) -> int:
         """The bytes at the peak that the process does not use already."""
         return self.peak - self.resident["the process"]
 
