@@ -20,7 +20,7 @@ from opd.config.schema import Config
 from opd.data.chat_template import ChatTemplate
 from opd.data.given import eval_file
 from opd.data.prompts import Prompt
-from opd.data.rollouts import Request, Rollout
+from opd.data.rollouts import Request
 from opd.data.sources import Row, Rows, load_rows
 from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
@@ -107,7 +107,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
                 rewards = evaluator.judge(rollouts)
                 for index, prompt in enumerate(chosen):
                     own = slice(index * samples, (index + 1) * samples)
-                    line = {"row": prompt.sample_id, "texts": texts(tokenizer, rollouts[own]), "rewards": rewards[own]}
+                    # A completion that was cut off has no end to learn.
+                    texts = [None if rollout.truncated else models.decode(tokenizer, rollout.answer) for rollout in rollouts[own]]
+                    line = {"row": prompt.sample_id, "texts": texts, "rewards": rewards[own]}
                     done[prompt.sample_id] = line
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
@@ -205,11 +207,6 @@ def begin(part: Path, wanted: Mapping[str, Any]) -> dict[int, Any]:
         raise ConfigError(f"{part}: was begun with another {', '.join(changed)}; repeat those options to continue, or remove it")
     os.truncate(part, len(whole))
     return done
-
-
-def texts(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str | None]:
-    """Return the texts of completions, with their special tokens; None for one that was cut off, which has no end to learn."""
-    return [None if rollout.truncated else models.decode(tokenizer, rollout.answer) for rollout in rollouts]
 
 
 def finished(prompt: Prompt, source: Rows, config: Config, line: Mapping[str, Any], only_right: bool) -> Row | None:

@@ -13,11 +13,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from opd.config.schema import Config, naming_teacher
-from opd.data.rollouts import Request
 from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target
 from opd.models import load as models
@@ -119,18 +117,8 @@ def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[s
 
 def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bool = False) -> list[Answer]:
     """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts."""
-    accelerator = evaluator.accelerator
-    prompts = evaluator.answered[accelerator.process_index :: accelerator.num_processes]
-    requests = [Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
-    # The stream of the trainer's evaluations, so that the answers are those of the run.
-    rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, "evaluation"))
-    answers = [
-        Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated, rollout.request.prompt.dataset)
-        for reward, rollout in zip((evaluator.as_teacher() if as_teacher else evaluator).judge(rollouts), rollouts, strict=True)
-        if reward is not None
-    ]
-    gathered: list[Answer] = gather_object(answers)
-    return sorted(gathered, key=lambda answer: answer.prompt)
+    judged = sorted(evaluator.answer(sampler, as_teacher, samples).rows, key=lambda row: row[5])
+    return [Answer(prompt, reward, length, cut, dataset) for dataset, reward, length, cut, _, prompt in judged if reward is not None]
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:

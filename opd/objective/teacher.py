@@ -63,10 +63,6 @@ class TeacherTop:
     logp_NK: Tensor
     token_logp_N: Tensor
 
-    def token_logp(self, target_N: Tensor, temperature: float) -> Tensor:
-        """Return the log-probs (N,) of the sampled tokens."""
-        return self.token_logp_N
-
     def with_tail(self, part: slice) -> Tensor:
         """Return the log-probs (C, K + 1) of the ids and of one bucket for all others, at least float32's rounding."""
         logp_CK = self.logp_NK[part]
