@@ -18,7 +18,7 @@ from opd.config.compose import PACKAGE
 from opd.config.schema import DataConfig, Source, TeacherConfig, TeacherWeights
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
-from opd.data.views import columns_of, fill
+from opd.data.rows import columns_of, fill
 from opd.doctor.findings import Report, show
 from opd.errors import DATA, OK, USAGE, ConfigError, DataError
 from opd.models import policy

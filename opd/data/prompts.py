@@ -216,8 +216,7 @@ def labelled(datasets: Mapping[str, Sequence[Prompt]], rows: Mapping[str, int], 
     """
     prompts, start = [], 0
     for label, own in datasets.items():
-        facts = {"dataset": label, "teacher": teachers[label]}
-        prompts += [replace(prompt, sample_id=start + prompt.sample_id, **facts) for prompt in own]  # type: ignore[arg-type]
+        prompts += [replace(prompt, sample_id=start + prompt.sample_id, dataset=label, teacher=teachers[label]) for prompt in own]
         start += rows[label]
     return prompts
 

@@ -21,8 +21,8 @@ from opd.data.chat_template import ChatTemplate
 from opd.data.given import eval_file
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
+from opd.data.rows import columns_of
 from opd.data.sources import Row, Rows, load_rows
-from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import SharedIds, load_teacher
 from opd.models import load as models
@@ -173,11 +173,7 @@ def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[st
     """Return what decides the completions and their rewards, as JSON."""
     sampling, teacher = config.sampling, config.teacher
     return {
-        "teacher.path": teacher.path,
-        "teacher.url": teacher.url,
-        "teacher.revision": teacher.revision,
-        "teacher.gguf_file": teacher.gguf_file,
-        "teacher.adapter": teacher.adapter,
+        **{f"teacher.{name}": getattr(teacher, name) for name in ("path", "url", "revision", "gguf_file", "adapter")},
         "teacher.quantization": teacher.quantization.value,
         "data": digest(rows(prompts)),
         "samples": samples,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,6 +12,7 @@ from opd.runs.outcome import by_dataset, compared_evaluations
 from opd.runs.reader import Run, flatten, format_value
 from opd.runs.text import MISSING, format_bytes, format_duration, format_number, format_percent, format_reward, visible
 
+HERE = Path(__file__).parent
 MAX_LETTERS = 300  # of a name or a value
 PHASES = {
     "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
@@ -76,6 +78,10 @@ def _key(runs: Sequence[Run]) -> str:
     return f'<ul class="key">{items}</ul>' if len(runs) > 1 else ""
 
 
+def _teacher(path: Any, weights: str) -> Any:
+    return path if weights == "own" else f"the student itself ({weights})"
+
+
 def heading(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         title, facts = f"{len(runs)} runs", _key(runs)
@@ -85,17 +91,14 @@ def heading(runs: Sequence[Run]) -> str:
         weights = "base" if options.get("control") == "self" else options.get("teacher.weights", "own")
         named = {
             "student": options.get("model.path"),
-            "teacher": options.get("teacher.path") if weights == "own" else f"the student itself ({weights})",
+            "teacher": _teacher(options.get("teacher.path"), weights),
             "data": options.get("data.path") or options.get("data.source"),
             "control": None if options.get("control", "none") == "none" else options["control"],
         }
         data = run.config.get("data") or {}
         if labels := sorted(data.get("mix") or {}):
             entries = (run.config.get("teachers") or {}).items()
-            kinds = {label: entry.get("weights") or "own" for label, entry in entries}
-            own = {
-                label: entry.get("path") if kinds[label] == "own" else f"the student itself ({kinds[label]})" for label, entry in entries
-            }
+            own = {label: _teacher(entry.get("path"), entry.get("weights") or "own") for label, entry in entries}
             paths = [f"{own[label]} ({label})" if label in own else str(named["teacher"]) for label in labels]
             named |= {"teacher": ", ".join(dict.fromkeys(paths)), "data": ", ".join(labels)}
         if run.metrics:
@@ -280,21 +283,7 @@ def token_view(data: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
     if not any(run["rollouts"] for run in data):
         return _section("Tokens", f'<p class="none">No completions are stored (track.rollouts_per_step).</p>{left_out}', "tokens")
     last = len({step for run in data for step in run["steps"]}) - 1
-    body = f"""<noscript><p class="notice">The token view needs the script in this file.</p></noscript>
-<form class="controls" id="controls" autocomplete="off">
-<label class="wide"><span>step <output id="step-name"></output></span>
-<input type="range" id="step" min="0" max="{last}" value="{last}" step="1"></label>
-<label class="wide"><span>differs by at least <output id="least-name"></output></span>
-<input type="range" id="least" min="0" max="5" value="0" step="0.1"></label>
-<label><span>order</span><select id="order"><option value="step">one step</option>
-<option value="largest">largest disagreement of all steps</option></select></label></form>
-<ul class="legend"><li class="scale"><span>teacher finds it less likely</span><i></i><span>more likely</span></li>
-<li><span class="tok clipped">clipped</span> ratio</li>
-<li><span class="tok cut">clipped</span> advantage</li>
-<li><span class="tok off">not trained on</span></li>
-<li><span class="mark">✂</span> truncated</li></ul>
-<div class="view"><div id="columns" class="columns"></div>
-<aside id="detail" aria-live="polite"><p class="hint">Point at a token, tap it, or use the arrow keys.</p></aside></div>"""
+    body = (HERE / "tokens.html").read_text(encoding="utf-8").rstrip().format(last=last)
     about = (
         "Completions of the student before that step’s update, coloured by teacher − student log-probability at the loss’s temperature: "
         "the larger the difference, the stronger the training signal."

@@ -49,11 +49,8 @@ def save_model(
     """Write weights, tokenizer with chat template, generation config and model card; replaces `folder`.
 
     Args:
-        folder: the new model folder.
         model: without adapters.
-        tokenizer: the student's.
         eos: the ids that end a completion.
-        config: of the run.
         summary: as in summary.json, as far as known.
         weights: the model's by name, where it is sharded.
 
