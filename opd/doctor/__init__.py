@@ -143,7 +143,7 @@ def check_plan(
         planned = planner.fit(config)
     if problems:
         return
-    if request.is_here and report.run("memory", lambda: check_memory(planned, data, report)) and report.ready:
+    if request.memory is None and report.run("memory", lambda: check_memory(planned, data, report)) and report.ready:
         with report.catch("models"):
             check_models(planned, tokenizer, data, prompts, report)
     with report.catch("plan"):
@@ -160,7 +160,7 @@ def make_planner(config: Config, request: PlanRequest, data: Prompts) -> Planner
         free, host = request.memory, None
 
     def memory_of(candidate: Config) -> Memory:
-        if not request.is_here and device.type == "cuda":  # such a card computes in bf16, whatever this machine does
+        if request.memory is not None and device.type == "cuda":  # such a card computes in bf16, whatever this machine does
             named = {"model.dtype": candidate.model.dtype, "teacher.dtype": candidate.teacher.dtype}
             candidate = with_options(candidate, {option: Dtype.bfloat16 for option, dtype in named.items() if dtype is Dtype.auto})
         return estimate(candidate, 1, device, prompts=data, free=free)
@@ -173,8 +173,7 @@ def measured_timing(config: Config, report: Report) -> Timing | None:
     step = report.figures.get("step")
     if step is None:
         return None
-    seconds = step["seconds"]
-    per_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
+    per_step = machine.step_seconds(step["seconds"], config)
     return Timing(per_step, step.get("truncated", 0.0), step["steps"], **report.figures.get("evaluation_seconds", {}))
 
 

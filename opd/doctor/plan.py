@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.config.schema import Config, Estimator, OptimizerName, Placement, Quantization
-from opd.doctor.machine import TIGHT
+from opd.doctor.machine import EXTRAS, TIGHT
 from opd.errors import ConfigError
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, make_console
@@ -46,8 +46,8 @@ class Training:
     @property
     def missing(self) -> str:
         """Say how to install what it needs and is not there."""
-        needed = {"peft": ("lora", self.adapters), "bitsandbytes": ("quantized", self.quantized or self.small_states)}
-        extras = [extra for package, (extra, is_needed) in needed.items() if is_needed and find_spec(package) is None]
+        needed = {"peft": self.adapters, "bitsandbytes": self.quantized or self.small_states}
+        extras = [EXTRAS[package] for package, is_needed in needed.items() if is_needed and find_spec(package) is None]
         return f"; to install: pip install 'opd[{','.join(extras)}]'" if extras else ""
 
 
@@ -82,10 +82,6 @@ class PlanRequest:
     words: Sequence[str]
     minutes: float | None = None
     memory: int | None = None
-
-    @property
-    def is_here(self) -> bool:
-        return self.memory is None
 
     @property
     def typed(self) -> set[str]:

@@ -4,13 +4,13 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from opd.config.schema import Config, Truncated
+from opd.doctor.first_step import MAX_TRUNCATED
 from opd.doctor.plan import Planner, with_options
 from opd.errors import ConfigError
 from opd.runs.text import format_duration
 
 MIN_STEPS = 50  # fewer hardly train a model: shorter completions are better
 MIN_TOKENS = 64  # of completions that are shortened to save time
-MAX_TRUNCATED = 0.5  # share of completions, as in the doctor's check; above it their limit is doubled where it fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def fit_time(planner: Planner, config: Config, timing: Timing | None, minutes: f
         while chosen // 2 >= MIN_TOKENS and timing.steps_within(minutes, config, chosen / limit) < enough:
             chosen //= 2
             reason = f"with {limit} fewer than {MIN_STEPS} steps fit into the time, and each token has a lesson of its own"
-    if not is_fixed and chosen == limit and timing.truncated > MAX_TRUNCATED:
+    if not is_fixed and chosen == limit and timing.truncated > MAX_TRUNCATED:  # the limit is doubled where that fits
         longer = planner.changed(config, {option: 2 * limit})
         in_time = timing.steps_within(minutes, config, 2.0) >= enough
         if longer is not None and in_time and planner.needed(longer) <= planner.room:

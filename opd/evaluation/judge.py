@@ -23,7 +23,7 @@ from opd.models.device import release_memory
 from opd.models.distributed import make_accelerator, run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler, of_teachers
-from opd.teachers import as_one
+from opd.teachers import LocalTeacher, as_one
 from opd.training.build import Given, check_evaluated_positions, load_prompts, make_evaluator, make_run_grader
 from opd.training.evaluate import Distances, Evaluator, interval, mean_kl
 
@@ -85,8 +85,8 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
                 check_evaluated_positions(evaluator, teacher.model, "teacher", label)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
-            as_teachers = as_one({label: teacher.teacher(ids) for label, teacher in teachers.items()})
-            distances[role] = evaluator.distances(sampler, student.model, as_teachers)
+            scorers = {label: LocalTeacher(teacher.model, ids.vocabulary, masked=ids.masked) for label, teacher in teachers.items()}
+            distances[role] = evaluator.distances(sampler, student.model, as_one(scorers))
             del student, sampler
             release_memory(accelerator.device)
         samplers: dict[str, Sampler] = {}

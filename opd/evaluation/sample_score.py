@@ -20,7 +20,6 @@ from opd.models.overlap import Overlap, end_ids
 from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
-from opd.teachers import LocalTeacher
 from opd.training.checkpoint import AVERAGE, read, restore_weights, trained_tensors
 
 
@@ -49,9 +48,6 @@ class LoadedModel:
         sampler = GenerateSampler(spec, self.copies)
         sampler.check(self.role)
         return sampler
-
-    def teacher(self, ids: "SharedIds") -> LocalTeacher:
-        return LocalTeacher(self.model, ids.vocabulary, masked=ids.masked)
 
 
 @dataclass(frozen=True, slots=True)

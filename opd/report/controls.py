@@ -77,11 +77,6 @@ def effects(runs: Sequence[Run]) -> list[Effect]:
     return [effect for effect in found if effect is not None]
 
 
-def effects_on(run: Run, runs: Sequence[Run]) -> list[Effect]:
-    """Return the effects among `runs` that `run` is part of."""
-    return [effect for effect in effects(runs) if str(run.path) in effect.runs]
-
-
 def _compared(run: Run) -> str:
     """Return what has to be the same in runs that are compared."""
     options = {name: value for name, value in flatten(run.config).items() if not name.startswith(OTHER_OPTIONS)}
