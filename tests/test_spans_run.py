@@ -131,6 +131,14 @@ def test_neither_packing_nor_micro_batches_change_the_result(tmp_path: Path) -> 
     assert all(torch.allclose(results[0], other, atol=1e-5) for other in results[1:])
 
 
+def test_the_lookahead_of_a_later_inner_step_is_that_before_the_update(tmp_path: Path) -> None:
+    found = []
+    for steps in (1, 2):
+        trainer = span_trainer(tmp_path / str(steps), ppo__steps=steps, **UNEVEN)
+        found.append(trainer.train_step().tokens.columns["lookahead"])
+    assert torch.equal(*found) and bool(found[0].any())
+
+
 def test_metrics_say_how_well_the_tokens_fit_and_why_some_are_not_scored(tmp_path: Path) -> None:
     done = span_trainer(tmp_path, **UNEVEN).train_step()
     spans = [span for rollout in done.tokens.rollouts for span in rollout.alignment.spans]

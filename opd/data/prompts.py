@@ -166,7 +166,7 @@ class Encoder:
         template = teacher_template(self.config, teacher, self.tokenizer, self.teacher_tokenizer)
         prompts = {"teacher": teacher.prompt} if teacher.has_own_view or self.teacher_tokenizer is not None else {}
         for name, text in (prompts if teacher.contrast is None else {**prompts, "contrast": teacher.contrast}).items():
-            chat = messages if text is None else row.fill(text, VIEWS[name])
+            chat = messages if text is None else row.fill_chat(text, VIEWS[name])
             chat = chat if teacher.system is None else with_system(chat, teacher.system)
             views[name] = View(chat, template, f"{where} in the teacher's view", is_filled=text is not None)
         return views

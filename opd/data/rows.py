@@ -53,7 +53,7 @@ class DataRow:
             raise DataError(f"{place}: must be a text or a list of texts, not {type(value).__name__}; name another column")
         return [text for text in texts if text]
 
-    def fill(self, template: str, option: str) -> list[Message]:
+    def fill_chat(self, template: str, option: str) -> list[Message]:
         """Return the chat with the filled template in place of its last user message, or the chat in the column that is the whole template.
 
         `{prompt}` is that message and `{answer}` the first accepted answer, whatever other columns there are.
