@@ -20,7 +20,7 @@ from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.runs.reader import open_run
 from opd.training import runner
-from opd.training.build import Given
+from opd.training.inputs import Given
 from opd.training.logs import evaluation_metrics
 from opd.training.loop import Evaluated, Event, StepDone
 

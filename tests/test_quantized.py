@@ -19,8 +19,10 @@ from opd.models.memory import estimate, optimizer_bytes
 from opd.models.policy import add_adapters, prepare_student
 from opd.samplers.weights import merged_copy
 from opd.train import main
-from opd.training.build import Given, build_student, check_sharding, make_optimizer
+from opd.training.build import make_optimizer
 from opd.training.checkpoint import Checkpoints, model_tensors, restore, snapshot
+from opd.training.inputs import Given
+from opd.training.pair import check_sharding, load_student
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by a name that transformers is leaving
 
@@ -146,7 +148,7 @@ def test_quantised_weights_are_refused_where_they_cannot_be(bitsandbytes):
         with pytest.raises(ConfigError, match=rf"^{option}: FSDP2.*launch\.config_file=null"):
             check_sharding(config, sharded=True)
     with pytest.raises(ConfigError, match=r"^model\.quantization=nf4: .*pass the model's path"):
-        build_student(quantised, Given(student=random_model()), CPU, False)
+        load_student(quantised, Given(student=random_model()), CPU, False)
 
 
 @pytest.mark.parametrize("option", ["model.quantization=nf4", "optim.name=adamw8bit"])

@@ -38,9 +38,10 @@ from opd.runs.reader import open_run
 from opd.samplers import of_teachers
 from opd.teachers import LocalTeacher, ServedTeacher, as_one
 from opd.train import main
-from opd.training.build import Given, build, load_prompts
+from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
 from opd.training.identity import check_same, differences
+from opd.training.inputs import Given, load_prompts
 from opd.training.loop import COMPARED, Trainer
 from opd.training.tokens import Tokens
 

@@ -32,9 +32,9 @@ from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import load_pair
 from opd.report.tokens import by_span
 from opd.train import main
-from opd.training.build import Given, load_prompts
 from opd.training.checkpoint import Checkpoints
 from opd.training.identity import check_content
+from opd.training.inputs import Given, load_prompts
 from opd.training.loop import StepDone, Trainer
 from opd.training.spans import mean_advantage, span_problems
 

@@ -31,8 +31,9 @@ from opd.models.masters import MasterWeights
 from opd.models.memory import estimate
 from opd.teachers import ChangingTeacher, MovingAverage, teaching_module
 from opd.train import main
-from opd.training.build import Built, Given, build
+from opd.training.build import Built, build
 from opd.training.checkpoint import AVERAGE, MODEL, Checkpoints, read, trained_tensors
+from opd.training.inputs import Given
 from opd.training.loop import Trouble
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft

@@ -24,8 +24,9 @@ from opd.models import load as models
 from opd.models.device import free_memory
 from opd.models.distributed import make_accelerator
 from opd.models.memory import Memory, estimate
-from opd.training.build import Given, Loaded, build, encode_dataset, join_datasets, make_run_grader
+from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
+from opd.training.inputs import Given, Loaded, encode_dataset, join_datasets, make_run_grader
 from opd.training.spans import describe
 
 __all__ = ["Finding", "PlanRequest", "Report", "Status", "examine"]

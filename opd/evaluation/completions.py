@@ -24,16 +24,18 @@ from opd.data.rollouts import Request
 from opd.data.rows import columns_of
 from opd.data.sources import Row, Rows, load_rows
 from opd.errors import ConfigError, DataError
-from opd.evaluation.sample_score import SharedIds, load_teacher
+from opd.evaluation.sample_score import load_teacher
 from opd.models import load as models
 from opd.models.distributed import make_accelerator
 from opd.models.policy import check_positions
+from opd.models.shared_ids import SharedIds
 from opd.runs.folder import check_output_path, write_output
 from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import ServedTeacher
-from opd.training.build import CANARY_PROMPTS, Given, load_prompts, make_evaluator, make_run_grader
+from opd.teachers import ServedTeacher, canary_ids
+from opd.training.evaluate import make_evaluator
 from opd.training.identity import digest, rows
+from opd.training.inputs import Given, load_prompts, make_run_grader
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +94,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     sampler, vocabulary = teacher_sampler(config, tokenizer, prompts, average)
     with ExitStack() as stack:
         grader = make_run_grader(config, prompts, stack)
-        evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, vocabulary, bf16=False)
+        evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, SharedIds(vocabulary))
         done = begin(part, settings(config, prompts, samples))
         sampling = config.sampling
         decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
@@ -135,12 +137,12 @@ def teacher_sampler(
     config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], average: Path | None = None
 ) -> tuple[Sampler, int]:
     """Return a sampler of the local or served teacher, and the number of ids that it may draw."""
-    own = tokenizer, (tokenizer.eos_token_id,)
+    own, kwargs, device = (tokenizer, (tokenizer.eos_token_id,)), config.data.chat_template_kwargs, models.find_device(config.device)
     if config.teacher.url is None:
-        teacher = load_teacher(config, models.find_device(config.device), average)
+        teacher = load_teacher(config, device, average)
         vocabulary = models.shared_vocabulary(tokenizer, teacher.model, None)
         overlap = models.check_same_ids(tokenizer, teacher.tokenizer)
-        ids = SharedIds.of(config, overlap, vocabulary, own, (teacher.tokenizer, teacher.eos))
+        ids = SharedIds.of(vocabulary, overlap, [own, (teacher.tokenizer, teacher.eos)], kwargs, device)
         models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
         lengths = [len(prompt.seen_by_teacher) for prompt in prompts]
         check_positions(teacher.model, "teacher", "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
@@ -148,13 +150,12 @@ def teacher_sampler(
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
     overlap = models.check_same_ids(tokenizer, teacher_tokenizer)
-    ids = SharedIds.of(config, overlap, vocabulary, own, (teacher_tokenizer, (teacher_tokenizer.eos_token_id,)))
+    ids = SharedIds.of(vocabulary, overlap, [own, (teacher_tokenizer, (teacher_tokenizer.eos_token_id,))], kwargs, device)
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
-    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
     models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
-    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary[: longest - 1], overlap=ids.overlap)
+    served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary_ids(tokenizer, prompts, longest), overlap=ids.overlap)
     served.check()
-    eos = ids.ends or tuple({tokenizer.eos_token_id, ChatTemplate(tokenizer, config.data.chat_template_kwargs).completion_end()})
+    eos = ids.ends or tuple({tokenizer.eos_token_id, ChatTemplate(tokenizer, kwargs).completion_end()})
     # The server has the model.
     spec: Any = SamplerSpec(
         model=None,  # type: ignore[arg-type]

@@ -24,8 +24,8 @@ from opd.models.distributed import make_accelerator, run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
-from opd.training.build import Given, check_evaluated_positions, load_prompts, make_evaluator, make_run_grader
-from opd.training.evaluate import Distances, Evaluator, interval, mean_kl
+from opd.training.evaluate import Distances, Evaluator, interval, make_evaluator, mean_kl
+from opd.training.inputs import Given, load_prompts, make_run_grader
 
 DRAWS = 10_000
 MAX_INDICES = 2**22  # in memory at a time
@@ -79,10 +79,10 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
                 if theirs is None:
                     models.check_known(prompts, student.tokenizer, ids.vocabulary, ids.overlap)
                 grader = make_run_grader(config, prompts, stack)
-            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids.vocabulary, False, ids.masked, theirs)
-            check_evaluated_positions(evaluator, student.model, "model")
+            evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids, teacher_tokenizer=theirs)
+            evaluator.check_positions(student.model, "model")
             for label, teacher in teachers.items():
-                check_evaluated_positions(evaluator, teacher.model, "teacher", label)
+                evaluator.check_positions(teacher.model, "teacher", label)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
             scorers = {label: LocalTeacher(teacher.model, ids.vocabulary, masked=ids.masked) for label, teacher in teachers.items()}

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig, SamplingDtype
@@ -16,8 +15,8 @@ from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, DataError
 from opd.models import load as models
 from opd.models.adapters import trained_adapters
-from opd.models.overlap import Overlap, end_ids
 from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
+from opd.models.shared_ids import SharedIds
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
 from opd.training.checkpoint import AVERAGE, read, restore_weights, trained_tensors
@@ -39,7 +38,7 @@ class LoadedModel:
     eos: tuple[int, ...]
     copies: bool
 
-    def sampler(self, pad_id: int, ids: "SharedIds", seed: int) -> GenerateSampler:
+    def sampler(self, pad_id: int, ids: SharedIds, seed: int) -> GenerateSampler:
         """Return a sampler of the model. Raises `ConfigError` where its samples would not be the model's."""
         eos, vocabulary = self.eos if ids.ends is None else ids.ends, ids.vocabulary
         if self.role == "teacher" and ids.of_teacher is not None:
@@ -48,34 +47,6 @@ class LoadedModel:
         sampler = GenerateSampler(spec, self.copies)
         sampler.check(self.role)
         return sampler
-
-
-@dataclass(frozen=True, slots=True)
-class SharedIds:
-    """The ids that two models share.
-
-    Attributes:
-        vocabulary: both heads have the ids below it.
-        overlap, masked, ends: where each has tokens of its own, what they share, the ids below `vocabulary` that they do not, and the ids
-            that end a completion; else None.
-        of_teacher: how many ids a teacher with tokens of its own has; None where the ids are shared.
-    """
-
-    vocabulary: int
-    overlap: Overlap | None = None
-    masked: Tensor | None = None
-    ends: tuple[int, ...] | None = None
-    of_teacher: int | None = None
-
-    @classmethod
-    def of(
-        cls, config: Config, overlap: Overlap | None, vocabulary: int, *pairs: tuple[PreTrainedTokenizerBase, Sequence[int]]
-    ) -> "SharedIds":
-        """Return the ids below `vocabulary` that both have. `pairs`: tokenizer and end ids of the student, then of the teacher."""
-        if overlap is None:
-            return cls(vocabulary)
-        ends = end_ids(overlap, pairs, config.data.chat_template_kwargs)
-        return cls(vocabulary, overlap, overlap.masked(vocabulary).to(models.find_device(config.device)), ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +139,8 @@ def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> Sha
         return SharedIds(own, of_teacher=theirs)
     overlap = models.check_same_ids(student.tokenizer, teacher.tokenizer)
     vocabulary = models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
-    return SharedIds.of(config, overlap, vocabulary, (student.tokenizer, student.eos), (teacher.tokenizer, teacher.eos))
+    pairs = [(loaded.tokenizer, loaded.eos) for loaded in (student, teacher)]
+    return SharedIds.of(vocabulary, overlap, pairs, config.data.chat_template_kwargs, student.model.device)
 
 
 def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:

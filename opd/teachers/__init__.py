@@ -3,7 +3,7 @@
 from opd.teachers.base import Scored, Teacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.placement import loading_device, place
-from opd.teachers.served import ServedTeacher
+from opd.teachers.served import ServedTeacher, canary_ids
 from opd.teachers.several import as_one
 from opd.teachers.student import ChangingTeacher, MovingAverage, starting_module, teaching_module
 
@@ -15,6 +15,7 @@ __all__ = [
     "ServedTeacher",
     "Teacher",
     "as_one",
+    "canary_ids",
     "loading_device",
     "place",
     "starting_module",

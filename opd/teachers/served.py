@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opd import signals
 from opd.config.schema import TeacherConfig
+from opd.data.prompts import Prompt
 from opd.data.rollouts import Inputs, Rollout, collate
 from opd.errors import EngineError, TeacherError
 from opd.models.overlap import Overlap
@@ -45,7 +46,7 @@ CONCURRENCY = 8  # sequences scored at a time: a server needs memory for the who
 ATTEMPTS = 4  # that are answered too late within `teacher.timeout`
 PAUSES = (0.5, 10.0)  # seconds before the second attempt, and at most
 POLL = 0.2  # seconds after which signals are looked at
-CANARY_TOKENS = 256
+CANARY_PROMPTS, CANARY_TOKENS = 8, 256
 NAMED_TOKENS = 256  # compared by name, in addition to the special ones
 MAX_ENTROPY = 0.5  # of a uniform distribution's, ln V: trained models have less than half of that on any text
 TOP = 5  # most probable tokens that are looked at for masked ones
@@ -63,6 +64,11 @@ class Scores:
 
     logp: list[float]
     top: list[list[tuple[int, float]]]
+
+
+def canary_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], longest: int) -> list[int]:
+    """Return the ids of a text that identifies a teacher by its scores: its first prompts, fewer than `longest` tokens."""
+    return [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)][: longest - 1]
 
 
 class ServedTeacher:

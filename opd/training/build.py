@@ -1,4 +1,4 @@
-"""From a typed config to everything a run needs: models, data, sampler, teacher, evaluator, trainer."""
+"""From a typed config to everything a run needs: prompts, models, sampler, teachers, evaluator, trainer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,80 +13,41 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import (
-    Config,
-    Engine,
-    Estimator,
-    ModelConfig,
-    OptimizerName,
-    Placement,
-    Quantization,
-    TeacherWeights,
-    naming_dataset,
-    naming_teacher,
-)
-from opd.data.given import check_given
-from opd.data.prompts import Encoder, Prompt, encode_rows, first_of_each, labelled, text_warnings
-from opd.data.rewards import Grader, make_grader
-from opd.data.sources import Rows, check_rows, load_rows
-from opd.errors import ConfigError, DataError
+from opd.config.schema import Config, Engine, OptimizerName, TeacherWeights, naming_teacher
+from opd.data.prompts import Prompt, text_warnings
 from opd.models import load
-from opd.models.adapters import trained_adapters
 from opd.models.device import autocast, free_memory
-from opd.models.distributed import on_main_process, prepare, run_stoppable, shards_weights
+from opd.models.distributed import Strategy, on_main_process, prepare, run_stoppable, shards_weights
 from opd.models.masters import MasterWeights
 from opd.models.memory import head_rows
-from opd.models.overlap import Overlap, end_ids
-from opd.models.policy import (
-    Policy,
-    check_packing,
-    check_positions,
-    fuse_layers,
-    is_quantized,
-    position_limit,
-    prepare_student,
-    prepare_teacher,
-    uses_packing,
-)
-from opd.samplers import Decoding, GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, of_teachers
+from opd.models.policy import Policy, check_packing, check_positions, is_quantized, uses_packing
+from opd.models.shared_ids import SharedIds
+from opd.samplers import GenerateSampler, Sampler, SamplerSpec, longest_sequence, make_sampler, of_teachers
 from opd.samplers.vllm import check_installed
 from opd.samplers.vllm_server import ServedSampler
-from opd.teachers import (
-    ChangingTeacher,
-    LocalTeacher,
-    MovingAverage,
-    ServedTeacher,
-    Teacher,
-    as_one,
-    loading_device,
-    place,
-    starting_module,
-    teaching_module,
-)
-from opd.training.checkpoint import Checkpoints, trained_tensors
-from opd.training.evaluate import Evaluator
+from opd.teachers import ChangingTeacher, LocalTeacher, ServedTeacher, Teacher, as_one, place
+from opd.training.checkpoint import Checkpoints
+from opd.training.evaluate import Evaluator, make_evaluator
 from opd.training.identity import content, digest, digest_tokenizer, identity
-from opd.training.loop import COMPARED, Trainer
-from opd.training.spans import make_spans
+from opd.training.inputs import Given, load_prompts, make_run_grader
+from opd.training.loop import Trainer
+from opd.training.pair import (
+    TeacherParts,
+    check_given,
+    check_sharding,
+    connect,
+    load_student,
+    load_teachers,
+    match_ids,
+    match_spans,
+    open_teachers,
+    starting_model,
+)
 from opd.training.speed import measure_speed, product_parameters
 from opd.training.step import Step
 
-CANARY_PROMPTS = 8
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """Objects that a caller passes instead of names: modules, a tokenizer, rows, or prompts to train and to evaluate on."""
-
-    student: PreTrainedModel | None = None
-    teacher: PreTrainedModel | None = None
-    tokenizer: PreTrainedTokenizerBase | None = None
-    train_rows: Rows | None = None
-    eval_rows: Rows | None = None
-    prompts: tuple[list[Prompt], list[Prompt]] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Built:
     """A trainer and what else the runner needs.
 
@@ -121,175 +82,101 @@ def build(
     """
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
-    if given.teacher is not None and (config.is_served or config.teachers):
-        option = "teachers" if config.teachers else "teacher.url"
-        raise ConfigError(f"{option}: a teacher was passed as a module too; leave one of them out")
-    if given.teacher is not None and config.names_weights:
-        raise ConfigError(f"{config.weights_option}: a teacher was passed as a module too; leave one of them out")
     device, sharded = accelerator.device, shards_weights(accelerator)
+    check_given(config, given)
     check_sharding(config, sharded)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters
+
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
-    parts = config.parts_by_teacher
-    teacher_tokenizers = {}
-    overlap = None
-    has_spans = config.teacher.has_own_tokens  # then there is one teacher
-    for label, part in parts.items():
-        with naming_teacher(label):
-            has_tokenizer = has_spans or (given.teacher is None and not part.teaches_itself)
-            teacher_tokenizers[label] = load.load_tokenizer(part.teacher, "teacher") if has_tokenizer else tokenizer
-            overlap = None if has_spans else load.check_same_ids(tokenizer, teacher_tokenizers[label]) or overlap
-    if overlap is not None and len(parts) > 1:
-        raise ConfigError("teachers: one of several has tokens of its own, or lacks some of the student's; use it alone, as teacher")
-    train_prompts, eval_prompts = load_prompts(config, tokenizer, given, teacher_tokenizers[""] if has_spans else None)
-    grader = make_run_grader(config, [*train_prompts, *eval_prompts], stack)
+    teachers, overlap = open_teachers(config, given, tokenizer)
+    own_reader = teachers[0].tokenizer if config.teacher.has_own_tokens else None  # then there is one teacher
+    train_prompts, eval_prompts = load_prompts(config, tokenizer, given, own_reader)
+    prompts = [*train_prompts, *eval_prompts]
+    grader = make_run_grader(config, prompts, stack)
 
     torch.manual_seed(config.seed)
-    student, adapters = build_student(config, given, device, autocasts)
+    student, adapters = load_student(config, given, device, autocasts)
     masters = MasterWeights(student) if bf16 and not sharded else None
-    teacher_models: dict[str, PreTrainedModel | None] = {}
-    own_models: dict[tuple[TeacherWeights, bool], PreTrainedModel] = {}
-    average = None
-    for label, part in parts.items():
-        with naming_teacher(label):
-            if part.teaches_itself:
-                whose = (part.teacher_weights, part.names_weights)  # teachers that differ in what they read share a module
-                if whose not in own_models:
-                    own_models[whose] = teaching_module(part, student, sharded)
-                teacher_models[label] = own_model = own_models[whose]
-                if part.teacher_weights is TeacherWeights.ema:  # of `teacher` alone
-                    average = MovingAverage(own_model, trained_tensors(student, masters), part.teacher.ema)
-            else:
-                teacher_models[label] = None if part.teacher.url is not None else build_teacher(part, given, accelerator)
-    prompts = [*train_prompts, *eval_prompts]
-    if has_spans:
-        vocabulary = load.shared_vocabulary(tokenizer, student, None)
-        teacher_vocabulary = own_vocabulary(teacher_tokenizers[""], teacher_models[""])
-        load.check_known([replace(prompt, teacher_ids=None) for prompt in prompts], tokenizer, vocabulary)
-        load.check_known([replace(prompt.for_teacher(), given=()) for prompt in prompts], teacher_tokenizers[""], teacher_vocabulary)
-    else:
-        vocabulary = min(load.shared_vocabulary(tokenizer, student, model) for model in teacher_models.values())
-        teacher_vocabulary = vocabulary
-        load.check_known(prompts, tokenizer, vocabulary, overlap)
-    masked = None if overlap is None else overlap.masked(vocabulary).to(device)
-    eos = load.eos_ids(student, tokenizer)
-    teacher_eos = {label: load.eos_ids(model, teacher_tokenizers[label]) for label, model in teacher_models.items()}
-    for label, model in teacher_models.items():
-        if model is None and set(teacher_eos[label]) <= set(eos) and not has_spans:
-            teacher_eos[label] = eos  # a tokenizer names one token, a model may have more
-    spans = None
-    if has_spans:
-        teacher_model, ends = teacher_models[""], (eos, teacher_eos[""])
-        views = [prompt.for_teacher() for prompt in prompts]
-        limit = longest_served(config, views) if teacher_model is None else position_limit(teacher_model)
-        spans = make_spans(config, tokenizer, teacher_tokenizers[""], ends, prompts, limit, (vocabulary, teacher_vocabulary), device)
-        if teacher_model is None:
-            teacher_eos[""] = tuple({*teacher_eos[""], spans.aligner.teacher_end})  # a tokenizer names one token
-    own_eos, own_teacher_eos = eos, dict(teacher_eos)
-    if overlap is not None:
-        ((label, last_eos),) = teacher_eos.items()
-        pairs = [(tokenizer, eos), (teacher_tokenizers[label], last_eos)]
-        eos = teacher_eos[label] = end_ids(overlap, pairs, config.data.chat_template_kwargs)
-    spec = SamplerSpec(
-        model=student,
-        eos=eos,
-        pad_id=tokenizer.pad_token_id,
-        vocabulary=vocabulary,
-        seed=config.seed,
-        bf16=autocasts,
-        longest=longest_sequence(config, [*train_prompts, *eval_prompts]),
-        batch_size=config.sampling.batch_size,
-        is_main=accelerator.is_main_process,
-        sharded=sharded,
-        masked=masked,
-    )
-    read_by_teacher = teacher_tokenizers[""] if has_spans else None
-    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, vocabulary, autocasts, masked, read_by_teacher)
-    local = {label: model for label, model in teacher_models.items() if model is not None}
-    new_tokens = config.sampling.max_new_tokens
-    check_positions(student, "model", "sampling.max_new_tokens", [len(prompt.ids) for prompt in train_prompts], new_tokens)
-    check_evaluated_positions(evaluator, student, "model")
-    for label, model in local.items():
-        lengths = [max(map(len, prompt.scored_views)) for prompt in train_prompts if prompt.teacher == label]
-        check_positions(model, "teacher", "sampling.max_new_tokens", lengths, new_tokens)
-        check_evaluated_positions(evaluator, model, "teacher", label)
-    packed = all(uses_packing(model, config.train.packing) for model in (student, *local.values()))
+    average = load_teachers(teachers, given, accelerator, student, masters)
+    start = starting_model(config, teachers, student)
+    ids = match_ids(config, tokenizer, student, teachers, overlap, prompts)
+    spans = match_spans(config, tokenizer, student, teachers, ids, prompts)
+    evaluator = make_evaluator(config, accelerator, tokenizer, eval_prompts, grader, ids, autocasts, own_reader)
+    check_lengths(config, evaluator, student, teachers, train_prompts)
+    modules = {teacher.label: teacher.model for teacher in teachers if teacher.model is not None}
+    packed = all(uses_packing(model, config.train.packing) for model in (student, *modules.values()))
     if packed:
         with autocast(device, autocasts):
             check_packing(student, "model")
-    choices = choices or make_choices(config, accelerator, spec, max(vocabulary, teacher_vocabulary))
+
+    eos = load.eos_ids(student, tokenizer)
+    spec = SamplerSpec(
+        model=student,
+        eos=ids.ends or eos,
+        pad_id=tokenizer.pad_token_id,
+        vocabulary=ids.vocabulary,
+        seed=config.seed,
+        bf16=autocasts,
+        longest=longest_sequence(config, prompts),
+        batch_size=config.sampling.batch_size,
+        is_main=accelerator.is_main_process,
+        sharded=sharded,
+        masked=ids.masked,
+    )
+    choices = choices or make_choices(config, accelerator, spec, max(ids.vocabulary, ids.teacher_vocabulary))
     # Copies and checks the student, before it is sharded. A signal during the check stops all processes.
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
         choices["bf16_copy"] = sampler.copy is not None
-    connected = {}
-    for label, part in parts.items():
-        if teacher_models[label] is None:
-            seen = [prompt for prompt in (*train_prompts, *eval_prompts) if prompt.teacher == label]
-            with naming_teacher(label):
-                read_with = teacher_tokenizers[label] if has_spans else tokenizer
-                connected[label] = connect_teacher(part, accelerator, read_with, teacher_vocabulary, seen, choices, label, overlap)
+    served: dict[str, ServedTeacher] = {}
+    for teacher in teachers:
+        if teacher.model is None:
+            with naming_teacher(teacher.label):
+                served[teacher.label] = connect(teacher, accelerator, own_reader or tokenizer, ids, prompts, choices)
     decodes_in = None if config.sampling.engine is Engine.vllm else torch.bfloat16 if choices["bf16_copy"] else student.dtype
-    speed = measure_speed(config, student, local.get(""), bf16, decodes_in)
-    speed = replace(speed, teachers={label: product_parameters(model) for label, model in local.items() if label})
-    starts = [label for label, part in parts.items() if part.teacher_is_start]
-    start = starting_module(config, student) if config.ppo.reference_coef > 0 and not starts else None
+    speed = measure_speed(config, student, modules.get(""), bf16, decodes_in)
+    speed = replace(speed, teachers={label: product_parameters(module) for label, module in modules.items() if label})
+
     copied = None if start is student else start
-    digests = on_main_process(accelerator, lambda: content(tokenizer, student, teacher_models, train_prompts, eval_prompts, copied))
-    if has_spans:
-        digests["the teacher's tokenizer"] = digest_tokenizer(teacher_tokenizers[""])
+    taught = {teacher.label: teacher.model for teacher in teachers}
+    digests = on_main_process(accelerator, lambda: content(tokenizer, student, taught, train_prompts, eval_prompts, copied))
+    if own_reader is not None:
+        digests["the teacher's tokenizer"] = digest_tokenizer(own_reader)
     if overlap is not None:
-        digests["masked ids"] = digest([overlap.masked(vocabulary).tolist(), eos])
-    for label, model in local.items():
-        with naming_teacher(label):
-            place(model, parts[label].teacher.placement, device)  # after the digests, which read the weights where they were loaded
+        digests["masked ids"] = digest([overlap.masked(ids.vocabulary).tolist(), spec.eos])
+    for teacher in teachers:
+        if teacher.model is not None:  # after the digests, which read the weights where they were loaded
+            with naming_teacher(teacher.label):
+                place(teacher.model, teacher.config.teacher.placement, device)
     checkpointing = load.recomputes_activations(config.train, device)
-    policy = Policy(student, vocabulary, choices["head_rows"], checkpointing, config.train.compile, autocasts, masked)
+    policy = Policy(student, ids.vocabulary, choices["head_rows"], checkpointing, config.train.compile, autocasts, ids.masked)
     trained = masters.masters if masters is not None else [weight for weight in student.parameters() if weight.requires_grad]
     strategy = prepare(accelerator, policy, make_optimizer(config, trained), masters)
-    teachers: dict[str, Teacher] = {}
-    teacher_samplers: dict[str, Sampler] = {}
-    for label, part in parts.items():
-        teacher_model, bf16_teacher = teacher_models[label], part.teaches_itself and autocasts
-        pad_id = teacher_tokenizers[label].pad_token_id if has_spans else tokenizer.pad_token_id
-        teacher_spec = replace(
-            spec, model=teacher_model or student, eos=teacher_eos[label], pad_id=pad_id, vocabulary=teacher_vocabulary, bf16=bf16_teacher
-        )
-        if teacher_model is None:
-            teachers[label] = served = connected[label]
-            teacher_samplers[label] = ServedSampler(served.servers[0], served.name, teacher_spec)
+
+    scorer = partial(make_scorer, strategy=strategy, student=student, adapters=adapters, masked=ids.masked, rows=choices["head_rows"])
+    scorers: dict[str, Teacher] = {}
+    samplers: dict[str, Sampler] = {}
+    for teacher in teachers:
+        own_bf16, pad_id = teacher.config.teaches_itself and autocasts, (own_reader or tokenizer).pad_token_id
+        own_spec = replace(spec, eos=ids.ends or teacher.eos, pad_id=pad_id, vocabulary=ids.teacher_vocabulary, bf16=own_bf16)
+        if teacher.model is None:
+            scorers[teacher.label] = server = served[teacher.label]
+            samplers[teacher.label] = ServedSampler(server.servers[0], server.name, own_spec)
             continue
-        changes = part.teacher_weights in (TeacherWeights.current, TeacherWeights.ema)
-        kind: type[LocalTeacher] = ChangingTeacher if changes else LocalTeacher
-        teachers[label] = kind(
-            teacher_model,
-            teacher_vocabulary,
-            adapters if teacher_model is student and part.teacher_weights is TeacherWeights.base else None,
-            choices["head_rows"],
-            bf16=bf16_teacher,
-            device=device,
-            ready=strategy.gathered_weights if teacher_model is student else None,
-            masked=masked,
-        )
-        teacher_samplers[label] = local_sampler = GenerateSampler(teacher_spec)
-        if not part.teaches_itself:
-            with naming_teacher(label), teachers[label].ready():
+        scorers[teacher.label] = scorer(teacher.model, teacher.config.teacher_weights, ids.teacher_vocabulary, own_bf16)
+        samplers[teacher.label] = own_sampler = GenerateSampler(replace(own_spec, model=teacher.model))
+        if not teacher.config.teaches_itself:
+            with naming_teacher(teacher.label), scorers[teacher.label].ready():
                 if packed:
-                    check_packing(teacher_model, "teacher")
-                if any(prompt.teacher == label for prompt in evaluator.answered):
-                    run_stoppable(accelerator, partial(local_sampler.check, "teacher"))
-    teacher = as_one(teachers)
-    reference = None
-    if config.ppo.reference_coef > 0 and start is None:
-        has_start = teachers[starts[0]]
-        assert isinstance(has_start, LocalTeacher)
-        reference = has_start
-    elif start is not None:
-        is_student = start is student
-        gathered = strategy.gathered_weights if is_student else None
-        own = adapters if is_student else None
-        reference = LocalTeacher(start, vocabulary, own, choices["head_rows"], autocasts, device, gathered, masked)
+                    check_packing(teacher.model, "teacher")
+                if teacher.sees(evaluator.answered):
+                    run_stoppable(accelerator, partial(own_sampler.check, "teacher"))
+    reference: Teacher | None = None
+    if config.ppo.reference_coef > 0:
+        starts = [scorers[teacher.label] for teacher in teachers if teacher.config.teacher_is_start]
+        reference = starts[0] if start is None else scorer(start, TeacherWeights.base, ids.vocabulary, autocasts)
+    assert isinstance(reference, LocalTeacher | None)
     trainer = Trainer(
         config=config,
         strategy=strategy,
@@ -301,7 +188,7 @@ def build(
         scoring=Step(
             config=config,
             strategy=strategy,
-            teacher=teacher,
+            teacher=as_one(scorers),
             pad_id=tokenizer.pad_token_id,
             packed=packed,
             choices=choices,
@@ -316,113 +203,33 @@ def build(
         saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
-    sampling = "vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}"
-    warnings = text_warnings([*eval_prompts, *train_prompts], tokenizer, eos)
-    differences = []
-    for label, teacher_tokenizer in () if has_spans else teacher_tokenizers.items():
-        found = load.pair_differences(tokenizer, teacher_tokenizer, (own_eos, own_teacher_eos[label]), overlap, eos)
-        differences += [f"{label}: {difference}" if label else difference for difference in found]
-    differences += warnings
-    served_teachers = "; ".join(f"{served.name} at {', '.join(parts[label].teacher.urls)}" for label, served in connected.items())
-    eos = tuple(sorted({*eos, *own_eos}))  # an end that is masked here may still be written by the trained model
-    teacher_sampler = of_teachers(teacher_samplers, teachers)
-    return Built(trainer, tokenizer, teacher, teacher_sampler, teacher_eos, adapters, eos, differences, sampling, served_teachers)
-
-
-def build_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
-    """Return the student and peft's handle on its adapters."""
-    check_passed(config.model, given.student, "model")
-    if given.student is not None and given.student is given.teacher:
-        raise ConfigError("model and teacher_model are the same module, but the teacher must not change: load it twice")
-    # With lora.rank an adapter is loaded below, to be trained; otherwise it is merged here.
-    source = replace(config.model, adapter=None) if config.lora.rank else config.model
-    model = given.student or load.load_model(source, "model", device)
-    student = prepare_student(model, device, bf16, frozen=config.lora.rank > 0)
-    if all(map(can_fuse, config.parts_by_teacher.values())):
-        fuse_layers(student)
-    return student, trained_adapters(student, config) if config.lora.rank else None
-
-
-def check_passed(model: ModelConfig, module: PreTrainedModel | None, role: str) -> None:
-    """Raise `ConfigError` where a module is passed although an option says how to load it."""
-    if module is not None and model.quantization is not Quantization.none:
-        raise ConfigError(f"{role}.quantization={model.quantization.value}: models are quantised on loading; pass the {role}'s path")
-    if module is not None and model.adapter is not None:
-        raise ConfigError(f"{role}.adapter={model.adapter}: adapters are loaded with a path; pass the {role}'s path")
-
-
-def check_sharding(config: Config, sharded: bool) -> None:
-    """Raise `ConfigError` for options that do not work with FSDP2."""
-    if sharded and config.model.quantization is not Quantization.none:
-        option = f"model.quantization={config.model.quantization.value}"
-        raise ConfigError(f"{option}: FSDP2 cannot shard quantised weights; set launch.config_file=null, or model.quantization=none")
-    if sharded and config.optim.name is OptimizerName.adamw8bit:
-        raise ConfigError("optim.name=adamw8bit: FSDP2 cannot shard its states; set launch.config_file=null, or optim.name=adamw")
-
-
-def build_teacher(config: Config, given: Given, accelerator: Accelerator) -> PreTrainedModel:
-    check_passed(config.teacher, given.teacher, "teacher")
-    device = loading_device(config.teacher, accelerator.device, accelerator.num_processes, shards_weights(accelerator))
-    computes_on = device if config.teacher.placement is Placement.device else accelerator.device
-    teacher = prepare_teacher(given.teacher or load.load_model(config.teacher, "teacher", computes_on), device)
-    if can_fuse(config):
-        fuse_layers(teacher)
-    return teacher
-
-
-def connect_teacher(
-    config: Config,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    vocabulary: int,
-    prompts: Sequence[Prompt],
-    choices: dict[str, Any],
-    label: str,
-    overlap: Overlap | None = None,
-) -> ServedTeacher:
-    """Connect to a served teacher.
-
-    Its scores of its first prompts are in `choices`, and have to be the same when the run is resumed.
-    """
-    views = [replace(prompt, ids=ids) for prompt in prompts for ids in prompt.scored_views]
-    longest = longest_served(config, views) + 1
-    canary = [tokenizer.eos_token_id, *(token for prompt in prompts[:CANARY_PROMPTS] for token in prompt.seen_by_teacher)]
-    is_topk = config.ppo.estimator is Estimator.topk
-    if is_topk and overlap is not None:
-        raise ConfigError("ppo.estimator=topk: servers send ids that the student lacks among the most probable; set ppo.estimator=sampled")
-    teacher = ServedTeacher(
-        config.teacher,
-        tokenizer,
-        vocabulary,
-        longest,
-        canary[: longest - 1],
-        config.ppo.k if is_topk else 0,
-        overlap,
+    differences = [] if own_reader is not None else pair_differences(tokenizer, eos, teachers, ids)
+    return Built(
+        trainer=trainer,
+        tokenizer=tokenizer,
+        teacher=trainer.scoring.teacher,
+        teacher_sampler=of_teachers(samplers, scorers),
+        teacher_eos={teacher.label: ids.ends or teacher.eos for teacher in teachers},
+        adapters=adapters,
+        eos=tuple(sorted({*spec.eos, *eos})),  # an end that is masked here may still be written by the trained model
+        differences=differences + text_warnings([*eval_prompts, *train_prompts], tokenizer, spec.eos),
+        sampling="vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}",
+        served="; ".join(f"{server.name} at {', '.join(server.config.urls)}" for server in served.values()),
     )
-    name = f"canary of {label}" if label else "canary"
-    if config.resume_force:  # which accepts another teacher
-        choices.pop(name, None)
-        choices.pop(COMPARED, None)
-    teacher.reference = choices.get(name, [])
-    on_main_process(accelerator, teacher.check)
-    choices[name] = teacher.reference
-    return teacher
 
 
-def longest_served(config: Config, views: Sequence[Prompt]) -> int:
-    """Return the most tokens that a served teacher reads. In tokens of its own a completion may take twice as many; more are not scored."""
-    spare = config.sampling.max_new_tokens if config.teacher.has_own_tokens else 0
-    return longest_sequence(config, views) + spare
-
-
-def own_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None) -> int:
-    """Return how many ids a teacher with another tokenizer has; a served one (None) as many as its tokenizer."""
-    return max(tokenizer.get_vocab().values()) + 1 if model is None else load.shared_vocabulary(tokenizer, model, None)
-
-
-def can_fuse(config: Config) -> bool:
-    """Return whether Liger's kernels may be used: not where the teacher computes on another device than the student."""
-    return config.teacher.placement is not Placement.device
+def check_lengths(
+    config: Config, evaluator: Evaluator, student: PreTrainedModel, teachers: Sequence[TeacherParts], prompts: Sequence[Prompt]
+) -> None:
+    """Raise `ConfigError` where training or evaluation needs more positions than a model has."""
+    new_tokens = config.sampling.max_new_tokens
+    check_positions(student, "model", "sampling.max_new_tokens", [len(prompt.ids) for prompt in prompts], new_tokens)
+    evaluator.check_positions(student, "model")
+    for teacher in teachers:
+        if teacher.model is not None:
+            lengths = [max(map(len, prompt.scored_views)) for prompt in teacher.sees(prompts)]
+            check_positions(teacher.model, "teacher", "sampling.max_new_tokens", lengths, new_tokens)
+            evaluator.check_positions(teacher.model, "teacher", teacher.label)
 
 
 def make_choices(config: Config, accelerator: Accelerator, spec: SamplerSpec, vocabulary: int) -> dict[str, Any]:
@@ -452,125 +259,36 @@ def resumed_choices(state: Mapping[str, Any], config: Config) -> dict[str, Any]:
     return {**state["choices"], **({"max_tokens": asked} if changed else {})}
 
 
-def load_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, given: Given, teacher_tokenizer: PreTrainedTokenizerBase | None = None
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Return prompts to train and to evaluate on. Raises `DataError` where rewards are asked for and nothing can be judged.
-
-    Args:
-        teacher_tokenizer: Of a teacher with tokens of its own, for its view.
-    """
-    if given.prompts is not None:
-        return given.prompts
-    if given.train_rows is not None and config.data.mix:
-        raise ConfigError("data.mix: rows were passed, which are one dataset; leave one of them out")
-    loaded = {}
-    for label, part in config.parts.items():
-        with naming_dataset(label), naming_teacher(config.teacher_of(label)):
-            rows = load_rows(part.data) if given.train_rows is None else check_rows(given.train_rows, given.eval_rows or [], part.data)
-            loaded[label] = Loaded(rows, encode_dataset(part, tokenizer, rows, label, teacher_tokenizer))
-    return join_datasets(config, loaded)
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """The rows of a dataset and their prompts, to train and to evaluate on."""
-
-    rows: tuple[Rows, Rows]
-    prompts: tuple[list[Prompt], list[Prompt]]
-
-
-def encode_dataset(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: tuple[Rows, Rows],
-    label: str = "",
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the prompts of a single dataset, without its label, which is for messages."""
-    train_rows, eval_rows = rows
-    encoder = Encoder(tokenizer, config.data, config.teacher, teacher_tokenizer)
-    train_prompts = encode_rows(train_rows, encoder, "training", label)
-    if config.data.completion is not None:
-        check_given(train_prompts, config, label)
-    return train_prompts, encode_rows(eval_rows, encoder, "evaluation", label) if len(eval_rows) else []
-
-
-def join_datasets(config: Config, loaded: Mapping[str, Loaded]) -> tuple[list[Prompt], list[Prompt]]:
-    """Return the prompts of all datasets, labelled. Raises `DataError` where rewards are asked for and nothing can be judged."""
-    teachers = {label: config.teacher_of(label) for label in loaded}
-    train_prompts, eval_prompts = (
-        labelled(
-            {label: dataset.prompts[which] for label, dataset in loaded.items()},
-            {label: len(dataset.rows[which]) for label, dataset in loaded.items()},
-            teachers,
-        )
-        for which in (0, 1)
-    )
-    if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
-        raise DataError(
-            f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
-            f"data.answer_after={config.data.answer_after}); name the column with the answers, or evaluate without rewards: eval=kl"
-        )
-    if config.ppo.reward_coef > 0 and not any(map(can_judge, train_prompts)):
-        raise DataError(
-            f"ppo.reward_coef={config.ppo.reward_coef}: no training prompt has an answer; name their column as data.answer=COLUMN"
-        )
-    return train_prompts, eval_prompts
-
-
-def can_judge(prompt: Prompt) -> bool:
-    return bool(prompt.answers) or prompt.get_reward is not None
-
-
-def make_run_grader(config: Config, prompts: list[Prompt], stack: ExitStack) -> Grader | None:
-    """Return the configured grader; None where every prompt judges itself or none is judged."""
-    if config.eval.reward is None or not any(prompt.answers and prompt.get_reward is None for prompt in prompts):
-        return None
-    return stack.enter_context(make_grader(config.eval.reward))
-
-
-def make_evaluator(
-    config: Config,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Prompt],
-    grader: Grader | None,
+def make_scorer(
+    model: PreTrainedModel,
+    weights: TeacherWeights,
     vocabulary: int,
     bf16: bool,
-    masked: Tensor | None = None,
-    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Evaluator:
-    judged = [prompt for prompt in prompts if can_judge(prompt)]
-    # Servers send no whole distributions, and two vocabularies have none in common.
-    has_distributions = teacher_tokenizer is None
-    local = {label for label, part in config.parts_by_teacher.items() if part.teacher.url is None and has_distributions}
-    return Evaluator(
-        accelerator,
-        tokenizer,
-        answered=first_of_each(judged, config.eval.limit) if config.eval.reward is not None else [],
-        kl_prompts=first_of_each([prompt for prompt in prompts if prompt.teacher in local], config.eval.kl_prompts),
-        decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
-        kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
-        grader=grader,
-        max_tokens=config.train.max_tokens_per_micro_batch,
-        vocabulary=vocabulary,
-        precision=partial(autocast, accelerator.device, bf16),
+    *,
+    strategy: Strategy,
+    student: PreTrainedModel,
+    adapters: Any | None,
+    masked: Tensor | None,
+    rows: int,
+) -> LocalTeacher:
+    """Return what scores with a module of this process, which may be the student itself.
+
+    Args:
+        weights: Those of the student's start are without its adapters.
+        bf16: Whether it computes under autocast.
+    """
+    is_student = model is student
+    changes = weights in (TeacherWeights.current, TeacherWeights.ema)
+    return (ChangingTeacher if changes else LocalTeacher)(
+        model,
+        vocabulary,
+        adapters if is_student and weights is TeacherWeights.base else None,
+        rows,
+        bf16=bf16,
+        device=strategy.accelerator.device,
+        ready=strategy.gathered_weights if is_student else None,
         masked=masked,
-        teacher_tokenizer=teacher_tokenizer,
     )
-
-
-def check_evaluated_positions(evaluator: Evaluator, model: PreTrainedModel, role: str, label: str = "") -> None:
-    """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
-    for option, prompts, decoding in (
-        ("eval.max_new_tokens", evaluator.answered, evaluator.decoding),
-        ("eval.kl_max_new_tokens", evaluator.kl_prompts, evaluator.kl_decoding),
-    ):
-        lengths = [len(prompt.ids) for prompt in prompts]
-        if role == "teacher":
-            lengths = [len(prompt.seen_by_teacher) for prompt in prompts if prompt.teacher == label]
-        check_positions(model, role, option, lengths, decoding.max_new_tokens if lengths else 0)
 
 
 def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> Optimizer:
@@ -600,3 +318,14 @@ def total_steps(config: Config, prompts: int, processes: int) -> int:
         return config.train.max_steps
     assert config.train.epochs is not None
     return math.ceil(config.train.epochs * prompts / (config.train.batch_size * processes))
+
+
+def pair_differences(
+    tokenizer: PreTrainedTokenizerBase, eos: tuple[int, ...], teachers: Sequence[TeacherParts], ids: SharedIds
+) -> list[str]:
+    """Return what differs between the student and each teacher, one line each, with the teacher's label first."""
+    lines = []
+    for teacher in teachers:
+        found = load.pair_differences(tokenizer, teacher.tokenizer, (eos, teacher.eos), ids.overlap, ids.ends or ())
+        lines += [f"{teacher.label}: {difference}" if teacher.label else difference for difference in found]
+    return lines

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -14,17 +15,21 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.data.prompts import Prompt
+from opd.config.schema import Config
+from opd.data.prompts import Prompt, first_of_each
 from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.models.device import autocast
 from opd.models.distributed import run_stoppable
 from opd.models.load import decode
-from opd.models.policy import output_head, predicting_hidden
+from opd.models.policy import check_positions, output_head, predicting_hidden
+from opd.models.shared_ids import SharedIds
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.objective.head import TokenStats
 from opd.objective.overlap import OVERLAP
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
+from opd.training.inputs import can_judge
 from opd.training.metrics import add_by_position, take_by_position
 from opd.training.tokens import Means
 
@@ -221,6 +226,17 @@ class Evaluator:
     masked: Tensor | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
 
+    def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
+        """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
+        for option, prompts, decoding in (
+            ("eval.max_new_tokens", self.answered, self.decoding),
+            ("eval.kl_max_new_tokens", self.kl_prompts, self.kl_decoding),
+        ):
+            lengths = [len(prompt.ids) for prompt in prompts]
+            if role == "teacher":
+                lengths = [len(prompt.seen_by_teacher) for prompt in prompts if prompt.teacher == label]
+            check_positions(model, role, option, lengths, decoding.max_new_tokens if lengths else 0)
+
     def as_teacher(self) -> "Evaluator":
         """Return the evaluator of the teacher's completions, which may have other tokens."""
         return self if self.teacher_tokenizer is None else replace(self, tokenizer=self.teacher_tokenizer)
@@ -304,3 +320,39 @@ class Evaluator:
         if self.grader is not None and self.grader.timeouts > late:
             log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
         return rewards
+
+
+def make_evaluator(
+    config: Config,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Prompt],
+    grader: Grader | None,
+    ids: SharedIds,
+    bf16: bool = False,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Evaluator:
+    """Return the configured evaluator.
+
+    Args:
+        bf16: Whether the student computes under autocast.
+        teacher_tokenizer: Of a teacher with tokens of its own.
+    """
+    judged = [prompt for prompt in prompts if can_judge(prompt)]
+    # Servers send no whole distributions, and two vocabularies have none in common.
+    has_distributions = teacher_tokenizer is None
+    local = {label for label, part in config.parts_by_teacher.items() if part.teacher.url is None and has_distributions}
+    return Evaluator(
+        accelerator,
+        tokenizer,
+        answered=first_of_each(judged, config.eval.limit) if config.eval.reward is not None else [],
+        kl_prompts=first_of_each([prompt for prompt in prompts if prompt.teacher in local], config.eval.kl_prompts),
+        decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
+        kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
+        grader=grader,
+        max_tokens=config.train.max_tokens_per_micro_batch,
+        vocabulary=ids.vocabulary,
+        precision=partial(autocast, accelerator.device, bf16),
+        masked=ids.masked,
+        teacher_tokenizer=teacher_tokenizer,
+    )

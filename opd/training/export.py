@@ -26,8 +26,8 @@ from opd.runs.folder import FINAL
 from opd.runs.outcome import summarised
 from opd.runs.reader import Run, is_run, open_run
 from opd.samplers.weights import merged_copy
-from opd.training.build import Given, load_prompts
 from opd.training.checkpoint import model_tensors, read, restore_weights, verify
+from opd.training.inputs import Given, load_prompts
 from opd.training.model_card import model_card
 
 log = logging.getLogger(__name__)

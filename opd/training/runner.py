@@ -44,11 +44,12 @@ from opd.runs.folder import (
 )
 from opd.runs.outcome import objective, summarised
 from opd.runs.reader import open_run
-from opd.training.build import Built, Given, build, resumed_choices
+from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, model_tensors, read, verify
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards
 from opd.training.export import merge_quantized, save_model
 from opd.training.identity import check_content, check_same, identity
+from opd.training.inputs import Given
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Evaluated, Event, Rewound, StepDone, Trainer
 from opd.training.metrics import rollout_records, run_costs, sample_text
