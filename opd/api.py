@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from opd.config.compose import to_config
 from opd.config.schema import Config, Quantization, TeacherWeights, of_teacher, removed
-from opd.data.prompts import extract_answers
 from opd.data.rewards import best
-from opd.data.views import columns_of
+from opd.data.rows import columns_of, extract_answers
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.runs.reader import open_run

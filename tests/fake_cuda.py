@@ -29,7 +29,7 @@ def main(guard: str) -> None:
     from training_helpers import VOCABULARY, config, rollout_of
 
     from opd.models.policy import output_head, predicting_hidden
-    from opd.objective import losses
+    from opd.objective import logp
     from opd.samplers import Decoding, GenerateSampler, SamplerSpec
     from opd.samplers.generate import choose
     from opd.samplers.line import DecodeLines, grouped, keys_and_values
@@ -37,7 +37,7 @@ def main(guard: str) -> None:
     from opd.training.step import Step
     from opd.training.tokens import Tokens
 
-    losses.has_kernels = lambda: False
+    logp.has_kernels = lambda: False
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode, CUDA:
         student = random_model(VOCABULARY, seed=1)

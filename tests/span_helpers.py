@@ -15,8 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from opd.config.compose import PACKAGE
 from opd.data.spans import Aligner, Alignment
 from opd.data.token_bytes import TokenBytes, longer_tokens
-from opd.objective import Longer
-from opd.objective.losses import sum_over_spans
+from opd.objective import Longer, sum_over_spans
 from opd.training.spans import Spans
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", "models")) / "teacher"

@@ -12,7 +12,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import Inputs, Request
 from opd.errors import ConfigError
 from opd.evaluation.sample_score import LoadedModel
-from opd.models import memory
+from opd.models import measured, memory
 from opd.models.policy import Policy, check_head, check_packing, position_limit
 from opd.models.shared_ids import SharedIds
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, generate, make_sampler
@@ -169,7 +169,7 @@ def test_cache_of_each_kind_of_layer_is_measured():
     def cache(name, **options):
         with torch.device("meta"):
             model = random_architecture(name, **options)
-        return memory.cache_bytes(model.to(torch.bfloat16), 2)
+        return measured.cache_bytes(model.to(torch.bfloat16), 2)
 
     assert cache("llama") == (2 * 2 * 2 * 2 * 8, 0.0)  # bytes, keys and values, layers, heads, their size
     assert cache("gemma4_text", global_head_dim=16, sliding_window=512)[0] == 2 * 2 * 2 * (8 + 16)

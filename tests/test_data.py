@@ -21,9 +21,10 @@ from tokenizers import normalizers, processors
 
 from opd.api import as_rows, from_options
 from opd.config.schema import DataConfig, ModelConfig, Source, TeacherConfig
-from opd.data.prompts import Prompt, encode_rows, extract_answers, text_warnings
+from opd.data.prompts import Encoder, Prompt, encode_rows, text_warnings
 from opd.data.rewards import make_grader
 from opd.data.rollouts import FinishReason, Request, Rollout
+from opd.data.rows import extract_answers
 from opd.data.sources import load_rows
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
@@ -53,7 +54,7 @@ def test_gsm8k_is_read_from_a_local_copy_of_the_same_columns(tmp_path, tokenizer
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train, evaluation = load_rows(DataConfig(path=str(tmp_path), subset=None))
     assert (len(train), len(evaluation)) == (5, 3)
-    prompts = encode_rows(evaluation, tokenizer, DataConfig(), "evaluation")
+    prompts = encode_rows(evaluation, Encoder(tokenizer, DataConfig()), "evaluation")
     assert [prompt.answers for prompt in prompts] == [("0",), ("1,000",), ("2,000",)]
     assert tokenizer.decode(prompts[1].ids) == "<|user|>What is 1 + 1?<|end|><|assistant|>"
 
@@ -66,16 +67,18 @@ def test_messages_system_column_and_template_arguments_reach_the_template(tmp_pa
         },
         {"prompt": "d", "who": None},
     ]
-    prompts = encode_rows(rows, tokenizer, DataConfig(prompt="prompt", answer=None, system="who"), "training")
+    prompts = encode_rows(rows, Encoder(tokenizer, DataConfig(prompt="prompt", answer=None, system="who")), "training")
     assert tokenizer.decode(prompts[0].ids) == "<|system|>sys<|end|><|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
     assert tokenizer.decode(prompts[1].ids) == "<|user|>d<|end|><|assistant|>"
     tokenizer_template = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}"
         config = DataConfig(prompt="prompt", answer=None, chat_template_kwargs={"enable_thinking": True})
-        assert tokenizer.decode(encode_rows(rows[1:], tokenizer, config, "training")[0].ids) == "d<think>"
+        assert tokenizer.decode(encode_rows(rows[1:], Encoder(tokenizer, config), "training")[0].ids) == "d<think>"
         tokenizer.chat_template = None
-        assert tokenizer.decode(encode_rows(rows[1:], tokenizer, DataConfig(prompt="prompt", answer=None), "training")[0].ids) == "d"
+        assert (
+            tokenizer.decode(encode_rows(rows[1:], Encoder(tokenizer, DataConfig(prompt="prompt", answer=None)), "training")[0].ids) == "d"
+        )
     finally:
         tokenizer.chat_template = tokenizer_template
 
@@ -105,7 +108,7 @@ def changed(tokenizer):
 def encode(tokenizer, *prompts, teacher=None, **options):
     rows = [{"prompt": prompt, "who": "theirs"} for prompt in prompts]
     config = DataConfig(**{"source": Source.jsonl, "train_path": "rows.jsonl", "prompt": "prompt", "answer": None, **options})
-    return encode_rows(rows, tokenizer, config, "training", teacher)
+    return encode_rows(rows, Encoder(tokenizer, config, teacher), "training")
 
 
 def encoded_text(tokenizer, *prompts, **options):
@@ -228,11 +231,11 @@ def test_long_prompts_are_dropped_and_counted_and_never_truncated(tokenizer, cap
     caplog.set_level("WARNING")
     rows = [{"prompt": "x" * length} for length in (5, 500, 6)]
     config = DataConfig(prompt="prompt", answer=None, max_prompt_tokens=20)
-    prompts = encode_rows(rows, tokenizer, config, "training")
+    prompts = encode_rows(rows, Encoder(tokenizer, config), "training")
     assert [prompt.sample_id for prompt in prompts] == [0, 2]
     assert "1 of 3 training prompts" in caplog.text
     with pytest.raises(DataError, match="the shortest has 8 tokens"):
-        encode_rows(rows, tokenizer, DataConfig(prompt="prompt", answer=None, max_prompt_tokens=3), "training")
+        encode_rows(rows, Encoder(tokenizer, DataConfig(prompt="prompt", answer=None, max_prompt_tokens=3)), "training")
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,7 @@ def test_the_reference_answers_follow_the_last_mark(value, after, expected):
 @pytest.mark.parametrize("value", [{"value": 1}, [{"value": 1}], [["a"]], b"1"])
 def test_an_answer_without_one_text_is_refused(tokenizer, value):
     with pytest.raises(DataError, match=r"^row 0: data\.answer=answer: .*data\.answer=null"):
-        encode_rows([{"prompt": "a", "answer": value}], tokenizer, DataConfig(prompt="prompt", answer_after=None), "training")
+        encode_rows([{"prompt": "a", "answer": value}], Encoder(tokenizer, DataConfig(prompt="prompt", answer_after=None)), "training")
 
 
 def test_any_accepted_answer_counts():
@@ -373,9 +376,11 @@ def test_a_file_that_is_no_json_is_refused_in_one_line(tmp_path, content, reason
 
 def test_half_a_surrogate_pair_and_a_system_record_are_refused(tokenizer):
     with pytest.raises(DataError, match=r"row 0: data\.prompt=prompt: "):
-        encode_rows([{"prompt": "a\ud83d"}], tokenizer, DataConfig(prompt="prompt", answer=None), "training")
+        encode_rows([{"prompt": "a\ud83d"}], Encoder(tokenizer, DataConfig(prompt="prompt", answer=None)), "training")
     with pytest.raises(DataError, match=r"row 0: data\.system=who: "):
-        encode_rows([{"prompt": "a", "who": {"b": 1}}], tokenizer, DataConfig(prompt="prompt", answer=None, system="who"), "training")
+        encode_rows(
+            [{"prompt": "a", "who": {"b": 1}}], Encoder(tokenizer, DataConfig(prompt="prompt", answer=None, system="who")), "training"
+        )
 
 
 def test_texts_of_a_csv_file_in_a_folder_are_not_taken_for_numbers(tmp_path):
@@ -424,7 +429,7 @@ def test_folders_of_save_to_disk_load(tmp_path):
 )
 def test_a_prompt_that_is_neither_text_nor_messages_is_named_by_row_and_column(tokenizer, prompt, kind):
     with pytest.raises(DataError, match=rf"row 1: data\.prompt=prompt: .*not {kind}"):
-        encode_rows([{"prompt": "fine"}, {"prompt": prompt}], tokenizer, DataConfig(prompt="prompt", answer=None), "training")
+        encode_rows([{"prompt": "fine"}, {"prompt": prompt}], Encoder(tokenizer, DataConfig(prompt="prompt", answer=None)), "training")
 
 
 def test_jsonl_and_parquet_hold_out_a_tenth(tmp_path):

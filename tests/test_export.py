@@ -16,7 +16,8 @@ from opd.config.compose import PACKAGE, to_config
 from opd.config.schema import Config
 from opd.data import hub
 from opd.train import main
-from opd.training.export import base_licence, front_matter, generation_config, model_card
+from opd.training.export import generation_config
+from opd.training.model_card import base_licence, front_matter, model_card
 
 DEBUG = ("experiment=debug", "device=cpu")
 SUMMARY = {

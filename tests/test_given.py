@@ -20,7 +20,7 @@ from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
 from opd.data.given import check_given, given_rollout, takes_given, warm_start
-from opd.data.prompts import Prompt, encode_rows
+from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
 from opd.evaluation import completions as completions_file
@@ -103,7 +103,7 @@ def test_texts_of_a_prompt_take_turns_and_long_ones_are_cut_off_as_sampled_ones(
 
 def completions(tokenizer, value, prompt="27+85=", **options):
     config = DataConfig(source=Source.jsonl, train_path="x", prompt="prompt", completion="text", **options)
-    (encoded,) = encode_rows([{"prompt": prompt, "answer": "1", "text": value}], tokenizer, config, "training")
+    (encoded,) = encode_rows([{"prompt": prompt, "answer": "1", "text": value}], Encoder(tokenizer, config), "training")
     return encoded
 
 
@@ -121,7 +121,7 @@ def test_a_text_continues_the_prompt_and_ends_as_the_chat_template_ends_a_turn()
     assert completions(tokenizer, ["211", None, "", "3"]).given == (prompt.given[0], completions(tokenizer, "3").given[0])
     assert completions(tokenizer, None).given == ()
     config = DataConfig(source=Source.jsonl, train_path="x", prompt="prompt", completion="text")
-    (evaluated,) = encode_rows([{"prompt": "1", "answer": "1"}], tokenizer, config, "evaluation")
+    (evaluated,) = encode_rows([{"prompt": "1", "answer": "1"}], Encoder(tokenizer, config), "evaluation")
     assert evaluated.given == (), "only training prompts have given completions"
 
 
@@ -405,11 +405,11 @@ def test_the_file_has_the_columns_that_the_teachers_views_name_so_that_training_
     for options in ({"answer": "steps", "answer_after": "#"}, {"answer": None}):
         source = DataConfig(source=Source.parquet, train_path="x", prompt="question", system="system", **options)
         rows = [row if source.answer else {**row, "answer": 5}]
-        prompts = encode_rows(rows, tiny_tokenizer(), source, "training", teacher)
+        prompts = encode_rows(rows, Encoder(tiny_tokenizer(), source, teacher), "training")
         (line,) = completions_file.lines([completions_file.columns(prompts[0], rows, Config(data=source, teacher=teacher))]).splitlines()
         assert "other" not in line
         written = DataConfig(source=Source.jsonl, train_path="x", prompt="prompt", answer="answer", answer_after=None, system="system")
-        (found,) = encode_rows([json.loads(line)], tiny_tokenizer(), written, "training", teacher)
+        (found,) = encode_rows([json.loads(line)], Encoder(tiny_tokenizer(), written, teacher), "training")
         assert found.ids == prompts[0].ids and found.scored_views == prompts[0].scored_views and found.teacher_ids != found.contrast_ids
 
 

@@ -11,16 +11,8 @@ from opd.data.rollouts import Request
 from opd.models import load as models
 from opd.models import memory
 from opd.models.load import load_model
-from opd.models.memory import (
-    Memory,
-    activations_of_layer,
-    cache_bytes,
-    empty_model,
-    estimate,
-    largest_micro_batch,
-    samples_with_copy,
-    saved_bytes,
-)
+from opd.models.measured import activations_of_layer, cache_bytes, saved_bytes
+from opd.models.memory import Memory, empty_model, estimate, largest_micro_batch, samples_with_copy
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, longest_sequence
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft

@@ -114,12 +114,14 @@ def test_expected_gradient_of_sampled_is_the_gradient_of_the_reverse_kl(baseline
         torch.randn(1, HT, generator=generator, dtype=torch.float64),
     )
     teacher = (hidden @ weight.T / TEMPERATURE).log_softmax(-1)
-    states = TeacherStates(hidden, Head(weight)) if baseline else None
+    states = TeacherStates(hidden, Head(weight))
     logp = (logits / TEMPERATURE).log_softmax(-1)
     expected = torch.zeros(1, V, dtype=torch.float64)
     for token in range(V):
         target = torch.tensor([token])
-        tokens = Sampled(target_N=target, teacher_logp_N=teacher[:, token], behaviour_logp_N=teacher[:, token], baseline=states)
+        tokens = Sampled(
+            target_N=target, teacher_logp_N=teacher[:, token], behaviour_logp_N=teacher[:, token], teacher=states, baseline=baseline
+        )
         loss, _ = sampled(tokens, TEMPERATURE, UNBOUNDED)(logits, slice(0, 1))
         expected += logp[0, token].exp().item() * torch.autograd.grad(loss.sum(), logits)[0]
     of_kl = torch.autograd.grad(reverse_kl((logits / TEMPERATURE).log_softmax(-1), teacher).sum(), logits)[0]
@@ -259,18 +261,25 @@ def test_the_baseline_takes_noise_out_of_the_gradient():
     logits = (hidden @ weight.T + bias).detach()[:1]
     p = (logits / TEMPERATURE).softmax(-1)[0]
     spread = {}
-    for states in (None, TeacherStates(teacher_hidden[:1], teacher)):
+    states = TeacherStates(teacher_hidden[:1], teacher)
+    for baseline in (False, True):
         gradients = []
         for token in range(V):
             leaf = logits.clone().requires_grad_()
             teacher_logp = (teacher.logits(teacher_hidden[:1]) / TEMPERATURE).log_softmax(-1)[:, token]
-            tokens = Sampled(target_N=torch.tensor([token]), teacher_logp_N=teacher_logp, behaviour_logp_N=teacher_logp, baseline=states)
+            tokens = Sampled(
+                target_N=torch.tensor([token]),
+                teacher_logp_N=teacher_logp,
+                behaviour_logp_N=teacher_logp,
+                teacher=states,
+                baseline=baseline,
+            )
             loss, _ = sampled(tokens, TEMPERATURE, UNBOUNDED)(leaf, slice(0, 1))
             gradients.append(torch.autograd.grad(loss.sum(), leaf)[0][0])
         gradient_VV = torch.stack(gradients)
         mean_V = p @ gradient_VV
-        spread[states is None] = float(p @ (gradient_VV - mean_V).square().sum(-1))
-    assert spread[False] < 0.8 * spread[True]
+        spread[baseline] = float(p @ (gradient_VV - mean_V).square().sum(-1))
+    assert spread[True] < 0.8 * spread[False]
 
 
 def test_discounted_sums_stay_within_their_sequence():
@@ -430,7 +439,7 @@ IN_INTERPRETER = """
 import sys
 import torch
 from opd.objective import kernels
-from opd.objective.losses import token_logp
+from opd.objective.logp import token_logp
 
 torch.manual_seed(0)
 for dtype, value, gradient in ((torch.float32, 1e-6, 1e-6), (torch.bfloat16, 1e-5, 2**-7)):  # 2**-7: the interpreter does not round

@@ -12,7 +12,8 @@ from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.schema import Config, Estimator, OptimizerName, Placement, Quantization
 from opd.data.prompts import Prompt
-from opd.doctor.plan import Planner, Timing, train_command
+from opd.doctor.plan import Planner, train_command
+from opd.doctor.plan_time import Timing, fit_time
 from opd.errors import ConfigError
 from opd.models.memory import Memory
 
@@ -44,10 +45,8 @@ def bytes_of(config: Config) -> Memory:
     return Memory(resident, {"KV cache": rows * 50 * 2**20}, {"gradients": 4 * trained, "activations": activations})
 
 
-def planner(
-    gib: float, typed: tuple[str, ...] = (), minutes: float | None = None, device: str = "cuda", host: float | None = None
-) -> Planner:
-    return Planner(typed, minutes, device, round(gib * GIB), bytes_of, None if host is None else round(host * GIB))
+def planner(gib: float, typed: tuple[str, ...] = (), device: str = "cuda", host: float | None = None) -> Planner:
+    return Planner(typed, device, round(gib * GIB), bytes_of, None if host is None else round(host * GIB))
 
 
 def of_sizes(student: str, teacher: str, **options: object) -> Config:
@@ -123,7 +122,7 @@ def test_a_served_teacher_takes_no_memory_and_no_exact_estimator() -> None:
 
 def timed(minutes: float | None, timing: Timing, typed: tuple[str, ...] = (), **options: object) -> Config:
     config = from_options({**TINY, "train.max_steps": 200, "eval.steps": 50, "sampling.max_new_tokens": 256, **options})
-    return planner(40, typed, minutes, "cpu").fit_time(config, timing)
+    return fit_time(planner(40, typed, "cpu"), config, timing, minutes)
 
 
 def test_steps_fit_into_the_minutes_with_their_evaluations() -> None:
@@ -154,9 +153,9 @@ def test_completions_that_reach_their_limit_get_a_longer_one_if_there_is_time() 
 
 
 def test_nothing_is_said_about_time_that_was_not_measured() -> None:
-    plan = planner(4, minutes=1, device="cpu")
+    plan = planner(4, device="cpu")
     config = from_options(TINY)
-    assert plan.fit_time(config, None) == config
+    assert fit_time(plan, config, None, 1) == config
     assert "not measured" in {choice.what for choice in plan.choices}
 
 

@@ -22,7 +22,7 @@ from opd.errors import Preempted
 from opd.models.load import uses_bf16_copy
 from opd.models.policy import add_adapters, output_head, predicting_hidden
 from opd.objective import behaviour_logp, chunked_stats, draw
-from opd.objective.losses import token_logp
+from opd.objective.logp import token_logp
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, make_sampler
 from opd.samplers.bf16_copy import Bf16Copy, PackedLinear, can_pack
 from opd.samplers.line import LOOK, can_capture

@@ -12,9 +12,8 @@ from span_helpers import EXACT, LOSSY, Toy, available, corpus, make_aligner, mak
 from opd.data.spans import Aligner, Alignment, Unscored, read_bytes
 from opd.data.token_bytes import TokenBytes, check_student, check_teacher, longer_tokens
 from opd.errors import ConfigError
-from opd.objective import Head, chunked_loss
+from opd.objective import Clips, Head, Sampled, ScoredSpans, chunked_loss, sampled, sum_over_spans
 from opd.objective.head import chunks
-from opd.objective.losses import Clips, Sampled, sampled, sum_over_spans
 
 HARD = [
     "naïve café — “quoted” … 12,345.678", "x = {'a': [1, 2, 3]}\n\tif x:\n\t\treturn x  # ok\r\n", "👩‍👩‍👧‍👦🏳️‍🌈🇩🇪👍🏽", "مرحبا بالعالم ١٢٣",
@@ -326,7 +325,7 @@ def test_a_chunk_of_the_head_ends_where_a_span_ends_and_nothing_depends_on_the_c
         expected[span] = teacher_N[span].sum() - logp_N[span].sum()
     losses = []
     for rows in (1, 2, 4, 100):
-        tokens = Sampled(target_N=ids_N, teacher_logp_N=teacher_N, behaviour_logp_N=logp_N, span_N=span_N)
+        tokens = Sampled(target_N=ids_N, teacher_logp_N=teacher_N, behaviour_logp_N=logp_N, spans=ScoredSpans(span_N))
         token_loss = sampled(tokens, 1.0, Clips())
         leaf = hidden.clone().requires_grad_()
         loss, stats = chunked_loss(leaf, Head(weight, rows=rows), token_loss, ends=[1, 4, 5, 6, 8, 9])

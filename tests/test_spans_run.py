@@ -24,7 +24,8 @@ from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.data.arithmetic import rows
-from opd.data.prompts import Prompt, turn_end
+from opd.data.chat_template import ChatTemplate
+from opd.data.prompts import Prompt
 from opd.data.spans import Aligner, Alignment, Unscored
 from opd.data.token_bytes import TokenBytes
 from opd.errors import ConfigError, DataError
@@ -129,6 +130,14 @@ def test_neither_packing_nor_micro_batches_change_the_result(tmp_path: Path) -> 
         trainer.train_step()
         results.append(weights(trainer))
     assert all(torch.allclose(results[0], other, atol=1e-5) for other in results[1:])
+
+
+def test_the_lookahead_of_a_later_inner_step_is_that_before_the_update(tmp_path: Path) -> None:
+    found = []
+    for steps in (1, 2):
+        trainer = span_trainer(tmp_path / str(steps), ppo__steps=steps, **UNEVEN)
+        found.append(trainer.train_step().tokens.columns["lookahead"])
+    assert torch.equal(*found) and bool(found[0].any())
 
 
 def test_metrics_say_how_well_the_tokens_fit_and_why_some_are_not_scored(tmp_path: Path) -> None:
@@ -462,7 +471,7 @@ def test_the_teacher_reads_the_messages_in_its_own_template_and_ids_alone_are_re
     (prompt,), _ = load_prompts(config, student, Given(train_rows=[{"prompt": "12+34=", "answer": "64"}], eval_rows=[]), teacher)
     assert student.decode(prompt.ids) == prompt.text  # the named template is the student's
     assert teacher.decode(prompt.teacher_ids) == f"system: Add.<turn>user: {prompt.text}<turn>assistant: "
-    assert turn_end(teacher, {}) == teacher.eos_token_id
+    assert ChatTemplate(teacher, {}).turn_end() == teacher.eos_token_id
     with pytest.raises(DataError, match=r"row 3: teacher\.alignment=spans: a prompt given as ids"):
         make_spans(config, student, teacher, ((257,), (1,)), [Prompt(3, (5, 6), "a")], None, (400, 400), torch.device("cpu"))
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd.config.compose import PACKAGE
 from opd.config.schema import DataConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data import arithmetic
-from opd.data.prompts import encode_rows
+from opd.data.prompts import Encoder, encode_rows
 from opd.data.rollouts import Rollout, collate
 from opd.models.load import load_model
 from opd.models.policy import prepare_teacher
@@ -116,7 +116,7 @@ def check_log_probs(scorer: Teacher, bound: float, plain: Any, rollouts: list[Ro
 def test_log_probs_are_those_of_a_plain_forward_pass_in_order_whatever_the_batch(teacher, plain):
     tokenizer, rollouts = AutoTokenizer.from_pretrained(FOLDER), []
     for row in arithmetic.rows("eval", 0)[:12]:
-        prompt = encode_rows([row], tokenizer, DataConfig(prompt="prompt", answer=None), "test")[0].ids
+        prompt = encode_rows([row], Encoder(tokenizer, DataConfig(prompt="prompt", answer=None)), "test")[0].ids
         right = [*tokenizer(str(row["answer"]), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         rollouts += [rollout_of(prompt, tuple(right)), rollout_of(prompt, (right[1], right[0], *right[2:]))]
     check_log_probs(*teacher, plain, rollouts)

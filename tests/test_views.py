@@ -16,9 +16,9 @@ from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.config.schema import DataConfig, Source, TeacherConfig, TeacherWeights
-from opd.data.prompts import Prompt, encode_rows
+from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
-from opd.data.views import columns_of, fill
+from opd.data.rows import columns_of, fill
 from opd.doctor.findings import Report, show
 from opd.errors import DATA, OK, USAGE, ConfigError, DataError
 from opd.models import policy
@@ -38,7 +38,7 @@ def tokenizer():
 
 def encode(tokenizer: Any, *rows_: dict[str, Any], which: str = "training", teacher: dict[str, Any], **data: Any) -> list[Prompt]:
     options = {"source": Source.jsonl, "train_path": "x", "prompt": "prompt", "answer": "answer", "answer_after": "#", **data}
-    return encode_rows(rows_ or [ROW], tokenizer, DataConfig(**options), which, TeacherConfig(**teacher))
+    return encode_rows(rows_ or [ROW], Encoder(tokenizer, DataConfig(**options), TeacherConfig(**teacher)), which)
 
 
 # Templates.

@@ -6,13 +6,14 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
 
 from opd import errors
-from opd.cli.arguments import non_negative_int
+from opd.cli.arguments import at_least
 from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
 
@@ -29,7 +30,7 @@ class DoctorParser(FlagParser):
     def __init__(self) -> None:
         super().__init__("doctor", examine)
         self.add_argument("--json", action="store_true")
-        self.add_argument("--prompts", type=non_negative_int, default=32)
+        self.add_argument("--prompts", type=partial(at_least, 0), default=32)
         self.add_argument("--plan", type=minutes, metavar="MINUTES")
         self.add_argument("--memory", type=gibibytes, metavar="SIZE")
 
@@ -45,10 +46,6 @@ class DoctorParser(FlagParser):
             if name not in reports or name == names[-1]:  # a mistake in the options, or the end
                 return code
         return errors.OK
-
-
-def make_parser() -> FlagParser:
-    return DoctorParser()
 
 
 def joined_minutes(words: Sequence[str]) -> list[str]:

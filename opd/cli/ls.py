@@ -112,15 +112,14 @@ def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
         for column in RUN_COLUMNS if kind == RUNS else ("name", "", ""):
             table.add_column(column, overflow="fold")
         for row in rows:
-            cells = run_cells(row) if kind == RUNS else [f"{row['group']}={row['name']}", row["path"] or "", row["about"]]
+            if kind == RUNS:
+                steps = f"{row['steps']}/{row['of']}" if row["of"] else str(row["steps"])
+                shares = [format_percent(row[key]) for key in ("reward_before", "reward_after", "gap_closed")]
+                cells = [row["path"], row["status"], steps, *shares, format_number(row["eval_kl_after"])]
+            else:
+                cells = [f"{row['group']}={row['name']}", row["path"] or "", row["about"]]
             table.add_row(*(Text(cell) for cell in cells))
         console.print(table if rows else Text(f"{kind}: none in {'/ and '.join(RUN_FOLDERS)}/ here"))
-
-
-def run_cells(row: dict[str, Any]) -> list[str]:
-    steps = f"{row['steps']}/{row['of']}" if row["of"] else str(row["steps"])
-    shares = [format_percent(row[key]) for key in ("reward_before", "reward_after", "gap_closed")]
-    return [row["path"], row["status"], steps, *shares, format_number(row["eval_kl_after"])]
 
 
 def make_cp_parser() -> Parser:

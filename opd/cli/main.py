@@ -12,7 +12,7 @@ from opd.cli.arguments import prepare_process
 
 
 class Verb(NamedTuple):
-    """`opd.module:function` of `parser` returns a `Parser`, whose `run` takes the words after the verb."""
+    """`parser` names what returns a `Parser`, whose `run` takes the words after the verb: a callable of a module of `opd`."""
 
     summary: str
     example: str
@@ -21,7 +21,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("distil a teacher into a student", "opd train model=qwen05b teacher=qwen15b", "train:make_parser"),
-    "doctor": Verb("check a run without training", "opd doctor model=qwen05b teacher=qwen15b", "cli.doctor:make_parser"),
+    "doctor": Verb("check a run without training", "opd doctor model=qwen05b teacher=qwen15b", "cli.doctor:DoctorParser"),
     "eval": Verb("evaluate a run or a model against its teacher", "opd eval runs/NAME eval.samples=8", "cli.eval:make_parser"),
     "sample": Verb("compare answers of student and teacher", "opd sample runs/NAME --prompt TEXT", "cli.sample_score:make_sample_parser"),
     "score": Verb("compare their log-probs of a text's tokens", "opd score runs/NAME --text TEXT", "cli.sample_score:make_score_parser"),

@@ -5,10 +5,11 @@ import json
 import shlex
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from opd import errors
-from opd.cli.arguments import positive_int
+from opd.cli.arguments import at_least
 from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
 from opd.runs.folder import check_output_path, write_output
@@ -21,7 +22,7 @@ def make_sample_parser() -> FlagParser:
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--file")
     parser.add_argument("--teacher")
-    parser.add_argument("-n", "--samples", type=positive_int, default=1)
+    parser.add_argument("-n", "--samples", type=partial(at_least, 1), default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only-right", action="store_true")
     return parser

@@ -12,11 +12,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config, Device, Dtype, of_dataset, of_teacher
-from opd.data.prompts import Prompt, first_of_each, to_messages, views_of
+from opd.data.prompts import Encoder, Prompt, first_of_each
+from opd.data.rows import DataRow
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
 from opd.doctor.findings import Finding, Report, Status, ok
-from opd.doctor.plan import Planner, PlanRequest, Timing, train_command, with_options
+from opd.doctor.plan import Planner, PlanRequest, train_command, with_options
+from opd.doctor.plan_time import Timing, fit_time
 from opd.doctor.warm_start import warm_start_commands
 from opd.models import load as models
 from opd.models.accelerator import make_accelerator
@@ -111,9 +113,10 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
     with report.catch("data") as data_errors:
         train_rows, eval_rows = load_rows(config.data)
         report.add(*rows.check_columns(train_rows, eval_rows, config))
-        findings, report.rendered = tokens.check_templates(student, teacher, to_messages(train_rows[0], 0, config.data), config)
+        first = DataRow(train_rows[0], 0, config.data)
+        findings, report.rendered = tokens.check_templates(student, teacher, first.messages(), config)
         report.add(*findings)
-        findings, texts = views.check_views(views_of(train_rows[0], 0, config.data, config.teacher), own or student)
+        findings, texts = views.check_views(Encoder(own or student, config.data, config.teacher).views(first))
         report.add(*findings)
         report.rendered |= texts
         train, evaluation = encode_dataset(config, student, (train_rows, eval_rows), label, own)
@@ -142,11 +145,11 @@ def check_plan(
         planned = planner.fit(config)
     if problems:
         return
-    if request.is_here and report.run("memory", lambda: check_memory(planned, data, report)) and report.ready:
+    if request.memory is None and report.run("memory", lambda: check_memory(planned, data, report)) and report.ready:
         with report.catch("models"):
             check_models(planned, tokenizer, data, prompts, report)
     with report.catch("plan"):
-        planned = planner.fit_time(planned, measured_timing(planned, report))
+        planned = fit_time(planner, planned, measured_timing(planned, report), request.minutes)
         report.figures["plan"] = planner.to_dict(train_command(request.words, config, planned))
 
 
@@ -159,12 +162,12 @@ def make_planner(config: Config, request: PlanRequest, data: Prompts) -> Planner
         free, host = request.memory, None
 
     def memory_of(candidate: Config) -> Memory:
-        if not request.is_here and device.type == "cuda":  # such a card computes in bf16, whatever this machine does
+        if request.memory is not None and device.type == "cuda":  # such a card computes in bf16, whatever this machine does
             named = {"model.dtype": candidate.model.dtype, "teacher.dtype": candidate.teacher.dtype}
             candidate = with_options(candidate, {option: Dtype.bfloat16 for option, dtype in named.items() if dtype is Dtype.auto})
         return estimate(candidate, 1, device, prompts=data, free=free)
 
-    return Planner(request.typed, request.minutes, device.type, free, memory_of, host)
+    return Planner(request.typed, device.type, free, memory_of, host)
 
 
 def measured_timing(config: Config, report: Report) -> Timing | None:
@@ -172,8 +175,7 @@ def measured_timing(config: Config, report: Report) -> Timing | None:
     step = report.figures.get("step")
     if step is None:
         return None
-    seconds = step["seconds"]
-    per_step = seconds["sample"] + seconds["score"] + config.ppo.steps * seconds["update"]
+    per_step = machine.step_seconds(step["seconds"], config)
     return Timing(per_step, step.get("truncated", 0.0), step["steps"], **report.figures.get("evaluation_seconds", {}))
 
 

@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from opd.doctor.findings import WIDTH, Report, Status
 from opd.objective.overlap import MASS, OVERLAP_K, SHARE
-from opd.runs.text import MISSING, format_bytes, format_number, format_percent
+from opd.runs.text import MISSING, format_bytes, format_number, format_percent, make_console
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +81,7 @@ def to_dict(reports: Mapping[str, Report]) -> dict[str, Any]:
 
 def show(reports: Mapping[str, Report]) -> None:
     """Print the ranking, with what to do about a teacher that is not ready."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+    console = make_console(WIDTH)
     table = Table(title="teachers, by reward gap times overlap", title_justify="left", show_edge=False)
     columns = ("", "teacher", "reward gap", f"top-{OVERLAP_K} overlap", "of ids", "reverse KL", "tokens/s", "memory", "")
     for column in columns:

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from opd.errors import OpdError
+from opd.runs.text import make_console
 
 WIDTH = 130  # characters, where the output is not a terminal
 
@@ -102,11 +102,9 @@ class Report:
 MARKS = {Status.ok: ("ok", "green"), Status.warn: ("warn", "yellow"), Status.fail: ("FAIL", "bold red")}
 
 
-def show(report: Report, console: Console | None = None) -> None:
+def show(report: Report) -> None:
     """Print each finding with its remedy, then the first prompt as each model sees it."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, WIDTH)
+    console = make_console(WIDTH)
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)

@@ -1,14 +1,13 @@
 """Choose options for a machine: `opd doctor --plan`.
 
 Memory decides first: `Planner.fit` goes through the ways to train, from all weights to adapters on 4-bit weights, and for each through
-settings that need less and less, and returns the first whose estimate fits. Then `Planner.fit_time` chooses the length of completions and
-the number of steps from what a trial step measured. Options that are typed on the command line stay as they are, and so do the estimator,
-the adapters and the learning rate of an experiment.
+settings that need less and less, and returns the first whose estimate fits. Then `opd.doctor.plan_time` chooses the length of completions
+and the number of steps. Options that are typed on the command line stay as they are, and so do the estimator, the adapters and the learning
+rate of an experiment.
 """
 
 import operator
 import shlex
-from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
@@ -18,19 +17,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from opd.config.schema import Config, Estimator, OptimizerName, Placement, Quantization, Truncated
-from opd.doctor.machine import TIGHT
+from opd.config.schema import Config, Estimator, OptimizerName, Placement, Quantization
+from opd.doctor.machine import EXTRAS, TIGHT
 from opd.errors import ConfigError
 from opd.models.memory import Memory
-from opd.runs.text import format_bytes, format_duration, make_console
+from opd.runs.text import format_bytes, make_console
 
 RANK, ADAPTER_LR = 16, 1e-4
 # Tokens. On an H100 32,768 with recomputed activations were faster than 8,192 with kept ones, and smaller; a CPU gains nothing.
 MICRO_BATCHES = {"cuda": (32768, 16384, 8192, 4096, 2048), "cpu": (8192, 4096, 2048, 1024)}
 DECODED, FEWEST = ("sampling.batch_size", "eval.batch_size"), 8  # rows decoded at a time, and how few they may become
-MIN_STEPS = 50  # fewer hardly train a model: shorter completions are better
-MIN_TOKENS = 64  # of completions that are shortened to save time
-MAX_TRUNCATED = 0.5  # share of completions, as in the doctor's check; above it their limit is doubled where it fits
 LEARNED = ("lora.rank", "model.quantization", "ppo.estimator", "optim.lr")  # kept where an experiment sets them
 CHOSEN = (
     *("ppo.estimator", "sampling.max_new_tokens", "lora.rank", "model.quantization", "optim.name", "optim.lr", "teacher.placement"),
@@ -50,8 +46,8 @@ class Training:
     @property
     def missing(self) -> str:
         """Say how to install what it needs and is not there."""
-        needed = {"peft": ("lora", self.adapters), "bitsandbytes": ("quantized", self.quantized or self.small_states)}
-        extras = [extra for package, (extra, is_needed) in needed.items() if is_needed and find_spec(package) is None]
+        needed = {"peft": self.adapters, "bitsandbytes": self.quantized or self.small_states}
+        extras = [EXTRAS[package] for package, is_needed in needed.items() if is_needed and find_spec(package) is None]
         return f"; to install: pip install 'opd[{','.join(extras)}]'" if extras else ""
 
 
@@ -74,24 +70,6 @@ class Choice:
 
 
 @dataclass(frozen=True, slots=True)
-class Timing:
-    """What a trial step measured.
-
-    Attributes:
-        step: seconds of a step with all of its inner steps.
-        truncated: share of completions that reached their limit.
-        steps: of the run as configured.
-        student, teacher: seconds of an evaluation of each; None if not measured.
-    """
-
-    step: float
-    truncated: float
-    steps: int
-    student: float | None = None
-    teacher: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class PlanRequest:
     """What is asked of a plan.
 
@@ -106,10 +84,6 @@ class PlanRequest:
     memory: int | None = None
 
     @property
-    def is_here(self) -> bool:
-        return self.memory is None
-
-    @property
     def typed(self) -> set[str]:
         return {word.lstrip("+~").partition("=")[0] for word in self.words}
 
@@ -120,7 +94,6 @@ class Planner:
 
     Attributes:
         typed: options and groups on the command line.
-        minutes: what the run may take; None for any time.
         device: `cuda` or `cpu`.
         free: bytes of the device that can still be used.
         memory_of: estimates a config.
@@ -128,7 +101,6 @@ class Planner:
     """
 
     typed: Collection[str]
-    minutes: float | None
     device: str
     free: int
     memory_of: Callable[[Config], Memory]
@@ -160,13 +132,15 @@ class Planner:
         remedy = "take a smaller student or teacher, lower sampling.max_new_tokens, or shard with launch.config_file"
         raise ConfigError(f"nothing fits into {TIGHT:.0%} of {format_bytes(self.free)} ({least}); {remedy}")
 
+    def choose(self, subject: str, what: str, reason: str) -> None:
+        self.choices.append(Choice(subject, what, reason))
+
     @property
     def room(self) -> int:
         return round(TIGHT * self.free)
 
     def needed(self, config: Config) -> int:
-        memory = self.memory_of(config)
-        return memory.peak - memory.resident["the process"]
+        return self.memory_of(config).needed
 
     def is_fixed(self, config: Config, option: str) -> bool:
         """Return whether an option stays as it is."""
@@ -182,17 +156,15 @@ class Planner:
             return None
 
     def choose_estimator(self, config: Config) -> Config:
-        if self.is_fixed(config, "ppo.estimator"):
-            self.choices.append(Choice("estimator", config.ppo.estimator.value, "as configured"))
-            return config
-        try:
-            exact = with_options(config, {"ppo.estimator": Estimator.exact})
-        except ConfigError as error:
-            reason = str(error).partition(": ")[2].partition(": ")[0]
-            self.choices.append(Choice("estimator", config.ppo.estimator.value, f"exact is not possible: {reason}"))
-            return config
-        self.choices.append(Choice("estimator", "exact", "no sampling noise, for a few percent of a step"))
-        return exact
+        reason = "as configured"
+        if not self.is_fixed(config, "ppo.estimator"):
+            try:
+                config = with_options(config, {"ppo.estimator": Estimator.exact})
+                reason = "no sampling noise, for a few percent of a step"
+            except ConfigError as error:
+                reason = f"exact is not possible: {str(error).partition(': ')[2].partition(': ')[0]}"
+        self.choose("estimator", config.ppo.estimator.value, reason)
+        return config
 
     def settings(self, config: Config, training: Training) -> Iterator[Config]:
         """Yield the settings of a way to train, from the fastest to the smallest; none where fixed options exclude it."""
@@ -203,26 +175,19 @@ class Planner:
             is_on = read(config, option) not in (0, Quantization.none, OptimizerName.adamw)
             if self.is_fixed(config, option) and is_on != value:
                 return
-        start = self.changed(
-            config,
-            {
-                "lora.rank": RANK if training.adapters else 0,
-                "model.quantization": Quantization.nf4 if training.quantized else Quantization.none,
-                "optim.name": OptimizerName.adamw8bit if training.small_states else OptimizerName.adamw,
-                "optim.lr": ADAPTER_LR if training.adapters else config.optim.lr,
-            },
-        )
-        if start is None:
-            return
-        micro_batches = MICRO_BATCHES[self.device]
-        ladder: list[dict[str, Any]] = [{"train.max_tokens_per_micro_batch": tokens} for tokens in micro_batches]
+        options = {
+            "lora.rank": RANK if training.adapters else 0,
+            "model.quantization": Quantization.nf4 if training.quantized else Quantization.none,
+            "optim.name": OptimizerName.adamw8bit if training.small_states else OptimizerName.adamw,
+            "optim.lr": ADAPTER_LR if training.adapters else config.optim.lr,
+        }
+        ladder: list[dict[str, Any]] = [{"train.max_tokens_per_micro_batch": tokens} for tokens in MICRO_BATCHES[self.device]]
         if self.device == "cuda":
             recomputed = [{**setting, "train.activation_checkpointing": True} for setting in ladder]
             ladder = [{**ladder[0], "train.activation_checkpointing": False}, *recomputed]
-        for placed in self.placements(start):
-            for setting in ladder:
-                if (candidate := self.changed(placed, setting)) is not None:
-                    yield candidate
+        start = self.changed(config, options)
+        for placed in () if start is None else self.placements(start):
+            yield from filter(None, (self.changed(placed, setting) for setting in ladder))
 
     def placements(self, config: Config) -> Iterator[Config]:
         """Yield the config with the teacher where it is, and in main memory if that has room for it and a GPU gains by it."""
@@ -239,7 +204,7 @@ class Planner:
         """Return the config, with fewer rows decoded at a time where it would not fit otherwise; None if it never fits."""
         while True:
             memory = self.memory_of(config)
-            if memory.peak - memory.resident["the process"] <= self.room:
+            if memory.needed <= self.room:
                 return config
             of_update = {**memory.resident, **memory.update}
             if sum(of_update.values()) - sum(of_update.get(part, 0) for part in ("the process", "decode line")) > self.room:
@@ -252,24 +217,23 @@ class Planner:
 
     def explain(self, before: Config, found: Config, training: Training, too_large: Sequence[str]) -> None:
         """Record the choices that `fit` made."""
-        memory = self.memory_of(found)
-        needed = f"needs {format_bytes(memory.peak - memory.resident['the process'])} of {format_bytes(self.free)}"
+        needed = f"needs {format_bytes(self.needed(found))} of {format_bytes(self.free)}"
         reason = f"{needed}; too large: {', '.join(too_large)}" if too_large else needed
         adapters = f", lora.rank={found.lora.rank}" if training.adapters else ""
         quantized = f", {found.model.quantization.value}" if training.quantized else ""
-        self.choices.append(Choice("training", f"{training.name}{adapters}{quantized}", reason + training.missing))
-        self.choices.append(Choice("optimizer", f"{found.optim.name.value}, lr {found.optim.lr:g}", self.of_optimizer(found, training)))
-        self.choices.append(Choice("teacher", *self.of_teacher(before, found)))
+        self.choose("training", f"{training.name}{adapters}{quantized}", reason + training.missing)
+        self.choose("optimizer", f"{found.optim.name.value}, lr {found.optim.lr:g}", self.of_optimizer(found, training))
+        self.choose("teacher", *self.of_teacher(before, found))
         train = found.train
         recomputed = {True: ", activations recomputed", False: ", activations kept", None: ""}[train.activation_checkpointing]
         largest = train.max_tokens_per_micro_batch >= MICRO_BATCHES[self.device][0] and not train.activation_checkpointing
         reason = "the fastest" if largest else "the largest that fits"
         if self.is_fixed(found, "train.max_tokens_per_micro_batch"):
             reason = "as configured"
-        self.choices.append(Choice("micro-batch", f"{train.max_tokens_per_micro_batch:,} tokens{recomputed}", reason))
+        self.choose("micro-batch", f"{train.max_tokens_per_micro_batch:,} tokens{recomputed}", reason)
         if any(read(found, option) != read(before, option) for option in DECODED):
             rows = f"{found.sampling.batch_size} rows, {found.eval.batch_size} in evaluations"
-            self.choices.append(Choice("decoding", rows, "the caches of more do not fit"))
+            self.choose("decoding", rows, "the caches of more do not fit")
 
     def of_optimizer(self, found: Config, training: Training) -> str:
         if training.small_states:
@@ -289,66 +253,6 @@ class Planner:
             is_same = found.teacher.placement is Placement.same
             return found.teacher.placement.value, "it fits next to the student" if is_same else "as configured"
         return "offload", "it does not fit next to the student: its layers are copied from main memory in turn"
-
-    def fit_time(self, config: Config, timing: Timing | None) -> Config:
-        """Return the config with a length of completions and a number of steps that fit into the time.
-
-        Args:
-            timing: Of `config`; None if nothing was measured, and then nothing is changed.
-
-        Raises:
-            ConfigError: Not even one step fits.
-        """
-        limit, option = config.sampling.max_new_tokens, "sampling.max_new_tokens"
-        if timing is None:
-            self.choices.append(Choice("completions", f"at most {limit} tokens", "as configured; their lengths were not measured"))
-            self.choices.append(Choice("time", "not measured", "opd doctor --plan without --memory, on the machine itself, measures it"))
-            return config
-        chosen, is_fixed = limit, self.is_fixed(config, option)
-        reason = f"{timing.truncated:.0%} of the trial step's reach it" + ("; as configured" if is_fixed else "")
-        if not is_fixed and self.minutes is not None and config.sampling.truncated is Truncated.keep:
-            while chosen // 2 >= MIN_TOKENS and self.steps_in_time(config, timing, chosen / limit) < min(MIN_STEPS, timing.steps):
-                chosen //= 2
-                reason = f"with {limit} fewer than {MIN_STEPS} steps fit into the time, and each token has a lesson of its own"
-        if not is_fixed and chosen == limit and timing.truncated > MAX_TRUNCATED:
-            longer = self.changed(config, {option: 2 * limit})
-            in_time = self.steps_in_time(config, timing, 2.0) >= min(MIN_STEPS, timing.steps)
-            if longer is not None and in_time and self.needed(longer) <= self.room:
-                chosen, reason = 2 * limit, f"{timing.truncated:.0%} of the trial step's reach {limit}"
-        self.choices.append(Choice("completions", f"at most {chosen} tokens", reason))
-        config = self.changed(config, {option: chosen}) or config
-
-        scale = chosen / limit
-        possible = self.steps_in_time(config, timing, scale)
-        seconds = self.run_seconds(config, timing, scale, min(possible, timing.steps))
-        what = f"{min(possible, timing.steps):,} steps, about {format_duration(seconds)}"
-        reason = f"{scale * timing.step:.2g} s a step" + (" if time goes with length" if scale != 1 else ", measured")
-        reason += ", without evaluations" if timing.student is None else f"; an evaluation {format_duration(timing.student)}"
-        if possible >= timing.steps:
-            self.choices.append(Choice("time", what, reason))
-            return config
-        if possible < 1:
-            remedy = "allow more minutes, or lower eval.limit, train.batch_size or sampling.max_new_tokens"
-            raise ConfigError(f"no step fits into {self.minutes:g} minutes ({reason}); {remedy}")
-        if self.is_fixed(config, "train.max_steps") or self.is_fixed(config, "train.epochs"):
-            whole = format_duration(self.run_seconds(config, timing, scale, timing.steps))
-            self.choices.append(
-                Choice("time", f"{timing.steps:,} steps, about {whole}", f"as configured, more than {self.minutes:g} minutes")
-            )
-            return config
-        self.choices.append(Choice("time", what, f"{reason}; {timing.steps:,} as configured take longer than {self.minutes:g} minutes"))
-        return with_options(config, {"train.max_steps": possible, "train.epochs": None})
-
-    def run_seconds(self, config: Config, timing: Timing, scale: float, steps: int) -> float:
-        """Return what a run takes: its steps, an evaluation of the teacher, and those of the student before, in between and after."""
-        evaluations = 2 + (steps // config.eval.steps if config.eval.steps else 0)
-        return steps * scale * timing.step + (timing.teacher or 0.0) + evaluations * (timing.student or 0.0)
-
-    def steps_in_time(self, config: Config, timing: Timing, scale: float) -> int:
-        """Return how many of the run's steps fit into the minutes, at `scale` times the length."""
-        if self.minutes is None:
-            return timing.steps
-        return bisect_right(range(1, timing.steps + 1), 60 * self.minutes, key=lambda steps: self.run_seconds(config, timing, scale, steps))
 
     def to_dict(self, command: str) -> dict[str, Any]:
         return {"choices": [asdict(choice) for choice in self.choices], "command": command}

@@ -7,7 +7,9 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig
-from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, turn_end, with_system, without_template
+from opd.data.chat_template import ChatTemplate, Message, teacher_template, without_template
+from opd.data.prompts import Prompt, text_warnings
+from opd.data.rows import with_system
 from opd.data.token_bytes import TokenBytes, check_student
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.errors import ConfigError, OpdError
@@ -15,21 +17,11 @@ from opd.models import load as models
 
 # Settings with which generate() samples from another distribution than the model's, and the values that switch them off.
 PROCESSORS: Mapping[str, Any] = {
-    "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "min_length": 0,
-    "min_new_tokens": None,
-    "bad_words_ids": None,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "sequence_bias": None,
-    "exponential_decay_length_penalty": None,
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0,
+    "min_length": 0, "min_new_tokens": None, "bad_words_ids": None, "suppress_tokens": None, "begin_suppress_tokens": None,
+    "forced_bos_token_id": None, "forced_eos_token_id": None, "sequence_bias": None, "exponential_decay_length_penalty": None,
     "guidance_scale": 1.0,
-}
+}  # fmt: skip
 DECODING: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
@@ -89,7 +81,7 @@ def check_eos(
 
 def check_turn_end(tokenizer: PreTrainedTokenizerBase, eos: Sequence[int], role: str, kwargs: Mapping[str, Any]) -> list[Finding]:
     """Check that the token with which the chat template ends an answer also ends a completion."""
-    end = turn_end(tokenizer, kwargs)
+    end = ChatTemplate(tokenizer, kwargs).turn_end()
     if end is None or end in eos:
         return []
     what = f"its chat template ends an answer with {tokenizer.convert_ids_to_tokens(end)!r}, which does not end a completion"
@@ -115,10 +107,10 @@ def check_templates(
     check, kwargs, has_own = "chat templates", config.data.chat_template_kwargs, config.teacher.has_own_tokens
     rendered: dict[str, str] = {}
     findings: list[Finding] = []
-    for role, tokenizer in (("student", student), ("teacher", teacher)):
+    teachers = ChatTemplate(teacher, without_template(kwargs) if has_own else kwargs)
+    for role, template in (("student", ChatTemplate(student, kwargs)), ("teacher", teachers)):
         try:
-            read_kwargs = without_template(kwargs) if has_own and role == "teacher" else kwargs
-            text, ids = render(messages, tokenizer, read_kwargs, role)
+            text, ids = template.render(messages, role)
         except OpdError as error:
             what = f"the first prompt cannot be rendered: {error}"
             if role == "student" or has_own:
@@ -126,8 +118,8 @@ def check_templates(
             else:
                 findings.append(warn(check, what, "the teacher reads the student's rendering: make sure that it knows this format"))
             continue
-        rendered[role] = models.decode(tokenizer, ids)
-        findings += check_template(tokenizer, text, ids, messages, role, read_kwargs)
+        rendered[role] = models.decode(template.tokenizer, ids)
+        findings += check_template(template, text, ids, messages, role)
     if len(rendered) == 2 and rendered["student"] == rendered["teacher"]:
         findings.append(ok(check, "student and teacher render the first prompt alike"))
     elif len(rendered) == 2 and has_own:
@@ -137,9 +129,8 @@ def check_templates(
         remedy = "a teacher scores best in its own format: give both models the same chat template, the teacher's if possible"
         findings.append(warn(check, what, remedy))
     if (system := config.teacher.system) is not None:
-        renderer, read_kwargs = (teacher, without_template(kwargs)) if has_own else (student, kwargs)
-        text = render(with_system(messages, system), renderer, {**read_kwargs, **config.teacher.chat_template_kwargs}, "teacher.system")[0]
-        if not contains(text, system):
+        views_template = teacher_template(config.data, config.teacher, student, teacher if has_own else None)
+        if not contains(views_template.render(with_system(messages, system), "teacher.system")[0], system):
             whose = "teacher" if has_own else "student, which renders the teacher's prompts too,"
             what = f"the chat template of the {whose} leaves it out"
             findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
@@ -151,9 +142,7 @@ def contains(text: str, part: str) -> bool:
     return "".join(part.split()) in "".join(text.split())
 
 
-def check_template(
-    tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int], messages: Sequence[Message], role: str, kwargs: Mapping[str, Any]
-) -> list[Finding]:
+def check_template(template: ChatTemplate, text: str, ids: Sequence[int], messages: Sequence[Message], role: str) -> list[Finding]:
     """Check one model's rendering of the messages, as text and ids."""
     check, take_own = f"chat template of the {role}", "take the chat template from the model's own folder"
     findings = []
@@ -161,17 +150,18 @@ def check_template(
         what = "the chat ends with a message of the assistant, which is continued"
         remedy = "right for begun answers; where these are whole conversations, leave out their last message"
         findings.append(warn(check, what, remedy))
-    if find_template(tokenizer, kwargs) is None:
+    if template.find() is None:
         remedy = f"right for a base model; for a chat model, {take_own}"
         return [*findings, warn(check, "there is none: the prompt is plain text", remedy)]
     if not all(contains(text, message["content"]) for message in messages if message["role"] in ("system", "user")):
         make = fail if role == "student" else warn
         findings.append(make(check, "the rendering does not contain the prompt's text", take_own))
-    if not is_open and text == render_closed(messages, tokenizer, kwargs):
+    if not is_open and text == template.render_closed(messages):
         what = "it does not open the assistant's turn (add_generation_prompt changes nothing)"
         findings.append(warn(check, what, "the student would continue the user's text: add the assistant's header to the template"))
-    if tokenizer.bos_token_id is not None and list(ids[:2]) == [tokenizer.bos_token_id] * 2:
-        findings.append(warn(check, f"the prompt begins with {tokenizer.bos_token!r} twice", "remove one of them from the chat template"))
+    bos, name = template.tokenizer.bos_token_id, template.tokenizer.bos_token
+    if bos is not None and list(ids[:2]) == [bos] * 2:
+        findings.append(warn(check, f"the prompt begins with {name!r} twice", "remove one of them from the chat template"))
     return findings
 
 
@@ -186,7 +176,7 @@ def check_options(
         ("teacher.chat_template_kwargs", teacher_kwargs.keys(), {**kwargs, **teacher_kwargs}),
         ("fields of messages", fields, kwargs),
     ):
-        template = find_template(student, given) or ""
+        template = ChatTemplate(student, given).find() or ""
         if unused := sorted(name for name in names - {"chat_template"} if not re.search(rf"\b{re.escape(name)}\b", template)):
             what = f"the chat template of the student does not use {', '.join(unused)}"
             findings.append(warn(check, what, "they change nothing: remove them, correct their names, or take another chat template"))

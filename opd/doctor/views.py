@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from os.path import commonprefix
 
-from transformers import PreTrainedTokenizerBase
-
 from opd.data.prompts import VIEWS, View
 from opd.doctor.findings import Finding, ok, warn
 from opd.models.load import decode
@@ -13,7 +11,7 @@ SHOWN = 160  # characters of a difference
 CHECKS = {"teacher": "teacher's view", "contrast": "teacher's contrast"}
 
 
-def check_views(views: Mapping[str, View], tokenizer: PreTrainedTokenizerBase) -> tuple[list[Finding], dict[str, str]]:
+def check_views(views: Mapping[str, View]) -> tuple[list[Finding], dict[str, str]]:
     """Compare the teacher's views of a row with the student's.
 
     Args:
@@ -23,11 +21,12 @@ def check_views(views: Mapping[str, View], tokenizer: PreTrainedTokenizerBase) -
         The findings, and each view of the teacher as text, by check.
     """
     findings, texts = [], {}
-    _, own = views["student"].render(tokenizer)
+    _, own = views["student"].render()
+    tokenizer = views["student"].template.tokenizer
     student = decode(tokenizer, own)
     for name in (name for name in VIEWS if name in views):
         check = CHECKS[name]
-        _, ids = views[name].render(tokenizer)
+        _, ids = views[name].render()
         texts[check] = decode(tokenizer, ids)
         if texts[check] == student:
             remedy = f"it changes nothing there: name a column of the row in {VIEWS[name]}, or remove it"

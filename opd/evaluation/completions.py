@@ -17,16 +17,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config
+from opd.data.chat_template import ChatTemplate
 from opd.data.given import eval_file
-from opd.data.prompts import Prompt, completion_end
-from opd.data.rollouts import Request, Rollout
+from opd.data.prompts import Prompt
+from opd.data.rollouts import Request
+from opd.data.rows import columns_of
 from opd.data.sources import Row, Rows, load_rows
-from opd.data.views import columns_of
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import load_teacher
 from opd.models import load as models
 from opd.models.accelerator import make_accelerator
-from opd.models.overlap import end_ids
 from opd.models.policy import check_positions
 from opd.models.shared_ids import SharedIds
 from opd.runs.folder import check_output_path, write_output
@@ -109,7 +109,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
                 rewards = evaluator.judge(rollouts)
                 for index, prompt in enumerate(chosen):
                     own = slice(index * samples, (index + 1) * samples)
-                    line = {"row": prompt.sample_id, "texts": texts(tokenizer, rollouts[own]), "rewards": rewards[own]}
+                    # A completion that was cut off has no end to learn.
+                    texts = [None if rollout.truncated else models.decode(tokenizer, rollout.answer) for rollout in rollouts[own]]
+                    line = {"row": prompt.sample_id, "texts": texts, "rewards": rewards[own]}
                     done[prompt.sample_id] = line
                     stream.write(json.dumps(line, ensure_ascii=False) + "\n")
                 stream.flush()
@@ -135,22 +137,25 @@ def teacher_sampler(
     config: Config, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], average: Path | None = None
 ) -> tuple[Sampler, int]:
     """Return a sampler of the local or served teacher, and the number of ids that it may draw."""
+    own, kwargs, device = (tokenizer, (tokenizer.eos_token_id,)), config.data.chat_template_kwargs, models.find_device(config.device)
     if config.teacher.url is None:
-        teacher = load_teacher(config, models.find_device(config.device), average)
+        teacher = load_teacher(config, device, average)
         vocabulary = models.shared_vocabulary(tokenizer, teacher.model, None)
-        ids = share_ids(config, tokenizer, teacher.tokenizer, teacher.eos, vocabulary)
+        overlap = models.check_same_ids(tokenizer, teacher.tokenizer)
+        ids = SharedIds.of(vocabulary, overlap, [own, (teacher.tokenizer, teacher.eos)], kwargs, device)
         models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
         lengths = [len(prompt.seen_by_teacher) for prompt in prompts]
         check_positions(teacher.model, "teacher", "sampling.max_new_tokens", lengths, config.sampling.max_new_tokens)
         return teacher.sampler(tokenizer.pad_token_id, ids, config.seed), vocabulary
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     teacher_tokenizer = models.load_tokenizer(config.teacher, "teacher")
-    ids = share_ids(config, tokenizer, teacher_tokenizer, (teacher_tokenizer.eos_token_id,), vocabulary)
+    overlap = models.check_same_ids(tokenizer, teacher_tokenizer)
+    ids = SharedIds.of(vocabulary, overlap, [own, (teacher_tokenizer, (teacher_tokenizer.eos_token_id,))], kwargs, device)
     longest = longest_sequence(config, [prompt.for_teacher() for prompt in prompts])
     models.check_known(prompts, tokenizer, vocabulary, ids.overlap)
     served = ServedTeacher(config.teacher, tokenizer, vocabulary, longest, canary_ids(tokenizer, prompts, longest), overlap=ids.overlap)
     served.check()
-    eos = ids.ends or tuple({tokenizer.eos_token_id, completion_end(tokenizer, config.data.chat_template_kwargs)})
+    eos = ids.ends or tuple({tokenizer.eos_token_id, ChatTemplate(tokenizer, kwargs).completion_end()})
     # The server has the model.
     spec: Any = SamplerSpec(
         model=None,  # type: ignore[arg-type]
@@ -165,26 +170,11 @@ def teacher_sampler(
     return ServedSampler(served.servers[0], served.name, spec), vocabulary
 
 
-def share_ids(
-    config: Config, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, teacher_eos: Sequence[int], vocabulary: int
-) -> SharedIds:
-    """Return the ids that the teacher may draw: those that the student has too."""
-    overlap = models.check_same_ids(student, teacher)
-    if overlap is None:
-        return SharedIds(vocabulary)
-    ends = end_ids(overlap, [(student, (student.eos_token_id,)), (teacher, teacher_eos)], config.data.chat_template_kwargs)
-    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(models.find_device(config.device)), ends)
-
-
 def settings(config: Config, prompts: Sequence[Prompt], samples: int) -> dict[str, Any]:
     """Return what decides the completions and their rewards, as JSON."""
     sampling, teacher = config.sampling, config.teacher
     return {
-        "teacher.path": teacher.path,
-        "teacher.url": teacher.url,
-        "teacher.revision": teacher.revision,
-        "teacher.gguf_file": teacher.gguf_file,
-        "teacher.adapter": teacher.adapter,
+        **{f"teacher.{name}": getattr(teacher, name) for name in ("path", "url", "revision", "gguf_file", "adapter")},
         "teacher.quantization": teacher.quantization.value,
         "data": digest(rows(prompts)),
         "samples": samples,
@@ -214,11 +204,6 @@ def begin(part: Path, wanted: Mapping[str, Any]) -> dict[int, Any]:
         raise ConfigError(f"{part}: was begun with another {', '.join(changed)}; repeat those options to continue, or remove it")
     os.truncate(part, len(whole))
     return done
-
-
-def texts(tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[Rollout]) -> list[str | None]:
-    """Return the texts of completions, with their special tokens; None for one that was cut off, which has no end to learn."""
-    return [None if rollout.truncated else models.decode(tokenizer, rollout.answer) for rollout in rollouts]
 
 
 def finished(prompt: Prompt, source: Rows, config: Config, line: Mapping[str, Any], only_right: bool) -> Row | None:

@@ -13,11 +13,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
 from opd.config.schema import Config, naming_teacher
-from opd.data.rollouts import Request
 from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target
 from opd.models import load as models
@@ -26,7 +24,7 @@ from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler, of_teachers
-from opd.teachers import as_one
+from opd.teachers import LocalTeacher, as_one
 from opd.training.evaluate import Distances, Evaluator, interval, make_evaluator, mean_kl
 from opd.training.inputs import Given, load_prompts, make_run_grader
 
@@ -88,8 +86,8 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
                 evaluator.check_positions(teacher.model, "teacher", label)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
             answers[role] = _answer(evaluator, sampler, samples)
-            as_teachers = as_one({label: teacher.teacher(ids) for label, teacher in teachers.items()})
-            distances[role] = evaluator.distances(sampler, student.model, as_teachers)
+            scorers = {label: LocalTeacher(teacher.model, ids.vocabulary, masked=ids.masked) for label, teacher in teachers.items()}
+            distances[role] = evaluator.distances(sampler, student.model, as_one(scorers))
             del student, sampler
             release_memory(accelerator.device)
         samplers: dict[str, Sampler] = {}
@@ -120,18 +118,8 @@ def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[s
 
 def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bool = False) -> list[Answer]:
     """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts."""
-    accelerator = evaluator.accelerator
-    prompts = evaluator.answered[accelerator.process_index :: accelerator.num_processes]
-    requests = [Request(prompt.for_teacher() if as_teacher else prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
-    # The stream of the trainer's evaluations, so that the answers are those of the run.
-    rollouts = run_stoppable(accelerator, lambda: sampler.sample(requests, evaluator.decoding, "evaluation"))
-    answers = [
-        Answer(rollout.request.prompt.sample_id, reward, len(rollout.completion), rollout.truncated, rollout.request.prompt.dataset)
-        for reward, rollout in zip((evaluator.as_teacher() if as_teacher else evaluator).judge(rollouts), rollouts, strict=True)
-        if reward is not None
-    ]
-    gathered: list[Answer] = gather_object(answers)
-    return sorted(gathered, key=lambda answer: answer.prompt)
+    judged = sorted(evaluator.answer(sampler, as_teacher, samples).rows, key=lambda row: row[5])
+    return [Answer(prompt, reward, length, cut, dataset) for dataset, reward, length, cut, _, prompt in judged if reward is not None]
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:

@@ -9,17 +9,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, ModelConfig, SamplingDtype
-from opd.data.prompts import Prompt, encode_rows, tokenize_plain
+from opd.data.chat_template import tokenize_plain
+from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, DataError
 from opd.models import load as models
 from opd.models.adapters import trained_adapters
-from opd.models.overlap import end_ids
 from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.models.shared_ids import SharedIds
 from opd.objective import TeacherStates
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec
-from opd.teachers import LocalTeacher
 from opd.training.checkpoint import AVERAGE, read
 from opd.training.tensors import restore_weights, trained_tensors
 
@@ -49,9 +48,6 @@ class LoadedModel:
         sampler = GenerateSampler(spec, self.copies)
         sampler.check(self.role)
         return sampler
-
-    def teacher(self, ids: SharedIds) -> LocalTeacher:
-        return LocalTeacher(self.model, ids.vocabulary, masked=ids.masked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +140,8 @@ def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> Sha
         return SharedIds(own, of_teacher=theirs)
     overlap = models.check_same_ids(student.tokenizer, teacher.tokenizer)
     vocabulary = models.shared_vocabulary(student.tokenizer, student.model, teacher.model)
-    if overlap is None:
-        return SharedIds(vocabulary)
     pairs = [(loaded.tokenizer, loaded.eos) for loaded in (student, teacher)]
-    ends = end_ids(overlap, pairs, config.data.chat_template_kwargs)
-    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(student.model.device), ends)
+    return SharedIds.of(vocabulary, overlap, pairs, config.data.chat_template_kwargs, student.model.device)
 
 
 def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:
@@ -229,8 +222,8 @@ def score(pair: ModelPair, text: str, prompt: str | None = None) -> ScoredText:
 def _encode(pair: ModelPair, text: str) -> Prompt:
     """Return the prompt of a user's message as training shows it to both models, whatever its length."""
     data = replace(pair.config.data, prompt="prompt", system=None, answer=None, max_prompt_tokens=2**31)
-    teacher = replace(pair.config.teacher, contrast=None)
-    (prompt,) = encode_rows([{"prompt": text}], pair.tokenizer, data, "given", teacher, teacher_tokenizer=pair.teacher_tokenizer)
+    encoder = Encoder(pair.tokenizer, data, pair.config.teacher, pair.teacher_tokenizer)
+    (prompt,) = encode_rows([{"prompt": text}], encoder, "given")
     if pair.teacher_tokenizer is None:
         models.check_known([prompt], pair.tokenizer, pair.ids.vocabulary, pair.ids.overlap)
     return prompt

@@ -4,8 +4,6 @@ Parameters are counted on models without storage, built from `config.json` alone
 copies of the student with one and two layers and random weights. The rest is arithmetic, in bytes.
 """
 
-import copy
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,14 +11,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opd.config.schema import (
     Config,
+    Dtype,
     Engine,
     Estimator,
-    LoraConfig,
     ModelConfig,
     OptimizerName,
     Placement,
@@ -36,11 +34,10 @@ from opd.errors import ConfigError
 from opd.models.adapters import lora_options
 from opd.models.device import free_memory
 from opd.models.load import computes_in_bf16, load_config, recomputes_activations, uses_bf16_copy
-from opd.models.policy import MODEL_ERRORS, add_adapters, cache_argument, decoder_layers, padding_limit
+from opd.models.measured import activations_of_layer, cache_bytes, measure
+from opd.models.policy import MODEL_ERRORS, add_adapters, decoder_layers, padding_limit
 from opd.objective import chunk_rows
 from opd.runs.text import format_bytes
-
-log = logging.getLogger(__name__)
 
 FLOAT32, BFLOAT16 = 4, 2
 NF4 = 0.5 + 4 / 64  # with one float32 scale for every 64 numbers
@@ -54,8 +51,6 @@ LOGITS_COPIES = 4  # float32 copies of a decoding batch's logits while its next 
 # with MALLOC_MMAP_THRESHOLD_=65536, that is, without the heap.
 HEAP_SLACK = 0.42
 STEPS = 20  # steps whose prompts decide how large micro-batches become
-MEASURED: dict[tuple[Any, ...], tuple[float, float]] = {}  # by `measure`, which takes a minute for the layers of a 7B model on a CPU
-SHORT, LONG = 16, 1024  # tokens of the sequences on which a layer's activations are measured, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +80,11 @@ class Memory:
     @property
     def peak(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """The bytes at the peak that the process does not use already."""
+        return self.peak - self.resident["the process"]
 
     def to_dict(self) -> dict[str, Any]:
         return {"resident": self.resident, "sampling": self.sampling, "update": self.update, "peak": self.peak}
@@ -127,7 +127,7 @@ def estimate(
     uses_line = device.type == "cuda" and not sharded and config.sampling.engine is not Engine.vllm
     sampling = {} if prompts is None else sampling_bytes(config, student, teachers, *prompts, device, uses_line)  # without adapters
     bf16 = computes_in_bf16(config.model.dtype, device)
-    quantized = quantized_bytes(student, config.model.quantization, BFLOAT16 if bf16 else FLOAT32)  # less than 0
+    quantized = quantized_bytes(student, config.model.quantization, width_of(config.model.dtype, device))  # less than 0
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, lora_options(config))
@@ -195,12 +195,9 @@ def sampling_bytes(
     """
     sampling, evaluated = config.sampling, config.eval
     longest = max(len(prompt.ids) for prompt in (*train, *evaluation))
-    in_bf16 = samples_with_copy(config, device) or computes_in_bf16(config.model.dtype, device)
-    of_student = measure("the cache", cache_bytes, student, BFLOAT16 if in_bf16 else FLOAT32)
-    of_teachers = [
-        measure("the cache", cache_bytes, model, BFLOAT16 if computes_in_bf16(part.teacher.dtype, device) else FLOAT32)
-        for part, model in teachers
-    ]
+    width = BFLOAT16 if samples_with_copy(config, device) else width_of(config.model.dtype, device)
+    of_student = measure("the cache", cache_bytes, student, width)
+    of_teachers = [measure("the cache", cache_bytes, model, width_of(part.teacher.dtype, device)) for part, model in teachers]
     rows = min(sampling.batch_size, config.train.batch_size * sampling.n)
     batches = [(rows, 0 if uses_line else sampling.max_new_tokens, [of_student])]
     if evaluated.reward is not None:
@@ -214,61 +211,14 @@ def sampling_bytes(
     if uses_line:
         length = line_length(longest + max(sampling.max_new_tokens, evaluated.max_new_tokens, evaluated.kl_max_new_tokens))
         needed["decode line"] = round(sampling.batch_size * (length * of_student[0] + FLOAT32 * vocabulary))
-    return needed | {
-        "KV cache": round(
-            max(
-                rows * ((longest + new_tokens) * per_token + constant)
-                for rows, new_tokens, caches in batches
-                for per_token, constant in caches
-            )
-        ),
-        "logits": LOGITS_COPIES * FLOAT32 * max(rows for rows, _, _ in batches) * vocabulary,
-    }
+    sizes = [rows * ((longest + new) * per_token + constant) for rows, new, caches in batches for per_token, constant in caches]
+    logits = LOGITS_COPIES * FLOAT32 * max(rows for rows, _, _ in batches) * vocabulary
+    return needed | {"KV cache": round(max(sizes)), "logits": logits}
 
 
 def line_length(tokens: int) -> int:
     """Return the positions of a decode line's cache for so many tokens: a multiple of 64, which saves padding of the mask in attention."""
     return -(-tokens // 64) * 64
-
-
-def measure(what: str, measurement: Callable[..., tuple[float, float]], model: Any, *args: Any) -> tuple[float, float]:
-    """Return the measurement, made once, or zeros where the model cannot be run without its weights or with fewer layers.
-
-    Args:
-        model: A model or its config.
-    """
-    known = (measurement, getattr(model, "config", model).to_json_string(use_diff=False), repr(args))
-    try:
-        return MEASURED.get(known) or MEASURED.setdefault(known, measurement(model, *args))
-    except MODEL_ERRORS as error:
-        log.warning("memory: %s cannot be measured for %s and is left out: %s", what, type(model).__name__, str(error).partition("\n")[0])
-        return 0.0, 0.0
-
-
-def cache_bytes(model: PreTrainedModel, width: int) -> tuple[float, float]:
-    """Measure the cache of a sequence on a model without storage: keys, values and recurrent states, of `width` bytes each number.
-
-    Returns:
-        Bytes for each token, and bytes whatever their number.
-    """
-    layers = model.base_model
-    vars(model.config).update(pad_token_id=None)  # GPT-2 would look for it in the ids
-    sizes = []
-    for tokens in (SHORT, 2 * SHORT):
-        cache = DynamicCache(config=model.config)
-        ids_BT = torch.ones(1, tokens, dtype=torch.long, device="meta")
-        with torch.no_grad():
-            layers(input_ids=ids_BT, use_cache=True, **{cache_argument(layers): cache})
-        values = [value for layer in cache.layers for value in vars(layer).values()]
-        states = [state for value in values for state in (value.values() if isinstance(value, dict) else [value])]
-        sizes.append(width * sum(state.numel() for state in states if isinstance(state, Tensor)))
-    return per_token_and_constant(sizes[0], sizes[1], 2 * SHORT)
-
-
-def per_token_and_constant(of_short: int, of_long: int, long: int) -> tuple[float, float]:
-    """Return the bytes for each token, and the rest, from those of sequences of `SHORT` and of `long` tokens."""
-    per_token = (of_long - of_short) / (long - SHORT)
-    return per_token, max(0.0, of_short - SHORT * per_token)
 
 
 def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Prompt], device: torch.device, free: int) -> dict[str, int]:
@@ -314,68 +264,20 @@ def largest_micro_batch(config: Config, prompts: Sequence[Prompt], device: torch
     return largest
 
 
-def activations_of_layer(settings: Any, tokens: int, bf16: bool, lora: LoraConfig) -> tuple[float, float]:
-    """Measure what one layer saves for the backward pass, in sequences of `tokens` tokens.
-
-    Returns:
-        Bytes for each token, and bytes whatever their number.
-    """
-    long = max(2 * SHORT, min(tokens, LONG))
-    measured = []
-    for number in (1, 2):
-        small = copy.deepcopy(settings)
-        text = small.get_text_config()
-        for name, value in vars(text).items():
-            if isinstance(value, list) and isinstance(value[0] if value else None, str) and len(value) == text.num_hidden_layers:
-                setattr(text, name, value[:number])  # layer_types, or the kinds of layers under another name
-        text.num_hidden_layers, text.vocab_size = number, 8
-        if hasattr(text, "vocab_size_per_layer_input"):  # Gemma 4's second embedding, the larger one
-            text.vocab_size_per_layer_input = 8
-        text.pad_token_id, text.bos_token_id, text.eos_token_id = 0, 0, 0
-        with torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
-        if lora.rank:
-            add_adapters(model.requires_grad_(False), lora)
-        model.to(torch.bfloat16 if bf16 else torch.float32)
-        measured.append([saved_bytes(model, length) for length in (SHORT, long)])
-    of_short, of_long = (two - one for one, two in zip(*measured, strict=True))
-    return per_token_and_constant(of_short, of_long, long)
-
-
-def saved_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Return the bytes that the model saves for the backward pass of one sequence, weights left out."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    del output
-    return sum(saved.values())
-
-
 def teacher_bytes(config: TeacherConfig, model: PreTrainedModel, processes: int, device: torch.device) -> int:
     """Return what the teacher's weights need on the student's device."""
-    width = BFLOAT16 if computes_in_bf16(config.dtype, device) else FLOAT32
-    blocks = decoder_layers(model)
-    inside = sum(map(count, blocks))
-    total = width * count(model)
-    total += quantized_bytes(model, config.quantization, width)
+    width, sizes = width_of(config.dtype, device), list(map(count, decoder_layers(model)))
+    total = width * count(model) + quantized_bytes(model, config.quantization, width)
     match config.placement:
         case Placement.same:
             return total
         case Placement.device:
             return total if device.type == config.device else width * model.get_output_embeddings().weight.numel()
         case Placement.sharded:
-            return total + round(width * inside / processes)
+            return total + round(width * sum(sizes) / processes)
         case Placement.offload:
-            arriving = width * max(map(sum, pairwise([0, *map(count, blocks)])))  # the next layer is copied while one computes
-            return arriving + (total if device.type == "cpu" else total - width * inside)
+            arriving = width * max(map(sum, pairwise([0, *sizes])))  # the next layer is copied while one computes
+            return arriving + (total if device.type == "cpu" else total - width * sum(sizes))
 
 
 def copy_bytes(kind: TeacherWeights, turns_off: bool, trained: int, weights: int, bf16: bool, sharded: bool) -> int:
@@ -422,6 +324,11 @@ def empty_model(config: ModelConfig, role: str) -> PreTrainedModel:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"{role}.path={config.path} cannot be built: {reason}; use another architecture") from error
     return model
+
+
+def width_of(dtype: Dtype, device: torch.device) -> int:
+    """Return the bytes of a number that a model of this dtype computes with."""
+    return BFLOAT16 if computes_in_bf16(dtype, device) else FLOAT32
 
 
 def count(module: nn.Module) -> int:

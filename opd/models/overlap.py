@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opd.data.prompts import turn_end
+from opd.data.chat_template import ChatTemplate
 from opd.errors import ConfigError
 
 REMEDY = "set teacher.alignment=spans, with which the teacher reads the text in its own tokens, or another teacher.path"
@@ -120,7 +120,7 @@ def end_ids(overlap: Overlap, pairs: Sequence[tuple[PreTrainedTokenizerBase, Seq
     """
     ends = {token for _, ids in pairs for token in ids}
     for tokenizer, _ in pairs:
-        token = turn_end(tokenizer, kwargs)
+        token = ChatTemplate(tokenizer, kwargs).turn_end()
         if token is not None and token in tokenizer.get_added_vocab().values():
             ends.add(token)
     if not ends & overlap.shared:

@@ -1,10 +1,16 @@
 """The token ids that student and teacher share."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from opd.models.overlap import Overlap
+from opd.models.overlap import Overlap, end_ids
+
+Pairs = Sequence[tuple[PreTrainedTokenizerBase, Sequence[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,13 @@ class SharedIds:
     masked: Tensor | None = None
     ends: tuple[int, ...] | None = None
     of_teacher: int | None = None
+
+    @classmethod
+    def of(cls, vocabulary: int, overlap: Overlap | None, pairs: Pairs, kwargs: Mapping[str, Any], device: torch.device) -> "SharedIds":
+        """Return those of models with the same ids, or with overlapping ones; other arguments as in `end_ids`."""
+        if overlap is None:
+            return cls(vocabulary)
+        return cls(vocabulary, overlap, overlap.masked(vocabulary).to(device), end_ids(overlap, pairs, kwargs))
 
     @property
     def teacher_vocabulary(self) -> int:

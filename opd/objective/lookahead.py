@@ -11,7 +11,7 @@ and what follows is conditional on the text, so that its log-prob loses the look
 in place of the last one. Between equal tokenizers nothing is longer, and the lookahead is 0 bitwise. `tests/test_spans.py` enumerates what
 the correction is for: without it the gradient does not vanish where student and teacher write the same texts equally often.
 
-Shapes: `C` tokens, `V` vocabulary, `L` pairs of a token and a longer one.
+Shapes: `N` tokens of a micro-batch, `C` tokens of a chunk, `V` vocabulary, `L` pairs of a token and a longer one.
 """
 
 from collections.abc import Sequence
@@ -53,3 +53,9 @@ class Longer:
         ratio_L = ((at_least_float32(logits_L) - at_least_float32(own_C)[row_L]) / temperature).double().exp()
         sum_C = torch.zeros(len(id_C), dtype=torch.float64, device=id_C.device).index_add(0, row_L, ratio_L)
         return sum_C.log1p().to(at_least_float32(own_C).dtype)
+
+
+def less_previous(lookahead_N: Tensor, previous_N: Tensor, part: slice = slice(None)) -> Tensor:
+    """Return for a part of the tokens the lookahead of each span, at its last token, less that of the span before it."""
+    previous_C = previous_N[part]
+    return lookahead_N[part] - torch.where(previous_C >= 0, lookahead_N[previous_C.clamp_min(0)], 0.0)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean, variance
 from typing import Any
@@ -68,29 +68,19 @@ def effects(runs: Sequence[Run]) -> list[Effect]:
         if run.config:
             arms = groups.setdefault(_compared(run), {})
             arms.setdefault(run.config.get("control", NONE), {}).setdefault(run.config.get("seed", 0), run)
-    return list(_effects(groups.values()))
-
-
-def effects_on(run: Run, runs: Sequence[Run]) -> list[Effect]:
-    """Return the effects among `runs` that `run` is part of."""
-    return [effect for effect in effects(runs) if str(run.path) in effect.runs]
+    found = []
+    for arms in groups.values():
+        taught = arms.get(NONE, {})
+        for control in sorted(set(arms) - {NONE}):
+            seeds = sorted(set(taught) & set(arms[control]))
+            found.append(_effect(control, seeds, [(taught[seed], arms[control][seed]) for seed in seeds]) if seeds else None)
+    return [effect for effect in found if effect is not None]
 
 
 def _compared(run: Run) -> str:
     """Return what has to be the same in runs that are compared."""
     options = {name: value for name, value in flatten(run.config).items() if not name.startswith(OTHER_OPTIONS)}
     return json.dumps([options, run.content.get("evaluation data")], sort_keys=True, default=str)
-
-
-def _effects(groups: Any) -> Iterator[Effect]:
-    for arms in groups:
-        taught = arms.get(NONE, {})
-        for control in sorted(set(arms) - {NONE}):
-            seeds = sorted(set(taught) & set(arms[control]))
-            pairs = [(taught[seed], arms[control][seed]) for seed in seeds]
-            effect = _effect(control, seeds, pairs) if pairs else None
-            if effect is not None:
-                yield effect
 
 
 def _effect(control: str, seeds: list[int], pairs: Sequence[tuple[Run, Run]]) -> Effect | None:

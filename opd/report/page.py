@@ -11,7 +11,7 @@ from typing import Any
 from opd import __version__
 from opd.errors import DataError, OpdError
 from opd.report import charts, sections, tokens
-from opd.report.controls import Effect, effects, effects_on
+from opd.report.controls import Effect, effects
 from opd.runs.outcome import achieved
 from opd.runs.reader import MEMBER, Run, find_runs
 
@@ -55,7 +55,7 @@ def _effects(runs: Sequence[Run]) -> list[Effect]:
     if not (run.path / MEMBER).is_file():
         return []
     try:
-        return effects_on(run, find_runs([run.path.parent]))
+        return [effect for effect in effects(find_runs([run.path.parent])) if str(run.path) in effect.runs]
     except (OpdError, ValueError, KeyError, TypeError, AttributeError):  # of another run, which has a report of its own
         return []
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -11,13 +12,14 @@ from opd.runs.outcome import by_dataset, compared_evaluations
 from opd.runs.reader import Run, flatten, format_value
 from opd.runs.text import MISSING, format_bytes, format_duration, format_number, format_percent, format_reward, visible
 
+HERE = Path(__file__).parent
 MAX_LETTERS = 300  # of a name or a value
 PHASES = {
     "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
 }  # fmt: skip
 USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth"}
 MEMORY = ("loading", "evaluation", "sampling", "scoring", "update")
-COMPARED = ("before", "after", "teacher")
+OUTCOME = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after")
 MIN_SHARE = 1 / 500  # of the tokens; a mean over fewer would be the loudest and say the least
 
 Outcome = Mapping[str, Any]
@@ -37,6 +39,10 @@ def _colour(index: int) -> int:
     return index % len(LIGHT)
 
 
+def _head(scope: str, index: int, run: Run) -> str:
+    return f'<th scope="{scope}" class="c{_colour(index)}"><i></i>{_named(run)}</th>'
+
+
 def _section(title: str, body: str, name: str, about: str = "") -> str:
     lead = f'<p class="about">{about}</p>' if about else ""
     return f'<section id="{name}"><h2>{escape(title)}</h2>{lead}{body}</section>'
@@ -49,10 +55,31 @@ def _table(head: Iterable[str], rows: Iterable[str]) -> str:
     return f'<div class="scroll" tabindex="0"><table>{header}<tbody>{"".join(f"<tr>{row}</tr>" for row in rows)}</tbody></table></div>'
 
 
+def _outcome_table(more: Sequence[str], rows: Iterable[tuple[str, Outcome, Sequence[str]]]) -> str:
+    """Return a table of what was achieved. `rows`: the HTML of each row's head, its outcome, and its cells for the columns `more`."""
+    lines = []
+    for head, outcome, others in rows:
+        cells = [
+            *(
+                format_reward(outcome[f"reward_{when}"], outcome[f"reward_{when}_interval"], digits=0)
+                for when in ("before", "after", "teacher")
+            ),
+            format_percent(outcome["gap_closed"]),
+            *(format_number(outcome[f"eval_kl_{when}"]) for when in ("before", "after")),
+            *others,
+        ]
+        lines.append(head + "".join(f"<td>{cell}</td>" for cell in cells))
+    return _table((f'<th scope="col">{name}</th>' for name in (*OUTCOME, *more)), lines)
+
+
 def _key(runs: Sequence[Run]) -> str:
     """Return the legend of the runs' colours; nothing for one run."""
     items = "".join(f'<li class="c{_colour(i)}"><i></i>{_named(run)}</li>' for i, run in enumerate(runs))
     return f'<ul class="key">{items}</ul>' if len(runs) > 1 else ""
+
+
+def _teacher(path: Any, weights: str) -> Any:
+    return path if weights == "own" else f"the student itself ({weights})"
 
 
 def heading(runs: Sequence[Run]) -> str:
@@ -64,17 +91,14 @@ def heading(runs: Sequence[Run]) -> str:
         weights = "base" if options.get("control") == "self" else options.get("teacher.weights", "own")
         named = {
             "student": options.get("model.path"),
-            "teacher": options.get("teacher.path") if weights == "own" else f"the student itself ({weights})",
+            "teacher": _teacher(options.get("teacher.path"), weights),
             "data": options.get("data.path") or options.get("data.source"),
             "control": None if options.get("control", "none") == "none" else options["control"],
         }
         data = run.config.get("data") or {}
         if labels := sorted(data.get("mix") or {}):
             entries = (run.config.get("teachers") or {}).items()
-            kinds = {label: entry.get("weights") or "own" for label, entry in entries}
-            own = {
-                label: entry.get("path") if kinds[label] == "own" else f"the student itself ({kinds[label]})" for label, entry in entries
-            }
+            own = {label: _teacher(entry.get("path"), entry.get("weights") or "own") for label, entry in entries}
             paths = [f"{own[label]} ({label})" if label in own else str(named["teacher"]) for label in labels]
             named |= {"teacher": ", ".join(dict.fromkeys(paths)), "data": ", ".join(labels)}
         if run.metrics:
@@ -136,44 +160,27 @@ def _reward_bars(run: Run) -> str:
 
 
 def _result_of_several(runs: Sequence[Run], outcomes: Sequence[Outcome]) -> str:
-    head = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after", "steps", "training")
-    rows = []
-    for index, (run, outcome) in enumerate(zip(runs, outcomes, strict=True)):
-        cells = [
-            *(format_reward(outcome[f"reward_{when}"], outcome[f"reward_{when}_interval"], digits=0) for when in COMPARED),
-            format_percent(outcome["gap_closed"]),
-            format_number(outcome["eval_kl_before"]),
-            format_number(outcome["eval_kl_after"]),
-            format_number(outcome["steps"], ","),
-            format_duration(outcome["seconds"]),
-        ]
-        name = f'<th scope="row" class="c{_colour(index)}"><i></i>{_named(run)}</th>'
-        rows.append(name + "".join(f"<td>{cell}</td>" for cell in cells))
-    return _table((f'<th scope="col">{name}</th>' for name in head), rows)
+    rows = (
+        (_head("row", index, run), outcome, (format_number(outcome["steps"], ","), format_duration(outcome["seconds"])))
+        for index, (run, outcome) in enumerate(zip(runs, outcomes, strict=True))
+    )
+    return _outcome_table(("steps", "training"), rows)
 
 
 def datasets(runs: Sequence[Run]) -> str:
     """Return a table of what each run achieved on each of its datasets, and a chart of their KL; nothing for runs without `data.mix`."""
-    head = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after", "trained tokens")
-    rows: list[str] = []
+    rows: list[tuple[str, Outcome, Sequence[str]]] = []
     kl: list[Line] = []
     for run in runs:
         for label, outcome in by_dataset(run.metrics, run.evaluations).items():
-            cells = [
-                *(format_reward(outcome[f"reward_{when}"], outcome[f"reward_{when}_interval"], digits=0) for when in COMPARED),
-                format_percent(outcome["gap_closed"]),
-                format_number(outcome["eval_kl_before"]),
-                format_number(outcome["eval_kl_after"]),
-                format_number(outcome["graded_tokens"], ","),
-            ]
             name = text(label) if len(runs) == 1 else f"{_named(run)}, {text(label)}"
-            rows.append(f'<th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in cells))
+            rows.append((f'<th scope="row">{name}</th>', outcome, [format_number(outcome["graded_tokens"], ",")]))
             points = [(line["step"], line.get(f"data/{label}/reverse_kl")) for line in run.metrics]
             kl.append(Line(label if len(runs) == 1 else f"{run.name}, {label}", smoothed(points), _colour(len(kl))))
     if not rows:
         return ""
     charts = f'<div class="charts">{chart("Reverse KL in training, by dataset", "nats/token", kl, floor=0.0)}</div>'
-    return _section("Datasets", _table((f'<th scope="col">{name}</th>' for name in head), rows) + charts, "datasets")
+    return _section("Datasets", _outcome_table(["trained tokens"], rows) + charts, "datasets")
 
 
 def progress(runs: Sequence[Run]) -> str:
@@ -216,15 +223,11 @@ def positions(runs: Sequence[Run]) -> str:
     """Return charts of KL, entropy and length by token position: at a run's beginning and end, or the ends of several runs."""
     kl, entropy, overlap, lengths = [], [], [], []
     for index, run in enumerate(runs):
-        overlap += _overlap_by_position(run, index, len(runs) == 1)
-        lines = [line["by_position"] for line in run.metrics if isinstance(line.get("by_position"), dict)]
-        if not lines:
-            continue
-        tenth = max(1, len(lines) // 10)
-        parts = [(f"{run.name}: last steps", lines[-tenth:], "main", _colour(index))]
-        if len(runs) == 1:
-            parts = [("first steps", lines[:tenth], "level", 1), ("last steps", lines[-tenth:], "main", 0)]
-        for label, part, kind, colour in parts:
+        found = [line["overlap"]["by_position"] for line in run.evaluations if line.get("overlap")]
+        for label, part, kind, colour in _ends(runs, index, "evaluation", found, 1):
+            overlap.append(Line(label, _means_by_position(part, "overlap/mass"), colour, kind))
+        found = [line["by_position"] for line in run.metrics if isinstance(line.get("by_position"), dict)]
+        for label, part, kind, colour in _ends(runs, index, "steps", found, max(1, len(found) // 10)):
             kl.append(Line(label, _means_by_position(part, "reverse_kl"), colour, kind))
             entropy.append(Line(label, _means_by_position(part, "entropy"), colour, kind))
             lengths.append(Line(label, _lengths(part), colour))
@@ -241,13 +244,13 @@ def positions(runs: Sequence[Run]) -> str:
     return _section("Along the completion", f'{_key(runs)}<div class="charts">{"".join(charts)}</div>', "positions", about)
 
 
-def _overlap_by_position(run: Run, index: int, is_alone: bool) -> list[Line]:
-    """Return the overlap in the last evaluation and, of a single run, in the first one."""
-    found = [line["overlap"]["by_position"] for line in run.evaluations if line.get("overlap")]
-    parts = {f"{run.name}: last evaluation": (found[-1:], "main", _colour(index))}
-    if is_alone:
-        parts = {"first evaluation": (found[:1], "level", 1), "last evaluation": (found[-1:], "main", 0)}
-    return [Line(label, _means_by_position(part, "overlap/mass"), colour, kind) for label, (part, kind, colour) in parts.items() if part]
+def _ends(runs: Sequence[Run], index: int, what: str, lines: Sequence[Any], count: int) -> list[tuple[str, Sequence[Any], str, int]]:
+    """Return label, lines, kind and colour of a run's last lines and, where it is the only one, of its first."""
+    if not lines:
+        return []
+    if len(runs) > 1:
+        return [(f"{runs[index].name}: last {what}", lines[-count:], "main", _colour(index))]
+    return [(f"first {what}", lines[:count], "level", 1), (f"last {what}", lines[-count:], "main", 0)]
 
 
 def _means_by_position(lines: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float | None]]:
@@ -280,21 +283,7 @@ def token_view(data: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
     if not any(run["rollouts"] for run in data):
         return _section("Tokens", f'<p class="none">No completions are stored (track.rollouts_per_step).</p>{left_out}', "tokens")
     last = len({step for run in data for step in run["steps"]}) - 1
-    body = f"""<noscript><p class="notice">The token view needs the script in this file.</p></noscript>
-<form class="controls" id="controls" autocomplete="off">
-<label class="wide"><span>step <output id="step-name"></output></span>
-<input type="range" id="step" min="0" max="{last}" value="{last}" step="1"></label>
-<label class="wide"><span>differs by at least <output id="least-name"></output></span>
-<input type="range" id="least" min="0" max="5" value="0" step="0.1"></label>
-<label><span>order</span><select id="order"><option value="step">one step</option>
-<option value="largest">largest disagreement of all steps</option></select></label></form>
-<ul class="legend"><li class="scale"><span>teacher finds it less likely</span><i></i><span>more likely</span></li>
-<li><span class="tok clipped">clipped</span> ratio</li>
-<li><span class="tok cut">clipped</span> advantage</li>
-<li><span class="tok off">not trained on</span></li>
-<li><span class="mark">✂</span> truncated</li></ul>
-<div class="view"><div id="columns" class="columns"></div>
-<aside id="detail" aria-live="polite"><p class="hint">Point at a token, tap it, or use the arrow keys.</p></aside></div>"""
+    body = (HERE / "tokens.html").read_text(encoding="utf-8").rstrip().format(last=last)
     about = (
         "Completions of the student before that step’s update, coloured by teacher − student log-probability at the loss’s temperature: "
         "the larger the difference, the stronger the training signal."
@@ -342,7 +331,7 @@ def settings(runs: Sequence[Run]) -> str:
     parts = []
     if len(runs) > 1:
         names = sorted({name for each in options for name in each if len({repr(other.get(name)) for other in options}) > 1})
-        head = (f'<th scope="col" class="c{_colour(i)}"><i></i>{_named(run)}</th>' for i, run in enumerate(runs))
+        head = (_head("col", index, run) for index, run in enumerate(runs))
         parts.append(f"<h3>What differs</h3>{_table(head, (row(name, options) for name in names))}")
     for run, each in zip(runs, options, strict=True):
         if run.overrides:

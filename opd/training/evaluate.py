@@ -250,11 +250,12 @@ class Evaluator:
         """Evaluate the teacher, with its own version of the prompts."""
         return self.answer(sampler, as_teacher=True).evaluation(0, {}, self.kl_decoding.max_new_tokens)
 
-    def answer(self, sampler: Sampler, as_teacher: bool = False) -> "Judged":
+    def answer(self, sampler: Sampler, as_teacher: bool = False, samples: int = 1) -> "Judged":
         """Return the judged answers of the model behind `sampler` from all processes. `as_teacher`: with its prompts."""
         if not self.answered:
             return Judged([])
-        requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in self._share(self.answered)]
+        prompts = [prompt.for_teacher() if as_teacher else prompt for prompt in self._share(self.answered)]
+        requests = [Request(prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
         rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
         reader = self.as_teacher() if as_teacher else self
         judged = zip(reader.judge(rollouts), rollouts, map(reader.text, rollouts), strict=True)

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config, naming_dataset, naming_teacher
 from opd.data.given import check_given
-from opd.data.prompts import Prompt, encode_rows, labelled
+from opd.data.prompts import Encoder, Prompt, encode_rows, labelled
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
@@ -65,13 +65,11 @@ def encode_dataset(
 ) -> Prompts:
     """Return the prompts of a single dataset, without its label, which is for messages."""
     train_rows, eval_rows = rows
-    train_prompts = encode_rows(train_rows, tokenizer, config.data, "training", config.teacher, label, teacher_tokenizer)
+    encoder = Encoder(tokenizer, config.data, config.teacher, teacher_tokenizer)
+    train_prompts = encode_rows(train_rows, encoder, "training", label)
     if config.data.completion is not None:
         check_given(train_prompts, config, label)
-    evaluated = replace(config.teacher, contrast=None)
-    if not len(eval_rows):
-        return train_prompts, []
-    return train_prompts, encode_rows(eval_rows, tokenizer, config.data, "evaluation", evaluated, label, teacher_tokenizer)
+    return train_prompts, encode_rows(eval_rows, encoder, "evaluation", label) if len(eval_rows) else []
 
 
 def join_datasets(config: Config, loaded: Mapping[str, Loaded]) -> Prompts:

@@ -15,7 +15,7 @@ from opd.models import load
 from opd.models.adapters import trained_adapters
 from opd.models.distributed import on_main_process, shards_weights
 from opd.models.masters import MasterWeights
-from opd.models.overlap import Overlap, end_ids
+from opd.models.overlap import Overlap
 from opd.models.policy import fuse_layers, position_limit, prepare_student, prepare_teacher
 from opd.models.shared_ids import SharedIds
 from opd.samplers import longest_sequence
@@ -186,11 +186,8 @@ def match_ids(
         return ids
     vocabulary = min(load.shared_vocabulary(tokenizer, student, teacher.model) for teacher in teachers)
     load.check_known(prompts, tokenizer, vocabulary, overlap)
-    if overlap is None:
-        return SharedIds(vocabulary)
-    (teacher,) = teachers
-    ends = end_ids(overlap, [(tokenizer, eos), (teacher.tokenizer, teacher.eos)], config.data.chat_template_kwargs)
-    return SharedIds(vocabulary, overlap, overlap.masked(vocabulary).to(student.device), ends)
+    pairs = [(tokenizer, eos), *((teacher.tokenizer, teacher.eos) for teacher in teachers)]
+    return SharedIds.of(vocabulary, overlap, pairs, config.data.chat_template_kwargs, student.device)
 
 
 def own_vocabulary(teacher: TeacherParts) -> int:

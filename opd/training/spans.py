@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config
-from opd.data.prompts import Prompt, turn_end, without_template
+from opd.data.chat_template import ChatTemplate, teacher_template
+from opd.data.prompts import Prompt
 from opd.data.rollouts import MicroBatch, Rollout
 from opd.data.spans import Aligner, Unscored
 from opd.data.token_bytes import TokenBytes, check_student, check_teacher, longer_tokens
 from opd.errors import DataError
 from opd.models.distributed import global_sum
-from opd.objective import Longer
-from opd.objective.head import TokenStats, chunked_stats
-from opd.objective.losses import sum_over_spans, token_logp
+from opd.objective import Longer, chunked_stats, sum_over_spans, token_logp
+from opd.objective.head import TokenStats
+from opd.objective.lookahead import less_previous
 from opd.teachers import Teacher
 from opd.training.tokens import Means, Tokens
 
@@ -73,7 +74,7 @@ class Spans:
         is_last_M = torch.ones_like(spans.row_M, dtype=torch.bool)
         is_last_M[:-1] = spans.row_M[1:] != spans.row_M[:-1]
         lookahead_N = torch.zeros_like(sum_N).index_copy_(0, spans.row_M[is_last_M], stats["lookahead"][is_last_M].double())
-        return {"teacher_logp": (sum_N + with_previous(lookahead_N, spans.previous_N)).float()}
+        return {"teacher_logp": (sum_N + less_previous(lookahead_N, spans.previous_N)).float()}
 
 
 def mean_advantage(tokens: Tokens, clip: float | None, accelerator: Accelerator) -> float:
@@ -89,11 +90,6 @@ def mean_advantage(tokens: Tokens, clip: float | None, accelerator: Accelerator)
     count = global_sum(accelerator, int((span_N >= 0).sum()))
     total = global_sum(accelerator, float(advantage_N.double().sum()))  # 0 where it is not scored
     return total / count if count else 0.0
-
-
-def with_previous(lookahead_N: Tensor, previous_N: Tensor) -> Tensor:
-    """Return the lookahead of each span, at its last token, less that of the span before it, (N,)."""
-    return lookahead_N - torch.where(previous_N >= 0, lookahead_N[previous_N.clamp_min(0)], 0.0)
 
 
 def scored_logps(columns: Mapping[str, Tensor]) -> tuple[list[float], list[float]]:
@@ -146,9 +142,8 @@ def make_spans(
                 f"row {prompt.sample_id}: teacher.alignment=spans: a prompt given as ids has no messages to render for the teacher; give "
                 "its text or messages"
             )
-    kwargs = config.data.chat_template_kwargs
-    own_kwargs = {**without_template(kwargs), **config.teacher.chat_template_kwargs}
-    end, teacher_end = turn_end(student, kwargs), turn_end(teacher, own_kwargs)
+    end = ChatTemplate(student, config.data.chat_template_kwargs).turn_end()
+    teacher_end = teacher_template(config.data, config.teacher, student, teacher).turn_end()
     end = end if end in eos[0] else student.eos_token_id
     # The teacher need not stop there itself: its template says how an answer ends.
     is_control = teacher_end is not None and (teacher_end in eos[1] or theirs.piece(teacher_end) is None)

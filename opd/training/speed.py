@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opd.config.schema import Config
-from opd.models.memory import cache_bytes, measure
+from opd.models.measured import cache_bytes, measure
 from opd.samplers.generate import decoding_batches
 from opd.training.tokens import Tokens
 

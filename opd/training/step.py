@@ -50,7 +50,7 @@ from opd.models.device import release_memory
 from opd.models.distributed import Strategy, any_process, global_sum, share_failure
 from opd.models.overlap import Overlap
 from opd.models.policy import padding_limit
-from opd.objective import Clips, Sampled, TeacherStates, anchored, chunked_loss, discounted, exact, masked_stats, sampled, topk
+from opd.objective import Clips, Sampled, ScoredSpans, TeacherStates, anchored, chunked_loss, discounted, exact, masked_stats, sampled, topk
 from opd.objective.divergences import named_divergence
 from opd.objective.head import Head, TokenLoss, TokenStats
 from opd.objective.overlap import OVERLAP, OVERLAP_K
@@ -301,11 +301,8 @@ class Step:
             assert part.teacher is not None
             divergence = named_divergence(ppo.divergence.value, ppo.beta)
             forward_N = given_N if ppo.divergence is Divergence.reverse_kl else None
-            if ppo.estimator is Estimator.topk:
-                loss = topk(ids_N, part.teacher, temperature, divergence, ppo.k, forward_N)
-            else:
-                assert isinstance(part.teacher, TeacherStates)
-                loss = exact(ids_N, part.teacher, temperature, divergence, forward_N)
+            facts = ids_N, part.teacher, temperature, divergence
+            loss = topk(*facts, ppo.k, forward_N) if ppo.estimator is Estimator.topk else exact(*facts, forward_N)
             return loss if part.reference is None else anchored(loss, part.reference, temperature, ppo.reference_coef, given_N)
         teacher_logp_N, behaviour_logp_N = tokens.columns["teacher_logp"][rows], tokens.columns["behaviour_logp"][rows]
         control, contrast_logp = self.config.control, tokens.columns.get("contrast_logp")
@@ -319,33 +316,31 @@ class Step:
             # Sums over later tokens are needed before the first pass: the sampler's log-probs stand in for old_logp, which they equal.
             own_N = score_N - behaviour_logp_N if advantage_N is None else advantage_N
             advantage_N = discounted(own_N, tokens.rollout_N[rows], ppo.discount)
-        facts = Sampled(
+        inputs = Sampled(
             target_N=ids_N,
             teacher_logp_N=teacher_logp_N,
             behaviour_logp_N=behaviour_logp_N,
             old_logp_N=tokens.columns["logp"][rows] if tokens.inner else None,  # at the first inner step this pass computes it
             advantage_N=advantage_N,
             score_N=score_N,
-            **self.span_facts(tokens, part),
+            spans=self.scored_spans(tokens, part),
             bonus_N=None if tokens.bonus_R is None else tokens.bonus_R[tokens.rollout_N[rows]],
-            whole=part.teacher if isinstance(part.teacher, TeacherStates) and tokens.inner == 0 else None,
-            baseline=part.teacher if isinstance(part.teacher, TeacherStates) and ppo.baseline else None,
+            teacher=part.teacher if isinstance(part.teacher, TeacherStates) and (ppo.baseline or tokens.inner == 0) else None,
+            baseline=ppo.baseline,
             reference_logp_N=tokens.columns["reference_logp"][rows] if self.reference is not None else None,
             reference_coef=ppo.reference_coef,
             given_N=given_N,
         )
-        return sampled(facts, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
+        return sampled(inputs, temperature, Clips(ppo.clip_eps, ppo.clip_eps, ppo.advantage_clip, ppo.importance_cap), overwrite=True)
 
-    def span_facts(self, tokens: Tokens, part: Slice) -> dict[str, Any]:
-        """Return what `Sampled` says of a micro-batch's spans."""
+    def scored_spans(self, tokens: Tokens, part: Slice) -> ScoredSpans | None:
+        """Return the spans of a micro-batch; None for a teacher with the student's tokenizer."""
         if self.spans is None or part.batch.spans is None:
-            return {}
-        span_N, previous_N = tokens.columns["span"][part.rows], part.batch.spans.previous_N
-        facts: dict[str, Any] = {"span_N": span_N, "unscored": tokens.unscored, "previous_N": previous_N}
-        if self.spans.longer is None:
-            return facts
-        known_N = tokens.columns["lookahead"][part.rows] if tokens.inner else torch.zeros(len(span_N), device=self.device)
-        return {**facts, "longer": self.spans.longer, "lookahead_N": known_N}
+            return None
+        span_N, longer, lookahead_N = tokens.columns["span"][part.rows], self.spans.longer, None
+        if longer is not None:
+            lookahead_N = tokens.columns["lookahead"][part.rows] if tokens.inner else torch.zeros(len(span_N), device=self.device)
+        return ScoredSpans(span_N, tokens.unscored, part.batch.spans.previous_N, lookahead_N, None if tokens.inner else longer)
 
     def apply(self, tokens: Tokens, loss_sum: float, is_empty: bool) -> NotFinite | None:
         """Sum gradients over processes, clip and step; skip the step where anything is not finite in any process, or nothing is trained."""

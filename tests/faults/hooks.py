@@ -25,7 +25,7 @@ from torch import nn
 from opd import signals
 from opd.cli import hydra_app, hydra_errors
 from opd.config import compose, secrets
-from opd.data import prompts
+from opd.data import chat_template
 from opd.models.distributed import Strategy
 from opd.models.policy import Policy
 from opd.objective.head import TokenStats
@@ -198,7 +198,7 @@ def file_operations(act: Act) -> Iterator[None]:
 
 
 def limit_chat_template(seconds: float) -> None:
-    prompts.TEMPLATE_SECONDS = seconds
+    chat_template.TEMPLATE_SECONDS = seconds
 
 
 def options() -> dict[str, Any]:
