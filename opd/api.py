@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.compose import to_config
-from opd.config.schema import Config, Quantization, TeacherWeights, of_teacher, removed
+from opd.config.compose import removed, to_config
+from opd.config.options import Quantization, TeacherWeights, naming_teacher
+from opd.config.schema import Config
 from opd.data.rewards import best
 from opd.data.rows import columns_of, extract_answers
 from opd.errors import ConfigError
@@ -156,7 +157,7 @@ class OnPolicyDistillationTrainer:
                 was_made = part.teacher_weights in (TeacherWeights.base, TeacherWeights.ema)
                 if was_made and (self.output_dir / FINAL).is_dir():
                     remedy = f"the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
-                    raise ConfigError(f"{of_teacher(label)(part.weights_option)}: {remedy}")
+                    raise ConfigError(f"{naming_teacher(label)(part.weights_option)}: {remedy}")
             return runner.evaluate(config, Path(folder), given)
 
     @property

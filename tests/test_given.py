@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_vllm import ScoringServer, running
+from opd.config.options import DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
 from test_step import old_logp
 from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
+from opd.config.schema import Config
 from opd.data.given import check_given, given_rollout, takes_given, warm_start
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request

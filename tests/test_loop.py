@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from opd.config.options import OptimConfig, Schedule
 from safetensors.torch import load_file
 from training_helpers import (
     SERVER,
@@ -19,7 +20,6 @@ from training_helpers import (
 )
 
 from opd import signals
-from opd.config.schema import OptimConfig, Schedule
 from opd.data.order import nth_position, take
 from opd.errors import ConfigError, NumericError, Preempted
 from opd.training.build import resumed_choices

@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import random_model
+from opd.config.options import TeacherWeights
 from safetensors.torch import load_file
 from torch.func import functional_call
 from training_helpers import rollout_of
@@ -22,7 +23,7 @@ from opd import signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, TeacherWeights
+from opd.config.schema import Config
 from opd.data.rollouts import Rollout, collate
 from opd.errors import OK, ConfigError, DataError, Preempted
 from opd.evaluation.target import newest_average, student_as_teacher

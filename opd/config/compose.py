@@ -21,7 +21,9 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
-from opd.config.schema import Config, TeacherWeights, removed
+from opd.config.compose import removed
+from opd.config.options import TeacherWeights
+from opd.config.schema import Config
 from opd.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent

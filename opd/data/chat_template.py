@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import DataConfig, TeacherConfig
+from opd.config.options import DataConfig, TeacherConfig
 from opd.errors import ConfigError, DataError
 from opd.runs.text import one_line
 from opd.signals import time_limit

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import DataConfig, TeacherConfig
+from opd.config.options import DataConfig, TeacherConfig
 from opd.data.chat_template import ChatTemplate, Message, find_lost, teacher_template
 from opd.data.rows import DataRow, with_system
 from opd.data.sources import Row

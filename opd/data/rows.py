@@ -6,7 +6,7 @@ from datetime import date, time, timedelta
 from numbers import Number
 from typing import Any
 
-from opd.config.schema import PLACEHOLDER, DataConfig, Source
+from opd.config.options import PLACEHOLDER, DataConfig, Source
 from opd.data.chat_template import Message
 from opd.data.sources import Row
 from opd.errors import DataError

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 
 import torch
 
-from opd.config.schema import Config, ModelConfig, OptimizerName, Quantization, of_teacher
+from opd.config.options import ModelConfig, OptimizerName, Quantization, naming_teacher
+from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, format_duration
@@ -63,7 +64,7 @@ def check_packages(config: Config) -> list[Finding]:
         ("math_verify", "eval.reward=math", config.eval.reward == "math"),
     ]
     loaded: dict[str, ModelConfig] = {"model.": config.model}
-    loaded |= {of_teacher(label)("teacher."): part.teacher for label, part in config.parts_by_teacher.items()}
+    loaded |= {naming_teacher(label)("teacher."): part.teacher for label, part in config.parts_by_teacher.items()}
     for prefix, model in loaded.items():
         uses.append(("peft", f"{prefix}adapter", bool(model.adapter)))
         uses.append(("bitsandbytes", f"{prefix}quantization", model.quantization is not Quantization.none))

@@ -3,7 +3,8 @@
 from bisect import bisect_right
 from dataclasses import dataclass
 
-from opd.config.schema import Config, Truncated
+from opd.config.options import Truncated
+from opd.config.schema import Config
 from opd.doctor.first_step import MAX_TRUNCATED
 from opd.doctor.plan import Planner, with_options
 from opd.errors import ConfigError

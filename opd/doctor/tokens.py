@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig
+from opd.config.options import ModelConfig
+from opd.config.schema import Config
 from opd.data.chat_template import ChatTemplate, Message, teacher_template, without_template
 from opd.data.prompts import Prompt, text_warnings
 from opd.data.rows import with_system

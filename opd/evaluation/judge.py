@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, naming_teacher
+from opd.config.options import naming_teacher
+from opd.config.schema import Config
 from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target
 from opd.models import load as models

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig, SamplingDtype
+from opd.config.options import ModelConfig, SamplingDtype
+from opd.config.schema import Config
 from opd.data.chat_template import tokenize_plain
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request, Rollout, collate

@@ -13,7 +13,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from opd import signals
-from opd.config.schema import Config, Tracker
+from opd.config.options import Tracker
+from opd.config.schema import Config
 from opd.errors import USAGE, ConfigError, NoPeers
 from opd.models import load
 from opd.runs.text import one_line

@@ -21,10 +21,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
+from opd.config.files import local_path
+from opd.config.options import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
 from opd.data import hub
 from opd.data.prompts import Prompt
-from opd.data.sources import local_path
 from opd.errors import ConfigError, DataError
 from opd.models.adapters import load_adapter
 from opd.models.overlap import Overlap, compare_tokenizers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from opd.config.schema import LoraConfig
+from opd.config.options import LoraConfig
 from opd.models.policy import MODEL_ERRORS, add_adapters, cache_argument
 
 log = logging.getLogger(__name__)

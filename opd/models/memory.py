@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from opd.config.schema import (
-    Config,
+from opd.config.options import (
     Dtype,
     Engine,
     Estimator,
@@ -27,6 +26,7 @@ from opd.config.schema import (
     TeacherWeights,
     naming_teacher,
 )
+from opd.config.schema import Config
 from opd.data.order import prompt_order
 from opd.data.prompts import Prompt, first_of_each
 from opd.data.rollouts import split_by_tokens

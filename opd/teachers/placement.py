@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from opd.config.schema import Placement, TeacherConfig
+from opd.config.options import Placement, TeacherConfig
 from opd.errors import ConfigError
 from opd.models.accelerator import FSDP_FILE
 from opd.models.distributed import shard

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, Truncated
+from opd.config.options import Truncated
+from opd.config.schema import Config
 from opd.data.given import given_rollout, takes_given
 from opd.data.order import Order
 from opd.data.prompts import Prompt

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Engine, OptimizerName, TeacherWeights, naming_teacher
+from opd.config.options import Engine, OptimizerName, TeacherWeights, naming_teacher
+from opd.config.schema import Config
 from opd.data.prompts import Prompt, text_warnings
 from opd.models import load
 from opd.models.device import autocast, free_memory

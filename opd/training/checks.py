@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from opd.config.schema import Config, GuardAction, SamplingDtype, of_teacher
+from opd.config.options import GuardAction, SamplingDtype, naming_teacher
+from opd.config.schema import Config
 from opd.data.rollouts import Rollout
 from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
@@ -108,7 +109,7 @@ def check_distance(config: Config, tokens: Tokens) -> None:
         name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
         problem = "this teacher is the student"
         if part.teaches_itself:
-            name, problem = of_teacher(label)(part.weights_option), "what it reads besides changes nothing"
+            name, problem = naming_teacher(label)(part.weights_option), "what it reads besides changes nothing"
         log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
 
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from opd.config.schema import Control
+from opd.config.options import Control
 from opd.objective.overlap import OVERLAP_K
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
 from opd.training.build import Built

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, naming_dataset, naming_teacher
+from opd.config.options import naming_dataset, naming_teacher
+from opd.config.schema import Config
 from opd.data.given import check_given
 from opd.data.prompts import Encoder, Prompt, encode_rows, labelled
 from opd.data.rewards import Grader, make_grader

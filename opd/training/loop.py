@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from opd.config.schema import Config, Control, Engine
+from opd.config.options import Control, Engine
+from opd.config.schema import Config
 from opd.data.order import Order, nth_position, prompt_order
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Rollout

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd import __version__
-from opd.config.schema import TeacherWeights
+from opd.config.options import TeacherWeights
 from opd.data.rollouts import FinishReason, Rollout, micro_batches, repetition
 from opd.models.device import peak_memory
 from opd.models.distributed import global_quantile, global_sum

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from opd.config.compose import to_dict
-from opd.config.schema import Config, Control, ModelConfig, Source
+from opd.config.options import Control, ModelConfig, Source
+from opd.config.schema import Config
 from opd.data import hub
 from opd.models.load import BUNDLED
 from opd.runs.text import format_number, format_percent, format_reward, one_line

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Estimator, ModelConfig, OptimizerName, Placement, Quantization, TeacherWeights, naming_teacher
+from opd.config.options import Estimator, ModelConfig, OptimizerName, Placement, Quantization, TeacherWeights, naming_teacher
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
 from opd.models import load
