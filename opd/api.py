@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.compose import to_config
-from opd.config.schema import Config, Quantization, TeacherWeights, of_teacher, removed
+from opd.config.compose import removed, to_config
+from opd.config.options import Quantization, TeacherWeights, naming_teacher
+from opd.config.schema import Config
 from opd.data.prompts import extract_answers
 from opd.data.rewards import best
 from opd.data.views import columns_of
@@ -157,7 +158,7 @@ class OnPolicyDistillationTrainer:
                 was_made = part.teacher_weights in (TeacherWeights.base, TeacherWeights.ema)
                 if was_made and (self.output_dir / FINAL).is_dir():
                     remedy = f"the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
-                    raise ConfigError(f"{of_teacher(label)(part.weights_option)}: {remedy}")
+                    raise ConfigError(f"{naming_teacher(label)(part.weights_option)}: {remedy}")
             return runner.evaluate(config, Path(folder), given)
 
     @property
@@ -233,5 +234,5 @@ def from_options(options: Mapping[str, Any]) -> Config:
         try:
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
-            raise ConfigError(removed(key, value) or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(removed(f"{key}={value}") or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
     return to_config(config)

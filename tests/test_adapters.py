@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.api import from_options
 from opd.config.compose import PACKAGE
-from opd.config.schema import TeacherWeights
+from opd.config.options import TeacherWeights
 from opd.errors import ConfigError
 from opd.models import load as models
 from opd.models.adapters import load_adapter, lora_options, trained_adapters

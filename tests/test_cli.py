@@ -26,7 +26,7 @@ import opd as package
 from opd import errors, train, training
 from opd.cli import completion, hydra_app, hydra_errors, main
 from opd.cli.arguments import prepare_process
-from opd.config import schema
+from opd.config import compose
 from opd.config.schema import Config
 
 HEAVY = {"accelerate", "datasets", "torch", "transformers"}
@@ -259,13 +259,13 @@ def test_mistake_in_a_user_yaml_file_is_one_line_with_a_remedy(
 def test_removed_option_or_value_names_what_to_use(
     word: str, removed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(schema, "REMOVED", {removed: "use this"})
+    monkeypatch.setattr(compose, "REMOVED", {removed: "use this"})
     assert hydra_app.run_verb(must_not_run, [word]) == errors.USAGE
     assert capfd.readouterr().err == f"opd: error: {removed}: was removed; use this\n"
 
 
 def test_removed_options_are_no_longer_options() -> None:
-    assert not set(schema.REMOVED) & set(hydra_errors.options())
+    assert not set(compose.REMOVED) & set(hydra_errors.options())
 
 
 def test_mistake_through_the_real_command_is_one_line(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from opd import errors
 from opd.cli import main as cli
-from opd.config.schema import METRICS, Direction
+from opd.config.options import METRICS, Direction
 from opd.report import compare
 from opd.runs.folder import write_json
 from opd.runs.reader import find_runs

@@ -17,7 +17,9 @@ from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config import compose as store
-from opd.config.schema import REMOVED, Config, TeacherWeights
+from opd.config.compose import REMOVED
+from opd.config.options import TeacherWeights
+from opd.config.schema import Config
 from opd.errors import OK, USAGE, ConfigError
 from opd.runs.reader import flatten
 from opd.train import main as train

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from tokenizers import normalizers, processors
 
 from opd.api import as_rows, from_options
-from opd.config.schema import DataConfig, ModelConfig, Source, TeacherConfig
+from opd.config.options import DataConfig, ModelConfig, Source, TeacherConfig
 from opd.data.prompts import Prompt, encode_rows, extract_answers, text_warnings
 from opd.data.rewards import make_grader
 from opd.data.rollouts import FinishReason, Request, Rollout

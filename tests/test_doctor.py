@@ -18,7 +18,8 @@ from opd import errors
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, Truncated
+from opd.config.options import Truncated
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader
 from opd.doctor import candidates, first_step, machine, rows, tokens

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, DataConfig, EvalConfig, LoraConfig, ModelConfig, Quantization, TeacherConfig
+from opd.config.options import DataConfig, EvalConfig, LoraConfig, ModelConfig, Quantization, TeacherConfig
+from opd.config.schema import Config
 from opd.errors import ConfigError
 from opd.evaluation import judge
 from opd.evaluation.target import with_quantized_base

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
+from opd.config.options import DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
+from opd.config.schema import Config
 from opd.data.given import check_given, given_rollout, takes_given, warm_start
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request

@@ -7,7 +7,7 @@ import torch
 from conftest import random_model
 from test_samplers import completions, gaps, requests, spec_of
 
-from opd.config.schema import Placement
+from opd.config.options import Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.models.device import autocast

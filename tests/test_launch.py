@@ -19,7 +19,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from opd import errors, signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import launch
-from opd.config.schema import Device, LaunchConfig
+from opd.config.options import Device, LaunchConfig
 from opd.errors import ConfigError
 from opd.models import distributed
 from opd.training.identity import differences

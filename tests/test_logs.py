@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from opd.config.schema import Config, GuardAction, PPOConfig, SamplingConfig
+from opd.config.options import GuardAction, PPOConfig, SamplingConfig
+from opd.config.schema import Config
 from opd.errors import INTERNAL, NumericError
 from opd.training.logs import Guard, watchdog
 

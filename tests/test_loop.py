@@ -19,7 +19,7 @@ from training_helpers import (
 )
 
 from opd import signals
-from opd.config.schema import OptimConfig, Schedule
+from opd.config.options import OptimConfig, Schedule
 from opd.data.order import nth_position, take
 from opd.errors import ConfigError, NumericError, Preempted
 from opd.training.build import resumed_choices

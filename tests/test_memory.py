@@ -5,7 +5,8 @@ import torch
 from conftest import random_model
 
 from opd.api import from_options
-from opd.config.schema import Config, LoraConfig
+from opd.config.options import LoraConfig
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
 from opd.models import load as models

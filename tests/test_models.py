@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import Device, Dtype, ModelConfig
+from opd.config.options import Device, Dtype, ModelConfig
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError, DataError
 from opd.models import load as models

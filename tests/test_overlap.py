@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import TeacherConfig
+from opd.config.options import TeacherConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, collate
 from opd.doctor import first_step

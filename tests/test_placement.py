@@ -9,7 +9,7 @@ from conftest import random_model
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from opd.api import from_options
-from opd.config.schema import Placement
+from opd.config.options import Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import ConfigError

@@ -10,7 +10,8 @@ import pytest
 from opd import errors
 from opd.api import from_options
 from opd.cli import main as cli
-from opd.config.schema import Config, Estimator, OptimizerName, Placement, Quantization
+from opd.config.options import Estimator, OptimizerName, Placement, Quantization
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.doctor.plan import Planner, Timing, train_command
 from opd.errors import ConfigError

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from opd.api import from_options
 from opd.cli.main import main as opd
 from opd.config.compose import PACKAGE
-from opd.config.schema import TeacherWeights
+from opd.config.options import TeacherWeights
 from opd.errors import ConfigError
 from opd.models import load as models
 from opd.models.masters import MasterWeights

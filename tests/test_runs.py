@@ -9,8 +9,8 @@ import pytest
 
 from opd import errors
 from opd.cli import arguments
-from opd.config.schema import METRICS as SUMMARY_METRICS
-from opd.config.schema import Direction, SweepConfig
+from opd.config.options import METRICS as SUMMARY_METRICS
+from opd.config.options import Direction, SweepConfig
 from opd.runs import outcome, text
 from opd.runs.folder import EVALUATIONS, METRICS, RunFolder, Status, read_lines, write_json
 from opd.runs.reader import find_runs, open_run

@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from opd import errors
 from opd.cli import main as cli
-from opd.config.schema import ModelConfig
+from opd.config.options import ModelConfig
 from opd.errors import DataError
 from opd.evaluation import sample_score
 from opd.evaluation.sample_score import ScoredText

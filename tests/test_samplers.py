@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 from opd import signals
 from opd.api import from_options
-from opd.config.schema import LoraConfig, SamplingDtype
+from opd.config.options import LoraConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import Preempted

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
 from opd.config.compose import PACKAGE
-from opd.config.schema import TeacherConfig
+from opd.config.options import TeacherConfig
 from opd.data.rollouts import collate
 from opd.doctor import Status, examine
 from opd.errors import ENGINE, EngineError, Preempted, TeacherError

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE, to_dict
-from opd.config.schema import TeacherConfig
+from opd.config.options import TeacherConfig
 from opd.data import arithmetic
 from opd.data.order import Order, take
 from opd.data.prompts import Prompt, first_of_each, labelled

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd.config.schema import ModelConfig
+from opd.config.options import ModelConfig
 from opd.models import load as models
 from opd.train import main
 

@@ -22,7 +22,8 @@ from opd import signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import Config, TeacherWeights
+from opd.config.options import TeacherWeights
+from opd.config.schema import Config
 from opd.data.rollouts import Rollout, collate
 from opd.errors import OK, ConfigError, DataError, Preempted
 from opd.evaluation.target import newest_average, student_as_teacher

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from opd import errors
 from opd.cli import hydra_app, sweep
 from opd.config import compose
-from opd.config.schema import METRICS, Config, Direction, SweepConfig
+from opd.config.options import METRICS, Direction, SweepConfig
+from opd.config.schema import Config
 from opd.runs.outcome import objective
 from opd.runs.reader import find_runs, open_run
 from opd.training import runner

@@ -13,7 +13,7 @@ from training_helpers import rollout_lists, rollout_of, trained_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import DataConfig, ModelConfig, Placement, Quantization, TeacherConfig
+from opd.config.options import DataConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data import arithmetic
 from opd.data.prompts import encode_rows
 from opd.data.rollouts import Rollout, collate

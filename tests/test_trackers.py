@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from opd.config.schema import Tracker
+from opd.config.options import Tracker
 from opd.errors import ConfigError
 from opd.training.logs import check_tracker
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.schema import DataConfig, Source, TeacherConfig, TeacherWeights
+from opd.config.options import DataConfig, Source, TeacherConfig, TeacherWeights
 from opd.data.prompts import Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
 from opd.data.views import columns_of, fill

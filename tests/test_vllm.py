@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
 from opd.config.compose import PACKAGE
-from opd.config.schema import LoraConfig, ModelConfig
+from opd.config.options import LoraConfig, ModelConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, EngineError, Preempted

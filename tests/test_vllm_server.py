@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from opd import signals
-from opd.config.schema import LoraConfig
+from opd.config.options import LoraConfig
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request

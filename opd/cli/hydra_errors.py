@@ -11,8 +11,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import errors as omegaconf_errors
 
-from opd.config import schema
-from opd.config.compose import conf_dir
+from opd.config.compose import conf_dir, removed
+from opd.config.schema import Config
 from opd.config.several import describe_type, did_you_mean
 from opd.errors import ConfigError, OpdError, OutputError
 from opd.runs.text import one_line
@@ -53,7 +53,7 @@ ELSEWHERE = {
 }
 
 
-def options(section: type = schema.Config, prefix: str = "") -> dict[str, Any]:
+def options(section: type = Config, prefix: str = "") -> dict[str, Any]:
     """Return the type of every option by its dotted name. A section is included, before its options."""
     types: dict[str, Any] = {}
     for item in dataclasses.fields(section):
@@ -69,12 +69,6 @@ def choices() -> dict[str, list[str]]:
     for file in sorted(conf_dir().glob("*/*.yaml")):
         groups.setdefault(file.parent.name, []).append(file.stem)
     return groups
-
-
-def removed(word: str) -> str | None:
-    """Return the message for an option, or a value `option=value`, that older versions had; None for any other word."""
-    option, _, value = word.lstrip("+").partition("=")
-    return schema.removed(option, value)
 
 
 def unknown_option(key: str) -> str:

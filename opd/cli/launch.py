@@ -24,7 +24,8 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from opd import signals
-from opd.config.schema import Config, Device, LaunchConfig
+from opd.config.options import Device, LaunchConfig
+from opd.config.schema import Config
 from opd.errors import DATA, ENGINE, INTERNAL, INTERRUPTED, NUMERIC, OK, OUTPUT, PREEMPTED, USAGE, ConfigError, LaunchedRunFailed, OpdError
 from opd.runs.folder import SUMMARY
 from opd.runs.outcome import objective

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from opd.cli.arguments import Parser
-from opd.config.schema import Direction
+from opd.config.options import Direction
 from opd.report import compare, render_report
 from opd.runs.folder import REPORT, check_output_path, write_output
 from opd.runs.reader import find_runs

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.config import compose
-from opd.config.schema import AUTO, Direction, SweepConfig
+from opd.config.options import AUTO, Direction, SweepConfig
 from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
 from opd.runs.folder import STATUS, Status, write_json
 from opd.runs.reader import MEMBER

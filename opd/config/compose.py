@@ -21,11 +21,34 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
-from opd.config.schema import Config, TeacherWeights, removed
+from opd.config.options import TeacherWeights
+from opd.config.schema import Config
 from opd.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MAX_FOLDER_NAME = 200  # bytes; file systems allow 255, and a suffix must fit too
+
+# Options, and values of options, that older versions had. An old command line that uses one is refused with this remedy.
+REMOVED: dict[str, str] = {
+    "sampling.static_cache": "the device decides it: remove it",
+    "sampling.max_new_tokens_schedule": "use one length for all steps: sampling.max_new_tokens=TOKENS",
+    "sampling.guard.action": "use sampling.guard=none, sampling.guard=warn or sampling.guard=stop",
+    "sampling.guard.truncated": "the limit is 0.95: remove it; sampling.guard=none turns the guard off",
+    "sampling.guard.repetition": "the limit is 0.5: remove it; sampling.guard=none turns the guard off",
+    "sampling.guard.steps": "the guard acts after 10 steps: remove it; sampling.guard=none turns the guard off",
+    "sampling.engine=continuous": "it ran at 0.15 to 0.4 times the speed of generate; use sampling.engine=generate or sampling.engine=vllm",
+    "ppo.divergence=skew": "use ppo.divergence=jsd, with ppo.beta near 1 for one close to the reverse KL",
+    "ppo.alpha": "it belonged to ppo.divergence=skew; use ppo.divergence=jsd and ppo.beta",
+    "ppo.clip_eps_high": "the ratio is clipped symmetrically: use ppo.clip_eps",
+    "eval.tasks": "run opd eval once per data set: opd eval TARGET data=NAME eval=NAME",
+    "track.alternatives": "5 alternatives are stored: remove it; track.rollouts_per_step=0 stores no rollouts",
+}
+
+
+def removed(word: str) -> str | None:
+    """Return the message for an option, or a value `option=value`, that older versions had; None for any other word."""
+    word = word.lstrip("+")
+    return next((f"{name}: was removed; {REMOVED[name]}" for name in (word.partition("=")[0], word) if name in REMOVED), None)
 
 
 def conf_dir() -> Path:

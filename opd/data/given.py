@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from opd.config.schema import Config, Truncated, of_dataset
+from opd.config.options import Truncated, naming_dataset
+from opd.config.schema import Config
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
@@ -51,7 +52,7 @@ def check_given(prompts: Sequence[Prompt], config: Config, label: str = "") -> N
         config: Of a run on this dataset alone.
         label: The dataset's in `data.mix`, for messages.
     """
-    rename, limit = of_dataset(label), config.sampling.max_new_tokens
+    rename, limit = naming_dataset(label), config.sampling.max_new_tokens
     option = rename(f"data.completion={config.data.completion}")
     given = [ids for prompt in prompts for ids in prompt.given]
     if not given:

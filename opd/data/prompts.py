@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import DataConfig, Source, TeacherConfig
+from opd.config.options import DataConfig, Source, TeacherConfig
 from opd.data.sources import Row
 from opd.data.views import fill
 from opd.errors import ConfigError, DataError

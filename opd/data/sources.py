@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetsError
 from fsspec import compression, utils  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from opd.config.schema import DataConfig, Source
+from opd.config.options import DataConfig, Source
 from opd.data import arithmetic, hub
 from opd.errors import ConfigError, DataError
 from opd.runs.text import one_line

@@ -5,7 +5,7 @@ from datetime import date, time, timedelta
 from numbers import Number
 from typing import Any
 
-from opd.config.schema import PLACEHOLDER
+from opd.config.options import PLACEHOLDER
 from opd.errors import DataError
 
 

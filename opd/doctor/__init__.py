@@ -11,7 +11,8 @@ import psutil
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Device, Dtype, of_dataset, of_teacher
+from opd.config.options import Device, Dtype, naming_dataset, naming_teacher
+from opd.config.schema import Config
 from opd.data.prompts import Prompt, first_of_each, to_messages, views_of
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
@@ -82,7 +83,7 @@ def add_labelled(report: Report, reports: Mapping[str, Report], config: Config) 
     shared = [finding for finding in next(iter(reports.values())).findings if all(finding in own.findings for own in reports.values())]
     report.add(*shared)
     for label, own in reports.items():
-        rename, rename_teacher = of_dataset(label), of_teacher(config.teacher_of(label))
+        rename, rename_teacher = naming_dataset(label), naming_teacher(config.teacher_of(label))
         for finding in own.findings:
             if finding not in shared:
                 what, remedy = (rename(rename_teacher(text)) for text in (finding.what, finding.remedy))

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, Truncated
+from opd.config.options import Truncated
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
 from opd.data.spans import Unscored

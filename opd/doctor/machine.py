@@ -5,7 +5,8 @@ from importlib.util import find_spec
 
 import torch
 
-from opd.config.schema import Config, ModelConfig, OptimizerName, Quantization, of_teacher
+from opd.config.options import ModelConfig, OptimizerName, Quantization, naming_teacher
+from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, format_duration
@@ -53,7 +54,7 @@ def check_packages(config: Config) -> list[Finding]:
     """Look for the packages that the options need. Raises `ConfigError` if the tracker's is missing."""
     check_tracker(config.track.tool)
     loaded: dict[str, ModelConfig] = {"model.": config.model}
-    loaded |= {of_teacher(label)("teacher."): part.teacher for label, part in config.parts_by_teacher.items()}
+    loaded |= {naming_teacher(label)("teacher."): part.teacher for label, part in config.parts_by_teacher.items()}
     gguf = next((f"{prefix}gguf_file" for prefix, model in loaded.items() if model.gguf_file), "")
     rank = [f"lora.rank={config.lora.rank}"] if config.lora.rank > 0 else []
     peft = next(iter([*rank, *(f"{prefix}adapter" for prefix, model in loaded.items() if model.adapter)]), "")

@@ -18,7 +18,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from opd.config.schema import Config, Estimator, OptimizerName, Placement, Quantization, Truncated
+from opd.config.options import Estimator, OptimizerName, Placement, Quantization, Truncated
+from opd.config.schema import Config
 from opd.doctor.machine import TIGHT
 from opd.errors import ConfigError
 from opd.models.memory import Memory

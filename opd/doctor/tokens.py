@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig
+from opd.config.options import ModelConfig
+from opd.config.schema import Config
 from opd.data.prompts import Message, Prompt, find_template, render, render_closed, text_warnings, turn_end, with_system, without_template
 from opd.data.token_bytes import TokenBytes, check_student
 from opd.doctor.findings import Finding, fail, ok, warn

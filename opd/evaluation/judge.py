@@ -16,7 +16,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config, naming_teacher
+from opd.config.options import naming_teacher
+from opd.config.schema import Config
 from opd.data.rollouts import Request
 from opd.evaluation.sample_score import load, load_teacher, share_ids
 from opd.evaluation.target import Target

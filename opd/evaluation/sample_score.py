@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import Config, ModelConfig, SamplingDtype
+from opd.config.options import ModelConfig, SamplingDtype
+from opd.config.schema import Config
 from opd.data.prompts import Prompt, encode_rows, tokenize_plain
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, DataError

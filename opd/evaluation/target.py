@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config import compose
-from opd.config.schema import Config, Control, ModelConfig, TeacherConfig, TeacherWeights
+from opd.config.options import Control, ModelConfig, TeacherConfig, TeacherWeights
+from opd.config.schema import Config
 from opd.errors import ConfigError, DataError
 from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.runs.reader import is_run, open_run

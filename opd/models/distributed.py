@@ -23,7 +23,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from opd import signals
-from opd.config.schema import Config, Tracker
+from opd.config.options import Tracker
+from opd.config.schema import Config
 from opd.data.rollouts import Inputs
 from opd.errors import USAGE, ConfigError, NoPeers, OpdError, Preempted
 from opd.models import load

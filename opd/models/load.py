@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from opd.config.compose import PACKAGE
-from opd.config.schema import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
+from opd.config.options import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
 from opd.data import hub
 from opd.data.prompts import Prompt
 from opd.data.sources import local_path

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from opd.config.schema import (
-    Config,
+from opd.config.options import (
     Engine,
     Estimator,
     LoraConfig,
@@ -29,6 +28,7 @@ from opd.config.schema import (
     TeacherWeights,
     naming_teacher,
 )
+from opd.config.schema import Config
 from opd.data.order import prompt_order
 from opd.data.prompts import Prompt, first_of_each
 from opd.data.rollouts import split_by_tokens

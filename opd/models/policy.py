@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from opd.config.schema import LoraConfig
+from opd.config.options import LoraConfig
 from opd.data.rollouts import Inputs
 from opd.errors import ConfigError
 from opd.models.device import autocast

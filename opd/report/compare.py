@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opd.config.schema import METRICS, Direction
+from opd.config.options import METRICS, Direction
 from opd.report.controls import Effect, effects
 from opd.runs.outcome import run_outcome
 from opd.runs.reader import Run, flatten, format_value

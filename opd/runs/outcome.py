@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from opd.config.schema import AUTO, METRICS, SweepConfig
+from opd.config.options import AUTO, METRICS, SweepConfig
 from opd.runs.reader import Run
 
 Lines = Sequence[Mapping[str, Any]]

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from opd.config.schema import Config, Engine, SamplingDtype
+from opd.config.options import Engine, SamplingDtype
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
 from opd.samplers.base import Decoding, Sampler, SamplerSpec

@@ -11,7 +11,7 @@ from statistics import fmean
 import torch
 from transformers import PreTrainedModel
 
-from opd.config.schema import Dtype, TeacherConfig
+from opd.config.options import Dtype, TeacherConfig
 from opd.data.rollouts import MicroBatch, Rollout, collate
 from opd.errors import EngineError
 from opd.models.device import free_memory

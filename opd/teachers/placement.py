@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from opd.config.schema import Placement, TeacherConfig
+from opd.config.options import Placement, TeacherConfig
 from opd.errors import ConfigError
 from opd.models.distributed import FSDP_FILE, shard
 from opd.models.policy import decoder_layers

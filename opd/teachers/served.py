@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opd import signals
-from opd.config.schema import TeacherConfig
+from opd.config.options import TeacherConfig
 from opd.data.rollouts import Inputs, Rollout, collate
 from opd.errors import EngineError, TeacherError
 from opd.models.overlap import Overlap

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 from torch import Tensor
 
-from opd.config.schema import naming_teacher
+from opd.config.options import naming_teacher
 from opd.data.rollouts import Inputs, Rollout
 from opd.objective import TeacherStates, TeacherTop
 from opd.objective.head import TokenStats

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from opd.config.schema import Config, TeacherWeights
+from opd.config.options import TeacherWeights
+from opd.config.schema import Config
 from opd.data.rollouts import Inputs
 from opd.errors import ConfigError
 from opd.models.distributed import full_tensor

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.schema import (
-    Config,
+from opd.config.options import (
     Engine,
     Estimator,
     ModelConfig,
@@ -25,6 +24,7 @@ from opd.config.schema import (
     naming_dataset,
     naming_teacher,
 )
+from opd.config.schema import Config
 from opd.data.given import check_given
 from opd.data.prompts import Prompt, encode_rows, first_of_each, labelled, text_warnings
 from opd.data.rewards import Grader, make_grader

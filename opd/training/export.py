@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_config, to_dict
-from opd.config.schema import Config, Control, DataConfig, ModelConfig, Source
+from opd.config.options import Control, DataConfig, ModelConfig, Source
+from opd.config.schema import Config
 from opd.data import hub
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError, DataError, OpdError, OutputError

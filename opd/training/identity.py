@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from opd.config.compose import to_dict
-from opd.config.schema import REMOVED, Config
+from opd.config.compose import REMOVED, to_dict
+from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.sources import local_path
 from opd.errors import ConfigError

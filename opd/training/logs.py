@@ -13,7 +13,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from opd.config.compose import to_dict
-from opd.config.schema import Config, GuardAction, Tracker
+from opd.config.options import GuardAction, Tracker
+from opd.config.schema import Config
 from opd.errors import INTERNAL, ConfigError, NumericError
 from opd.runs.reader import flatten
 from opd.training.evaluate import DatasetResult, Evaluation

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from opd.config.schema import Config, Control, Engine, SamplingDtype, TeacherWeights, Truncated, of_teacher
+from opd.config.options import Control, Engine, SamplingDtype, TeacherWeights, Truncated, naming_teacher
+from opd.config.schema import Config
 from opd.data.given import given_rollout, takes_given
 from opd.data.order import Order, nth_position, prompt_order
 from opd.data.prompts import Prompt
@@ -278,7 +279,7 @@ class Trainer:
             name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
             problem = "this teacher is the student"
             if part.teaches_itself:
-                name, problem = of_teacher(label)(part.weights_option), "what it reads besides changes nothing"
+                name, problem = naming_teacher(label)(part.weights_option), "what it reads besides changes nothing"
             log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
 
     def check_masked(self, done: StepDone) -> None:

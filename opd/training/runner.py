@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from opd import signals
 from opd.config.compose import to_dict
-from opd.config.schema import Config, Control
+from opd.config.options import Control
+from opd.config.schema import Config
 from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes

@@ -43,7 +43,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from opd.config.schema import Config, Control, Divergence, Estimator, OptimConfig, Reduction, Schedule, Truncated
+from opd.config.options import Control, Divergence, Estimator, OptimConfig, Reduction, Schedule, Truncated
+from opd.config.schema import Config
 from opd.data.rollouts import MicroBatch, Rollout
 from opd.errors import EngineError, InsufficientMemory, OpdError, Preempted
 from opd.models.device import release_memory
