@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from opd.config.files import local_path
 from opd.config.options import LoraConfig, ModelConfig
 from opd.config.schema import Config
-from opd.data.sources import local_path
 from opd.errors import ConfigError
 from opd.models.policy import MODEL_ERRORS, add_adapters
 

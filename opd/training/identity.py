@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.compose import REMOVED, to_dict
+from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
-from opd.data.sources import local_path
 from opd.errors import ConfigError
 
 log = logging.getLogger(__name__)
