@@ -329,12 +329,24 @@ def test_exit_code_and_message_of_a_failing_task(
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err == shown_error or (code == 70 and shown.err.startswith(shown_error) and shown.err.count("\n") == 1)
+    if code in (errors.USAGE, errors.DATA):
+        assert not (tmp_path / "runs" / "mine").exists()
+        return
     log = (tmp_path / "runs" / "mine" / "train.log").read_text()
     assert ("Traceback" in log) == (code == 70)
     if code == 70:
         assert str(tmp_path / "runs" / "mine" / "train.log") in shown.err
     elif shown_error.startswith("opd: error"):
         assert shown_error.removeprefix("opd: error: ") in log
+
+
+def test_a_refused_start_removes_no_file_but_its_log(tmp_path: Path) -> None:
+    def task(config: Config, folder: Path) -> None:
+        (folder / "mine.txt").touch()
+        raise errors.ConfigError("no")
+
+    assert hydra_app.run_verb(task, ["name=mine"]) == errors.USAGE
+    assert sorted(path.name for path in (tmp_path / "runs/mine").iterdir()) == ["mine.txt", "train.log"]
 
 
 def test_preempted_run_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ from transformers import PreTrainedModel
 
 from opd import signals
 from opd.config.compose import to_dict
+from opd.config.files import local_path
 from opd.config.options import Control
 from opd.config.schema import Config
-from opd.data.sources import local_path
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.distributed import gather_tensors, is_peer_failure, make_accelerator, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
@@ -83,6 +83,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
     with ExitStack() as stack:
         stack.enter_context(signals.deferred())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
+        stack.enter_context(run_folder.unchanged_if_refused())
         background = accelerator.device.type == "cuda" if config.checkpoint.background is None else config.checkpoint.background
         checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, background)
         wanted = identity(config, accelerator)
@@ -93,7 +94,6 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
-        write_composed_config(config, run_folder)
         run_folder.set_status(Status.running)
         with status_on_exit(accelerator, run_folder, checkpoints):
             summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given(), on_event)
@@ -125,7 +125,7 @@ def claim(run_folder: RunFolder, stack: ExitStack) -> None:
 
 
 def write_composed_config(config: Config, run_folder: RunFolder) -> None:
-    """Write `.hydra/`, if Hydra composed this run. Hydra itself would write it before the run has the folder for itself."""
+    """Write `.hydra/`, if Hydra composed this run. Hydra itself would write it before it is certain that the folder will have this run."""
     if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
         return
     hydra = HydraConfig.get()
@@ -216,6 +216,7 @@ class History:
 
 def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
     """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from."""
+    run_folder.begun = True
     if start is None:
         run_folder.rewind(-1)
     else:
@@ -264,6 +265,7 @@ def distil(
             forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
             trainer.resume(start, restart_step=bool(forced))
         on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
+        write_composed_config(config, run_folder)
         history = restore_history(accelerator, run_folder, checkpoints, trainer)
         display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         handler = NoteHandler(display)
