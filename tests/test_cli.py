@@ -265,7 +265,7 @@ def test_removed_option_or_value_names_what_to_use(
 
 
 def test_removed_options_are_no_longer_options() -> None:
-    assert not set(compose.REMOVED) & set(hydra_errors.options())
+    assert not set(compose.REMOVED) & set(compose.options())
 
 
 def test_mistake_through_the_real_command_is_one_line(tmp_path: Path) -> None:
@@ -597,6 +597,6 @@ def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_names_from_elsewhere_lead_to_options_that_exist() -> None:
-    assert set(hydra_errors.ELSEWHERE.values()) <= hydra_errors.options().keys() and not hydra_errors.ELSEWHERE.keys() & {
-        name.rpartition(".")[2] for name in hydra_errors.options()
+    assert set(hydra_errors.ELSEWHERE.values()) <= compose.options().keys() and not hydra_errors.ELSEWHERE.keys() & {
+        name.rpartition(".")[2] for name in compose.options()
     }

@@ -104,16 +104,23 @@ def member_name(overrides: str) -> str:
     return name if name == overrides else f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
 
 
+def options(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every option by its dotted name. A section is included, before its options."""
+    types: dict[str, Any] = {}
+    for item in dataclasses.fields(section):
+        types[prefix + item.name] = item.type
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            types |= options(item.type, f"{prefix}{item.name}.")
+    return types
+
+
 def schema() -> DictConfig:
     """Return the typed options. Options that are mappings accept any key, without Hydra's `+`."""
     node = OmegaConf.structured(Config)
     assert isinstance(node, DictConfig)
-    for section in dataclasses.fields(Config):
-        if get_origin(section.type) is dict:
-            OmegaConf.set_struct(node[section.name], False)
-        for item in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ():
-            if get_origin(item.type) is dict:
-                OmegaConf.set_struct(node[section.name][item.name], False)
+    for key, kind in options().items():
+        if get_origin(kind) is dict:
+            OmegaConf.set_struct(OmegaConf.select(node, key), False)
     return node
 
 
@@ -150,19 +157,19 @@ def loader(extra: Path | None = None) -> ConfigLoaderImpl:
     return ConfigLoaderImpl(search_path)
 
 
-def undeclared(composed: Mapping[str, Any], section: type, prefix: str = "") -> Iterator[str]:
+def undeclared(composed: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of `composed` that are no options; `+` on the command line can add such."""
-    types: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(section)}
+    known = options()
     for key, value in composed.items():
-        if key not in types:
-            yield f"{prefix}{key}"
-        elif dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
-            yield from undeclared(value, types[key], f"{prefix}{key}.")
+        if prefix + key not in known:
+            yield prefix + key
+        elif dataclasses.is_dataclass(known[prefix + key]) and isinstance(value, dict):
+            yield from undeclared(value, f"{prefix}{key}.")
 
 
 def to_config(composed: DictConfig) -> Config:
     """Return the typed config of what Hydra composed. Raises `ConfigError` for options that are wrong or do not fit together."""
-    for key in undeclared(plain(composed), Config):
+    for key in undeclared(plain(composed)):
         raise ConfigError(removed(key) or f"+{key}: there is no such option")
     secrets.refuse_in_config(plain(composed))
     config = OmegaConf.to_object(composed)
