@@ -233,5 +233,5 @@ def from_options(options: Mapping[str, Any]) -> Config:
         try:
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
-            raise ConfigError(removed(key, value) or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(removed(f"{key}={value}") or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
     return to_config(config)

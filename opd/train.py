@@ -7,11 +7,15 @@ from pathlib import Path
 from opd.cli import launch
 from opd.cli.arguments import prepare_process
 from opd.cli.hydra_app import FlagParser, run_verb
+from opd.config.files import check_files
 from opd.config.schema import Config
+from opd.runs.folder import RunFolder, Status
 
 
 def train(config: Config, folder: Path) -> float | None:
     """Train as configured, in this process or in processes of its own, and return the objective for sweepers."""
+    if RunFolder(folder).status() is not Status.done:  # a finished run no longer needs its files
+        check_files(config)
     if launch.is_requested(config):
         return launch.run(config, folder)
     from opd.training import runner  # imports torch, which --help, --cfg and completion do not need

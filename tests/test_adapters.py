@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from conftest import random_model
-from opd.config.options import TeacherWeights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.api import from_options
 from opd.config.compose import PACKAGE
+from opd.config.options import TeacherWeights
 from opd.errors import ConfigError
 from opd.models import load as models
 from opd.models.adapters import load_adapter, lora_options, trained_adapters

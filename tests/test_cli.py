@@ -26,7 +26,7 @@ import opd as package
 from opd import errors, train, training
 from opd.cli import completion, hydra_app, hydra_errors, main
 from opd.cli.arguments import prepare_process
-from opd.config import schema
+from opd.config import compose
 from opd.config.schema import Config
 
 HEAVY = {"accelerate", "datasets", "torch", "transformers"}
@@ -259,13 +259,13 @@ def test_mistake_in_a_user_yaml_file_is_one_line_with_a_remedy(
 def test_removed_option_or_value_names_what_to_use(
     word: str, removed: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(schema, "REMOVED", {removed: "use this"})
+    monkeypatch.setattr(compose, "REMOVED", {removed: "use this"})
     assert hydra_app.run_verb(must_not_run, [word]) == errors.USAGE
     assert capfd.readouterr().err == f"opd: error: {removed}: was removed; use this\n"
 
 
 def test_removed_options_are_no_longer_options() -> None:
-    assert not set(schema.REMOVED) & set(hydra_errors.options())
+    assert not set(compose.REMOVED) & set(compose.options())
 
 
 def test_mistake_through_the_real_command_is_one_line(tmp_path: Path) -> None:
@@ -329,12 +329,24 @@ def test_exit_code_and_message_of_a_failing_task(
     shown = capfd.readouterr()
     assert shown.out == ""
     assert shown.err == shown_error or (code == 70 and shown.err.startswith(shown_error) and shown.err.count("\n") == 1)
+    if code in (errors.USAGE, errors.DATA):
+        assert not (tmp_path / "runs" / "mine").exists()
+        return
     log = (tmp_path / "runs" / "mine" / "train.log").read_text()
     assert ("Traceback" in log) == (code == 70)
     if code == 70:
         assert str(tmp_path / "runs" / "mine" / "train.log") in shown.err
     elif shown_error.startswith("opd: error"):
         assert shown_error.removeprefix("opd: error: ") in log
+
+
+def test_a_refused_start_removes_no_file_but_its_log(tmp_path: Path) -> None:
+    def task(config: Config, folder: Path) -> None:
+        (folder / "mine.txt").touch()
+        raise errors.ConfigError("no")
+
+    assert hydra_app.run_verb(task, ["name=mine"]) == errors.USAGE
+    assert sorted(path.name for path in (tmp_path / "runs/mine").iterdir()) == ["mine.txt", "train.log"]
 
 
 def test_preempted_run_ends_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -585,6 +597,6 @@ def test_arguments_that_are_no_text_are_refused(capsys: pytest.CaptureFixture[st
 
 
 def test_names_from_elsewhere_lead_to_options_that_exist() -> None:
-    assert set(hydra_errors.ELSEWHERE.values()) <= hydra_errors.options().keys() and not hydra_errors.ELSEWHERE.keys() & {
-        name.rpartition(".")[2] for name in hydra_errors.options()
+    assert set(hydra_errors.ELSEWHERE.values()) <= compose.options().keys() and not hydra_errors.ELSEWHERE.keys() & {
+        name.rpartition(".")[2] for name in compose.options()
     }

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opd.config.options import METRICS, Direction
 
 from opd import errors
 from opd.cli import main as cli
+from opd.config.options import METRICS, Direction
 from opd.report import compare
 from opd.runs.folder import write_json
 from opd.runs.reader import find_runs

@@ -13,12 +13,12 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, flag_override, open_dict
-from opd.config.options import TeacherWeights
 
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config import compose as store
 from opd.config.compose import REMOVED
+from opd.config.options import TeacherWeights
 from opd.config.schema import Config
 from opd.errors import OK, USAGE, ConfigError
 from opd.runs.reader import flatten

@@ -16,11 +16,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opd.config.options import DataConfig, ModelConfig, Source, TeacherConfig
 from pyarrow import parquet
 from tokenizers import normalizers, processors
 
 from opd.api import as_rows, from_options
+from opd.config.options import DataConfig, ModelConfig, Source, TeacherConfig
 from opd.data.prompts import Encoder, Prompt, encode_rows, text_warnings
 from opd.data.rewards import make_grader
 from opd.data.rollouts import FinishReason, Request, Rollout

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from opd.config.options import Truncated
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -19,6 +18,7 @@ from opd import errors
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
+from opd.config.options import Truncated
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader

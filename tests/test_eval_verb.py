@@ -12,12 +12,12 @@ from typing import Any
 import forked
 import pytest
 import torch
-from opd.config.options import DataConfig, EvalConfig, LoraConfig, ModelConfig, Quantization, TeacherConfig
 from transformers import AutoTokenizer
 
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
+from opd.config.options import DataConfig, EvalConfig, LoraConfig, ModelConfig, Quantization, TeacherConfig
 from opd.config.schema import Config
 from opd.errors import ConfigError
 from opd.evaluation import judge

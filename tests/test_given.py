@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fake_vllm import ScoringServer, running
-from opd.config.options import DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
 from test_step import old_logp
 from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd import errors
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
+from opd.config.options import DataConfig, Device, ModelConfig, Source, TeacherConfig, TrainConfig
 from opd.config.schema import Config
 from opd.data.given import check_given, given_rollout, takes_given, warm_start
 from opd.data.prompts import Encoder, Prompt, encode_rows

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 from conftest import random_model
-from opd.config.options import Placement
 from test_samplers import completions, gaps, requests, spec_of
 
+from opd.config.options import Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.models.device import autocast

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from opd.config.options import Device, LaunchConfig
 
 from opd import errors, signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import launch
+from opd.config.options import Device, LaunchConfig
 from opd.errors import ConfigError
 from opd.models import accelerator
 from opd.training.identity import differences

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from opd.config.options import GuardAction, PPOConfig, SamplingConfig
 
+from opd.config.options import GuardAction, PPOConfig, SamplingConfig
 from opd.config.schema import Config
 from opd.errors import INTERNAL, NumericError
 from opd.training.checks import Guard

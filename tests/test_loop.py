@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from opd.config.options import OptimConfig, Schedule
 from safetensors.torch import load_file
 from training_helpers import (
     SERVER,
@@ -20,6 +19,7 @@ from training_helpers import (
 )
 
 from opd import signals
+from opd.config.options import OptimConfig, Schedule
 from opd.data.order import nth_position, take
 from opd.errors import ConfigError, NumericError, Preempted
 from opd.training.build import resumed_choices

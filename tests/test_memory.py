@@ -3,9 +3,9 @@
 import pytest
 import torch
 from conftest import random_model
-from opd.config.options import LoraConfig
 
 from opd.api import from_options
+from opd.config.options import LoraConfig
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request

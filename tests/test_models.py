@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-from opd.config.options import Device, Dtype, ModelConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -27,6 +26,7 @@ from transformers import (
 )
 
 from opd.config.compose import PACKAGE
+from opd.config.options import Device, Dtype, ModelConfig
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError, DataError
 from opd.models import load as models

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import random_model
 from fake_vllm import ScoringServer, running
-from opd.config.options import TeacherConfig
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
+from opd.config.options import TeacherConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, collate
 from opd.doctor import first_step

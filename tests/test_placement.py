@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 from conftest import random_model
-from opd.config.options import Placement
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from opd.api import from_options
+from opd.config.options import Placement
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import ConfigError

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opd.config.options import Estimator, OptimizerName, Placement, Quantization
 
 from opd import errors
 from opd.api import from_options
 from opd.cli import main as cli
+from opd.config.options import Estimator, OptimizerName, Placement, Quantization
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.doctor.plan import Planner, train_command

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 from conftest import random_model
-from opd.config.options import TeacherWeights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from opd.api import from_options
 from opd.cli.main import main as opd
 from opd.config.compose import PACKAGE
+from opd.config.options import TeacherWeights
 from opd.errors import ConfigError
 from opd.models import load as models
 from opd.models.masters import MasterWeights

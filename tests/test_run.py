@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from training_helpers import TIMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd.errors import DataError
 from opd.models.policy import Policy
 from opd.train import main
 
@@ -236,6 +237,35 @@ def test_mistake_is_one_line_with_its_exit_code(tmp_path, monkeypatch, capfd, ov
     error = capfd.readouterr().err
     assert part in error and "Traceback" not in error
     assert len(error.strip().splitlines()) == 1
+    assert code == 74 or not list((tmp_path / "runs").iterdir()), "a run that is refused leaves no folder"
+
+
+def test_refused_resume_leaves_the_run_as_it_was(finished, tmp_path, monkeypatch, capfd):
+    def content() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name not in ("train.log", ".lock")}
+
+    def refuse(*arguments):
+        raise DataError("data.answer=x: no such column")
+
+    monkeypatch.chdir(tmp_path)
+    folder = Path(shutil.copytree(finished, tmp_path / "runs" / "run"))
+    (folder / "status.json").write_text('{"status": "preempted", "reason": "stopped by SIGTERM", "exit_code": 75}')
+    monkeypatch.setattr("opd.training.runner.build", refuse)
+    before = content()
+    assert main([*DEBUG, "name=run", "checkpoint.every=7"]) == 65
+    assert content() == before
+    assert "no such column" in (folder / "train.log").read_text()
+
+
+def test_failure_before_training_is_kept_with_its_log(tmp_path, monkeypatch, capfd):
+    def fail(*arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("opd.training.runner.build", fail)
+    assert main([*DEBUG, "name=run"]) == 70
+    assert json.loads((tmp_path / "runs/run/status.json").read_text())["exit_code"] == 70
+    assert "Traceback" in (tmp_path / "runs/run/train.log").read_text()
 
 
 def test_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, capfd):

@@ -1,16 +1,17 @@
 """Run folders: safe writes, reads at any moment of a run, its outcome, and how numbers are shown."""
 
 import argparse
+import contextlib
 import errno
 import json
 from pathlib import Path
 
 import pytest
-from opd.config.options import METRICS as SUMMARY_METRICS
-from opd.config.options import Direction, SweepConfig
 
 from opd import errors
 from opd.cli import arguments
+from opd.config.options import METRICS as SUMMARY_METRICS
+from opd.config.options import Direction, SweepConfig
 from opd.runs import outcome, text
 from opd.runs.folder import EVALUATIONS, METRICS, RunFolder, Status, read_lines, write_json
 from opd.runs.reader import find_runs, open_run
@@ -207,6 +208,32 @@ def test_a_run_folder_with_a_link_to_elsewhere_is_refused(folder: RunFolder, tmp
     (folder.path / "final").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(errors.OutputError, match=r"elsewhere.*hydra\.run\.dir"):
         folder.prepare()
+
+
+def refuse(folder: RunFolder, begun: bool = False) -> None:
+    with contextlib.suppress(errors.DataError), folder.unchanged_if_refused():
+        folder.set_status(Status.running)
+        folder.begun = begun
+        folder.set_status(Status.failed, "no such column", errors.DATA)
+        raise errors.DataError
+
+
+def test_a_refused_start_leaves_an_earlier_run_its_status_and_a_new_folder_empty(folder: RunFolder) -> None:
+    other = RunFolder(folder.path / "new")
+    other.prepare()
+    with other.lock():
+        refuse(other)
+    assert not list(other.path.iterdir())
+
+    folder.set_status(Status.failed, "internal error")
+    refuse(folder)
+    assert open_run(folder.path).reason == "no such column", "no run has begun here: the last failure counts"
+    folder.write("run.json", {})
+    folder.set_status(Status.preempted, "stopped")
+    refuse(folder)
+    assert (open_run(folder.path).status, open_run(folder.path).reason) == ("preempted", "stopped")
+    refuse(folder, begun=True)
+    assert open_run(folder.path).status == "failed", "the run had begun: this is no refusal"
 
 
 # Text

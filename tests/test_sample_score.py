@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from opd.config.options import ModelConfig
 from tokenizers import processors
 
 from opd import errors
 from opd.cli import main as cli
+from opd.config.options import ModelConfig
 from opd.errors import DataError
 from opd.evaluation import sample_score
 from opd.evaluation.sample_score import ScoredText

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import Waits
 from fake_vllm import ModelServer, running
-from opd.config.options import LoraConfig, SamplingDtype
 from transformers import GenerationConfig
 
 from opd import signals
 from opd.api import from_options
+from opd.config.options import LoraConfig, SamplingDtype
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, collate
 from opd.errors import Preempted

@@ -13,13 +13,13 @@ import torch
 from conftest import random_model
 from fake_vllm import ScoringServer, running
 from hypothesis import given, settings
-from opd.config.options import TeacherConfig
 from test_config import compose
 from training_helpers import SERVER, VOCABULARY, ServerSampler, make_trainer, rollout_lists, rollout_of, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
 from opd.config.compose import PACKAGE
+from opd.config.options import TeacherConfig
 from opd.data.rollouts import collate
 from opd.doctor import Status, examine
 from opd.errors import ENGINE, EngineError, Preempted, TeacherError

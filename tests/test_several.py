@@ -14,7 +14,6 @@ from conftest import random_model
 from fake_vllm import ScoringServer, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opd.config.options import TeacherConfig
 from test_config import compose
 from test_served import Tokenizer
 from test_step import PROMPTS, old_logp
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE, to_dict
+from opd.config.options import TeacherConfig
 from opd.data import arithmetic
 from opd.data.order import Order, take
 from opd.data.prompts import Prompt, first_of_each, labelled

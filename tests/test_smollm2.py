@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from opd.config.options import ModelConfig
 
+from opd.config.options import ModelConfig
 from opd.models import load as models
 from opd.train import main
 

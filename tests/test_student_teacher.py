@@ -13,7 +13,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import random_model
-from opd.config.options import TeacherWeights
 from safetensors.torch import load_file
 from torch.func import functional_call
 from training_helpers import rollout_of
@@ -23,6 +22,7 @@ from opd import signals
 from opd.api import OnPolicyDistillationTrainer, from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
+from opd.config.options import TeacherWeights
 from opd.config.schema import Config
 from opd.data.rollouts import Rollout, collate
 from opd.errors import OK, ConfigError, DataError, Preempted

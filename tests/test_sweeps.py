@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from opd.config.options import METRICS, Direction, SweepConfig
 
 from opd import errors
 from opd.cli import hydra_app, sweep
 from opd.config import compose
+from opd.config.options import METRICS, Direction, SweepConfig
 from opd.config.schema import Config
 from opd.runs.outcome import objective
 from opd.runs.reader import find_runs, open_run

@@ -9,11 +9,11 @@ import pytest
 import torch
 from fake_vllm import ScoringServer, running
 from hypothesis import HealthCheck, given, settings
-from opd.config.options import DataConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from training_helpers import rollout_lists, rollout_of, trained_ids
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.config.compose import PACKAGE
+from opd.config.options import DataConfig, ModelConfig, Placement, Quantization, TeacherConfig
 from opd.data import arithmetic
 from opd.data.prompts import Encoder, encode_rows
 from opd.data.rollouts import Rollout, collate

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import forked
 import pytest
-from opd.config.options import Tracker
 
+from opd.config.options import Tracker
 from opd.errors import ConfigError
 from opd.training.logs import check_tracker
 

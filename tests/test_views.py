@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from opd.config.options import DataConfig, Source, TeacherConfig, TeacherWeights
 from training_helpers import UNEVEN, FixedSampler, make_trainer, rollout_lists, rollout_of, weights
 from transformers import AutoTokenizer
 
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
+from opd.config.options import DataConfig, Source, TeacherConfig, TeacherWeights
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
 from opd.data.rows import columns_of, fill

@@ -18,13 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from opd.config.options import LoraConfig, ModelConfig
 from test_samplers import change_weights, completions, gaps, long_requests
 from training_helpers import TIMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd import signals
 from opd.config.compose import PACKAGE
+from opd.config.options import LoraConfig, ModelConfig
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, EngineError, Preempted

@@ -15,12 +15,12 @@ import pytest
 import torch
 from conftest import random_model
 from fake_vllm import FakeServer, ModelServer, completion, running
-from opd.config.options import LoraConfig
 from safetensors.torch import load_file
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from opd import signals
+from opd.config.options import LoraConfig
 from opd.data.order import derive_seed
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request

@@ -104,14 +104,13 @@ def config_words(earlier: list[str], last: str) -> list[str]:
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
     from omegaconf.errors import OmegaConfBaseException
 
-    from opd.cli.hydra_errors import options
     from opd.config import compose
 
     parser = get_args_parser()
     if last.startswith("-"):
         return long_flags(parser)
     key, equals, _ = last.partition("=")
-    kind = options().get(key)
+    kind = compose.options().get(key)
     if equals and kind is bool:
         return [f"{key}=true", f"{key}=false"]
     if equals and isinstance(kind, type) and issubclass(kind, Enum):

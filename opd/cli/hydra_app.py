@@ -57,6 +57,15 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
     return parsed
 
 
+def remove_if_alone(files: Sequence[Path]) -> None:
+    """Remove the log of a refused start, and the folder that Hydra made for it, where nothing else is in the folder."""
+    for file in files:
+        with contextlib.suppress(OSError):
+            if list(file.parent.iterdir()) == [file]:
+                file.unlink()
+                file.parent.rmdir()
+
+
 class Job:
     """One command: its task, its verb, this process's rank, and the exit codes of its runs so far (a sweep has several)."""
 
@@ -82,7 +91,7 @@ class Job:
 
     def report(self, error: Exception) -> int:
         """Print and log `error` and return its exit code. Rank 0 alone prints what fails in the same way on all ranks."""
-        files = [handler.baseFilename for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+        files = [Path(handler.baseFilename) for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             error = errors.OutputError(f"{error.filename or 'output'}: {error.strerror}")
         if isinstance(error, errors.OpdError):
@@ -91,11 +100,13 @@ class Job:
                 log.error(self.reason)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
                 self.say(self.reason if isinstance(error, errors.Preempted) else f"error: {self.reason}")
+            if error.exit_code in (errors.USAGE, errors.DATA):
+                remove_if_alone(files)
             return error.exit_code
         self.reason = one_line(f"internal error: {type(error).__name__}: {error}")
         if files:
             log.error("internal error", exc_info=error)
-            self.say(f"{self.reason}; the traceback is in {', '.join(files)}")
+            self.say(f"{self.reason}; the traceback is in {', '.join(map(str, files))}")
         else:
             traceback.print_exception(error)
             self.say(self.reason)

@@ -1,18 +1,16 @@
 """Explain the user's mistakes that Hydra and OmegaConf detect: what is wrong, where, and the remedy, in one line."""
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import errors as omegaconf_errors
 
-from opd.config import schema
-from opd.config.compose import conf_dir
+from opd.config.compose import conf_dir, options, removed
 from opd.config.several import describe_type, did_you_mean
 from opd.errors import ConfigError, OpdError, OutputError
 from opd.runs.text import one_line
@@ -53,28 +51,12 @@ ELSEWHERE = {
 }
 
 
-def options(section: type = schema.Config, prefix: str = "") -> dict[str, Any]:
-    """Return the type of every option by its dotted name. A section is included, before its options."""
-    types: dict[str, Any] = {}
-    for item in dataclasses.fields(section):
-        types[prefix + item.name] = item.type
-        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
-            types |= options(item.type, f"{prefix}{item.name}.")
-    return types
-
-
 def choices() -> dict[str, list[str]]:
     """Return the shipped groups and the names of their files."""
     groups: dict[str, list[str]] = {}
     for file in sorted(conf_dir().glob("*/*.yaml")):
         groups.setdefault(file.parent.name, []).append(file.stem)
     return groups
-
-
-def removed(word: str) -> str | None:
-    """Return the message for an option, or a value `option=value`, that older versions had; None for any other word."""
-    option, _, value = word.lstrip("+").partition("=")
-    return schema.removed(option, value)
 
 
 def unknown_option(key: str) -> str:

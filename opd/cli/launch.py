@@ -24,6 +24,7 @@ import yaml
 from hydra.core.hydra_config import HydraConfig
 
 from opd import signals
+from opd.config.files import local_path, missing
 from opd.config.options import Device, LaunchConfig
 from opd.config.schema import Config
 from opd.errors import DATA, ENGINE, INTERNAL, INTERRUPTED, NUMERIC, OK, OUTPUT, PREEMPTED, USAGE, ConfigError, LaunchedRunFailed, OpdError
@@ -73,12 +74,12 @@ def run(config: Config, folder: Path) -> float | None:
 
 def launch_arguments(launch: LaunchConfig, place: str) -> list[str]:
     """Return the arguments of `accelerate launch`. Without a config file, `launch_workers` writes one in the folder `place`."""
-    file, content = launch.config_file and str(Path(launch.config_file).expanduser()), {}
+    file, content = launch.config_file and str(local_path(launch.config_file)), {}
     if file is not None:
         try:
             content = dict(yaml.safe_load(Path(file).read_text()))
         except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split()) if Path(file).exists() else missing(Path(file), "file")
             raise ConfigError(f"launch.config_file={file}: {reason}; use one from scripts/accelerate/ or `accelerate config`") from None
     if content.get("distributed_type") == "DEEPSPEED":
         raise ConfigError(f"launch.config_file={file}: DeepSpeed is not supported; use FSDP2, as in scripts/accelerate/fsdp2_gpu8.yaml")

@@ -21,13 +21,34 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
-from opd.config.compose import removed
 from opd.config.options import TeacherWeights
 from opd.config.schema import Config
 from opd.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
 MAX_FOLDER_NAME = 200  # bytes; file systems allow 255, and a suffix must fit too
+
+# Options, and values of options, that older versions had. An old command line that uses one is refused with this remedy.
+REMOVED: dict[str, str] = {
+    "sampling.static_cache": "the device decides it: remove it",
+    "sampling.max_new_tokens_schedule": "use one length for all steps: sampling.max_new_tokens=TOKENS",
+    "sampling.guard.action": "use sampling.guard=none, sampling.guard=warn or sampling.guard=stop",
+    "sampling.guard.truncated": "the limit is 0.95: remove it; sampling.guard=none turns the guard off",
+    "sampling.guard.repetition": "the limit is 0.5: remove it; sampling.guard=none turns the guard off",
+    "sampling.guard.steps": "the guard acts after 10 steps: remove it; sampling.guard=none turns the guard off",
+    "sampling.engine=continuous": "it ran at 0.15 to 0.4 times the speed of generate; use sampling.engine=generate or sampling.engine=vllm",
+    "ppo.divergence=skew": "use ppo.divergence=jsd, with ppo.beta near 1 for one close to the reverse KL",
+    "ppo.alpha": "it belonged to ppo.divergence=skew; use ppo.divergence=jsd and ppo.beta",
+    "ppo.clip_eps_high": "the ratio is clipped symmetrically: use ppo.clip_eps",
+    "eval.tasks": "run opd eval once per data set: opd eval TARGET data=NAME eval=NAME",
+    "track.alternatives": "5 alternatives are stored: remove it; track.rollouts_per_step=0 stores no rollouts",
+}
+
+
+def removed(word: str) -> str | None:
+    """Return the message for an option, or a value `option=value`, that older versions had; None for any other word."""
+    word = word.lstrip("+")
+    return next((f"{name}: was removed; {REMOVED[name]}" for name in (word.partition("=")[0], word) if name in REMOVED), None)
 
 
 def conf_dir() -> Path:
@@ -83,16 +104,23 @@ def member_name(overrides: str) -> str:
     return name if name == overrides else f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
 
 
+def options(section: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Return the type of every option by its dotted name. A section is included, before its options."""
+    types: dict[str, Any] = {}
+    for item in dataclasses.fields(section):
+        types[prefix + item.name] = item.type
+        if isinstance(item.type, type) and dataclasses.is_dataclass(item.type):
+            types |= options(item.type, f"{prefix}{item.name}.")
+    return types
+
+
 def schema() -> DictConfig:
     """Return the typed options. Options that are mappings accept any key, without Hydra's `+`."""
     node = OmegaConf.structured(Config)
     assert isinstance(node, DictConfig)
-    for section in dataclasses.fields(Config):
-        if get_origin(section.type) is dict:
-            OmegaConf.set_struct(node[section.name], False)
-        for item in dataclasses.fields(section.type) if dataclasses.is_dataclass(section.type) else ():
-            if get_origin(item.type) is dict:
-                OmegaConf.set_struct(node[section.name][item.name], False)
+    for key, kind in options().items():
+        if get_origin(kind) is dict:
+            OmegaConf.set_struct(OmegaConf.select(node, key), False)
     return node
 
 
@@ -129,19 +157,19 @@ def loader(extra: Path | None = None) -> ConfigLoaderImpl:
     return ConfigLoaderImpl(search_path)
 
 
-def undeclared(composed: Mapping[str, Any], section: type, prefix: str = "") -> Iterator[str]:
+def undeclared(composed: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of `composed` that are no options; `+` on the command line can add such."""
-    types: dict[str, Any] = {item.name: item.type for item in dataclasses.fields(section)}
+    known = options()
     for key, value in composed.items():
-        if key not in types:
-            yield f"{prefix}{key}"
-        elif dataclasses.is_dataclass(types[key]) and isinstance(value, dict):
-            yield from undeclared(value, types[key], f"{prefix}{key}.")
+        if prefix + key not in known:
+            yield prefix + key
+        elif dataclasses.is_dataclass(known[prefix + key]) and isinstance(value, dict):
+            yield from undeclared(value, f"{prefix}{key}.")
 
 
 def to_config(composed: DictConfig) -> Config:
     """Return the typed config of what Hydra composed. Raises `ConfigError` for options that are wrong or do not fit together."""
-    for key in undeclared(plain(composed), Config):
+    for key in undeclared(plain(composed)):
         raise ConfigError(removed(key) or f"+{key}: there is no such option")
     secrets.refuse_in_config(plain(composed))
     config = OmegaConf.to_object(composed)

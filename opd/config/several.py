@@ -3,8 +3,7 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
@@ -64,7 +63,10 @@ def overlay(kind: type[T], base: Mapping[str, Any], entry: Any, key: str, known:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Renaming:
-    """How texts that name the options of a section name those of an entry: by the prefix `new` where they have the prefix `old`."""
+    """How texts that name the options of a section name those of an entry: by the prefix `new` where they have the prefix `old`.
+
+    As a context manager it renames in the messages of errors that are raised in the block.
+    """
 
     old: str
     new: str
@@ -73,13 +75,9 @@ class Renaming:
     def __call__(self, text: str) -> str:
         return re.sub(rf"(?<![\w./-]){re.escape(self.old)}(?=(?:{'|'.join(self.names)})\b)", self.new, text)
 
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Rename in the messages of errors that are raised in the block."""
-        try:
-            yield
-        except OpdError as error:
-            text = self(str(error))
-            if text == str(error):
-                raise
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OpdError) and (text := self(str(error))) != str(error):
             raise type(error)(text) from error

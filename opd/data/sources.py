@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +19,7 @@ from datasets.exceptions import DatasetsError
 from fsspec import compression, utils  # type: ignore[import-untyped]
 from pyarrow import parquet
 
+from opd.config.files import local_path, missing
 from opd.config.options import DataConfig, Source
 from opd.data import arithmetic, hub
 from opd.errors import ConfigError, DataError
@@ -106,13 +106,6 @@ def hold_out(rows: Rows, too_few: str) -> tuple[Rows, Rows]:
     return rows[:train], rows[train:]
 
 
-def local_path(path: str) -> Path:
-    """Return the path with the home folder for `~`: no shell replaces it behind `data.path=`."""
-    with suppress(RuntimeError):  # `~name` where there is no such user may be a file's name
-        return Path(path).expanduser()
-    return Path(path)
-
-
 def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
     """Return the rows of a file, compressed or not, with the values as they stand there.
 
@@ -126,7 +119,7 @@ def read_file(path: Path, kind: str, option: str, prompt: str) -> list[Row]:
     """
     try:
         if not path.is_file():
-            raise DataError(f"{option}: there is no such file")
+            raise DataError(f"{option}: {missing(path, 'file')}")
         if path.stat().st_size == 0:
             raise DataError(f"{option}: the file is empty")
         with path.open("rb") as packed:

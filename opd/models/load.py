@@ -21,7 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from opd.config.compose import PACKAGE
-from opd.config.files import local_path
+from opd.config.files import is_folder_name, local_path, missing
 from opd.config.options import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
 from opd.data import hub
 from opd.data.prompts import Prompt
@@ -86,12 +86,10 @@ def locate(config: ModelConfig, role: str) -> str:
             )
         return str(folder)
     path = local_path(config.path)
-    beside = len(path.parts) > 1 and path.parent.is_dir()  # runs/nam, where there is a folder runs/
-    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or beside
     if path.is_file():
         raise ConfigError(f"{role}.path={config.path}: a file; name its folder (for a GGUF file, with {role}.gguf_file={path.name})")
-    if looks_local and not path.is_dir():
-        raise ConfigError(f"{role}.path={config.path}: there is no such folder")
+    if is_folder_name(config.path) and not path.is_dir():
+        raise ConfigError(f"{role}.path={config.path}: {missing(path, 'folder')}")
     if (path / "adapter_config.json").is_file():
         raise ConfigError(f"{role}.path={config.path}: contains an adapter (adapter_config.json); {adapter_remedy(config, role)}")
     if (path / "final" / "config.json").is_file() and not (path / "config.json").is_file():

@@ -8,13 +8,13 @@ import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from opd.errors import INTERNAL, OutputError
+from opd.errors import INTERNAL, ConfigError, DataError, OutputError
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +38,19 @@ class Status(Enum):
     failed = "failed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunFolder:
     """The folder of one run, open for writing.
 
     Attributes:
         writes: true on the main process; on all others every write is left out.
+        begun: whether this start passed all checks before training, so that the folder has its run.
         unwritten: text by file name that a full disk did not take; the next `append` tries again.
     """
 
     path: Path
     writes: bool = True
+    begun: bool = False
     unwritten: dict[str, str] = field(default_factory=dict)
 
     def prepare(self) -> None:
@@ -93,6 +95,25 @@ class RunFolder:
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
             yield
+
+    @contextmanager
+    def unchanged_if_refused(self) -> Iterator[None]:
+        """Undo what this start did to the folder if an error in the block refuses the run before it has begun."""
+        file = self.path / STATUS
+        earlier = file.read_text(encoding="utf-8") if file.is_file() else None
+        try:
+            yield
+        except (ConfigError, DataError):
+            if self.writes and not self.begun:
+                if earlier is None:
+                    file.unlink(missing_ok=True)
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    for name in (ROLLOUTS, CHECKPOINTS):
+                        with suppress(OSError):  # it has something in it
+                            (self.path / name).rmdir()
+                elif (self.path / RUN).is_file():
+                    write_text(file, earlier)
+            raise
 
     def status(self) -> Status | None:
         """Return the status that the last run in this folder recorded; None for a new folder."""

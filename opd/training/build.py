@@ -13,7 +13,12 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.options import Engine, OptimizerName, TeacherWeights, naming_teacher
+from opd.config.options import (
+    Engine,
+    OptimizerName,
+    TeacherWeights,
+    naming_teacher,
+)
 from opd.config.schema import Config
 from opd.data.prompts import Prompt, text_warnings
 from opd.models import load
@@ -41,7 +46,7 @@ from opd.training.inputs import Given, load_prompts, make_run_grader
 from opd.training.loop import Trainer
 from opd.training.pair import (
     TeacherParts,
-    check_given,
+    check_modules,
     check_sharding,
     connect,
     load_student,
@@ -91,7 +96,7 @@ def build(
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
         check_installed()
     device, sharded = accelerator.device, shards_weights(accelerator)
-    check_given(config, given)
+    check_modules(config, given)
     check_sharding(config, sharded)
     bf16 = load.computes_in_bf16(config.model.dtype, device)
     autocasts = bf16 and sharded  # without sharding the weights themselves are bf16, with float32 masters

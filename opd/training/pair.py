@@ -53,7 +53,7 @@ class TeacherParts:
 # What was passed or asked for and does not go together.
 
 
-def check_given(config: Config, given: Given) -> None:
+def check_modules(config: Config, given: Given) -> None:
     """Raise `ConfigError` where modules are passed although options name them, or say how to load them."""
     if given.teacher is not None and (config.is_served or config.teachers):
         option = "teachers" if config.teachers else "teacher.url"

@@ -86,6 +86,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
     with ExitStack() as stack:
         stack.enter_context(signals.deferred())
         on_main_process(accelerator, lambda: claim(run_folder, stack))
+        stack.enter_context(run_folder.unchanged_if_refused())
         background = accelerator.device.type == "cuda" if config.checkpoint.background is None else config.checkpoint.background
         checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, background)
         wanted = identity(config, accelerator)
@@ -96,7 +97,6 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
-        write_composed_config(config, run_folder)
         run_folder.set_status(Status.running)
         with status_on_exit(accelerator, run_folder, checkpoints):
             summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given(), on_event)
@@ -128,7 +128,7 @@ def claim(run_folder: RunFolder, stack: ExitStack) -> None:
 
 
 def write_composed_config(config: Config, run_folder: RunFolder) -> None:
-    """Write `.hydra/`, if Hydra composed this run. Hydra itself would write it before the run has the folder for itself."""
+    """Write `.hydra/`, if Hydra composed this run. Hydra itself would write it before it is certain that the folder will have this run."""
     if not HydraConfig.initialized() or OmegaConf.is_missing(HydraConfig.get().runtime, "output_dir"):
         return
     hydra = HydraConfig.get()
@@ -210,6 +210,7 @@ def find_start(
 
 def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
     """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from."""
+    run_folder.begun = True
     if start is None:
         run_folder.rewind(-1)
     else:
@@ -267,6 +268,7 @@ def distil(
             forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
             trainer.resume(start, restart_step=bool(forced))
         on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
+        write_composed_config(config, run_folder)
         evaluations = restore_counters(run_folder, checkpoints, trainer)
         display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         handler = NoteHandler(display)

@@ -203,7 +203,7 @@ def limit_chat_template(seconds: float) -> None:
 
 def options() -> dict[str, Any]:
     """Return the type of each option of the config."""
-    return hydra_errors.options()
+    return compose.options()
 
 
 def group_choices() -> list[str]:
