@@ -139,7 +139,12 @@ def test_quantised_base_is_its_own_teacher_in_one_copy(bitsandbytes):
 def test_estimate_of_a_quantised_student_is_its_size(bitsandbytes, quantization):
     config = options(model__quantization=quantization)
     model = student(model__quantization=quantization)
-    assert estimate(config, 1, CPU).resident["student"] == pytest.approx(model.get_memory_footprint(), rel=0.1)
+    resident = estimate(config, 1, CPU).resident
+    assert resident["student"] == pytest.approx(model.get_memory_footprint(), rel=0.1)
+    plain = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets/tiny-teacher")
+    matrices = sum(weight.numel() for name, weight in plain.named_parameters() if "layers" in name and weight.ndim == 2)
+    assert resident["mapped files"] == 2 * matrices  # of bf16
+    assert "mapped files" not in estimate(config, 1, torch.device("cuda")).resident
 
 
 def test_quantised_weights_are_refused_where_they_cannot_be(bitsandbytes):

@@ -128,6 +128,9 @@ def estimate(
     sampling = {} if prompts is None else sampling_bytes(config, student, teachers, *prompts, device, uses_line)  # without adapters
     bf16 = computes_in_bf16(config.model.dtype, device)
     quantized = quantized_bytes(student, config.model.quantization, width_of(config.model.dtype, device))  # less than 0
+    # The files of quantised weights stay mapped into memory on a CPU: embeddings are not copied out of them.
+    mapped = BFLOAT16 * quantized_numbers(student, config.model.quantization)
+    mapped += BFLOAT16 * sum(quantized_numbers(model, part.teacher.quantization) for part, model in teachers if not part.teaches_itself)
     if config.lora.rank:
         student.requires_grad_(False)
         add_adapters(student, lora_options(config))
@@ -147,6 +150,8 @@ def estimate(
         + copied,
         "optimizer": round(share * optimizer_bytes(student, config.optim.name)),
     }
+    if device.type == "cpu" and mapped:
+        resident["mapped files"] = mapped
     if is_anchored:
         resident["reference"] = anchor
     if "decode line" in sampling:
@@ -297,11 +302,13 @@ def copy_bytes(kind: TeacherWeights, turns_off: bool, trained: int, weights: int
 
 def quantized_bytes(model: PreTrainedModel, quantization: Quantization, width: int) -> int:
     """Return by how many bytes quantisation changes the size of weights of `width` bytes: less than 0, or 0 without it."""
-    if quantization is Quantization.none:
-        return 0
-    blocks = decoder_layers(model)
-    matrices = sum(module.weight.numel() for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
-    return round(((1 if quantization is Quantization.int8 else NF4) - width) * matrices)
+    return round(((1 if quantization is Quantization.int8 else NF4) - width) * quantized_numbers(model, quantization))
+
+
+def quantized_numbers(model: PreTrainedModel, quantization: Quantization) -> int:
+    """Return how many numbers of the model are quantised: those of its layers' matrices, or none."""
+    blocks = [] if quantization is Quantization.none else decoder_layers(model)
+    return sum(module.weight.numel() for block in blocks for module in block.modules() if isinstance(module, nn.Linear))
 
 
 def optimizer_bytes(model: nn.Module, name: OptimizerName) -> int:
