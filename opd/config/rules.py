@@ -1,19 +1,15 @@
 """The rules that involve several options, by topic."""
 
-from typing import TYPE_CHECKING
-
 from opd.config.options import Control, Engine, Estimator, Quantization, SamplingDtype, TeacherConfig, TeacherWeights, TokenAlignment
+from opd.config.settings import Settings
 from opd.config.several import did_you_mean
 from opd.errors import ConfigError
-
-if TYPE_CHECKING:
-    from opd.config.schema import Config
 
 # Options of a teacher with weights of its own, which say nothing about a student that is its own teacher.
 UNREAD = ("url", "placement", "quantization", "gguf_file", "revision", "adapter", "dtype", "attn_implementation")
 
 
-def check_rules(config: "Config") -> None:
+def check_rules(config: Settings) -> None:
     """Raise `ConfigError` with the option, its value and the remedy for the first rule, in this order, that is broken."""
     if config.model.quantization is not Quantization.none:
         check_quantized_student(config)
@@ -39,14 +35,14 @@ def check_rules(config: "Config") -> None:
     check_sweep(config)
 
 
-def check_quantized_student(config: "Config") -> None:
+def check_quantized_student(config: Settings) -> None:
     remedy = "quantised weights cannot be trained: set lora=default, which trains adapters, or model.quantization=none"
     config.require("model.quantization", config.lora.rank > 0, remedy)
     copies = config.sampling.dtype is SamplingDtype.bfloat16 and config.sampling.engine is not Engine.vllm
     config.require("sampling.dtype", not copies, "quantised weights have no bf16 copy: set sampling.dtype=auto")
 
 
-def check_teachers(config: "Config") -> None:
+def check_teachers(config: Settings) -> None:
     """Check what no teacher of several can have. Their other options are checked as `Config.parts` are made."""
     for label, entry in config.teachers.items():
         if label not in config.data.mix:
@@ -66,7 +62,7 @@ def check_teachers(config: "Config") -> None:
     config.require("control", takes_any, "needs one teacher for all data: set teachers={}, or control=constant")
 
 
-def check_spans(config: "Config") -> None:
+def check_spans(config: Settings) -> None:
     """Check what does not work with a teacher that has another tokenizer."""
     spans = "teacher.alignment=spans"
     config.require_value("ppo.estimator", Estimator.sampled, f"compares distributions of one vocabulary, which {spans} does not have")
@@ -80,7 +76,7 @@ def check_spans(config: "Config") -> None:
     config.require("teacher.alignment", not config.teachers, remedy)
 
 
-def check_self_teaching(config: "Config") -> None:
+def check_self_teaching(config: Settings) -> None:
     """Check what cannot hold where the student is its own teacher, or leaves it nothing to learn."""
     for option in UNREAD if config.names_weights else ("placement", "quantization"):
         if getattr(config.teacher, option) != getattr(config.model, option, None):
@@ -97,7 +93,7 @@ def check_self_teaching(config: "Config") -> None:
     config.require("ppo.steps", config.ppo.steps == 1 or not (is_current and config.needs_teacher_states), remedy)
 
 
-def check_served(config: "Config") -> None:
+def check_served(config: Settings) -> None:
     whole = "needs the teacher's whole distributions, which a server does not send"
     not_exact = config.ppo.estimator is not Estimator.exact
     config.require("ppo.estimator", not_exact, f"{whole}: set ppo.estimator=sampled or ppo.estimator=topk")
@@ -106,7 +102,7 @@ def check_served(config: "Config") -> None:
     config.require("ppo.temperature", config.temperature == 1, remedy)
 
 
-def check_sampler(config: "Config") -> None:
+def check_sampler(config: Settings) -> None:
     """Check that the sampler draws from the distribution that is scored, or what differs is corrected."""
     ppo, sampling, temperature = config.ppo, config.sampling, f"{config.temperature:g}"
     cap, is_corrected = "set ppo.importance_cap=2.0", ppo.importance_cap is not None
@@ -131,7 +127,7 @@ def check_sampler(config: "Config") -> None:
         section.require("temperature", allowed, "must be 0 or between 0.01 and 2 for sampling.engine=vllm")
 
 
-def check_rows(config: "Config") -> None:
+def check_rows(config: Settings) -> None:
     """Check that rows have the completions and rewards that are asked of them."""
     has_column = any(data.completion is not None for data in config.data.datasets.values() or [config.data])
     remedy = "rows take the texts of a column: set data.completion=COLUMN (opd sample --out FILE writes one), or train.given_share=0"
@@ -141,7 +137,7 @@ def check_rows(config: "Config") -> None:
     config.require("ppo.reward_coef", has_several or config.ppo.reward_coef == 0, remedy)
 
 
-def check_control(config: "Config") -> None:
+def check_control(config: Settings) -> None:
     if config.control is Control.self:
         takes_start = config.teacher.weights in (TeacherWeights.own, TeacherWeights.base)
         config.require("control", takes_start, "is a teacher with the weights of the start: set teacher.weights=own, or control=none")
@@ -155,7 +151,7 @@ def check_control(config: "Config") -> None:
         config.require("control", config.sampling.n * config.train.batch_size > 1, remedy)
 
 
-def check_sweep(config: "Config") -> None:
+def check_sweep(config: Settings) -> None:
     """Check that the metric of a sweep is measured."""
     metric = config.sweep.metric
     if metric.startswith("reward_") or metric == "gap_closed":
