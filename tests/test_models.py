@@ -266,6 +266,11 @@ def test_student_weights_are_float32_and_teacher_weights_follow_dtype(monkeypatc
     bundled = ModelConfig(path="bundled:tiny-student", dtype=Dtype.bfloat16)
     assert models.load_model(bundled, "model", cpu).dtype == torch.float32
     assert models.load_model(bundled, "teacher", cpu).dtype == torch.bfloat16
+    under_adapters = models.load_model(bundled, "model", cpu, frozen=True)
+    assert under_adapters.dtype == torch.bfloat16  # float32 would need twice the memory of the run
+    weights, buffers = under_adapters.named_parameters(), dict(policy.prepare_student(under_adapters, cpu, True, True).named_buffers())
+    assert {weight.dtype for _, weight in weights} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in buffers.values()} == {torch.float32}  # rotary frequencies
     assert models.computes_in_bf16(Dtype.bfloat16, cpu) and not models.computes_in_bf16(Dtype.float32, cpu)
     for is_fast in (True, False):
         monkeypatch.setattr(models, "is_fast_in_bf16", lambda device, is_fast=is_fast: is_fast)

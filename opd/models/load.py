@@ -170,16 +170,19 @@ def check_weights(model: PreTrainedModel, loaded: dict[str, Any], config: ModelC
         raise ConfigError(f"{option}: contains an adapter; {adapter_remedy(config, role)}")
 
 
-def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrainedModel:
-    """Load the student in float32 (the optimizer's master weights), the teacher and what a quantised student computes in bf16 in bf16.
+def load_model(config: ModelConfig, role: str, device: torch.device, frozen: bool = False) -> PreTrainedModel:
+    """Load a student whose weights are trained in float32 (the optimizer's master weights), others in the dtype that they compute in.
 
     An adapter is merged, or kept next to quantised weights, which would have to be rounded again.
+
+    Args:
+        frozen: Whether adapters are trained instead of a student's weights.
 
     Raises `ConfigError` for what is no causal language model, for weights that are damaged, missing or left over, and for quantised ones of
     the student.
     """
     settings, is_quantized = load_config(config, role), config.quantization is not Quantization.none
-    is_trained = role == "model" and not is_quantized
+    is_trained = role == "model" and not is_quantized and not frozen
     dtype = torch.bfloat16 if not is_trained and computes_in_bf16(config.dtype, device) else torch.float32
     kwargs: dict[str, Any] = {"dtype": dtype}
     if config.attn_implementation is not None:
@@ -199,7 +202,7 @@ def load_model(config: ModelConfig, role: str, device: torch.device) -> PreTrain
         # The weights were expanded on loading; transformers saves the model only if it is marked as an ordinary one.
         vars(model).update(hf_quantizer=None, is_quantized=False)
         del model.config.quantization_config
-    if is_trained and "quantization_config" in model.config.to_dict():
+    if role == "model" and not is_quantized and "quantization_config" in model.config.to_dict():
         raise ConfigError(quantized_already)
     if config.adapter is not None:
         handle = load_adapter(model, config, role)

@@ -47,11 +47,15 @@ def prepare_student(model: PreTrainedModel, device: torch.device, bf16: bool = F
     """Move the student to the device, in eval mode for good: dropout would make sampling and scoring disagree.
 
     Args:
-        bf16: Whether it computes under bf16 autocast.
+        bf16: Whether it computes in bf16.
         frozen: Whether adapters are trained instead of its weights. Trained weights are float32, frozen ones have the compute dtype.
     """
     dtype = torch.bfloat16 if frozen and bf16 else torch.float32
-    nn.Module.to(model, device=device, dtype=dtype).eval().requires_grad_(not frozen)
+    for weight in filter(torch.is_floating_point, model.parameters()):  # before the move: a device may have no room for float32
+        weight.data = weight.data.to(dtype)
+    for buffer in filter(torch.is_floating_point, model.buffers()):  # such as rotary frequencies, which bf16 would round
+        buffer.data = buffer.data.float()
+    nn.Module.to(model, device).eval().requires_grad_(not frozen)
     with autocast(device, bf16):
         check_head(model, "model")
     return model

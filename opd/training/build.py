@@ -109,7 +109,7 @@ def build(
     grader = make_run_grader(config, prompts, stack)
 
     torch.manual_seed(config.seed)
-    student, adapters = load_student(config, given, device, autocasts)
+    student, adapters = load_student(config, given, device, bf16)
     masters = MasterWeights(student) if bf16 and not sharded else None
     average = load_teachers(teachers, given, accelerator, student, masters)
     start = starting_model(config, teachers, student)

@@ -108,8 +108,9 @@ def load_student(config: Config, given: Given, device: torch.device, bf16: bool)
         raise ConfigError("model and teacher_model are the same module, but the teacher must not change: load it twice")
     # With lora.rank an adapter is loaded below, to be trained; otherwise it is merged here.
     source = replace(config.model, adapter=None) if config.lora.rank else config.model
-    model = given.student or load.load_model(source, "model", device)
-    student = prepare_student(model, device, bf16, frozen=config.lora.rank > 0)
+    frozen = config.lora.rank > 0
+    model = given.student or load.load_model(source, "model", device, frozen)
+    student = prepare_student(model, device, bf16, frozen)
     if all(map(can_fuse, config.parts_by_teacher.values())):
         fuse_layers(student)
     return student, trained_adapters(student, config) if config.lora.rank else None
