@@ -7,14 +7,16 @@ from pathlib import Path
 from opd.cli import launch
 from opd.cli.arguments import prepare_process
 from opd.cli.hydra_app import FlagParser, run_verb
+from opd.config.compose import to_dict
 from opd.config.files import check_files
 from opd.config.schema import Config
-from opd.runs.folder import RunFolder, Status
+from opd.runs.folder import RUN, RunFolder, Status, read_json
 
 
 def train(config: Config, folder: Path) -> float | None:
     """Train as configured, in this process or in processes of its own, and return the objective for sweepers."""
-    if RunFolder(folder).status() is not Status.done:  # a finished run no longer needs its files
+    is_finished = RunFolder(folder).status() is Status.done and (read_json(folder / RUN) or {}).get("config") == to_dict(config)
+    if not is_finished:  # which no longer needs its files
         check_files(config)
     if launch.is_requested(config):
         return launch.run(config, folder)

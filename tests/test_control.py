@@ -17,7 +17,7 @@ from training_helpers import VOCABULARY, config, make_trainer, rollout_of, untim
 from opd.cli import main as cli
 from opd.errors import ConfigError
 from opd.report import compare, render_report
-from opd.report.controls import MIN_SEEDS, effects, paired_interval, t95
+from opd.report.controls import MIN_SEEDS, Effect, effects, paired_interval, t95
 from opd.runs.folder import write_json
 from opd.runs.reader import find_runs, open_run
 from opd.training import control
@@ -227,6 +227,12 @@ def test_the_interval_has_its_coverage_over_prompts_and_seeds() -> None:
             low, high = paired_interval((0.1 + prompt + (seed if seeds > 1 else 0) + noise).tolist())
             held[seeds] += low <= 0.1 <= high
     assert all(280 <= count <= 299 for count in held.values()), held
+
+
+def test_the_sentence_says_where_the_control_made_it_worse() -> None:
+    better, worse = (Effect("constant", [0], 5, 40, 0.4, 0.85, without, 0.2, 0.7, []).sentence() for without in (0.45, 0.35))
+    assert "accounts for 50.0 of 45.0 points" in worse and "control=constant, which made it worse" in worse
+    assert "worse" not in better
 
 
 def test_compare_ends_in_one_sentence_per_arm_and_so_does_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

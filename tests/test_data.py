@@ -462,8 +462,8 @@ def test_errors_of_missing_or_broken_files_and_of_unknown_datasets_name_the_opti
         load_rows(DataConfig(source=Source.jsonl, train_path="no.jsonl"))
     with pytest.raises(DataError, match=r"data\.path=openai/gsm8k .*data\.path=FOLDER.*data=jsonl.*experiment=tiny"):
         load_rows(DataConfig())
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"\n')
-    with pytest.raises(DataError, match=r"data\.train_path=.*broken\.jsonl: cannot be read as jsonl"):
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n')
+    with pytest.raises(DataError, match=r"data\.train_path=.*broken\.jsonl: cannot be read as jsonl: line 2"):
         load_rows(DataConfig(source=Source.jsonl, train_path=str(tmp_path / "broken.jsonl")))
     with pytest.raises(ConfigError, match=r"data\.source=python: .*data=jsonl"):
         load_rows(DataConfig(source=Source.python))
@@ -496,7 +496,7 @@ def test_the_same_files_under_another_path_are_the_same_run(tmp_path):
     for changed in (other, tmp_path / "missing.jsonl"):
         with pytest.raises(ConfigError, match=r"data\.train_path was .*one\.jsonl, is "):
             check_same(stored, identify(train_path=changed), tmp_path, force=False)
-    with pytest.raises(ConfigError, match=r"data\.eval_path was None"):
+    with pytest.raises(ConfigError, match=r"data\.eval_path was null"):
         check_same(stored, identify(train_path=same, eval_path=other), tmp_path, force=False)
     del stored["files"]  # of a run from before there were digests of files
     with pytest.raises(ConfigError, match=r"data\.train_path was"):

@@ -61,11 +61,13 @@ def test_without_a_terminal_the_first_and_last_steps_and_every_evaluation_get_a_
     display.begin(0)
     for step in (1, 2, 3):
         display.show(step_done(step), sample="a sample")
-    display.show(Evaluated(Evaluation(3, Rewards(0.5, 0.25, 0.75, 16, 3.0, 0.0), 0.123456)))
+    overlap = {"mass": 0.999, "share": 0.88}
+    display.show(Evaluated(Evaluation(3, Rewards(0.5, 0.25, 0.75, 16, 3.0, 0.0), 0.123456, overlap=overlap)))
     display.end()
     first, last, evaluation = screen.getvalue().splitlines()
     assert first == "step 1/3  reverse KL 1.5000  truncated 25.0%  MFU 41.0%" and last.startswith("step 3/3  reverse KL 0.5000")
     assert "step 3" in evaluation and "50.0% [25.0, 75.0] of 16" in evaluation and "0.1235 nats/token" in evaluation
+    assert "100% of the probability, 88% of the ids" in evaluation
 
 
 def test_on_a_terminal_a_panel_shows_progress_metrics_evaluation_and_sample(screen: io.StringIO) -> None:

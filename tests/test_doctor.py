@@ -85,6 +85,13 @@ def test_table_for_people_and_one_line_for_a_failure(capfd: pytest.CaptureFixtur
     assert output.err.startswith("opd: error: not ready: ") and output.err.count("\n") == 1
 
 
+def test_a_run_is_sent_to_the_verbs_for_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/status.json").write_text("{}")
+    assert cli.main(["doctor", "one"]) == errors.USAGE
+    assert "opd eval one" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "remedy"),
     [

@@ -1,10 +1,13 @@
 """Files and folders that options name and that are not there: refused before anything is loaded or started."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from opd import train
+from opd.config.compose import to_dict
+from opd.config.schema import Config
 from opd.errors import DATA, OK, USAGE
 
 MIX = "data.mix={math: {source: jsonl, train_path: puzzles.jsnl}, sums: {source: arithmetic}}"
@@ -58,9 +61,16 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_loaded_or_starte
 
 def test_a_finished_run_no_longer_needs_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done/status.json").write_text('{"status": "done"}')
-    monkeypatch.setattr("opd.training.runner.run", lambda config, folder: None)
+
+    def finish(config: Config, folder: Path) -> None:
+        (folder / "run.json").write_text(json.dumps({"config": to_dict(config)}))
+        (folder / "status.json").write_text('{"status": "done"}')
+
+    (tmp_path / "gone").mkdir()
+    monkeypatch.setattr("opd.training.runner.run", finish)
     words = ["experiment=debug", "model.path=./gone"]
     assert train.main([*words, "hydra.run.dir=done"]) == OK
+    (tmp_path / "gone").rmdir()
+    assert train.main([*words, "hydra.run.dir=done"]) == OK
     assert train.main([*words, "hydra.run.dir=new"]) == USAGE
+    assert train.main([*words, "hydra.run.dir=done", "teacher.path=./other"]) == USAGE  # another run

@@ -72,9 +72,15 @@ def test_ls_shows_a_run_as_killed_when_its_process_is_gone(tmp_path: Path, capsy
     (tmp_path / "runs" / "remote" / ".lock").write_text(f"process {process.pid} on another-machine\n")
     make_run(tmp_path / "runs" / "stopped", "preempted")
     (tmp_path / "runs" / "stopped" / ".lock").write_text(f"process {process.pid} on {socket.gethostname()}\n")
+    evaluation = {"model": "student", "step": 0, "rewards": {"mean": 0.4, "low": 0.3, "high": 0.5}, "kl": 1.0}
+    (tmp_path / "runs/killed/evaluations.jsonl").write_text(json.dumps(evaluation) + "\n")
     assert main(["ls", "runs", "--json"]) == errors.OK
-    listed = {Path(row["path"]).name: row["status"] for row in json.loads(capsys.readouterr().out)["runs"]}
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    listed = {Path(row["path"]).name: row["status"] for row in rows}
     assert listed == {"alive": "running", "killed": "killed", "remote": "running", "stopped": "preempted"}
+    assert {Path(row["path"]).name: row["reward_before"] for row in rows}["killed"] == 0.4
+    assert main(["compare", "runs/killed", "--json"]) == errors.OK
+    assert json.loads(capsys.readouterr().out)["runs"][0]["status"] == "killed"
 
 
 @pytest.mark.parametrize("words", [["ls"], ["cp", "experiment/tiny"]])

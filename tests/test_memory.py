@@ -40,7 +40,7 @@ def test_unsharded_float32_needs_16_bytes_a_student_parameter_and_4_a_teacher_pa
     assert plain.resident == {"the process": 0, "student": 4 * STUDENT, "teacher": 4 * TEACHER, "optimizer": 8 * STUDENT}
     assert plain.update == {"gradients": 4 * STUDENT} and plain.peak == 16 * STUDENT + 4 * TEACHER
     assert str(plain).startswith("memory of each process, largest during the update: 4.5 MiB (student 0.4 MiB, ")
-    assert str(plain).endswith("; activations and samples are not included")
+    assert str(plain).endswith("; activations, samples and the process itself are not included")
 
 
 def test_bf16_teacher_needs_half() -> None:

@@ -164,6 +164,7 @@ def test_the_terminal_gets_no_control_characters() -> None:
         (["score", "nowhere/at/all", "--text", "77"], 64, "there is no such folder"),
         (["sample", *TINY, "other", "--prompt", "1"], 64, "--prompt TEXT"),
         (["sample", *TINY, "--file", "binary"], 65, "not a text"),
+        (["sample", *TINY, "--file", "empty"], 65, "--prompt TEXT"),
         (["sample", *TINY, "--wat"], 64, "opd"),
         (["sample", *TINY, "-n", "x"], 64, "whole number"),
     ],
@@ -172,6 +173,7 @@ def test_sample_and_score_mistakes_are_one_line_with_an_exit_code(
     words: list[str], code: int, part: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").touch()
     assert cli.main(words) == code
     shown = capfd.readouterr()
     assert part in shown.err and shown.err.count("\n") == 1 and shown.out == ""

@@ -284,7 +284,7 @@ def test_killed_sweep_skips_finished_members_and_resumes_the_killed_one(capfd: p
     killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     folders = {seed: next(Path("sweeps/s").glob(f"*seed={seed},*")) for seed in (0, 1)}
-    assert open_run(folders[0]).status == "done" and open_run(folders[1]).status == "running"
+    assert open_run(folders[0]).status == "done" and open_run(folders[1]).status == "killed"
     before = (folders[0] / "summary.json").stat().st_mtime_ns
     capfd.readouterr()
 

@@ -14,8 +14,9 @@ from hydra.core.hydra_config import HydraConfig
 
 from opd import errors
 from opd.cli.arguments import at_least
-from opd.cli.hydra_app import FlagParser
+from opd.cli.hydra_app import FlagParser, Job
 from opd.config.schema import Config
+from opd.runs.reader import is_run
 
 if TYPE_CHECKING:
     from opd.doctor import PlanRequest, Report
@@ -35,6 +36,10 @@ class DoctorParser(FlagParser):
         self.add_argument("--memory", type=gibibytes, metavar="SIZE")
 
     def run(self, words: Sequence[str]) -> int:
+        if (run := next((word for word in words if "=" not in word and is_run(Path(word))), None)) is not None:
+            remedy = f"use opd eval {run} or opd report {run}"
+            error = errors.ConfigError(f"{run}: is a run, and doctor checks the options of one that has not begun: {remedy}")
+            return Job(lambda config, folder: None, "doctor").report(error)
         words = joined_minutes(words)
         place, option, names = listed_teachers(words)
         if len(names) < 2:

@@ -66,6 +66,10 @@ def remove_if_alone(files: Sequence[Path]) -> None:
                 file.parent.rmdir()
 
 
+def log_files() -> list[Path]:
+    return [Path(handler.baseFilename) for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+
+
 class Job:
     """One command: its task, its verb, this process's rank, and the exit codes of its runs so far (a sweep has several)."""
 
@@ -91,7 +95,7 @@ class Job:
 
     def report(self, error: Exception) -> int:
         """Print and log `error` and return its exit code. Rank 0 alone prints what fails in the same way on all ranks."""
-        files = [Path(handler.baseFilename) for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
+        files = log_files()
         if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
             error = errors.OutputError(f"{error.filename or 'output'}: {error.strerror}")
         if isinstance(error, errors.OpdError):
@@ -100,7 +104,7 @@ class Job:
                 log.error(self.reason)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
                 self.say(self.reason if isinstance(error, errors.Preempted) else f"error: {self.reason}")
-            if error.exit_code in (errors.USAGE, errors.DATA):
+            if error.exit_code in (errors.USAGE, errors.DATA, errors.OUTPUT):
                 remove_if_alone(files)
             return error.exit_code
         self.reason = one_line(f"internal error: {type(error).__name__}: {error}")
@@ -116,6 +120,7 @@ class Job:
         """Print why the command stops, unless that was reported before, and return the exit code."""
         if isinstance(stop, KeyboardInterrupt):
             self.reason = "interrupted"
+            remove_if_alone([file for file in log_files() if file.stat().st_size == 0])
             if self.rank == 0:
                 self.say(self.reason)
             return errors.INTERRUPTED

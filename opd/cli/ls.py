@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 import re
 import shlex
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from opd.cli.arguments import Parser
 from opd.cli.hydra_errors import choices
 from opd.config.compose import conf_dir
 from opd.errors import ConfigError, DataError, OutputError
-from opd.runs.folder import LOCK, Status
+from opd.runs.outcome import run_outcome
 from opd.runs.reader import Run, find_runs
 from opd.runs.text import format_number, format_percent, make_console
 
@@ -78,38 +76,22 @@ def list_runs(folders: list[Path]) -> list[Run]:
 
 
 def describe_run(run: Run) -> dict[str, Any]:
-    summary = run.summary or {}
-    metrics = run.metrics
+    outcome, metrics = run_outcome(run), run.metrics
     return {
         "path": str(run.path),
-        "status": "killed" if was_killed(run) else run.status,
+        "status": run.status,
         "reason": run.reason,
         "steps": int(metrics[-1]["step"]) if metrics else 0,
         "of": run.config.get("train", {}).get("max_steps"),
-        **{key: summary.get(key) for key in ("reward_before", "reward_after", "gap_closed", "eval_kl_after")},
+        **{key: outcome[key] for key in ("reward_before", "reward_after", "gap_closed", "eval_kl_after")},
     }
-
-
-def was_killed(run: Run) -> bool:
-    """Return whether a run has the status `running`, but its process on this machine is gone."""
-    file = run.path / LOCK
-    owner = re.match(r"process (\d+) on (.+)", file.read_text() if file.is_file() else "")
-    if run.status != Status.running.value or owner is None or owner[2] != socket.gethostname():
-        return False
-    try:
-        os.kill(int(owner[1]), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        pass
-    return False
 
 
 def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
     console = make_console()
     for kind, rows in listed.items():
         table = Table(title=kind, title_justify="left", show_edge=False)
-        for column in RUN_COLUMNS if kind == RUNS else ("name", "", ""):
+        for column in RUN_COLUMNS if kind == RUNS else ("name", "path or source", "what it is"):
             table.add_column(column, overflow="fold")
         for row in rows:
             if kind == RUNS:

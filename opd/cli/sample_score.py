@@ -44,7 +44,10 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     console = make_console(80)
     if not flags.prompt and flags.file is None and sys.stdin.isatty():
         console.print("one prompt per line; an empty line ends")
-    for prompt in sample_score.read_prompts(flags.prompt, flags.file, input):
+    prompts = sample_score.read_prompts(flags.prompt, flags.file, input)
+    if not prompts:
+        raise errors.DataError("no prompt was given: add --prompt TEXT or --file FILE")
+    for prompt in prompts:
         answers = sample_score.sample(models, prompt, flags.samples)
         if flags.json:
             print(json.dumps({"prompt": prompt, **answers}, ensure_ascii=False), flush=True)

@@ -162,7 +162,11 @@ def read_json(text: str, prompt: str) -> list[Row]:
     rows: list[Any] = []
     position = 0
     while found := NOT_SPACE.search(text, position):
-        row, position = decoder.raw_decode(text, found.start())
+        try:
+            row, position = decoder.raw_decode(text, found.start())
+        except json.JSONDecodeError as error:
+            begins = text.count("\n", 0, found.start()) + 1
+            raise ValueError(f"line {begins}: {error}") from None
         rows.append(row)
     if len(rows) == 1 and isinstance(rows[0], dict) and prompt not in rows[0]:
         lists = [value for value in rows[0].values() if isinstance(value, list) and value and isinstance(value[0], dict)]

@@ -91,7 +91,7 @@ class Memory:
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in self.parts.items() if size)
-        rest = "" if "activations" in self.update else "; activations and samples are not included"
+        rest = "" if "activations" in self.update else "; activations, samples and the process itself are not included"
         return f"memory of each process, largest {self.largest_phase[0]}: {format_bytes(self.peak)} ({parts}){rest}"
 
 

@@ -56,7 +56,8 @@ class Effect:
         seeds = f" and {count} seeds" if count >= MIN_SEEDS else f"; from {MIN_SEEDS} seeds on their variation counts too"
         return (
             f"the teacher accounts for {part} of {gain} points [{low}, {high}]: reward {format_percent(self.before)} before, "
-            f"{format_percent(self.after)} after {self.step:,} steps, {format_percent(self.without)} with control={self.control} "
+            f"{format_percent(self.after)} after {self.step:,} steps, {format_percent(self.without)} with control={self.control}"
+            f"{', which made it worse' * (self.without < self.before)} "
             f"(95% interval, paired over {self.prompts:,} prompts{seeds})"
         )
 

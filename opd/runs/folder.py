@@ -103,7 +103,7 @@ class RunFolder:
         earlier = file.read_text(encoding="utf-8") if file.is_file() else None
         try:
             yield
-        except (ConfigError, DataError):
+        except (ConfigError, DataError, OutputError):
             if self.writes and not self.begun:
                 if earlier is None:
                     file.unlink(missing_ok=True)

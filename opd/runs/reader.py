@@ -1,6 +1,9 @@
 """Read run folders, at any moment of a run's life, without torch and without changing anything."""
 
 import json
+import os
+import re
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +13,7 @@ from typing import Any
 import yaml
 
 from opd.errors import DataError
-from opd.runs.folder import EVALUATIONS, HYDRA, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY, read_json, read_lines
+from opd.runs.folder import EVALUATIONS, HYDRA, LOCK, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY, Status, read_json, read_lines
 
 OVERRIDES = f"{HYDRA}/overrides.yaml"
 MEMBER = "member.json"
@@ -21,7 +24,7 @@ class Run:
     """A run as its folder describes it. Its logs are read once, when they are first asked for.
 
     Attributes:
-        status: one of `folder.Status`, or `new` where the run recorded none.
+        status: one of `folder.Status`; `killed` where the process of a running one is gone, `new` where the run recorded none.
         config: the composed options, nested, as JSON types; empty before the run began.
         overrides: as typed on the command line.
         summary: None unless the run is done.
@@ -89,6 +92,8 @@ def open_run(path: Path) -> Run:
         raise DataError(f"{path}: not a run folder (it has neither {STATUS} nor {RUN}); name one made by `opd train`, such as runs/NAME")
     try:
         status = read_json(path / STATUS) or {}
+        if was_killed(path, status):
+            status["status"] = "killed"
         if (path / OVERRIDES).is_file():
             overrides = yaml.safe_load((path / OVERRIDES).read_text())
         else:  # a sweep member that failed before its run began
@@ -106,6 +111,21 @@ def open_run(path: Path) -> Run:
         )
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: its files cannot be read: {' '.join(str(error).split())}") from None
+
+
+def was_killed(path: Path, status: Mapping[str, Any]) -> bool:
+    """Return whether a run has the status `running`, but its process on this machine is gone."""
+    file = path / LOCK
+    owner = re.match(r"process (\d+) on (.+)", file.read_text() if file.is_file() else "")
+    if status.get("status") != Status.running.value or owner is None or owner[2] != socket.gethostname():
+        return False
+    try:
+        os.kill(int(owner[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def find_runs(paths: Sequence[Path]) -> list[Run]:

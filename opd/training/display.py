@@ -172,7 +172,8 @@ def describe(evaluation: Evaluation) -> str:
     if evaluation.kl is not None:
         parts.append(f"KL(student‖teacher) {format_number(evaluation.kl)} nats/token")
     if evaluation.overlap is not None:
-        parts.append(f"top-{OVERLAP_K} overlap {format_percent(evaluation.overlap['mass'], '.0f')}")
+        mass, share = (format_percent(evaluation.overlap[name], ".0f") for name in ("mass", "share"))
+        parts.append(f"top-{OVERLAP_K} overlap {mass} of the probability, {share} of the ids")
     return "  ".join(parts) + describe_datasets(evaluation)
 
 

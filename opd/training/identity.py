@@ -18,6 +18,7 @@ from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
+from opd.runs.reader import format_value
 
 log = logging.getLogger(__name__)
 
@@ -172,4 +173,4 @@ def differences(old: Any, new: Any, key: str = "", moved: Sequence[str] = ()) ->
         return [line for name, full in names.items() for line in differences(old.get(name), new.get(name), full, moved)]
     if old in (None, {}) and new in (None, {}):  # runs of before there were `data.mix` and `teachers`
         return []
-    return [] if old == new else [f"{key} was {old}, is {new}"]
+    return [] if old == new else [f"{key} was {format_value(old)}, is {format_value(new)}"]

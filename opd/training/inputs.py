@@ -13,6 +13,7 @@ from opd.data.prompts import Encoder, Prompt, encode_rows, labelled
 from opd.data.rewards import Grader, make_grader
 from opd.data.sources import Rows, check_rows, load_rows
 from opd.errors import ConfigError, DataError
+from opd.runs.reader import format_value
 
 Prompts = tuple[list[Prompt], list[Prompt]]  # to train and to evaluate on
 
@@ -86,8 +87,9 @@ def join_datasets(config: Config, loaded: Mapping[str, Loaded]) -> Prompts:
     )
     if config.eval.reward is not None and eval_prompts and not any(map(can_judge, eval_prompts)):
         raise DataError(
-            f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={config.data.answer}, "
-            f"data.answer_after={config.data.answer_after}); name the column with the answers, or evaluate without rewards: eval=kl"
+            f"eval.reward={config.eval.reward}: no evaluation prompt has an answer (data.answer={format_value(config.data.answer)}, "
+            f"data.answer_after={format_value(config.data.answer_after)}); name the column with the answers, or evaluate without rewards: "
+            "eval=kl"
         )
     if config.ppo.reward_coef > 0 and not any(map(can_judge, train_prompts)):
         raise DataError(
