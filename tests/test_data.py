@@ -463,7 +463,7 @@ def test_errors_of_missing_or_broken_files_and_of_unknown_datasets_name_the_opti
     with pytest.raises(DataError, match=r"data\.path=openai/gsm8k .*data\.path=FOLDER.*data=jsonl.*experiment=tiny"):
         load_rows(DataConfig())
     (tmp_path / "broken.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}\n')
-    with pytest.raises(DataError, match=r"data\.train_path=.*broken\.jsonl: cannot be read as jsonl: line 2"):
+    with pytest.raises(DataError, match=r"data\.train_path=.*broken\.jsonl: cannot be read as jsonl: .* begins in line 2"):
         load_rows(DataConfig(source=Source.jsonl, train_path=str(tmp_path / "broken.jsonl")))
     with pytest.raises(ConfigError, match=r"data\.source=python: .*data=jsonl"):
         load_rows(DataConfig(source=Source.python))

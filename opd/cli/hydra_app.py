@@ -57,11 +57,15 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
     return parsed
 
 
-def remove_if_alone(files: Sequence[Path]) -> None:
-    """Remove the log of a refused start, and the folder that Hydra made for it, where nothing else is in the folder."""
+def remove_if_alone(files: Sequence[Path], if_empty: bool = False) -> None:
+    """Remove the log of a start that began nothing, and the folder that Hydra made for it, where nothing else is in the folder.
+
+    Args:
+        if_empty: Only a log without a line.
+    """
     for file in files:
         with contextlib.suppress(OSError):
-            if list(file.parent.iterdir()) == [file]:
+            if list(file.parent.iterdir()) == [file] and not (if_empty and file.stat().st_size):
                 file.unlink()
                 file.parent.rmdir()
 
@@ -120,7 +124,7 @@ class Job:
         """Print why the command stops, unless that was reported before, and return the exit code."""
         if isinstance(stop, KeyboardInterrupt):
             self.reason = "interrupted"
-            remove_if_alone([file for file in log_files() if file.stat().st_size == 0])
+            remove_if_alone(log_files(), if_empty=True)
             if self.rank == 0:
                 self.say(self.reason)
             return errors.INTERRUPTED

@@ -166,7 +166,8 @@ def read_json(text: str, prompt: str) -> list[Row]:
             row, position = decoder.raw_decode(text, found.start())
         except json.JSONDecodeError as error:
             begins = text.count("\n", 0, found.start()) + 1
-            raise ValueError(f"line {begins}: {error}") from None
+            where = f"line {error.lineno} column {error.colno}, in the object that begins in line {begins}"
+            raise ValueError(f"{where}: {error.msg}") from None
         rows.append(row)
     if len(rows) == 1 and isinstance(rows[0], dict) and prompt not in rows[0]:
         lists = [value for value in rows[0].values() if isinstance(value, list) and value and isinstance(value[0], dict)]
