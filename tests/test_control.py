@@ -22,7 +22,7 @@ from opd.runs.folder import write_json
 from opd.runs.reader import find_runs, open_run
 from opd.training import control
 from opd.training.control import CONSTANT, SHUFFLED, UNLIKELY, constant_advantage, partners
-from opd.training.evaluate import Judged
+from opd.training.evaluation import Judged
 from opd.training.identity import differences
 from opd.training.tokens import Tokens
 

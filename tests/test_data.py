@@ -28,7 +28,7 @@ from opd.data.rows import extract_answers
 from opd.data.sources import load_rows
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
-from opd.training.evaluate import Evaluator
+from opd.training.evaluator import Evaluator
 from opd.training.identity import check_same, digest, identity
 from opd.training.identity import rows as identifying_parts
 

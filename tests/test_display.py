@@ -10,7 +10,7 @@ from rich.console import Console
 
 from opd.training import metrics
 from opd.training.display import Display, NoteHandler
-from opd.training.evaluate import Evaluation, Rewards
+from opd.training.evaluation import Evaluation, Rewards
 from opd.training.events import Evaluated, StepDone
 from opd.training.tokens import Tokens
 

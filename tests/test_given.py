@@ -364,7 +364,7 @@ def test_sample_writes_the_teachers_completions_and_continues_where_it_was_kille
     assert [json.loads(line) for line in Path("whole-eval.jsonl").read_text().splitlines()] == rows[27:]
     assert cli.main([*words, "--out", "whole.jsonl"]) == errors.USAGE, "it is not replaced"
 
-    monkeypatch.setattr("opd.training.evaluate.Evaluator.judge", killed_at_the_third(monkeypatch))
+    monkeypatch.setattr("opd.training.evaluator.Evaluator.judge", killed_at_the_third(monkeypatch))
     assert cli.main([*words, "--out", "part.jsonl"]) == 137
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -463,7 +463,7 @@ def test_a_server_of_another_model_or_without_weights_does_not_continue_a_file(t
 
 def killed_at_the_third(monkeypatch):
     """Return an `Evaluator.judge` that ends the process at its third call."""
-    from opd.training.evaluate import Evaluator
+    from opd.training.evaluator import Evaluator
 
     judge, calls = Evaluator.judge, []
 

@@ -25,7 +25,7 @@ from opd.errors import ConfigError, NumericError, Preempted
 from opd.training.build import resumed_choices
 from opd.training.checkpoint import read
 from opd.training.checks import check_copy
-from opd.training.evaluate import Evaluation
+from opd.training.evaluation import Evaluation
 from opd.training.events import Evaluated, Rewound, Saved, StepDone
 from opd.training.loop import Trainer
 from opd.training.step import lr_factor

@@ -1,5 +1,6 @@
 """The scripts that reproduce published results, on the bundled models and on logs made by hand."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -54,6 +55,7 @@ def row_of(printed: str, arm: str) -> list[str]:
 
 
 def test_the_table_of_sums_has_the_figures_of_finished_runs_only(tmp_path: Path) -> None:
+    (tmp_path / "texts.json").write_text(json.dumps({"seconds": 600, "seconds_each": 0.375}))
     for seed, right in enumerate((10, 9, 8)):
         leave_run(tmp_path / "runs" / f"0.05min-sampled-seed{seed}", [1] * right + [0] * (10 - right), 30.0)
         leave_run(tmp_path / "runs" / f"0.05min-constant-seed{seed}", [0] * 9 + [1], 30.0)
@@ -64,7 +66,7 @@ def test_the_table_of_sums_has_the_figures_of_finished_runs_only(tmp_path: Path)
     sampled = row_of(done.stdout, "sampled")
     assert sampled[0].startswith("90.0%") and sampled[1] == "100%, 90%, 80%" and sampled[2].startswith("90.0%")
     assert sampled[3:] == ["0.5000", "1.0", "2", "1.00 GiB"]
-    assert row_of(done.stdout, "sft")[4] == "0.8"  # minutes without the scoring
+    assert row_of(done.stdout, "sft")[4] == "1.0"  # minutes: 1 of steps, less 0.2 of scoring, and 0.2 for two batches of texts
     for arm, folder in (("exact", "0.05min-exact-seed1"), ("trl", "")):
         reason, *figures = row_of(done.stdout, arm)
         assert folder in reason and not any(figures)
@@ -115,7 +117,8 @@ def test_sums_makes_a_teacher_and_trains_each_arm_once(sums: ModuleType, tmp_pat
     done = run_sums(tmp_path, "--seeds", "0", "--arms", *arms)
     assert done.returncode == 0, done.stderr
     for arm in arms:
-        assert 3 <= sums.clock(open_run(tmp_path / "runs" / f"0.05min-{arm}-seed0"), arm) < 10, arm
+        options = argparse.Namespace(work=tmp_path)
+        assert 3 <= sums.clock(options, open_run(tmp_path / "runs" / f"0.05min-{arm}-seed0"), arm) < 10, arm
     assert not list(tmp_path.glob("**/checkpoints/*"))
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("**/metrics.jsonl")}
     assert len(files) == len(arms) + 1

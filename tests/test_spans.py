@@ -312,7 +312,7 @@ def test_with_the_same_tokenizer_the_advantages_are_those_of_one_vocabulary(seed
     assert bool((other == 0).any())  # spellings that are not canonical
 
 
-def test_a_chunk_of_the_head_ends_where_a_span_ends_and_nothing_depends_on_the_chunks() -> None:
+def test_a_chunk_of_the_head_ends_where_a_span_ends_and_nothing_depends_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chunks(10, 4) == chunks(10, 4, list(range(1, 11))) == [slice(0, 4), slice(4, 8), slice(8, 10)]
     assert chunks(10, 4, [1, 3, 8, 10]) == [slice(0, 3), slice(3, 8), slice(8, 10)]
     generator = torch.Generator().manual_seed(0)
@@ -324,7 +324,8 @@ def test_a_chunk_of_the_head_ends_where_a_span_ends_and_nothing_depends_on_the_c
     for span in (slice(0, 1), slice(1, 4), slice(6, 8), slice(8, 9)):
         expected[span] = teacher_N[span].sum() - logp_N[span].sum()
     losses = []
-    for rows in (1, 2, 4, 100):
+    for rows, piece in ((1, 100), (2, 100), (4, 100), (100, 100), (100, 1), (4, 1)):
+        monkeypatch.setattr("opd.objective.head.PIECE_BYTES", 4 * 11 * piece)
         tokens = Sampled(target_N=ids_N, teacher_logp_N=teacher_N, behaviour_logp_N=logp_N, spans=ScoredSpans(span_N))
         token_loss = sampled(tokens, 1.0, Clips())
         leaf = hidden.clone().requires_grad_()

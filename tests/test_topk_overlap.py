@@ -12,7 +12,7 @@ from opd.data.rollouts import Rollout
 from opd.objective import TeacherTop, exact, reverse_kl, topk
 from opd.objective.overlap import MASS, OVERLAP, OVERLAP_K, SHARE, overlap, overlap_of_distributions
 from opd.teachers import LocalTeacher
-from opd.training.evaluate import exact_kl
+from opd.training.evaluator import exact_kl
 from opd.training.events import StepDone
 
 

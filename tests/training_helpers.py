@@ -26,7 +26,7 @@ from opd.samplers import GenerateSampler, SamplerSpec
 from opd.teachers import LocalTeacher, Teacher
 from opd.training.build import make_optimizer
 from opd.training.checkpoint import Checkpoints
-from opd.training.evaluate import Evaluation
+from opd.training.evaluation import Evaluation
 from opd.training.events import StepDone
 from opd.training.loop import Trainer
 from opd.training.spans import Spans

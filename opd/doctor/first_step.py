@@ -17,7 +17,8 @@ from opd.models.overlap import Overlap
 from opd.objective.overlap import MASS, OVERLAP_K, SHARE
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
-from opd.training.evaluate import Evaluator, exact_kl, interval
+from opd.training.evaluation import interval
+from opd.training.evaluator import Evaluator, exact_kl
 from opd.training.loop import Trainer
 from opd.training.masked import ROLES, check_masses, name_masked
 from opd.training.metrics import add_rollout_metrics

@@ -33,7 +33,7 @@ from opd.runs.folder import check_output_path, write_output
 from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
 from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import ServedTeacher, canary_ids
-from opd.training.evaluate import make_evaluator
+from opd.training.evaluator import make_evaluator
 from opd.training.identity import digest, rows
 from opd.training.inputs import Given, load_prompts, make_run_grader
 

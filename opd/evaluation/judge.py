@@ -26,7 +26,8 @@ from opd.models.distributed import run_stoppable
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
-from opd.training.evaluate import Distances, Evaluator, interval, make_evaluator, mean_kl
+from opd.training.evaluation import Distances, interval, mean_kl
+from opd.training.evaluator import Evaluator, make_evaluator
 from opd.training.inputs import Given, load_prompts, make_run_grader
 
 DRAWS = 10_000

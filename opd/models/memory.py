@@ -37,6 +37,7 @@ from opd.models.load import computes_in_bf16, load_config, recomputes_activation
 from opd.models.measured import activations_of_layer, cache_bytes, measure
 from opd.models.policy import MODEL_ERRORS, add_adapters, decoder_layers, padding_limit
 from opd.objective import chunk_rows
+from opd.objective.head import PIECE_BYTES
 from opd.runs.text import format_bytes
 
 FLOAT32, BFLOAT16 = 4, 2
@@ -244,7 +245,10 @@ def update_bytes(config: Config, student: PreTrainedModel, prompts: Sequence[Pro
     # The chunked head computes a gradient of its weight in addition to the accumulated one; a tied embedding computes another.
     tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
     head = 0 if config.lora.rank else (2 if tied else 1) * FLOAT32 * text.vocab_size * text.hidden_size
-    return {"activations": round(activations + slack), "head chunks": (copies + 1) * FLOAT32 * chunk * text.vocab_size + head}
+    logits = (copies + 1) * FLOAT32 * chunk * text.vocab_size
+    if device.type == "cpu":
+        logits = (BFLOAT16 if bf16 else FLOAT32) * chunk * text.vocab_size + min(logits, (copies + 1) * PIECE_BYTES)
+    return {"activations": round(activations + slack), "head chunks": logits + head}
 
 
 def head_rows(vocabulary: int, device: torch.device, free: int) -> int:

@@ -21,6 +21,9 @@ TokenStats = dict[str, Tensor]
 # (logits_CV in any dtype, the rows of the chunk) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
+# Of a float32 copy of the logits on a CPU. The C library maps more than 32 MiB anew for each tensor, and clearing these pages takes longer
+# than the arithmetic; less makes the operations short.
+PIECE_BYTES = 16 * 2**20
 MASKED = -1e30  # the logit of a masked id: of probability 0 at any temperature, and finite, so that 0 log 0 is 0
 
 
@@ -104,8 +107,17 @@ def chunks(total: int, size: int, ends: Sequence[int] | None = None) -> list[sli
     return result
 
 
+def pieces(part: slice, vocabulary: int, device: torch.device, ends: Sequence[int] | None = None) -> list[slice]:
+    """Return the slices of a chunk of which the losses are computed, one after the other; a GPU takes a chunk as a whole."""
+    if device.type != "cpu":
+        return [part]
+    own = None if ends is None else [end - part.start for end in ends if part.start < end <= part.stop]
+    small = chunks(part.stop - part.start, max(1, PIECE_BYTES // (4 * vocabulary)), own)
+    return [slice(part.start + piece.start, part.start + piece.stop) for piece in small]
+
+
 def chunk_rows(vocabulary: int, budget_bytes: int = 304 * 2**20) -> int:
-    """Return how many tokens, at least 16, fit in the budget with three float32 copies of their logits: `exact` makes three."""
+    """Return how many tokens, at least 16, fit in the budget with three float32 copies of their logits: `exact` makes three on a GPU."""
     return max(16, budget_bytes // (3 * 4 * vocabulary))
 
 
@@ -127,8 +139,9 @@ def chunked_loss(
     seen: list[TokenStats] = []
     if hidden_NH.shape[0] == 0:
         return hidden_NH.sum() + 0.0 * head.weight_VH[0, 0], {}
+    parts = [pieces(part, head.vocabulary, hidden_NH.device, ends) for part in chunks(hidden_NH.shape[0], head.chunk, ends)]
     loss = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, weight_N, chunks(hidden_NH.shape[0], head.chunk, ends), seen
+        hidden_NH, head.weight_VH, head.bias_V, head, token_loss, weight_N, parts, seen
     )
     return loss, {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]}
 
@@ -136,7 +149,8 @@ def chunked_loss(
 @torch.no_grad()
 def chunked_stats(hidden_NH: Tensor, head: Head, token_stats: Callable[[Tensor, slice], TokenStats]) -> TokenStats:
     """Return per-token statistics of the logits, (N,) each, a chunk at a time and without gradient."""
-    seen = [token_stats(head.shape(head.raw(hidden_NH[part])), part) for part in chunks(hidden_NH.shape[0], head.chunk)]
+    parts = [piece for part in chunks(len(hidden_NH), head.chunk) for piece in pieces(part, head.vocabulary, hidden_NH.device)]
+    seen = [token_stats(head.shape(head.raw(hidden_NH[part])), part) for part in parts]
     return {name: torch.cat([stats[name] for stats in seen]) for name in seen[0]} if seen else {}
 
 
@@ -162,7 +176,7 @@ class _ChunkedLoss(torch.autograd.Function):
         head: Head,
         token_loss: TokenLoss,
         weight_N: Tensor | None,
-        parts: list[slice],
+        parts: list[list[slice]],
         seen: list[TokenStats],
     ) -> Tensor:
         size, dtype = head.vocabulary, head.dtype or matmul_dtype(weight_VH)
@@ -176,18 +190,26 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_cast_VH = weight_VH[:size].to(dtype)
         bias_cast_V = None if bias_V is None else bias_V[:size].to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
-        room_CV = weight_cast_VH.new_empty(
-            max(part.stop - part.start for part in parts), size
-        )  # allocating it for each chunk would cost time
+        rows = max(part[-1].stop - part[0].start for part in parts)
+        room_CV = weight_cast_VH.new_empty(rows, size)  # allocating it for each chunk would cost time
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for part in parts:
+            for part_pieces in parts:
+                part = slice(part_pieces[0].start, part_pieces[-1].stop)
                 hidden_CH = hidden_NH[part].to(dtype)
                 raw_CV = torch.mm(hidden_CH, weight_cast_VH.T, out=room_CV[: len(hidden_CH)])
                 if bias_cast_V is not None:
                     raw_CV += bias_cast_V
-                loss, grad_CV, stats = _chunk_gradient(head, token_loss, raw_CV, part, None if weight_N is None else weight_N[part])
-                total += loss
-                seen.append(stats)
+                grad_CV = raw_CV
+                for piece in part_pieces:
+                    own = slice(piece.start - part.start, piece.stop - part.start)
+                    weight = None if weight_N is None else weight_N[piece]
+                    loss, gradient, stats = _chunk_gradient(head, token_loss, raw_CV[own], piece, weight)
+                    total += loss
+                    seen.append(stats)
+                    if len(part_pieces) == 1:
+                        grad_CV = gradient
+                    else:  # a piece's logits have served: its gradient takes their place
+                        grad_CV[own] = gradient
                 if grad_hidden_NH is not None:
                     grad_hidden_NH[part] = grad_CV @ weight_cast_VH
                 if grad_weight_VH is not None:

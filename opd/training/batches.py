@@ -15,7 +15,7 @@ from opd.data.order import Order
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request, Rollout
 from opd.objective import group_normalised
-from opd.training.evaluate import Evaluator
+from opd.training.evaluator import Evaluator
 
 Batch = tuple[list[Request], dict[int, Rollout]]
 

@@ -40,7 +40,7 @@ from opd.teachers import (
     place,
 )
 from opd.training.checkpoint import Checkpoints
-from opd.training.evaluate import Evaluator, make_evaluator
+from opd.training.evaluator import Evaluator, make_evaluator
 from opd.training.identity import content, digest, digest_tokenizer, identity
 from opd.training.inputs import Given, load_prompts, make_run_grader
 from opd.training.loop import Trainer

@@ -20,7 +20,7 @@ from opd.objective.overlap import OVERLAP_K
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
 from opd.training.build import Built
 from opd.training.checkpoint import Checkpoint
-from opd.training.evaluate import Evaluation, Rewards
+from opd.training.evaluation import Evaluation, Rewards
 from opd.training.events import Evaluated, Event, Rewound, Saved, StepDone
 from opd.training.spans import describe as describe_spans
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from opd.training.evaluate import Evaluation
+from opd.training.evaluation import Evaluation
 from opd.training.metrics import Alternatives, ByPosition
 from opd.training.tokens import Tokens
 

@@ -16,7 +16,7 @@ from opd.config.options import Tracker
 from opd.config.schema import Config
 from opd.errors import INTERNAL, ConfigError
 from opd.runs.reader import flatten
-from opd.training.evaluate import DatasetResult, Evaluation
+from opd.training.evaluation import DatasetResult, Evaluation
 
 LAST_RESORT = 60.0  # seconds: faulthandler ends the process when another thread holds the GIL, so that the watchdog's thread cannot run
 CHECKS = 20  # how often the watchdog's thread checks within the limit

@@ -30,7 +30,7 @@ from opd.training.batches import Batch, make_batch, task_bonus, with_masks
 from opd.training.checkpoint import AHEAD, AVERAGE, TOKENS, Checkpoint, Checkpoints
 from opd.training.checks import NON_FINITE_LIMIT, Guard, Trouble, check_copy, check_first_step, check_scores
 from opd.training.control import SHUFFLED, shuffled_scores
-from opd.training.evaluate import Evaluator
+from opd.training.evaluator import Evaluator
 from opd.training.events import Evaluated, Event, Rewound, Saved, StepDone
 from opd.training.metrics import has_teacher_states, max_peak_memory, step_metrics, teacher_alternatives
 from opd.training.speed import Speed
