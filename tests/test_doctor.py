@@ -365,8 +365,8 @@ def test_too_few_answers_to_evaluate_on_warn() -> None:
 
 def test_reward_that_misses_some_reference_answers_warns() -> None:
     class Grader:
-        def grade(self, pairs: list[tuple[str, str]]) -> list[float | None]:
-            return [float(answer == "1") if completion else None for completion, answer in pairs]
+        def grade(self, items: list[dict[str, str]]) -> list[float | None]:
+            return [float(item["answer"] == "1") if item["completion"] else None for item in items]
 
     prompts = [Prompt(0, (1,), "", ("1",)), Prompt(1, (1,), "", ("many",))]
     reference, empty = rows.check_reward(prompts, Grader(), Config())  # type: ignore[arg-type]

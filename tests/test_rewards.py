@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from decimal import Decimal
 from multiprocessing import Pipe
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from opd.data import rewards
 from opd.data.grading import is_reward
-from opd.data.rewards import exact, last_number, make_grader, number, reward
+from opd.data.rewards import Grader, exact, last_number, make_grader, number, reward
 from opd.errors import ConfigError, DataError
 
 SCORES = '''
@@ -95,6 +97,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     return tmp_path
+
+
+def grade(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
+    return grader.grade([{"completion": completion, "answer": answer} for completion, answer in pairs])
 
 
 def is_running(pid: int) -> bool:
@@ -283,14 +289,14 @@ def test_modules_of_the_working_folder_do_not_take_the_place_of_others(folder: P
     for module in ("random", "math", "json", "datasets", "sympy"):
         (folder / f"{module}.py").write_text("raise SystemExit('the wrong module')")
     with make_grader(name) as grader:
-        assert grader.grade([("18", "18")]) == [1.0]
+        assert grade(grader, [("18", "18")]) == [1.0]
 
 
 def test_reward_may_have_the_name_of_another_module_and_import_its_neighbours(folder: Path) -> None:
     (folder / "test.py").write_text("import neighbour, opd\n\n@opd.reward\ndef half(completion, answer):\n    return neighbour.HALF\n")
     (folder / "neighbour.py").write_text("HALF = 0.5")
     with make_grader("test:half") as grader:
-        assert grader.grade([("", "")]) == [0.5]
+        assert grade(grader, [("", "")]) == [0.5]
 
 
 def test_the_mark_leaves_the_function_as_it_is() -> None:
@@ -309,8 +315,8 @@ def test_exact_and_number_start_no_process(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(subprocess, "Popen", None)
     for name in ("exact", "number"):
         with make_grader(name) as grader:
-            assert grader.grade([("18", "18"), ("7", "18")]) == [1.0, 0.0]
-            assert grader.timeouts == 0
+            assert grade(grader, [("18", "18"), ("7", "18")]) == [1.0, 0.0]
+            assert grader.not_judged == 0
 
 
 @pytest.mark.parametrize(
@@ -387,8 +393,8 @@ def test_a_users_function_grades_in_another_process(folder: Path) -> None:
     with make_grader("scores:same") as grader:
         long = "\ud800\u2028\n" + "x" * 300_000
         pairs = [("a", "a"), ("a", "b"), (long, long), ('"\n', '"\n'), ("", "")]
-        assert grader.grade(pairs) == [1.0, 0.0, 1.0, 1.0, 1.0]
-        assert grader.timeouts == 0
+        assert grade(grader, pairs) == [1.0, 0.0, 1.0, 1.0, 1.0]
+        assert grader.not_judged == 0
         assert "scores" not in sys.modules
         (child,) = imports(folder)
         assert child != os.getpid()
@@ -398,10 +404,10 @@ def test_a_users_function_grades_in_another_process(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["loop", "deaf_loop", "c_loop"])
-def test_a_hanging_answer_is_zero_and_the_next_ones_are_graded(folder: Path, command: str) -> None:
-    with make_grader("scores:by_command", time_limit=0.5) as grader:
-        assert grader.grade([("", ""), (command, ""), ("", ""), ("", "")]) == [1.0, 0.0, 1.0, 1.0]
-        assert grader.timeouts == 1
+def test_a_hanging_answer_is_not_judged_and_the_next_ones_are_graded(folder: Path, command: str) -> None:
+    with make_grader("scores:by_command", seconds=0.5) as grader:
+        assert grade(grader, [("", ""), (command, ""), ("", ""), ("", "")]) == [1.0, None, 1.0, 1.0]
+        assert grader.not_judged == 1
         hung, alive = imports(folder)
         assert not is_running(hung)
         assert is_running(alive)
@@ -417,36 +423,36 @@ def test_the_time_limit_is_for_one_answer_and_not_for_the_start(folder: Path) ->
         "    time.sleep(float(completion))\n"
         "    return 1.0\n"
     )
-    with make_grader("slow:score", time_limit=0.4) as grader:
-        assert grader.grade([("9", ""), ("0.15", ""), ("0.15", ""), ("0.15", ""), ("0.15", "")]) == [0.0, 1.0, 1.0, 1.0, 1.0]
-        assert grader.timeouts == 1
+    with make_grader("slow:score", seconds=0.4) as grader:
+        assert grade(grader, [("9", ""), ("0.15", ""), ("0.15", ""), ("0.15", ""), ("0.15", "")]) == [None, 1.0, 1.0, 1.0, 1.0]
+        assert grader.not_judged == 1
 
 
 def test_a_child_may_wait_longer_than_the_time_limit_for_its_next_answer(folder: Path) -> None:
-    with make_grader("scores:same", time_limit=0.1) as grader:
-        assert grader.grade([("", "")]) == [1.0]
+    with make_grader("scores:same", seconds=0.1) as grader:
+        assert grade(grader, [("", "")]) == [1.0]
         time.sleep(1.5)
-        assert grader.grade([("", "")]) == [1.0]
-        assert grader.timeouts == 0
+        assert grade(grader, [("", "")]) == [1.0]
+        assert grader.not_judged == 0
         assert len(imports(folder)) == 1
 
 
 def test_what_a_hanging_answer_has_started_ends_with_it(folder: Path) -> None:
-    with make_grader("scores:by_command", time_limit=1.0) as grader:
-        assert grader.grade([("start_and_sleep", "")]) == [0.0]
+    with make_grader("scores:by_command", seconds=1.0) as grader:
+        assert grade(grader, [("start_and_sleep", "")]) == [None]
     assert ends_within(int((folder / "started").read_text()), 2.0)
 
 
 @pytest.mark.parametrize("command", ["memory", "crash"])
-def test_an_answer_that_ends_the_child_is_zero_and_the_next_is_graded(folder: Path, command: str) -> None:
-    with make_grader("scores:by_command", memory_limit_mb=256) as grader:
-        assert grader.grade([(command, ""), ("", "")]) == [0.0, 1.0]
-        assert grader.timeouts == 1
+def test_an_answer_that_ends_the_child_is_not_judged_and_the_next_is_graded(folder: Path, command: str) -> None:
+    with make_grader("scores:by_command", memory_mib=256) as grader:
+        assert grade(grader, [(command, ""), ("", "")]) == [None, 1.0]
+        assert grader.not_judged == 1
 
 
 def test_what_a_reward_prints_or_reads_is_not_taken_for_the_protocol(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with make_grader("scores:by_command", time_limit=1.0) as grader:
-        assert grader.grade([("print", ""), ("read", ""), ("print", ""), ("print_and_loop", "")]) == [1.0, 1.0, 1.0, 0.0]
+    with make_grader("scores:by_command", seconds=1.0) as grader:
+        assert grade(grader, [("print", ""), ("read", ""), ("print", ""), ("print_and_loop", "")]) == [1.0, 1.0, 1.0, None]
     captured = capfd.readouterr()
     assert captured.out == ""
     assert captured.err.count('{"reward": 0.25}') == 6
@@ -457,24 +463,114 @@ def test_what_a_reward_prints_or_reads_is_not_taken_for_the_protocol(folder: Pat
 def test_a_reward_that_fails_is_a_data_error_in_one_line(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with make_grader("scores:by_command") as grader:
         for command, wanted in [
-            ("raise", "reward `scores:by_command` failed on an answer: ValueError: two lines!!!"),
-            ("sys_exit", "reward `scores:by_command` failed on an answer: SystemExit: 0"),
+            ("raise", "reward `scores:by_command` failed on an answer: scores.py:47: ValueError: two lines!!!"),
+            ("sys_exit", "reward `scores:by_command` failed on an answer: scores.py:49: SystemExit: 0"),
             ("os_exit", "reward `scores:by_command` ended its process with exit code 9 on an answer"),
             ("slow_exit", "reward `scores:by_command` ended its process with exit code 9 on an answer"),
         ]:
             with pytest.raises(DataError) as failure:
-                grader.grade([("", ""), (command, "")])
+                grade(grader, [("", ""), (command, "")])
             assert str(failure.value).startswith(wanted)
             assert "\n" not in str(failure.value)
+            assert "exit code" in wanted or str(failure.value).endswith(f"completion {command!r}, answer ''")
             assert len(str(failure.value)) < 500
-        assert grader.grade([("", "")]) == [1.0]
-        assert grader.timeouts == 0
+        assert grade(grader, [("", "")]) == [1.0]
+        assert grader.not_judged == 0
     assert "Traceback" not in capfd.readouterr().err
+
+
+NAMED = """
+import asyncio
+from opd.data.rewards import reward
+
+@reward
+def all_of_one(prompt, completion, rubric, answer, weight=2.0):
+    assert (prompt, rubric, answer) == ("question", "short", "a")
+    return weight * (completion == "a")
+
+@reward
+def own_names(text, rubric, gold, limit=3):
+    return float(text == gold and rubric == "short" and limit == 3)
+
+@reward
+def swapped(answer, text):
+    return float((text, answer) == ("completion", "a"))
+
+@reward
+def everything(completion, **columns):
+    return float(sorted(columns) == ["answer", "prompt", "rubric", "weight"])
+
+@reward
+def lists(prompts, completions, rubric):
+    assert len(prompts) == len(completions) == len(rubric) == 3
+    return [float(text == "a") for text in completions]
+
+@reward
+def too_few(completions):
+    return [1.0]
+
+@reward
+def unknown(completion, rubrik):
+    return 1.0
+
+running = most = 0
+
+@reward
+async def slow(completion):
+    global running, most
+    running += 1
+    most = max(most, running)
+    await asyncio.sleep(30 if completion == "late" else 0.2)
+    running -= 1
+    return most
+
+@reward
+async def slow_lists(completions):
+    await asyncio.sleep(0.1)
+    return [float(text == "a") for text in completions]
+"""
+
+
+def items(*completions: str) -> list[dict[str, Any]]:
+    return [{"prompt": "question", "completion": text, "answer": "a", "rubric": "short", "weight": 3.0} for text in completions]
+
+
+def test_a_reward_gets_what_its_parameters_name(folder: Path) -> None:
+    (folder / "named.py").write_text(NAMED)
+    for name, wanted in [
+        ("all_of_one", [3.0, 0.0, 3.0]),
+        ("own_names", [1.0, 0.0, 1.0]),
+        ("everything", [1.0] * 3),
+        ("lists", [1.0, 0.0, 1.0]),
+        ("slow_lists", [1.0, 0.0, 1.0]),
+    ]:
+        with make_grader(f"named:{name}") as grader:
+            assert grader.grade(items("a", "b", "a")) == wanted, name
+            assert grader.grade([]) == []
+    with make_grader("named:swapped") as grader:
+        assert grader.grade(items("completion")) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("unknown", "takes rubrik, but a row has only answer, completion"), ("too_few", "1 rewards for 2")]
+)
+def test_what_a_reward_asks_for_and_does_not_get_is_named(folder: Path, name: str, wanted: str) -> None:
+    (folder / "named.py").write_text(NAMED)
+    with make_grader(f"named:{name}") as grader, pytest.raises(DataError, match=wanted):
+        grader.grade(items("a", "b"))
+
+
+def test_asynchronous_rewards_run_side_by_side_and_a_late_one_is_not_judged(folder: Path) -> None:
+    (folder / "named.py").write_text(NAMED)
+    with make_grader("named:slow", seconds=1.0) as grader:
+        found = grader.grade(items("a", "late", *"bcdef"))
+        assert found[1] is None and grader.not_judged == 1
+        assert max(reward for reward in found if reward is not None) == 7  # all at once
 
 
 def test_only_finite_numbers_and_none_are_rewards(folder: Path) -> None:
     with make_grader("scores:evaluated") as grader:
-        assert grader.grade([("0.25", ""), ("-3", ""), ("True", ""), ("None", "")]) == [0.25, -3.0, 1.0, None]
+        assert grade(grader, [("0.25", ""), ("-3", ""), ("True", ""), ("None", "")]) == [0.25, -3.0, 1.0, None]
         for value, wanted in [
             ("math.nan", "nan"),
             ("-math.inf", "-inf"),
@@ -484,7 +580,7 @@ def test_only_finite_numbers_and_none_are_rewards(folder: Path) -> None:
             ("1j", "type complex"),
         ]:
             with pytest.raises(DataError, match=f"it returned .*{wanted}, not a finite number or None"):
-                grader.grade([(value, "")])
+                grade(grader, [(value, "")])
 
 
 def test_an_interrupted_exchange_does_not_shift_the_rewards(folder: Path) -> None:
@@ -496,10 +592,10 @@ def test_an_interrupted_exchange_does_not_shift_the_rewards(folder: Path) -> Non
         try:
             signal.setitimer(signal.ITIMER_REAL, 0.3)
             with pytest.raises(KeyboardInterrupt):
-                grader.grade([("time.sleep(1) or 0.25", "")])
+                grade(grader, [("time.sleep(1) or 0.25", "")])
         finally:
             signal.signal(signal.SIGALRM, before)
-        assert grader.grade([("0.5", ""), ("0.75", "")]) == [0.5, 0.75]
+        assert grade(grader, [("0.5", ""), ("0.75", "")]) == [0.5, 0.75]
 
 
 @pytest.mark.parametrize("command", ["idle", "c_loop"])
@@ -508,9 +604,9 @@ def test_a_killed_parent_leaves_no_child(folder: Path, command: str) -> None:
         "import signal, sys, time\n"
         "from opd.data.rewards import make_grader\n"
         "signal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
-        "grader = make_grader('scores:by_command', time_limit=1.0)\n"
+        "grader = make_grader('scores:by_command', seconds=1.0)\n"
         "print('ready', flush=True)\n"
-        "time.sleep(60) if sys.argv[1] == 'idle' else grader.grade([(sys.argv[1], '')])\n"
+        "time.sleep(60) if sys.argv[1] == 'idle' else grader.grade([{'completion': sys.argv[1], 'answer': ''}])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script, command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert parent.stdout is not None
@@ -537,9 +633,9 @@ def test_a_child_whose_parent_is_gone_exits_quietly(folder: Path, sent: str) -> 
     command = [sys.executable, "-u", "-m", "opd.data.grading", str(theirs.fileno()), "scores:same", "5", "1024"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=[theirs.fileno()])
     theirs.close()
-    assert json.loads(ours.recv_bytes()) == {"ready": True}
+    assert json.loads(ours.recv_bytes()) == {"ready": True, "many": False}
     if sent == "a message":
-        ours.send_bytes(b'["", ""]')
+        ours.send_bytes(b'[[{"completion": "", "answer": ""}], 5]')
     if sent == "half a message":
         os.write(ours.fileno(), (8).to_bytes(4, "big") + b'["", ')
     ours.close()
@@ -564,8 +660,8 @@ def test_math_grades_what_math_verify_cannot_digest_as_zero(folder: Path) -> Non
         "    return gold == target\n"
     )
     with make_grader("math") as grader:
-        assert grader.grade([("recursion", "1"), ("1", "1"), ("2", "1")]) == [0.0, 1.0, 0.0]
-        assert grader.timeouts == 0
+        assert grade(grader, [("recursion", "1"), ("1", "1"), ("2", "1")]) == [0.0, 1.0, 0.0]
+        assert grader.not_judged == 0
 
 
 def test_math_judges_by_value(folder: Path) -> None:
@@ -587,18 +683,18 @@ def test_math_judges_by_value(folder: Path) -> None:
         ("18", " ", None),
     ]
     with make_grader("math") as grader:
-        rewards_of = grader.grade([(completion, answer) for completion, answer, _ in cases])
+        rewards_of = grade(grader, [(completion, answer) for completion, answer, _ in cases])
     assert dict(zip(cases, rewards_of, strict=True)) == {case: case[2] for case in cases}
 
 
 def test_math_survives_a_hostile_completion(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("math_verify")
     code = "__import__('os').system('touch x')"
-    with make_grader("math", time_limit=2.0) as grader:
+    with make_grader("math", seconds=2.0) as grader:
         pairs = [("$9^{9^{9^{9}}}$", "1"), (r"\boxed{1}", "1"), (code, "1"), (f"\\boxed{{{code}}}", "1"), ("1", f"${code}$")]
-        first, second, *injected = grader.grade(pairs)
-        assert (first, second) == (0.0, 1.0)
+        first, second, *injected = grade(grader, pairs)
+        assert (first, second) == (None, 1.0)
         assert 1.0 not in injected
-        assert grader.timeouts == 1
+        assert grader.not_judged == 1
     assert not (folder / "x").exists()
     assert capfd.readouterr().err == ""

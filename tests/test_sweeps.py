@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from opd import errors
 from opd.cli import hydra_app, sweep
 from opd.config import compose
-from opd.config.options import METRICS, Direction, SweepConfig
+from opd.config.options import METRICS, SweepConfig
 from opd.config.schema import Config
 from opd.runs.outcome import objective
 from opd.runs.reader import find_runs, open_run
@@ -185,9 +185,8 @@ def test_plan_knows_the_number_of_members_and_the_swept_options(words: list[str]
     ("words", "remedy"),
     [
         (["sweep.metric=reward"], "reward_after, reward_teacher, gap_closed"),
-        (["sweep.metric=eval_kl_after"], "sweep.direction=minimize"),
-        (["sweep.direction=minimize"], "sweep.direction=maximize"),
-        (["sweep.direction=up"], "one of maximize, minimize"),
+        (["sweep.metric=seed"], "reward_after, reward_teacher, gap_closed"),
+        (["sweep.direction=minimize"], "sweep.metric decides it"),
         (["hydra/sweeper=optuna"], "opd[optuna]"),
         (["hydra/launcher=joblib"], "opd[joblib]"),
         (["hydra/launcher=submitit_slurm"], "opd[submitit]"),
@@ -205,8 +204,7 @@ def test_impossible_sweep_is_refused_before_its_first_member(
 
 def test_metric_that_is_not_measured_is_refused() -> None:
     for metric, off in (("gap_closed", {"reward": None}), ("eval_kl_after", {"kl_prompts": 0})):
-        direction = METRICS[metric] or Direction.maximize
-        part = {"sweep": {"metric": metric, "direction": direction.value}, "eval": off}
+        part = {"sweep": {"metric": metric}, "eval": off}
         with pytest.raises(errors.ConfigError, match="is not measured with eval"):
             OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), part))
 
@@ -234,13 +232,12 @@ def test_launched_processes_may_use_the_basic_sweeper_only(monkeypatch: pytest.M
     ],
 )
 def test_objective_comes_from_the_summary(metric: str, reward: float | None, kl: float | None, expected: float | None) -> None:
-    direction = METRICS.get(metric) or Direction.maximize
-    assert objective(SweepConfig(metric=metric, direction=direction), {"reward_after": reward, "eval_kl_after": kl}) == expected
+    assert objective(SweepConfig(metric=metric), {"reward_after": reward, "eval_kl_after": kl}) == expected
 
 
-@pytest.mark.parametrize(("direction", "best"), [(Direction.maximize, 3), (Direction.minimize, 2)])
-def test_best_member_has_an_objective(direction: Direction, best: int) -> None:
-    config = SweepConfig(metric="steps", direction=direction)
+@pytest.mark.parametrize(("metric", "best"), [("reward_after", 3), ("eval_kl_after", 2)])
+def test_best_member_has_an_objective(metric: str, best: int) -> None:
+    config = SweepConfig(metric=metric)
     values = [None, 1.0, 5.0, 5.0]
     ended = [sweep.Member("", number, [], objective=value) for number, value in enumerate(values, 1)]
     winner = sweep.best_member(config, ended)
@@ -250,7 +247,7 @@ def test_best_member_has_an_objective(direction: Direction, best: int) -> None:
 
 def test_sweep_metric_changes_neither_the_run_nor_its_folder() -> None:
     stored = {"sweep": {"metric": "auto", "direction": "maximize"}, "seed": 0}
-    assert not differences(stored, {"sweep": {"metric": "gap_closed", "direction": "maximize"}, "seed": 0})
+    assert not differences(stored, {"sweep": {"metric": "gap_closed"}, "seed": 0})
     assert not differences({"seed": 0}, stored), "nor in a run from before these options existed"
     seen = []
     for more in ([], ["sweep.metric=gap_closed"]):
@@ -316,7 +313,7 @@ def opd(*words: str) -> subprocess.CompletedProcess[str]:
 @installed("hydra_optuna_sweeper")
 @pytest.mark.long
 def test_optuna_minimizes_the_metric_and_ignores_failed_members() -> None:
-    options = ["sweep.metric=eval_kl_after", "sweep.direction=minimize"]
+    options = ["sweep.metric=eval_kl_after"]
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optim.lr=interval(-1.2e-3,0.8e-3)", *options]
     first = opd(*DEBUG, *search)
     assert first.returncode == errors.USAGE, first.stderr

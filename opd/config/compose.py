@@ -21,7 +21,7 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
-from opd.config.options import TeacherWeights
+from opd.config.options import SweepConfig, TeacherWeights
 from opd.config.schema import Config
 from opd.errors import ConfigError
 
@@ -40,6 +40,7 @@ REMOVED: dict[str, str] = {
     "ppo.divergence=skew": "use ppo.divergence=jsd, with ppo.beta near 1 for one close to the reverse KL",
     "ppo.alpha": "it belonged to ppo.divergence=skew; use ppo.divergence=jsd and ppo.beta",
     "ppo.clip_eps_high": "the ratio is clipped symmetrically: use ppo.clip_eps",
+    "sweep.direction": "sweep.metric decides it: remove it",
     "eval.tasks": "run opd eval once per data set: opd eval TARGET data=NAME eval=NAME",
     "track.alternatives": "5 alternatives are stored: remove it; track.rollouts_per_step=0 stores no rollouts",
 }
@@ -104,6 +105,11 @@ def member_name(overrides: str) -> str:
     return name if name == overrides else f"{name}-{hashlib.sha256(overrides.encode()).hexdigest()[:12]}"
 
 
+def better(metric: str) -> str:
+    """Resolve `${better:METRIC}`: whether a sweep looks for its highest or its lowest value."""
+    return SweepConfig(metric=metric).direction.value
+
+
 def options(section: type = Config, prefix: str = "") -> dict[str, Any]:
     """Return the type of every option by its dotted name. A section is included, before its options."""
     types: dict[str, Any] = {}
@@ -143,7 +149,7 @@ def register(extra_dirs: Sequence[Path] = ()) -> None:
     for name in sorted({file.name for folder in folders for file in (folder / "model").glob("*.yaml")}):
         if not any((folder / "teacher" / name).is_file() for folder in folders):
             store.store(group="teacher", name=name, node={"defaults": [{"/model@_here_": Path(name).stem}]})
-    for resolver in (choice, model_name, seed_suffix, run_name, sweep_name, member_name):
+    for resolver in (choice, model_name, seed_suffix, run_name, sweep_name, member_name, better):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=resolver is sweep_name)
 
 

@@ -317,6 +317,8 @@ class EvalConfig(Section, prefix="eval."):
     steps: int = bounded(50, at_least=0, hint="0: only before and after training")
     limit: int | None = bounded(500, at_least=1)
     reward: str | None = "number"
+    reward_seconds: float = bounded(5.0, above=0)
+    reward_memory: int = bounded(1024, at_least=1, hint="MiB")
     temperature: float = bounded(0.0, at_least=0, hint="0 is greedy")
     max_new_tokens: int = bounded(512, at_least=1)
     batch_size: int = bounded(256, at_least=1)
@@ -375,10 +377,13 @@ METRICS: dict[str, Direction | None] = {
 @dataclass(kw_only=True, slots=True)
 class SweepConfig(Section, prefix="sweep."):
     metric: str = AUTO
-    direction: Direction = Direction.maximize
 
     def __post_init__(self) -> None:
-        known = self.metric == AUTO or self.metric in METRICS
-        self.require("metric", known, f"must be {AUTO} or a number of summary.json: {', '.join(METRICS)}")
-        better = METRICS.get(self.metric, Direction.maximize) or self.direction
-        self.require("direction", self.direction is better, f"sweep.metric={self.metric} needs sweep.direction={better.value}")
+        comparable = [name for name, direction in METRICS.items() if direction is not None]
+        known = self.metric == AUTO or self.metric in comparable
+        self.require("metric", known, f"must be {AUTO} or a number of summary.json: {', '.join(comparable)}")
+
+    @property
+    def direction(self) -> Direction:
+        """Which values are better."""
+        return METRICS.get(self.metric) or Direction.maximize

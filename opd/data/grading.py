@@ -4,16 +4,21 @@ Started by `opd.data.rewards`, which describes the messages. It imports the rewa
 parent closes the connection. An alarm that needs no Python code to run ends a reward that hangs after the parent was killed.
 """
 
+import asyncio
 import difflib
 import importlib
+import inspect
 import json
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from multiprocessing.connection import Connection
@@ -24,14 +29,18 @@ from opd import signals
 from opd.errors import ConfigError
 from opd.runs.text import one_line
 
-# (completion, answer) -> the reward, or None when the pair cannot be graded.
-RewardFunction = Callable[[str, str], float | None]
+# Takes what its parameters name (`Reward`), and returns a finite number, or None for what cannot be graded.
+RewardFunction = Callable[..., Any]
+Item = Mapping[str, Any]  # of one answer: `completion`, `answer`, `prompt`, and the columns of its row
 
 MARK = "__opd_reward__"  # the attribute that `@opd.reward` sets
 START_LIMIT = 60.0  # seconds for the import of a reward; a large library on a cold disk is slow
 MEMORY_EXIT = 3  # the exit code when an answer hit the memory limit
 GRACE = 1.0  # seconds between the parent's limit and the child's own alarm
 ERROR_LENGTH = 300  # characters
+SHOWN_LENGTH = 60  # characters of a text in an error
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+AT_ONCE = 32  # answers that an asynchronous reward judges at a time
 
 # What math-verify looks for before it parses a text as LaTeX.
 DELIMITED = re.compile(r"\\boxed|\\\(|\\\[|(?<!\\)\$.*(?<!\\)\$", re.DOTALL)
@@ -104,20 +113,112 @@ def load_user(name: str) -> RewardFunction:
     return function
 
 
-def grade(name: str, function: RewardFunction, completion: str, answer: str) -> dict[str, Any]:
-    """Return the reply for one pair. Raises `MemoryError` at the memory limit."""
-    try:
-        value: object = function(completion, answer)
+@dataclass(frozen=True)
+class Reward:
+    """A user's function and what it asks for, by the names of its parameters.
+
+    `completion`, `answer`, `prompt` and the names of columns get those of one answer; `completions` makes it a function of many answers,
+    whose parameters all get lists (`prompts` and `answers`, or the names of columns) and which returns a list. In a function without either
+    of the two, parameters with other names get the completion and the answer, in this order. `async` functions judge several at a time.
+    """
+
+    name: str
+    function: RewardFunction
+
+    @cached_property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+    @property
+    def takes_lists(self) -> bool:
+        return "completions" in self.parameters
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    def call(self, item: Item) -> Any:
+        """Call the function for one answer, or for the lists of many."""
+        kinds = {one.kind for one in self.parameters.values()}
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return self.function(item["completion"], item["answer"])
+        named = {name: item[name] for name in (item if inspect.Parameter.VAR_KEYWORD in kinds else self.parameters) if name in item}
+        missing = [name for name, one in self.parameters.items() if name not in named and one.default is one.empty and one.kind in NAMED]
+        if not {"completion", "completions"} & {*self.parameters}:
+            named |= dict(zip(missing, [item[name] for name in ("completion", "answer") if name not in named], strict=False))
+            missing = [name for name in missing if name not in named]
+        if missing:
+            raise ConfigError(f"reward `{self.name}` takes {', '.join(missing)}, but a row has only {', '.join(sorted(item))}")
+        return self.function(**named)
+
+    def grade(self, items: Sequence[Item], seconds: float) -> dict[str, Any]:
+        """Return the reply for these answers. Raises `MemoryError` at the memory limit.
+
+        Args:
+            seconds: The limit of an asynchronous call. Others are ended from outside.
+        """
+        try:
+            values = asyncio.run(self.gather(items, seconds)) if self.is_async else self.values(items)
+            late = [value is TimeoutError for value in values]
+            rewards = [None if is_late else self.as_reward(value) for value, is_late in zip(values, late, strict=True)]
+            return {"rewards": rewards, "late": sum(late)}
+        except MemoryError:
+            raise
+        except ConfigError as error:
+            return {"error": str(error)}
+        except BaseException as error:  # noqa: BLE001 - a reward may also call sys.exit
+            texts = "" if len(items) > 1 else f"; completion {shown(items[0]['completion'])}, answer {shown(items[0]['answer'])}"
+            return {"error": f"reward `{self.name}` failed on an answer: {self.place(error)}{describe(error)}{texts}"}
+
+    def values(self, items: Sequence[Item]) -> list[Any]:
+        return self.as_many(self.call(as_lists(items)), items) if self.takes_lists else list(map(self.call, items))
+
+    async def gather(self, items: Sequence[Item], seconds: float) -> list[Any]:
+        """Return the values of an asynchronous function, `TimeoutError` itself for a call that took too long."""
+        if self.takes_lists:
+            return self.as_many(await self.call(as_lists(items)), items)
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def limited(item: Item) -> Any:
+            async with free:
+                try:
+                    return await asyncio.wait_for(self.call(item), seconds)
+                except TimeoutError:
+                    return TimeoutError
+
+        return list(await asyncio.gather(*map(limited, items)))
+
+    def as_many(self, returned: Any, items: Sequence[Item]) -> list[Any]:
+        values = list(returned)
+        if len(values) != len(items):
+            raise ConfigError(f"reward `{self.name}` failed: it returned {len(values)} rewards for {len(items)} completions")
+        return values
+
+    def as_reward(self, value: object) -> float | None:
+        """Return a reward as a float, or None. Raises `ConfigError` for anything else."""
         # The comparison is false for NaN, infinity, and an integer that is too large for a float.
         if value is None or (isinstance(value, int | float) and abs(value) <= sys.float_info.max):
-            return {"reward": None if value is None else float(value)}
-        shown = str(value) if isinstance(value, float) else f"a value of type {type(value).__name__}"
-        problem = f"it returned {shown}, not a finite number or None"
-    except MemoryError:
-        raise
-    except BaseException as error:  # noqa: BLE001 - a reward may also call sys.exit
-        problem = describe(error)
-    return {"error": f"reward `{name}` failed on an answer: {problem}"}
+            return None if value is None else float(value)
+        found = str(value) if isinstance(value, float) else f"a value of type {type(value).__name__}"
+        raise ConfigError(f"reward `{self.name}` failed on an answer: it returned {found}, not a finite number or None")
+
+    def place(self, error: BaseException) -> str:
+        """Return where in the function's own file the error is from, as the start of a message."""
+        own = inspect.getsourcefile(inspect.unwrap(self.function))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+        return f"{Path(own).name}:{lines[-1]}: " if own and lines else ""
+
+
+def as_lists(items: Sequence[Item]) -> dict[str, list[Any]]:
+    """Return answers as lists by name, also by the plural of what every answer has. A row without a column has None there."""
+    names = dict.fromkeys(name for item in items for name in item)
+    lists = {name: [item.get(name) for item in items] for name in names}
+    return lists | {f"{name}s": lists[name] for name in ("completion", "answer", "prompt") if name in lists}
+
+
+def shown(text: Any) -> str:
+    text = one_line(str(text))
+    return repr(text if len(text) <= SHOWN_LENGTH else text[:SHOWN_LENGTH] + "…")
 
 
 def limit_memory(megabytes: int) -> None:
@@ -151,16 +252,16 @@ def serve(connection: Connection, name: str, seconds: float, megabytes: int) -> 
 
     try:
         with time_limit(START_LIMIT + GRACE):
-            function = load_math() if name == "math" else load_user(name)
+            reward = Reward(name, load_math() if name == "math" else load_user(name))
     except ConfigError as error:
         send({"error": str(error)})
         return
     limit_memory(megabytes)
-    send({"ready": True})
+    send({"ready": True, "many": reward.takes_lists or reward.is_async})
     while True:
-        completion, answer = json.loads(connection.recv_bytes())
-        with time_limit(seconds + GRACE):
-            reply = grade(name, function, completion, answer)
+        items, limit = json.loads(connection.recv_bytes())
+        with time_limit(limit + GRACE):
+            reply = reward.grade(items, seconds)
         send(reply)
 
 

@@ -3,8 +3,9 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -32,6 +33,7 @@ class Prompt:
         text: The last message, for people.
         answers: The accepted reference answers.
         get_reward: Grades a completion's text, instead of the configured reward.
+        columns: The row's, by name, for rewards that ask for them.
         teacher_ids: The prompt as the teacher sees it, with `teacher.system`, `teacher.prompt` and `teacher.chat_template_kwargs`,
             or in its own tokens with `teacher.alignment=spans`.
         chats: The messages that the ids are made from, where the template writes the date into them: the ids are others on another day.
@@ -54,6 +56,7 @@ class Prompt:
     given: tuple[tuple[int, ...], ...] = ()
     dataset: str = ""
     teacher: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def for_teacher(self) -> "Prompt":
         """Return the prompt to generate the teacher's completions with."""
@@ -67,6 +70,10 @@ class Prompt:
     def scored_views(self) -> tuple[tuple[int, ...], ...]:
         """The prompt in each view in which the teacher scores completions."""
         return (self.seen_by_teacher,) if self.contrast_ids is None else (self.seen_by_teacher, self.contrast_ids)
+
+    def to_grade(self, completion: str) -> list[dict[str, Any]]:
+        """Return what a reward may ask for of this completion, for each accepted answer."""
+        return [{**self.columns, "prompt": self.text, "completion": completion, "answer": answer} for answer in self.answers]
 
     @property
     def longest(self) -> int:
@@ -155,6 +162,7 @@ class Encoder:
             chats=(messages, *(view.messages for view in views.values() if view.is_filled)) if is_dated else (),
             lost=lost,
             given=given,
+            columns={name: value for name, value in row.columns.items() if name != "get_reward"},
         )
 
     def views(self, row: DataRow) -> dict[str, View]:

@@ -6,9 +6,9 @@ math-verify's own limit is an alarm signal, which works in the main thread only 
 
 Parent and child exchange JSON messages over a socket, never pickles:
 
-    child   {"ready": true}            or  {"error": "why the reward cannot be used"}
-    parent  [completion, answer]
-    child   {"reward": number | null}  or  {"error": "how the reward failed"}
+    child   {"ready": true, "many": whether it takes more than one}         or  {"error": "why the reward cannot be used"}
+    parent  [[{"completion": …, "answer": …, "prompt": …, columns}, …], seconds for all of them]
+    child   {"rewards": [number | null, …], "late": how many took too long}  or  {"error": "how the reward failed"}
 """
 
 import difflib
@@ -24,7 +24,7 @@ from decimal import Decimal
 from multiprocessing import Pipe
 from typing import Any, TypeVar
 
-from opd.data.grading import MARK, MEMORY_EXIT, START_LIMIT, RewardFunction
+from opd.data.grading import MARK, MEMORY_EXIT, START_LIMIT, Item, RewardFunction
 from opd.errors import ConfigError, RewardError
 
 F = TypeVar("F", bound=RewardFunction)
@@ -65,8 +65,14 @@ POWERS = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "bil
 def reward(function: F) -> F:
     """Mark a function as a reward, so that `module:function` may name it in a config. Use it without parentheses: `@opd.reward`.
 
-    The function takes `(completion, answer)` and returns a finite number, or None when the pair cannot be graded. Of several accepted
-    answers the one with the highest reward counts.
+    The function takes `(completion, answer)`, or what the names of its parameters say, and returns a finite number, or None for what cannot
+    be graded. Of several accepted answers the one with the highest reward counts. Parameters:
+
+        completion, answer, prompt      of one answer; the prompt is the text of its last message
+        completions, answers, prompts   of many: the function gets lists and returns a list
+        any other name                  the column of that name
+
+    An `async` function judges several answers at a time.
     """
     setattr(function, MARK, True)
     return function
@@ -145,28 +151,37 @@ class Grader:
     """Grades completions with one reward; made by `make_grader`. Close it, or use it in a `with` block.
 
     Attributes:
-        timeouts: How many answers hit the time or memory limit, or crashed the child. Their reward is 0.0.
+        not_judged: How many answers hit the time or memory limit, or crashed the child. They have no reward.
+        limits: The limits, as options.
     """
 
-    def __init__(self, name: str, time_limit: float, memory_limit_mb: int) -> None:
-        self.timeouts = 0
+    def __init__(self, name: str, seconds: float, memory_mib: int) -> None:
+        self.not_judged = 0
+        self.limits = f"eval.reward_seconds={seconds:g}, eval.reward_memory={memory_mib}"
         self._name = name
-        self._limits = (time_limit, memory_limit_mb)
+        self._seconds = seconds
+        self._memory = memory_mib
+        self._takes_many = False
         self._function = IN_PROCESS.get(name)
         self._process: subprocess.Popen[bytes] | None = None
         if self._function is None:
             self._start()
 
-    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[float | None]:
-        """Return the reward of each `(completion, answer)`, in order; None where a pair cannot be graded.
+    def grade(self, items: Sequence[Item]) -> list[float | None]:
+        """Return the reward of each answer, in order; None where it cannot be graded, or hit a limit.
 
         After an answer that hit a limit a new child grades the rest; its start does not count against them.
 
         Raises:
-            RewardError: The user's function raised, ended its process, or did not return a finite number or None.
+            RewardError: The user's function raised, ended its process, or did not return finite numbers or None.
             ConfigError: The child cannot be started again.
         """
-        return [self._grade_in_child(*pair) if self._function is None else self._function(*pair) for pair in pairs]
+        if (function := self._function) is not None:
+            return [function(item["completion"], item["answer"]) for item in items]
+        if self._process is None:
+            self._start()
+        parts = [items] if self._takes_many and items else [[item] for item in items]
+        return [reward for part in parts for reward in self._grade_in_child(part)]
 
     def close(self) -> None:
         """Kill the child and what it has started. A second call does nothing."""
@@ -185,7 +200,7 @@ class Grader:
 
     def _start(self) -> None:
         self._connection, connection = Pipe()
-        arguments = [str(part) for part in (connection.fileno(), self._name, *self._limits)]
+        arguments = [str(part) for part in (connection.fileno(), self._name, self._seconds, self._memory)]
         with connection:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "opd.data.grading", *arguments],
@@ -202,6 +217,7 @@ class Grader:
                 raise ConfigError(f"reward `{self._name}` was not imported within {START_LIMIT:g} s; {remedy}")
             if "error" in reply:
                 raise ConfigError(reply["error"])
+            self._takes_many = reply["many"]
         except EOFError:
             code = self._exit_code()
             self.close()
@@ -210,27 +226,29 @@ class Grader:
             self.close()
             raise
 
-    def _grade_in_child(self, completion: str, answer: str) -> float | None:
+    def _grade_in_child(self, items: Sequence[Item]) -> list[float | None]:
         if self._process is None:
             self._start()
+        seconds = self._seconds * len(items)
         try:
-            self._connection.send_bytes(json.dumps([completion, answer]).encode())
-            reply, code = self._receive(self._limits[0]), None
+            self._connection.send_bytes(json.dumps([items, seconds], default=str).encode())
+            reply, code = self._receive(seconds), None
         except (EOFError, ConnectionError):
             reply, code = None, self._exit_code()
         except BaseException:
-            self.close()  # an interrupted exchange would leave its reply for the next pair
+            self.close()  # an interrupted exchange would leave its reply for the next answer
             raise
         if reply is None:
             self.close()
             if code is not None and code >= 0 and code != MEMORY_EXIT:
                 raise RewardError(f"reward `{self._name}` ended its process with exit code {code} on an answer; return a number")
-            self.timeouts += 1
-            return 0.0
+            self.not_judged += len(items)
+            return [None] * len(items)
         if "error" in reply:
             raise RewardError(reply["error"])
-        value: float | None = reply["reward"]
-        return value
+        self.not_judged += reply["late"]
+        values: list[float | None] = reply["rewards"]
+        return values
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
         """Return the next reply, or None when it takes too long. Raises `EOFError` when the child has closed its end."""
@@ -245,14 +263,14 @@ class Grader:
         return self._process.wait()
 
 
-def make_grader(name: str, *, time_limit: float = 5.0, memory_limit_mb: int = 1024) -> Grader:
+def make_grader(name: str, *, seconds: float = 5.0, memory_mib: int = 1024) -> Grader:
     """Return a grader for a reward, with its process started where it needs one.
 
     Args:
         name: `exact`, `number`, `math`, or `module:function` for a function marked with `@opd.reward`. The module is looked for in
             the working folder first, and imported in the child only.
-        time_limit: Seconds of wall clock for one answer.
-        memory_limit_mb: MiB of address space for one answer on top of what the imports took; Linux only.
+        seconds: Of wall clock for one answer.
+        memory_mib: MiB of address space for an answer on top of what the imports took; Linux only.
 
     Raises:
         ConfigError: There is no such reward, it is not marked (and not called), its import fails or takes more than a minute, or
@@ -265,4 +283,4 @@ def make_grader(name: str, *, time_limit: float = 5.0, memory_limit_mb: int = 10
         raise ConfigError(f"reward `{name}` is not known{hint}; use {', '.join(BUILT_IN)}, or module:function for your own")
     if CHILD_FLAG in os.environ:
         raise ConfigError("a reward's module starts a run when it is imported; put the run under `if __name__ == '__main__':`")
-    return Grader(name, time_limit, memory_limit_mb)
+    return Grader(name, seconds, memory_mib)

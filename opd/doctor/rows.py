@@ -61,13 +61,15 @@ def check_answers(prompts: Sequence[Prompt], config: Config) -> list[Finding]:
 
 def check_reward(prompts: Sequence[Prompt], grader: Grader | None, config: Config) -> list[Finding]:
     """Grade the reference answers, which should get 1, and empty texts, which should get 0. Raises what the reward raises."""
-    answers = [answer for prompt in prompts if prompt.get_reward is None for answer in prompt.answers][:MAX_GRADED]
+    judged = [prompt for prompt in prompts if prompt.get_reward is None]
+    items = [{**item, "completion": item["answer"]} for prompt in judged for item in prompt.to_grade("")][:MAX_GRADED]
+    answers = [item["answer"] for item in items]
     if grader is None or not answers:
         return []
     name, count = f"eval.reward={config.eval.reward}", len(answers)
 
     check = "reward of reference answers"
-    rewards = grader.grade([(answer, answer) for answer in answers])
+    rewards = grader.grade(items)
     wrong = [(answer, reward) for answer, reward in zip(answers, rewards, strict=True) if reward != 1]
     if not wrong:
         findings = [ok(check, f"{name} gives 1 for each of {count}")]
@@ -83,7 +85,7 @@ def check_reward(prompts: Sequence[Prompt], grader: Grader | None, config: Confi
             findings = [warn(check, what, f"no completion can be right for these prompts: {options}")]
 
     check = "reward of empty texts"
-    positive = [reward for reward in grader.grade([("", answer) for answer in answers]) if reward is not None and reward > 0]
+    positive = [reward for reward in grader.grade([{**item, "completion": ""} for item in items]) if reward is not None and reward > 0]
     if positive:
         what = f"{name} gives up to {max(positive):g} for an empty completion ({len(positive)} of {count})"
         return [*findings, fail(check, what, "a student that stops at once would be right: change the reward")]

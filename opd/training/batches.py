@@ -56,12 +56,14 @@ def with_masks(config: Config, rollouts: Sequence[Rollout]) -> list[Rollout]:
 def task_bonus(config: Config, evaluator: Evaluator, rollouts: Sequence[Rollout], device: torch.device) -> Tensor | None:
     """Return `ppo.reward_coef` times each rollout's reward, normalised among its prompt's completions (R,); None where it is off.
 
-    Given completions get 0 and are not compared with.
+    Given completions, and those that were not judged, get 0 and are not compared with.
     """
     if config.ppo.reward_coef == 0:
         return None
     sampled = torch.tensor([row for row, rollout in enumerate(rollouts) if not rollout.given], dtype=torch.long)
-    rewards = torch.tensor([reward or 0.0 for reward in evaluator.judge([rollouts[row] for row in sampled.tolist()])])
+    rewards = evaluator.judge([rollouts[row] for row in sampled.tolist()])
+    judged = torch.tensor([reward is not None for reward in rewards], dtype=torch.bool)
+    values = torch.tensor([reward for reward in rewards if reward is not None])
     bonus_R = torch.zeros(len(rollouts))
-    bonus_R[sampled] = config.ppo.reward_coef * group_normalised(rewards, sampled // config.sampling.n)
+    bonus_R[sampled[judged]] = config.ppo.reward_coef * group_normalised(values, sampled[judged] // config.sampling.n)
     return bonus_R.to(device)

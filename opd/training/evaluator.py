@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.schema import Config
+from opd.data.grading import Item
 from opd.data.prompts import Prompt, first_of_each
 from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
@@ -179,16 +181,26 @@ class Evaluator:
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
         """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either."""
-        rewards: list[float | None] = []
-        late = self.grader.timeouts if self.grader else 0
-        for rollout in rollouts:
-            prompt, text = rollout.request.prompt, self.text(rollout)
-            if prompt.get_reward is not None:
-                rewards.append(prompt.get_reward(text))
-            else:
-                rewards.append(best(self.grader.grade([(text, answer) for answer in prompt.answers])) if self.grader else None)
-        if self.grader is not None and self.grader.timeouts > late:
-            log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
+        texts = list(map(self.text, rollouts))
+        prompts = [rollout.request.prompt for rollout in rollouts]
+        items = [[] if prompt.get_reward else prompt.to_grade(text) for prompt, text in zip(prompts, texts, strict=True)]
+        graded = iter(self.grade([item for each in items for item in each]))
+        against_answers = [best(islice(graded, len(each))) for each in items]
+        return [
+            prompt.get_reward(text) if prompt.get_reward else reward
+            for prompt, text, reward in zip(prompts, texts, against_answers, strict=True)
+        ]
+
+    def grade(self, items: Sequence[Item]) -> list[float | None]:
+        """Return the configured reward of each answer, and tell how many hit a limit."""
+        if self.grader is None:
+            return [None] * len(items)
+        before = self.grader.not_judged
+        rewards = self.grader.grade(items)
+        if missed := self.grader.not_judged - before:
+            log.warning(
+                "%d of %d answers were not judged: a reward took too long or too much memory (%s)", missed, len(items), self.grader.limits
+            )
         return rewards
 
 

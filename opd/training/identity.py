@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 MAY_CHANGE = (
     "name", "resume", "resume_force", "device", "checkpoint", "track", "train.batch_size", "train.max_tokens_per_micro_batch",
     "train.activation_checkpointing", "sampling.batch_size",
-    "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "sampling.guard", "sampling.vllm", "launch",
+    "train.watchdog_minutes", "eval.steps", "eval.batch_size", "eval.samples", "eval.reward_seconds",
+    "eval.reward_memory", "sampling.guard", "sampling.vllm", "launch",
     "sweep", "teacher.placement", "teacher.device", "teacher.url", "teacher.timeout", "teacher.canary_every",
 )  # fmt: skip
 CHUNK = 2**24  # numbers that are summed at a time

@@ -106,4 +106,5 @@ def make_run_grader(config: Config, prompts: list[Prompt], stack: ExitStack) -> 
     """Return the configured grader; None where every prompt judges itself or none is judged."""
     if config.eval.reward is None or not any(prompt.answers and prompt.get_reward is None for prompt in prompts):
         return None
-    return stack.enter_context(make_grader(config.eval.reward))
+    seconds, memory = config.eval.reward_seconds, config.eval.reward_memory
+    return stack.enter_context(make_grader(config.eval.reward, seconds=seconds, memory_mib=memory))

@@ -284,18 +284,18 @@ def answers(times: int, root: Path) -> Tries:
     (root / "reward.py").write_text(REWARD)
     names = ["exact", "number", *(["math"] if find_spec("math_verify") else [])]
     with contextlib.ExitStack() as stack:
-        graders = [stack.enter_context(make_grader(name, time_limit=2.0, memory_limit_mb=512)) for name in names]
+        graders = [stack.enter_context(make_grader(name, seconds=2.0, memory_mib=512)) for name in names]
         for number in range(times - 1):
             name, grader, answer = names[number % len(names)], graders[number % len(names)], ANSWERS[number // len(names) % len(ANSWERS)]
             begin = time.monotonic()
-            (reward,) = grader.grade([(answer, "2")])
+            (reward,) = grader.grade([{"completion": answer, "answer": "2"}])
             seconds = time.monotonic() - begin
             expected = seconds < 10 and reward in (0.0, 1.0, None) and not (root / "pwned").exists()
             yield Try(f"{name}: {answer[:30]}", True, None if expected else f"{reward} after {seconds:.1f} s")
-    with make_grader("reward:evaluate", time_limit=2.0, memory_limit_mb=512) as grader:
+    with make_grader("reward:evaluate", seconds=2.0, memory_mib=512) as grader:
         begin = time.monotonic()
-        rewards = grader.grade([("9**9**9", "2"), ("[0] * 10**12", "2"), ("2", "2")])
+        rewards = grader.grade([{"completion": text, "answer": "2"} for text in ("9**9**9", "[0] * 10**12", "2")])
         seconds = time.monotonic() - begin
-        expected = rewards == [0.0, 0.0, 1.0] and seconds < 20
-        yield Try("a reward that evaluates", grader.timeouts == 2, None if expected else f"{rewards} after {seconds:.1f} s")
+        expected = rewards == [None, None, 1.0] and seconds < 20
+        yield Try("a reward that evaluates", grader.not_judged == 2, None if expected else f"{rewards} after {seconds:.1f} s")
     return None
