@@ -46,7 +46,7 @@ def trainer_of(student, teacher, folder, rows=4, **options):
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     size = {"eval_steps": 0, "max_steps": 2, "batch_size": 2, "max_new_tokens": 8}
     return OnPolicyDistillationTrainer(
-        student, teacher, data, data, tokenizer=tokenizer, output_dir=folder / "out", **size, options=options
+        student, teacher, data, data, processing_class=tokenizer, output_dir=folder / "out", **size, options=options
     )
 
 
