@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -97,7 +98,50 @@ def test_a_resumed_run_has_the_history_of_the_steps_before(tmp_path):
     assert [*map(reproducible, resumed.state.log_history)] == [*map(reproducible, whole.state.log_history)]
 
 
-# Adapters.
+# Frozen parameters and adapters.
+
+
+def frozen_student():
+    model, tokenizer = loaded_student()
+    for parameter in (*model.model.embed_tokens.parameters(), *model.model.layers[0].parameters()):
+        parameter.requires_grad_(False)
+    return model, tokenizer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_that_require_no_gradient_are_not_trained(tmp_path, dtype):
+    model, tokenizer = frozen_student()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    options = {**OPTIONS, "model.dtype": dtype}
+    make_trainer(tmp_path / "out", model, processing_class=tokenizer, learning_rate=1e-3, options=options).train()
+    assert {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])} == frozen
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == frozen
+    stored = load_file(tmp_path / "out" / "checkpoints" / "step_000002" / "model.safetensors")
+    assert frozen.isdisjoint(stored) and before.keys() - frozen <= stored.keys()
+
+
+def test_a_run_with_frozen_parameters_resumes_bitwise_and_only_with_the_same_ones(tmp_path):
+    def train(folder, student, **arguments):
+        model, tokenizer = student
+        options = {**OPTIONS, "checkpoint.every": 1}
+        make_trainer(tmp_path / folder, model, processing_class=tokenizer, max_steps=3, options=options, **arguments).train()
+        return model
+
+    whole = train("whole", frozen_student())
+    with pytest.raises(KeyboardInterrupt):
+        train("out", frozen_student(), callbacks=[interrupt])
+    with pytest.raises(ConfigError, match="frozen weights changed"):
+        train("out", loaded_student())
+    resumed = train("out", frozen_student())
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    model, tokenizer = loaded_student()
+    with pytest.raises(ConfigError, match=r"requires_grad=False.*peft_config"):
+        make_trainer(tmp_path / "out", model.requires_grad_(False), processing_class=tokenizer).train()
 
 
 def adapters(**settings):
