@@ -19,7 +19,7 @@ from transformers import (
 from opd.api import OnPolicyDistillationTrainer
 from opd.config.compose import PACKAGE
 from opd.config.python_names import in_python
-from opd.errors import ConfigError, DataError, OutputError
+from opd.errors import ConfigError, DataError, OutputError, RewardError
 from opd.training.events import Evaluated, Saved, StepDone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
@@ -377,6 +377,26 @@ def test_reward_functions_of_completion_and_answer_are_summed(tmp_path):
     assert make_trainer(tmp_path / "none", reward_funcs=None).train().get("reward_after") is None
     with pytest.raises(ConfigError, match=r"^reward_funcs=.*a list of functions"):
         make_trainer(tmp_path / "mixed", reward_funcs=[reward, "number"])
+
+
+def failing_reward(completion):
+    raise ValueError("my bug")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rows": [{"prompt": "1+1=", "get_reward": failing_reward}] * 4}, r"test_api\.py:\d+: .*ValueError: my bug.*on the completion"),
+        ({"rows": [{"prompt": "1+1=", "get_reward": lambda completion: "right"}] * 4}, r"returned 'right'.*finite number"),
+        ({"rows": [{"prompt": "1+1=", "get_reward": lambda completion: float("nan")}] * 4}, r"returned nan.*finite number"),
+        ({"reward_funcs": lambda completion, answer: failing_reward(completion)}, r"test_api\.py:\d+: .*ValueError: my bug"),
+    ],
+)
+def test_a_reward_that_fails_is_a_mistake_in_the_data_with_its_line(tmp_path, arguments, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        make_trainer(tmp_path / "out", **arguments).train()
+    status = json.loads((tmp_path / "out" / "status.json").read_text())
+    assert status["exit_code"] == caught.value.exit_code == 65 and "\n" not in str(caught.value)
 
 
 def test_datasets_may_be_generators(tmp_path):

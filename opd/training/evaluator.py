@@ -1,6 +1,8 @@
 """How a model is evaluated: its answers are judged, and the exact KL(student‖teacher) is taken on the student's own samples."""
 
 import logging
+import math
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,10 +15,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opd.config.compose import PACKAGE
 from opd.config.schema import Config
-from opd.data.prompts import Prompt, first_of_each
+from opd.data.grading import describe
+from opd.data.prompts import GetReward, Prompt, first_of_each
 from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.errors import RewardError
 from opd.models.device import autocast
 from opd.models.distributed import run_stoppable
 from opd.models.load import decode
@@ -25,6 +30,7 @@ from opd.models.shared_ids import SharedIds
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.objective.head import TokenStats
 from opd.objective.overlap import OVERLAP
+from opd.runs.text import one_line
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
 from opd.training.evaluation import KL, Distances, Evaluation, Judged, added
@@ -178,18 +184,38 @@ class Evaluator:
         return decode(self.tokenizer, rollout.answer, skip_special_tokens=True)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either."""
+        """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either.
+
+        Raises `RewardError` where one of them fails.
+        """
         rewards: list[float | None] = []
         late = self.grader.timeouts if self.grader else 0
         for rollout in rollouts:
             prompt, text = rollout.request.prompt, self.text(rollout)
             if prompt.get_reward is not None:
-                rewards.append(prompt.get_reward(text))
+                rewards.append(own_reward(prompt.get_reward, text))
             else:
                 rewards.append(best(self.grader.grade([(text, answer) for answer in prompt.answers])) if self.grader else None)
         if self.grader is not None and self.grader.timeouts > late:
             log.warning("%d answers took too long or too much memory to judge and count 0", self.grader.timeouts - late)
         return rewards
+
+
+def own_reward(get_reward: GetReward, completion: str) -> float | None:
+    """Return the reward by a prompt's own function. Raises `RewardError`, with the function's line, where it fails or returns no number."""
+    try:
+        value = get_reward(completion)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        place = next((f"{frame.filename}:{frame.lineno}: " for frame in frames if not frame.filename.startswith(str(PACKAGE))), "")
+        raise RewardError(f"{place}the reward failed: {describe(error)}, on the completion {one_line(completion)[:200]!r}") from error
+    try:
+        number = None if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        raise RewardError(f"get_reward returned {value!r}; it must return a finite number, or None for a completion that it cannot judge")
+    return number
 
 
 def make_evaluator(
