@@ -138,6 +138,28 @@ def test_a_run_with_frozen_parameters_resumes_bitwise_and_only_with_the_same_one
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_evaluate_leaves_a_loaded_model_as_it_is(tmp_path, dtype):
+    model, tokenizer = loaded_student()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    make_trainer(tmp_path / "out", model, processing_class=tokenizer, options={**OPTIONS, "model.dtype": dtype}).evaluate()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_model_is_trained_again_after_an_interruption_and_after_a_run(tmp_path, dtype, low_rank):
+    model, tokenizer = loaded_student()
+    settings = {"options": {**OPTIONS, "model.dtype": dtype, "checkpoint.every": 1}, "peft_config": adapters() if low_rank else None}
+    trainer = make_trainer(tmp_path / "out", model, processing_class=tokenizer, max_steps=3, callbacks=[interrupt], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.handler.callbacks.clear()
+    assert trainer.train()["steps"] == 3
+    assert make_trainer(tmp_path / "next", model, processing_class=tokenizer, **settings).train()["steps"] == 2
+
+
 def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
     model, tokenizer = loaded_student()
     with pytest.raises(ConfigError, match=r"requires_grad=False.*peft_config"):

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 
 class MasterWeights:
@@ -22,6 +23,7 @@ class MasterWeights:
         self.names: list[str] = []
         self.weights: list[nn.Parameter] = []
         self.masters: list[nn.Parameter] = []
+        self.hooks: list[RemovableHandle] = []
         self.frozen: list[tuple[nn.Parameter, Tensor]] = []  # as they were, in main memory
         for name, weight in module.named_parameters():
             if weight.requires_grad:
@@ -29,7 +31,7 @@ class MasterWeights:
                 self.names.append(name)
                 self.weights.append(weight)
                 self.masters.append(master)
-                weight.register_post_accumulate_grad_hook(partial(add_gradient, master))
+                self.hooks.append(weight.register_post_accumulate_grad_hook(partial(add_gradient, master)))
             elif weight.dtype == torch.float32:
                 self.frozen.append((weight, weight.detach().cpu()))
             if weight.is_floating_point():  # not quantised ones, which are integers
@@ -49,6 +51,8 @@ class MasterWeights:
             weight.data = master.data
         for weight, original in self.frozen:
             weight.data = original.to(weight.device)
+        for hook in self.hooks:
+            hook.remove()
 
 
 def add_gradient(master: nn.Parameter, weight: Tensor) -> None:
