@@ -109,8 +109,8 @@ class OnPolicyDistillationTrainer:
         config = from_options(
             {
                 "name": Path(output_dir or DEFAULT_FOLDER).name,
-                "model.path": path_of(model),
-                "teacher.path": path_of(teacher_model),
+                "model.path": path_of(model, "model"),
+                "teacher.path": path_of(teacher_model, "teacher_model"),
                 "data.source": "python",
                 "data.path": None,
                 "data.subset": None,
@@ -214,15 +214,16 @@ class OnPolicyDistillationTrainer:
             model = replace(config.model, path=final, revision=None, gguf_file=None)
             # Adapters are merged in it.
             config = replace(config, model=replace(model, adapter=None, quantization=Quantization.none))
+        if given.student is not None and config.lora.rank:  # `train` adds adapters, and merges them
+            config = replace(config, lora=replace(config.lora, rank=0))
         for label, part in config.parts_by_teacher.items():
             was_made = part.teacher_weights in (TeacherWeights.base, TeacherWeights.ema)
             if was_made and (self.output_dir / FINAL).is_dir():
                 remedy = f"the teacher was made from the student during the run and is gone: opd eval {self.output_dir}"
                 raise ConfigError(f"{naming_teacher(label)(part.weights_option)}: {remedy}")
         with tempfile.TemporaryDirectory() as folder, keep_requires_grad(given.student):
-            if given.student is not None and config.lora.rank:  # adapters are added, and merged, by `train`
-                config = replace(config, lora=replace(config.lora, rank=0))
-                given.student.requires_grad_(True)
+            if given.student is not None and self.config.lora.rank:
+                given.student.requires_grad_(True)  # or nothing would be trained, which is refused
             return runner.evaluate(config, Path(folder), given)
 
     @property
@@ -333,9 +334,10 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def path_of(model: Model) -> str:
-    """Return the hub id or folder of a model that was named or loaded."""
-    return str(model.name_or_path or type(model).__name__) if isinstance(model, PreTrainedModel) else str(model)
+def path_of(model: Model, argument: str) -> str:
+    """Return the hub id or folder of a model that was named or loaded; of one from nowhere its class and the argument."""
+    nowhere = f"{type(model).__name__} passed as {argument}"  # model and teacher_model are not the same one
+    return str(model.name_or_path or nowhere) if isinstance(model, PreTrainedModel) else str(model)
 
 
 def from_options(options: Mapping[str, Any]) -> Config:

@@ -185,6 +185,18 @@ def test_peft_config_trains_the_adapters_that_it_describes(tmp_path):
     assert trainer.evaluate()["eval/kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3) != before["eval/kl"]
 
 
+def test_a_loaded_teacher_is_the_teacher_also_with_adapters(tmp_path):
+    (model, tokenizer), (same, _) = loaded_student(), loaded_student()
+    arguments = {"output_dir": tmp_path / "out", "processing_class": tokenizer, "peft_config": adapters(), "max_steps": 1}
+    arguments |= {"options": OPTIONS, "max_new_tokens": 8, "batch_size": 2, "reward_funcs": None}
+    rows = [{"prompt": f"{i}+27="} for i in range(10, 20)]
+    with pytest.raises(ConfigError, match=r"^teacher_model=.*pass its path"):
+        OnPolicyDistillationTrainer(model, same, rows, rows, **{**arguments, "options": {**OPTIONS, "teacher.system": "1"}}).train()
+    teacher = AutoModelForCausalLM.from_pretrained(TEACHER)
+    model.name_or_path = teacher.name_or_path = ""
+    assert OnPolicyDistillationTrainer(model, teacher, rows, rows, **arguments).train()["eval_kl_before"] > 1
+
+
 @pytest.mark.parametrize(
     "settings", [{"lora_dropout": 0.05}, {"use_rslora": True}, {"bias": "all"}, {"target_modules": None}, {"target_modules": ".*_proj"}]
 )
@@ -476,6 +488,7 @@ def test_mistakes_in_options_are_named_as_they_are_passed(tmp_path, options, mes
         ("optim.lr=-1.0: must be above 0", "learning_rate=-1.0: must be above 0"),
         ("set another name=…, or resume=auto to resume it", "set another output_dir=…, or resume_from_checkpoint=True to resume it"),
         ("or set hydra.run.dir=FOLDER", "or set output_dir=FOLDER"),
+        ("set eval.reward=null, or", "set reward_funcs=None, or"),
         ("set data.prompt=COLUMN", 'set options={"data.prompt": COLUMN}'),
         ("(resume_force=true resumes)", '(options={"resume_force": True} resumes)'),
         ("lower sampling.max_new_tokens or data.max_prompt_tokens", "lower max_new_tokens or data.max_prompt_tokens"),

@@ -34,6 +34,7 @@ PHRASES = {
     "eval=kl": "reward_funcs=None",
     "experiment=tiny": 'model="bundled:tiny-student"',
 }
+LITERALS = {"null": "None", "true": "True", "false": "False"}
 # An option, with its value where there is one. Words of one part, such as `name`, are options only with a value.
 OPTION = re.compile(
     rf"(?<![\w./-])(?:(?:{'|'.join(map(re.escape, PHRASES))})\b|([a-z_]+(?:\.\w+)+|[a-z_]+(?==))(?:=(\[[^]]*\]|[^\s,;:()]+))?)"
@@ -49,7 +50,7 @@ def in_python(text: str) -> str:
         if found[0] in PHRASES:
             return PHRASES[found[0]]
         if option in ARGUMENTS:
-            return ARGUMENTS[option] if value is None else f"{ARGUMENTS[option]}={value}"
+            return ARGUMENTS[option] if value is None else f"{ARGUMENTS[option]}={LITERALS.get(value, value)}"
         return found[0] if option not in known or value is None else f'options={{"{option}": {python_value(value)}}}'
 
     return OPTION.sub(rename, text)

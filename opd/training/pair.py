@@ -60,6 +60,8 @@ def check_modules(config: Config, given: Given) -> None:
         raise ConfigError(f"{option}: a teacher was passed as a module too; leave one of them out")
     if given.teacher is not None and config.names_weights:
         raise ConfigError(f"{config.weights_option}: a teacher was passed as a module too; leave one of them out")
+    if given.teacher is not None and config.teaches_itself:
+        raise ConfigError(f"teacher.path={config.teacher.path}: the model that gets adapters is the teacher without them; pass its path")
 
 
 def check_passed(model: ModelConfig, module: PreTrainedModel | None, role: str) -> None:
