@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from tokenizers import normalizers, processors
 
-from opd.api import as_rows, from_options
+from opd.api import from_options
 from opd.config.options import DataConfig, ModelConfig, Source, TeacherConfig
 from opd.data.prompts import Encoder, Prompt, encode_rows, text_warnings
+from opd.data.python_rows import as_rows
 from opd.data.rewards import make_grader
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.data.rows import extract_answers
@@ -269,7 +270,7 @@ def test_any_accepted_answer_counts():
     with make_grader("exact") as grader:
         judge = SimpleNamespace(grader=grader, text=lambda rollout: "4")
         assert Evaluator.judge(judge, rollouts) == [1.0, 0.0, None]
-    row = as_rows([{"prompt": "a", "answer": ["four", "4"]}], lambda completion, answer: float(completion == answer))[0]
+    row = as_rows([{"prompt": "a", "answer": ["four", "4"]}], [lambda completion, answer: float(completion == answer)])[0]
     assert row["get_reward"]("4") == 1.0 and row["get_reward"]("5") == 0.0
 
 

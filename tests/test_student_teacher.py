@@ -387,7 +387,7 @@ def test_a_trained_module_cannot_be_evaluated_against_its_first_weights(tmp_path
     )  # fmt: skip
     assert trainer.evaluate()["eval/kl"] > 0
     trainer.train()
-    with pytest.raises(ConfigError, match=r"^teacher\.weights=base: .*opd eval"):
+    with pytest.raises(ConfigError, match=r"teacher\.weights.*base.*opd eval"):
         trainer.evaluate()
 
 

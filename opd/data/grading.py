@@ -158,7 +158,7 @@ class Reward:
             seconds: The limit of an asynchronous call. Others are ended from outside.
         """
         try:
-            values = asyncio.run(self.gather(items, seconds)) if self.is_async else self.values(items)
+            values = self.judge(items, seconds)
             late = [value is TimeoutError for value in values]
             rewards = [None if is_late else self.as_reward(value) for value, is_late in zip(values, late, strict=True)]
             return {"rewards": rewards, "late": sum(late)}
@@ -170,11 +170,14 @@ class Reward:
             texts = "" if len(items) > 1 else f"; completion {shown(items[0]['completion'])}, answer {shown(items[0]['answer'])}"
             return {"error": f"reward `{self.name}` failed on an answer: {self.place(error)}{describe(error)}{texts}"}
 
+    def judge(self, items: Sequence[Item], seconds: float | None = None) -> list[Any]:
+        """Return what the function returns for each answer; `TimeoutError` itself for an asynchronous call over the limit."""
+        return asyncio.run(self.gather(items, seconds)) if self.is_async else self.values(items)
+
     def values(self, items: Sequence[Item]) -> list[Any]:
         return self.as_many(self.call(as_lists(items)), items) if self.takes_lists else list(map(self.call, items))
 
-    async def gather(self, items: Sequence[Item], seconds: float) -> list[Any]:
-        """Return the values of an asynchronous function, `TimeoutError` itself for a call that took too long."""
+    async def gather(self, items: Sequence[Item], seconds: float | None) -> list[Any]:
         if self.takes_lists:
             return self.as_many(await self.call(as_lists(items)), items)
         free = asyncio.Semaphore(AT_ONCE)

@@ -3,7 +3,7 @@
 Such a folder has an `adapter_config.json` and an `adapter_model.safetensors`.
 """
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +23,8 @@ ALL_LINEAR = ["all-linear"]
 NOT_TRAINED = (
     "use_dora", "modules_to_save", "lora_bias", "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
 )  # fmt: skip
+# Settings of peft that describe the file, not the adapter.
+NOT_OF_THE_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "auto_mapping")
 
 
 def read_settings(config: ModelConfig, role: str) -> Any:
@@ -46,6 +48,33 @@ def read_settings(config: ModelConfig, role: str) -> Any:
     settings.init_lora_weights = True  # the tensors come from the file; other values would change the base model
     settings.inference_mode = False
     return settings
+
+
+def peft_options(settings: Any) -> dict[str, Any]:
+    """Return the options of `lora` for the adapters that a `peft.LoraConfig` describes.
+
+    Raises `ConfigError` for what the options cannot express.
+    """
+    import peft
+
+    if not isinstance(settings, peft.LoraConfig):
+        raise ConfigError(f"peft_config is a {type(settings).__name__}; only LoRA adapters are trained: pass a peft.LoraConfig")
+    values, defaults = asdict(settings), asdict(peft.LoraConfig())
+    known = ("r", "lora_alpha", "target_modules", "task_type", *NOT_OF_THE_ADAPTER)
+    other = [name for name in values if name not in known and values[name] != defaults[name]]
+    if settings.task_type not in (None, "CAUSAL_LM"):
+        other.append("task_type")
+    if other:
+        raise ConfigError(f"peft_config: {other[0]}={values[other[0]]!r} has no counterpart in opd; leave it at its default")
+    targets = settings.target_modules
+    if targets is None or (isinstance(targets, str) and targets != ALL_LINEAR[0]):
+        remedy = "a list of layers' names, or 'all-linear'"
+        raise ConfigError(f"peft_config: target_modules={targets!r}: set {remedy}")
+    return {
+        "lora.rank": settings.r,
+        "lora.alpha": settings.lora_alpha,
+        "lora.targets": ALL_LINEAR if isinstance(targets, str) else sorted(targets),
+    }
 
 
 def lora_options(config: Config) -> LoraConfig:

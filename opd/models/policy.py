@@ -48,14 +48,17 @@ def prepare_student(model: PreTrainedModel, device: torch.device, bf16: bool = F
 
     Args:
         bf16: Whether it computes in bf16.
-        frozen: Whether adapters are trained instead of its weights. Trained weights are float32, frozen ones have the compute dtype.
+        frozen: Whether adapters are trained instead of its weights, which are then frozen and have the compute dtype. Without, weights are
+            float32, and those with `requires_grad=False` stay so.
     """
     dtype = torch.bfloat16 if frozen and bf16 else torch.float32
     for weight in filter(torch.is_floating_point, model.parameters()):  # before the move: a device may have no room for float32
         weight.data = weight.data.to(dtype)
     for buffer in filter(torch.is_floating_point, model.buffers()):  # such as rotary frequencies, which bf16 would round
         buffer.data = buffer.data.float()
-    nn.Module.to(model, device).eval().requires_grad_(not frozen)
+    nn.Module.to(model, device).eval()
+    if frozen:
+        model.requires_grad_(False)
     with autocast(device, bf16):
         check_head(model, "model")
     return model

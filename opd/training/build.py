@@ -90,7 +90,7 @@ def build(
     """Return everything a run needs. Cheap checks come before expensive loading.
 
     Args:
-        stack: Closes the reward's process at the end of the run.
+        stack: Closes the reward's process at the end of the run, and restores a module that was passed.
         choices: Decisions of the run that is resumed; None for a new run.
     """
     if config.sampling.engine is Engine.vllm and not config.sampling.by_server:
@@ -111,6 +111,11 @@ def build(
     torch.manual_seed(config.seed)
     student, adapters = load_student(config, given, device, bf16)
     masters = MasterWeights(student) if bf16 and not sharded else None
+    if given.student is not None:  # also where the run is interrupted, or only evaluates
+        if adapters is not None:
+            stack.callback(adapters.unload)
+        if masters is not None:
+            stack.callback(masters.restore_module)
     average = load_teachers(teachers, given, accelerator, student, masters)
     start = starting_model(config, teachers, student)
     ids = match_ids(config, tokenizer, student, teachers, overlap, prompts)

@@ -1,6 +1,8 @@
 """How a model is evaluated: its answers are judged, and the exact KL(student‖teacher) is taken on the student's own samples."""
 
 import logging
+import math
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -14,11 +16,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opd.config.compose import PACKAGE
 from opd.config.schema import Config
-from opd.data.grading import Item
-from opd.data.prompts import Prompt, first_of_each
+from opd.data.grading import Item, describe
+from opd.data.prompts import GetReward, Prompt, first_of_each
 from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
+from opd.errors import RewardError
 from opd.models.device import autocast
 from opd.models.distributed import run_stoppable
 from opd.models.load import decode
@@ -27,6 +31,7 @@ from opd.models.shared_ids import SharedIds
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.objective.head import TokenStats
 from opd.objective.overlap import OVERLAP
+from opd.runs.text import one_line
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
 from opd.training.evaluation import KL, Distances, Evaluation, Judged, added
@@ -180,14 +185,17 @@ class Evaluator:
         return decode(self.tokenizer, rollout.answer, skip_special_tokens=True)
 
     def judge(self, rollouts: Sequence[Rollout]) -> list[float | None]:
-        """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either."""
+        """Return each completion's reward by its prompt's own `get_reward`, else by the configured one; None without either.
+
+        Raises `RewardError` where one of them fails.
+        """
         texts = list(map(self.text, rollouts))
         prompts = [rollout.request.prompt for rollout in rollouts]
         items = [[] if prompt.get_reward else prompt.to_grade(text) for prompt, text in zip(prompts, texts, strict=True)]
         graded = iter(self.grade([item for each in items for item in each]))
         against_answers = [best(islice(graded, len(each))) for each in items]
         return [
-            prompt.get_reward(text) if prompt.get_reward else reward
+            own_reward(prompt.get_reward, text) if prompt.get_reward else reward
             for prompt, text, reward in zip(prompts, texts, against_answers, strict=True)
         ]
 
@@ -202,6 +210,23 @@ class Evaluator:
                 "%d of %d answers were not judged: a reward took too long or too much memory (%s)", missed, len(items), self.grader.limits
             )
         return rewards
+
+
+def own_reward(get_reward: GetReward, completion: str) -> float | None:
+    """Return the reward by a prompt's own function. Raises `RewardError`, with the function's line, where it fails or returns no number."""
+    try:
+        value = get_reward(completion)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        place = next((f"{frame.filename}:{frame.lineno}: " for frame in frames if not frame.filename.startswith(str(PACKAGE))), "")
+        raise RewardError(f"{place}the reward failed: {describe(error)}, on the completion {one_line(completion)[:200]!r}") from error
+    try:
+        number = None if value is None else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        raise RewardError(f"get_reward returned {value!r}; it must return a finite number, or None for a completion that it cannot judge")
+    return number
 
 
 def make_evaluator(

@@ -1,13 +1,14 @@
-"""What watches a run from the side: trackers, and the watchdog for a run that hangs."""
+"""What a run logs: metrics for trackers and for `log_history`; and the watchdog for a run that hangs."""
 
 import faulthandler
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -15,8 +16,8 @@ from opd.config.compose import to_dict
 from opd.config.options import Tracker
 from opd.config.schema import Config
 from opd.errors import INTERNAL, ConfigError
+from opd.runs.folder import EVALUATIONS, METRICS, read_lines
 from opd.runs.reader import flatten
-from opd.training.evaluation import DatasetResult, Evaluation
 
 LAST_RESORT = 60.0  # seconds: faulthandler ends the process when another thread holds the GIL, so that the watchdog's thread cannot run
 CHECKS = 20  # how often the watchdog's thread checks within the limit
@@ -43,19 +44,26 @@ def start_tracking(config: Config, accelerator: Accelerator, folder: Path) -> No
     accelerator.init_trackers(config.track.project, config=options, init_kwargs=arguments)
 
 
-def evaluation_metrics(evaluation: Evaluation) -> dict[str, float]:
-    """Return an evaluation as metrics for the tracker."""
+def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return an evaluation, as `Evaluation.to_dict` returns it, as metrics for the tracker."""
     metrics: dict[str, float] = {}
-    results: dict[str, Evaluation | DatasetResult] = {"eval": evaluation}
-    results |= {f"eval/{label}": result for label, result in evaluation.datasets.items()}
+    results = {"eval": evaluation, **{f"eval/{label}": result for label, result in evaluation.get("datasets", {}).items()}}
     for prefix, result in results.items():
-        if result.rewards is not None:
-            metrics |= {f"{prefix}/reward": result.rewards.mean, f"{prefix}/length": result.rewards.length}
-        if result.kl is not None:
-            metrics[f"{prefix}/kl"] = result.kl
-        if result.overlap is not None:
-            metrics |= {f"{prefix}/overlap_{name}": result.overlap[name] for name in ("share", "mass")}
+        if (rewards := result["rewards"]) is not None:
+            metrics |= {f"{prefix}/reward": rewards["mean"], f"{prefix}/length": rewards["length"]}
+        if result["kl"] is not None:
+            metrics[f"{prefix}/kl"] = result["kl"]
+        if (overlap := result.get("overlap")) is not None:
+            metrics |= {f"{prefix}/overlap_{name}": overlap[name] for name in ("share", "mass")}
     return metrics
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics of each step and of each evaluation of the student that a run folder has, in order of their `step`."""
+    steps = [{name: value for name, value in line.items() if name != "by_position"} for line in read_lines(folder / METRICS)]
+    found = [line for line in read_lines(folder / EVALUATIONS) if line["model"] == "student"]
+    evaluations = [{"step": line["step"], **evaluation_metrics(line)} for line in found]
+    return sorted([*steps, *evaluations], key=lambda line: int(line["step"]))
 
 
 @contextmanager

@@ -117,10 +117,9 @@ class Trainer:
     def loop(self) -> Iterator[Event]:
         self.note_memory("loading")
         while True:
-            is_last = self.step >= self.max_steps
-            if self.evaluation_due(is_last):
+            if self.evaluation_due():
                 yield from self.evaluate()
-            if is_last:
+            if self.step >= self.max_steps:
                 return
             done = self.train_step()
             yield done
@@ -137,8 +136,12 @@ class Trainer:
             elif any(every > 0 and self.step % every == 0 for every in self.canaries.values()):
                 on_main_process(self.accelerator, self.scoring.teacher.check)
 
-    def evaluation_due(self, is_last: bool) -> bool:
-        every = self.config.eval.steps
+    def stop(self) -> None:
+        """End training after the current step, with the last evaluation. All processes call it."""
+        self.max_steps = max(1, self.step)  # a summary needs a step
+
+    def evaluation_due(self) -> bool:
+        every, is_last = self.config.eval.steps, self.step >= self.max_steps
         return self.evaluated != self.step and (self.step == 0 or is_last or (every > 0 and self.step % every == 0))
 
     def save_due(self) -> bool:

@@ -60,6 +60,8 @@ def check_modules(config: Config, given: Given) -> None:
         raise ConfigError(f"{option}: a teacher was passed as a module too; leave one of them out")
     if given.teacher is not None and config.names_weights:
         raise ConfigError(f"{config.weights_option}: a teacher was passed as a module too; leave one of them out")
+    if given.teacher is not None and config.teaches_itself:
+        raise ConfigError(f"teacher.path={config.teacher.path}: the model that gets adapters is the teacher without them; pass its path")
 
 
 def check_passed(model: ModelConfig, module: PreTrainedModel | None, role: str) -> None:
@@ -102,7 +104,7 @@ def open_teachers(config: Config, given: Given, tokenizer: PreTrainedTokenizerBa
 
 
 def load_student(config: Config, given: Given, device: torch.device, bf16: bool) -> tuple[PreTrainedModel, Any | None]:
-    """Return the student and peft's handle on its adapters."""
+    """Return the student and peft's handle on its adapters. Raises `ConfigError` for a module of which nothing is trained."""
     check_passed(config.model, given.student, "model")
     if given.student is not None and given.student is given.teacher:
         raise ConfigError("model and teacher_model are the same module, but the teacher must not change: load it twice")
@@ -110,7 +112,11 @@ def load_student(config: Config, given: Given, device: torch.device, bf16: bool)
     source = replace(config.model, adapter=None) if config.lora.rank else config.model
     frozen = config.lora.rank > 0
     model = given.student or load.load_model(source, "model", device, frozen)
+    if given.student is None and not frozen:
+        model.requires_grad_(True)  # peft leaves the weights that it merged an adapter into frozen
     student = prepare_student(model, device, bf16, frozen)
+    if not frozen and not any(weight.requires_grad for weight in student.parameters()):
+        raise ConfigError("model: all of its parameters have requires_grad=False; set it to True on those to train, or pass peft_config")
     if all(map(can_fuse, config.parts_by_teacher.values())):
         fuse_layers(student)
     return student, trained_adapters(student, config) if config.lora.rank else None

@@ -24,7 +24,7 @@ from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.accelerator import make_accelerator
-from opd.models.distributed import gather_tensors, is_peer_failure, on_main_process, shards_weights, stop_all_processes
+from opd.models.distributed import any_process, gather_tensors, is_peer_failure, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
 from opd.models.policy import is_quantized
 from opd.report import render_report
@@ -59,7 +59,7 @@ from opd.training.tensors import model_tensors
 
 log = logging.getLogger(__name__)
 
-OnEvent = Callable[[Event], None]
+OnEvent = Callable[[Event], bool | None]
 Lines = list[dict[str, Any]]
 
 
@@ -73,7 +73,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
 
     Args:
         given: Objects that replace what the config names.
-        on_event: Called with every event of the loop.
+        on_event: Called with every event of the loop. Where it returns True in any process, training ends after the current step.
     """
     quiet_libraries()
     gc.collect()  # an earlier run of a sweep may have left memory behind
@@ -110,7 +110,7 @@ def evaluate(config: Config, folder: Path, given: Given) -> dict[str, float]:
     with ExitStack() as stack:
         built = build(config, make_accelerator(config, folder), Checkpoints(folder, 1, keep_best=False), given, stack, None)
         evaluations = [event.evaluation for event in built.trainer.evaluate() if isinstance(event, Evaluated)]
-        return evaluation_metrics(evaluations[0])
+        return evaluation_metrics(evaluations[0].to_dict())
 
 
 def quiet_libraries() -> None:
@@ -288,7 +288,8 @@ def distil(
         for event in trainer.run():
             beat()
             write_event(event, built, run_folder, display)
-            on_event(event)
+            if any_process(accelerator, bool(on_event(event))):
+                trainer.stop()
             if isinstance(event, Rewound):
                 on_main_process(accelerator, partial(cut_logs, (event.step, 0), run_folder, checkpoints))
                 restore_counters(run_folder, checkpoints, trainer)
@@ -321,7 +322,7 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             display.show(event, sample_text(built.tokenizer, shown) if stored else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
-            accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)
+            accelerator.log(evaluation_metrics(event.evaluation.to_dict()), step=event.evaluation.step)
             display.show(event)
         case Rewound():
             log.warning("rewound to step %d; %d samples are left out from here on", event.step, len(event.left_out))
