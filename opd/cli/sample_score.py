@@ -40,7 +40,8 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 
     runner.quiet_libraries()
     target = find_target(flags.target, config, flags.teacher)
-    models = sample_score.load_pair(target.config, flags.teacher != NONE, target.average)
+    with_teacher = target.has_teacher if flags.teacher is None else flags.teacher != NONE
+    models = sample_score.load_pair(target.config, with_teacher, target.average)
     console = make_console(80)
     if not flags.prompt and flags.file is None and sys.stdin.isatty():
         console.print("one prompt per line; an empty line ends")

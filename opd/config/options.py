@@ -331,11 +331,14 @@ class EvalConfig(Section, prefix="eval."):
         self.require("samples", self.samples == 1 or self.temperature > 0, remedy)
 
 
+Best = StrEnum("Best", "keep final drop")
+
+
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig(Section, prefix="checkpoint."):
     every: int = bounded(50, at_least=1)
     keep_last: int = bounded(2, at_least=1)
-    keep_best: bool = True
+    best: Best = Best.keep
     background: bool | None = None
 
 

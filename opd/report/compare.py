@@ -110,7 +110,7 @@ def show(comparison: Comparison, console: Console) -> None:
 
 
 def _cells(row: Row, metric: str) -> dict[str, str]:
-    values = row.values
+    values, shares = row.values, row.values["reward_is_share"]
     ranked_by = {} if metric in SHOWN else {metric: format_number(values[metric], ".6g")}
     first, last = (format_number(values[f"eval_kl_{when}"]) for when in ("before", "after"))
     return {
@@ -118,8 +118,8 @@ def _cells(row: Row, metric: str) -> dict[str, str]:
         "options that differ": " ".join(f"{name}={format_value(value)}" for name, value in row.options.items()) or MISSING,
         "status": row.run.status,
         **ranked_by,
-        "reward": format_reward(values["reward_after"], values["reward_after_interval"], digits=0),
-        "best": format_reward(values["reward_best"], values["reward_best_interval"], digits=0),
+        "reward": format_reward(values["reward_after"], values["reward_after_interval"], digits=0, shares=shares),
+        "best": format_reward(values["reward_best"], values["reward_best_interval"], digits=0, shares=shares),
         "KL to teacher": MISSING if first == last == MISSING else f"{first} → {last}",
         "reverse KL": format_number(values["reverse_kl_last"]),
         "steps": format_number(values["steps"], ","),
