@@ -1,8 +1,8 @@
 """`opd ls` lists files and runs without torch; `opd cp` copies a shipped file, never over another one."""
 
 import json
-import re
 import os
+import re
 import socket
 import subprocess
 import sys

@@ -50,6 +50,17 @@ def test_a_run_that_ruined_the_student_says_so(ruined: Path) -> None:
     assert cli.main(["report", str(ruined / "runs/run")]) == errors.OK
 
 
+def test_a_refused_start_leaves_the_log_of_the_run_as_it_was(
+    ruined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(ruined / "runs/run", tmp_path / "runs/run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/run/train.log").write_text("its own\n")
+    assert cli.main(["train", "experiment=debug", "device=cpu", "name=run", "train.max_steps=7"]) == errors.USAGE
+    assert "contains another run" in capfd.readouterr().err
+    assert (tmp_path / "runs/run/train.log").read_text() == "its own\n"
+
+
 def test_answers_that_were_not_judged_are_counted(ruined: Path) -> None:
     lines = [json.loads(line) for line in (ruined / "runs/run/evaluations.jsonl").read_text().splitlines()]
     student = next(line for line in lines if line["model"] == "student")

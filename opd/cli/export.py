@@ -1,9 +1,9 @@
 """`opd export`: save the model of a run or a checkpoint as a model folder."""
 
 import argparse
-from pathlib import Path
 
 from opd.cli.arguments import Parser
+from opd.config.files import local_path
 
 DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLES = """opd export runs/first --out first --dtype bfloat16
@@ -15,8 +15,8 @@ opd export runs/first --out first --push OWNER/NAME"""
 def make_parser() -> Parser:
     description = "Save the model of a run, or of one of its checkpoints, as a plain Hugging Face folder, with adapters merged."
     parser = Parser("export", export, description, EXAMPLES)
-    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="runs/NAME, or a folder in its checkpoints/")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", required=True, help="a new folder")
+    parser.add_argument("source", type=local_path, metavar="RUN_OR_CHECKPOINT", help="runs/NAME, or a folder in its checkpoints/")
+    parser.add_argument("--out", type=local_path, metavar="FOLDER", required=True, help="a new folder")
     parser.add_argument("--best", action="store_true", help="of a run, the checkpoint with the best evaluation instead of final/")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of the weights (float32, as they were trained)")
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub; a new repository is private")

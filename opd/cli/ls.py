@@ -15,6 +15,7 @@ from rich.text import Text
 from opd.cli.arguments import Parser
 from opd.cli.hydra_errors import choices
 from opd.config.compose import conf_dir
+from opd.config.files import local_path
 from opd.errors import ConfigError, DataError, OutputError
 from opd.runs.folder import METRICS, RUN, STATUS
 from opd.runs.outcome import run_outcome
@@ -38,7 +39,7 @@ def make_ls_parser() -> Parser:
 
 def print_list(parsed: argparse.Namespace) -> None:
     kinds = [word for word in parsed.what if word in KINDS]
-    folders = [Path(word) for word in parsed.what if word not in KINDS]
+    folders = [local_path(word) for word in parsed.what if word not in KINDS]
     if folders and RUNS not in kinds:
         kinds.append(RUNS)
     listed: dict[str, list[dict[str, Any]]] = {}
@@ -118,7 +119,7 @@ def make_cp_parser() -> Parser:
     description = "Copy a shipped YAML file into a folder of yours, to change it and use it with --config-dir."
     parser = Parser("cp", copy_file, description, "opd cp experiment/tiny\nopd cp optim/adamw --name slow --to ./conf")
     parser.add_argument("file", help="group/name, or a name that only one group has (opd ls)")
-    parser.add_argument("--to", type=Path, default=Path("conf"), help="the folder (./conf)")
+    parser.add_argument("--to", type=local_path, default=Path("conf"), help="the folder (./conf)")
     parser.add_argument("--name", help="name of the copy (my_NAME); a shipped file takes precedence over one of the same name")
     return parser
 

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from opd.report.charts import LIGHT, Band, Line, chart, smoothed, thinned
+from opd.report.compare import incomparable
 from opd.report.controls import Effect
 from opd.runs.outcome import by_dataset, compared_evaluations, find_warnings, rewards_are_shares
 from opd.runs.reader import Run, flatten, format_value
@@ -112,6 +113,8 @@ def heading(runs: Sequence[Run]) -> str:
         if run.status != "done":
             reason = f": {text(run.reason)}" if run.reason else ""
             notices.append(f'<p class="notice">{_named(run)} is not finished ({text(run.status)}{reason}).</p>')
+    if note := incomparable(runs):
+        notices.append(f'<p class="notice">{text(note[0].upper() + note[1:])}.</p>')
     return f'<header><p class="kicker">opd · report</p><h1>{title}</h1>{facts}{"".join(notices)}</header>'
 
 

@@ -14,6 +14,7 @@ Lines = Sequence[Mapping[str, Any]]
 
 DETAILED_STEPS = 50  # per run, about
 SHOWN = 60  # letters of an answer in a warning
+WORSE = "worse than before training"
 KL_RISE = 1.1  # a KL that rose by less may have been measured on luckier samples
 
 
@@ -64,7 +65,7 @@ def find_warnings(evaluations: Lines, options: Mapping[str, Any]) -> list[str]:
     before, after, best = compared["before"], compared["after"], best_evaluation(evaluations)
     if before is not None and after is not None and best is not None and (change := _worse(before, after)):
         where = "" if best["step"] == 0 else " (opd export RUN --best)"
-        found.append(f"{change}: worse than before training; the best was step {best['step']}{where}: lower optim.lr")
+        found.append(f"{change}: {WORSE}; the best was step {best['step']}{where}: lower optim.lr")
     unjudged = next((line["unjudged"] for line in evaluations if line.get("model") == "student" and line.get("unjudged")), None)
     if unjudged is not None:
         found.append(describe_unjudged(unjudged, (options.get("eval") or {}).get("reward")))

@@ -130,7 +130,7 @@ class Display:
             shares = (f"{label} {self.metrics[f'time/{name}'] / self.metrics['time/step']:.0%}" for name, label in PARTS.items())
             lines.append(Text(f"{'  '.join(shares)}  peak memory {format_bytes(self.metrics['memory/peak_bytes'])}", style="dim"))
         if self.evaluation is not None:
-            lines.append(Text(describe(self.evaluation), style="cyan"))
+            lines.append(Text(describe(self.evaluation), style="cyan", overflow="fold", no_wrap=False))
         if self.sample:
             lines.append(Text(self.sample, style="dim", overflow="ellipsis", no_wrap=True))
         return Panel(Group(*lines), title="opd", border_style="blue")
@@ -216,7 +216,9 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
     parameters = trainer.student.num_parameters()  # of 4-bit weights as well
     teachers = config.parts_by_teacher
     named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
-    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {trainer.accelerator.device}")
+    device = trainer.accelerator.device
+    where = str(device) if processes == 1 else f"{device.type}, {processes} processes"
+    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {where}")
     display.note(
         f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
         f"{size * processes * n} rollouts; "
