@@ -25,6 +25,7 @@ def run_sums(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def sums() -> ModuleType:
+    sys.path.insert(0, str(SUMS.parent))  # as Python does for a script
     loader = SourceFileLoader("smollm2_sums", str(SUMS))
     spec = spec_from_loader("smollm2_sums", loader)
     assert spec is not None

@@ -21,7 +21,7 @@ TokenStats = dict[str, Tensor]
 # (logits_CV in any dtype, the rows of the chunk) -> (loss_C, per-token statistics of shape C). It may overwrite the logits.
 TokenLoss = Callable[[Tensor, slice], tuple[Tensor, TokenStats]]
 
-# Of a float32 copy of the logits on a CPU. The C library maps more than 32 MiB anew for each tensor, and clearing these pages takes longer
+# Of a float32 copy of the logits on a CPU. The C library maps more than 32 MiB again for each tensor, and clearing these pages takes longer
 # than the arithmetic; less makes the operations short.
 PIECE_BYTES = 16 * 2**20
 MASKED = -1e30  # the logit of a masked id: of probability 0 at any temperature, and finite, so that 0 log 0 is 0
