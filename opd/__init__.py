@@ -12,9 +12,10 @@ if sys.argv[:1] == ["-m"] and any(word.partition(".")[0] == "opd" for word in sy
 __version__ = "0.1.0"
 
 # Imported when first asked for, so that `import opd` and the command line answer without torch.
-EXPORTS = {"OnPolicyDistillationTrainer": "opd.api", "reward": "opd.data.rewards"}
+ERRORS = ("OpdError", "ConfigError", "DataError", "EngineError", "NumericError", "OutputError", "Preempted", "RewardError", "TeacherError")
+EXPORTS = {"OnPolicyDistillationTrainer": "opd.api", "reward": "opd.data.rewards", **dict.fromkeys(ERRORS, "opd.errors")}
 
-__all__ = ["OnPolicyDistillationTrainer", "__version__", "reward"]
+__all__ = ["OnPolicyDistillationTrainer", "__version__", "reward", *ERRORS]
 
 
 def __getattr__(name: str) -> object:

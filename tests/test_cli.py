@@ -158,7 +158,7 @@ def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
 
 MISTAKES = [
     ("model=qwen05", 64, "did you mean qwen05b"),
-    ("model=Qwen/Qwen2.5-0.5B", 64, "model.path="),
+    ("model=Qwen2.5-0.5B", 64, "model.path="),
     ("teacher=gpt", 64, "teacher.path="),
     ("data=my.jsonl", 64, "data.train_path="),
     ("experiment=tny", 64, "did you mean tiny"),

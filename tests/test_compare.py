@@ -52,6 +52,31 @@ def test_runs_are_ranked_by_the_last_reward_and_those_without_one_come_last(tmp_
     assert ranked(tmp_path, metric="reward_best")[0] == (1, "b")
 
 
+def test_runs_of_other_data_or_rewards_are_not_ranked_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a", rewards=(0.5, 0.6), eval={"reward": "number"})
+    make(tmp_path / "b", rewards=(0.5, 0.9), eval={"reward": "exact"})
+    assert cli.main(["compare", str(tmp_path)]) == errors.OK
+    assert "warning: these runs have different rewards (eval.reward)" in capfd.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "both.html")]) == errors.OK
+    assert "These runs have different rewards (eval.reward)" in (tmp_path / "both.html").read_text()
+    make(tmp_path / "same/a", rewards=(0.5, 0.6), eval={"reward": "number"})
+    make(tmp_path / "same/b", rewards=(0.5, 0.9), eval={"reward": "number"})
+    assert compare.incomparable(find_runs([tmp_path / "same"])) == ""
+
+
+def test_of_equal_members_the_one_proposed_first_comes_first(tmp_path: Path) -> None:
+    for number, name in ((2, "a"), (1, "b")):
+        write_json(make(tmp_path / name, rewards=(0.5, 0.6)) / "member.json", {"number": number})
+    assert ranked(tmp_path) == [(1, "b"), (2, "a")]
+
+
+def test_rewards_outside_of_0_and_1_and_names_are_in_the_table(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "of-17", rewards=(3.0, 17.5))
+    assert cli.main(["compare", str(tmp_path)]) == errors.OK
+    shown = capfd.readouterr().out
+    assert "of-17" in shown.partition("\n  1  ")[0] and "17.5 [17.4, 17.6]" in shown and "%" not in shown
+
+
 def test_without_rewards_runs_are_ranked_by_the_smaller_kl(tmp_path: Path) -> None:
     make(tmp_path / "a", kl=(2.0, 1.0))
     make(tmp_path / "b", kl=(2.0, 0.5))

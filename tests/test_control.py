@@ -17,8 +17,9 @@ from training_helpers import VOCABULARY, config, make_trainer, rollout_of, untim
 from opd.cli import main as cli
 from opd.errors import ConfigError
 from opd.report import compare, render_report
-from opd.report.controls import MIN_SEEDS, Effect, effects, paired_interval, t95
+from opd.report.controls import Effect, effects
 from opd.runs.folder import write_json
+from opd.runs.intervals import MIN_SEEDS, paired_interval, t95
 from opd.runs.reader import find_runs, open_run
 from opd.training import control
 from opd.training.control import CONSTANT, SHUFFLED, UNLIKELY, constant_advantage, partners

@@ -50,6 +50,14 @@ def test_notes_hold_no_control_characters(screen: io.StringIO) -> None:
     assert screen.getvalue() == "a␛[31mb␇⟨U+202E⟩c\nd␍\n"
 
 
+def test_the_evaluation_in_the_panel_is_wrapped_and_not_cut(screen: io.StringIO) -> None:
+    display = make_display(screen)
+    overlap = {"mass": 0.9, "share": 0.8}
+    display.evaluation = Evaluation(3, Rewards(0.5, 0.25, 0.75, 16, 3.0, 0.0), 1.5, overlap=overlap)
+    display.console.print(display._panel())
+    assert "80% of the ids" in " ".join(screen.getvalue().replace("│", "").split())
+
+
 def test_a_sample_is_one_harmless_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "decode", lambda tokenizer, ids, **options: HOSTILE)
     rollout = SimpleNamespace(request=SimpleNamespace(prompt=SimpleNamespace(text="say\n  a")), answer=(1,))

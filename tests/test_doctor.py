@@ -336,7 +336,8 @@ def test_rewards_of_student_and_teacher_decide() -> None:
     assert finding([1.0] * 20, [0.0] * 20).status is Status.fail
     few = finding([1.0, 1.0, 0.0], [1.0, 0.0, 0.0])
     assert few.status is Status.warn and "--prompts" in few.remedy, "three prompts decide nothing"
-    assert "+25.0% [-24.0%, +74.0%]" in finding([1.0, 1.0, 1.0, 0.0], [1.0] * 4).what, "a difference of 1 in one of four may be chance"
+    assert "+25.0% [-96.5, +100.0]" in finding([1.0, 1.0, 1.0, 0.0], [1.0] * 4).what, "a difference of 1 in one of four may be chance"
+    assert "+0.0% [-" in finding([0.0] * 6, [0.0] * 6).what, "six prompts that agree leave an interval"
     assert first_step.check_rewards([None], [1.0])[0].status is Status.fail
 
 

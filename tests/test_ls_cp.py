@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -41,10 +42,11 @@ def test_ls_lists_every_shipped_choice_and_every_run(tmp_path: Path, capsys: pyt
         assert [(row["group"], row["name"]) for row in listed[kind]] == [(file.parent.name, file.stem) for file in files]
         assert all(row["about"] for row in listed[kind])
     assert [(row["path"], row["status"], row["steps"], row["of"]) for row in listed["runs"]] == [
-        ("runs/first", "done", 2, 9),
         ("sweeps/lr/lr=1", "failed", 2, 9),
-    ]
-    assert listed["runs"][0]["reward_after"] == 0.75 and listed["runs"][1]["reward_after"] is None
+        ("runs/first", "done", 2, 9),
+    ], "newest first"
+    assert listed["runs"][1]["reward_after"] == 0.75 and listed["runs"][0]["reward_after"] is None
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d", row["date"]) for row in listed["runs"])
     assert main(["ls"]) == errors.OK
     shown = capsys.readouterr().out
     assert "experiment=tiny" in shown and "runs/first" in shown and "2/9" in shown and "50.0%" in shown

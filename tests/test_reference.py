@@ -101,7 +101,7 @@ OPTIONS = {
     "eval.kl_prompts": 0,
     "checkpoint.every": 100,
     "checkpoint.keep_last": 9,
-    "checkpoint.keep_best": "false",
+    "checkpoint.best": "drop",
     "checkpoint.background": "false",
     "track.tool": "none",
     "track.rollouts_per_step": 100,

@@ -122,10 +122,10 @@ def test_a_finished_run_has_a_self_contained_report(debug_run):
 
 
 def test_a_report_that_fails_does_not_fail_the_run(tmp_path, monkeypatch, capfd):
-    from opd.training import runner
+    from opd.training import finish
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runner, "render_report", lambda runs: 1 / 0)
+    monkeypatch.setattr(finish, "render_report", lambda runs: 1 / 0)
     assert main([*DEBUG, "name=run", "train.max_steps=1"]) == 0
     folder = tmp_path / "runs" / "run"
     assert json.loads((folder / "status.json").read_text())["status"] == "done" and not (folder / "report.html").exists()

@@ -5,14 +5,15 @@ import contextlib
 import errno
 import json
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import pytest
 
 from opd import errors
 from opd.cli import arguments
-from opd.config.options import METRICS as SUMMARY_METRICS
-from opd.config.options import Direction, SweepConfig
-from opd.runs import outcome, text
+from opd.config.options import SweepConfig
+from opd.runs import intervals, outcome, text
 from opd.runs.folder import EVALUATIONS, METRICS, RunFolder, Status, read_lines, write_json
 from opd.runs.reader import find_runs, open_run
 
@@ -103,6 +104,56 @@ def test_gap_closed() -> None:
     assert set(outcome.achieved([], []).values()) == {None}
 
 
+def evaluation(step: int, each: list[float | None] | None, kl: float | None = None, model: str = "student") -> dict[str, Any]:
+    judged = [reward for reward in each or [] if reward is not None]
+    rewards = {"mean": fmean(judged), "low": min(judged), "high": max(judged), "count": len(judged), "each": each} if judged else None
+    return {"model": model, "step": step, "rewards": rewards, "kl": kl}
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (
+            [evaluation(0, [1] * 8 + [0] * 8), evaluation(10, [0] * 16)],
+            "reward 50.0% → 0.0%: worse than before training; the best was step 0",
+        ),
+        ([evaluation(0, [1, 0] * 8), evaluation(10, [1] * 16), evaluation(20, [0] * 16)], "the best was step 10 (opd export RUN --best)"),
+        ([evaluation(0, [17.5] * 8), evaluation(10, [3.0] * 8)], "reward 17.5 → 3: worse"),
+        ([evaluation(0, [1, 1, 0, 0] * 8), evaluation(10, [1, 0, 0, 0] * 8)], "reward 50.0% → 25.0%"),
+        ([evaluation(0, [1, 1, 0, 0]), evaluation(10, [1, 0, 0, 0])], ""),  # one of four: within the interval
+        ([evaluation(0, [0] * 16), evaluation(10, [1] * 16)], ""),
+        ([evaluation(0, None, 1.0), evaluation(10, None, 1.2)], "KL to the teacher 1.0000 → 1.2000: worse"),
+        ([evaluation(0, None, 1.0), evaluation(10, None, 1.05)], ""),
+        ([evaluation(0, [0, 1] * 8, 1.0), evaluation(10, [1] * 16, 9.0)], ""),  # the KL may rise while the reward does
+        ([evaluation(0, [1] * 16)], ""),
+        ([], ""),
+    ],
+)
+def test_a_run_that_made_the_student_worse_has_a_warning(lines: list[dict[str, Any]], words: str) -> None:
+    found = outcome.find_warnings(lines, {"eval": {"reward": "number"}})
+    assert words in found[0] and "optim.lr" in found[0] if words else found == []
+
+
+def test_answers_without_a_reward_are_a_warning() -> None:
+    lines = [{**evaluation(0, None), "unjudged": {"count": 4, "of": 4, "answer": "no digits here"}}]
+    [found] = outcome.find_warnings(lines, {"eval": {"reward": "number"}})
+    assert "eval.reward=number judged none of 4 answers: 'no digits here' has no single number" in found and "data.answer" in found
+    lines = [{**evaluation(0, [1, None]), "unjudged": {"count": 1, "of": 2, "answer": "x"}}]
+    assert "judged 1 of 2 answers" in outcome.find_warnings(lines, {"eval": {"reward": "exact"}})[0]
+
+
+def test_the_best_evaluation_may_be_that_before_training() -> None:
+    assert outcome.achieved([], [evaluation(0, [1.0, 0.0]), evaluation(10, [0.0, 0.0])])["best_step"] == 0
+    assert outcome.achieved([], [evaluation(0, [0.0]), evaluation(10, [1.0]), evaluation(20, [1.0])])["best_step"] == 10, "the first"
+    assert outcome.achieved([], [evaluation(0, None, 2.0), evaluation(10, None, 1.0)])["best_step"] == 10
+
+
+@pytest.mark.parametrize(("rewards", "shares"), [([0, 0.5, 1, None], True), ([17.5], False), ([-2.0, 1.0], False), ([], True)])
+def test_rewards_outside_of_0_and_1_are_no_percentages(rewards: list[float | None], shares: bool) -> None:
+    assert intervals.are_shares(rewards) is shares
+    assert outcome.rewards_are_shares([evaluation(0, [0.5]), evaluation(10, rewards, model="teacher")]) is shares
+
+
 def test_achieved_takes_the_last_evaluation_or_that_of_a_step() -> None:
     lines = [{"model": "student", "step": step, "kl": 1.0 / (step + 1), "rewards": None} for step in (0, 2, 4)]
     metrics = [{"step": step, "reverse_kl": float(step), "time/step": 2.0, "tokens": 10.0} for step in range(1, 5)]
@@ -143,8 +194,7 @@ def test_detailed_steps_are_about_fifty_with_the_first_and_the_last(total: int) 
     ],
 )
 def test_the_objective_of_a_sweep(metric: str, reward: float | None, kl: float | None, found: float | None) -> None:
-    direction = SUMMARY_METRICS.get(metric) or Direction.maximize
-    assert outcome.objective(SweepConfig(metric=metric, direction=direction), {"reward_after": reward, "eval_kl_after": kl}) == found
+    assert outcome.objective(SweepConfig(metric=metric), {"reward_after": reward, "eval_kl_after": kl}) == found
 
 
 # Writing
@@ -242,6 +292,8 @@ def test_a_refused_start_leaves_an_earlier_run_its_status_and_a_new_folder_empty
 def test_numbers_are_shown_the_same_everywhere() -> None:
     assert text.format_reward(0.4375, [0.231, 0.668]) == "43.8% [23.1, 66.8]" and text.format_reward(1.0, None) == "100.0%"
     assert text.format_reward(0.4375, [0.231, 0.668], digits=0) == "43.8% [23, 67]"
+    assert text.format_reward(17.5, [17.5, 17.5], shares=False) == "17.5" and text.format_reward(0.5, [0.5, 0.5]) == "50.0%", "no interval"
+    assert text.format_reward(-2.0, [-3.25, -1], shares=False) == "-2 [-3.25, -1]"
     assert text.format_reward(0.125, [-0.312, 0.0], sign="+") == "+12.5% [-31.2, +0.0]"
     assert [text.format_duration(seconds) for seconds in (0.4, 119, 120, 7_199, 7_200, 200_000)] == [
         "0 s",

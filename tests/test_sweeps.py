@@ -60,6 +60,19 @@ def succeed(config: Config, folder: Path) -> float:
 # Titles, table and outcomes
 
 
+def test_a_sweep_whose_members_all_got_worse_does_not_choose_one(capfd: pytest.CaptureFixture[str]) -> None:
+    def task(config: Config, folder: Path) -> float | None:
+        warnings = ["reward 50.0% → 0.0%: worse than before training; …"] if config.seed < 2 else []
+        (folder / "summary.json").write_text(json.dumps({"warnings": warnings}))
+        return 0.25
+
+    assert hydra_app.run_verb(task, ["-m", "seed=0,1", "name=s"]) == errors.OK
+    shown = capfd.readouterr().out
+    assert "best: seed=0 (highest objective; 1 more with the same)" in shown and "none is to be chosen" in shown
+    assert hydra_app.run_verb(task, ["-m", "seed=1,2", "name=other"]) == errors.OK
+    assert "none is to be chosen" not in capfd.readouterr().out
+
+
 def test_sweep_prints_a_title_per_member_and_a_table_of_outcomes(capfd: pytest.CaptureFixture[str]) -> None:
     def task(config: Config, folder: Path) -> float | None:
         if config.seed == 1:
@@ -77,7 +90,7 @@ def test_sweep_prints_a_title_per_member_and_a_table_of_outcomes(capfd: pytest.C
         "seed=2": "│ done │ – │ no objective was measured",
         "seed=3": "│ done │ 3 │",
     }
-    assert "best: seed=3 (maximizes objective)" in shown.out
+    assert "best: seed=3 (highest objective)" in shown.out
     assert "3 of 4 done" in shown.out and "the same command resumes" in shown.out
     assert shown.err == "opd: error: no data: none\n"
 
@@ -294,7 +307,7 @@ def test_killed_sweep_skips_finished_members_and_resumes_the_killed_one(capfd: p
     summaries = [run.summary for run in find_runs([Path("sweeps/s")])]
     assert [member["objective"] for member in members().values()] == [summary["reward_after"] for summary in summaries if summary]
     assert all(
-        {key for key, value in summary.items() if not isinstance(value, list | dict | str)} == set(METRICS)
+        {key for key, value in summary.items() if not isinstance(value, list | dict | str | bool)} == set(METRICS)
         for summary in summaries
         if summary
     ), "sweep.metric knows every number of a summary"

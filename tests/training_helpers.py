@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedModel
 
 from opd.config.compose import to_config
+from opd.config.options import Best
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import FinishReason, Request, Rollout
@@ -104,7 +105,7 @@ def make_trainer(
         student=student,
         sampler=make_sampler(student, settings.seed, bf16_copy),
         evaluator=NoEvaluator(),
-        checkpoints=Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.keep_best),
+        checkpoints=Checkpoints(folder / "checkpoints", settings.checkpoint.keep_last, settings.checkpoint.best is not Best.drop),
         prompts=prompts or make_prompts(settings.teacher.contrast is not None),
         scoring=Step(
             config=settings,

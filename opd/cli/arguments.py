@@ -54,10 +54,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise errors.ConfigError(f"{message}; {self.prog} --help shows the arguments")
 
+    def check_dashes(self, words: Sequence[str]) -> None:
+        """Raise `ConfigError` for a flag with one dash instead of two, or with two instead of one."""
+        for word in words:
+            flag = word.partition("=")[0]
+            other = flag[1:] if flag.startswith("--") else f"-{flag}"
+            if flag.startswith("-") and flag not in self._option_string_actions and other in self._option_string_actions:
+                self.error(f"{flag}: no such flag; did you mean {other}?")
+
     def run(self, words: Sequence[str]) -> int:
         """Parse `words`, run the task and return the exit code."""
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd ls | head -1` must not end in a traceback
         try:
+            self.check_dashes(words)
             self.task(self.parse_args(words))
             return errors.OK
         except SystemExit as stop:
@@ -89,7 +98,7 @@ def split_targets(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     targets, hydra_words, is_value = [], [], False
     for word in words:
-        if not is_value and not word.startswith(("-", "+", "~")) and ("=" not in word or Path(word).is_dir()):
+        if not is_value and not word.startswith(("-", "+", "~")) and ("=" not in word or Path(word).expanduser().is_dir()):
             targets.append(word)
         else:
             hydra_words.append(word)

@@ -15,6 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from opd import errors
 from opd.cli.arguments import at_least
 from opd.cli.hydra_app import FlagParser, Job
+from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.runs.reader import is_run
 
@@ -36,7 +37,7 @@ class DoctorParser(FlagParser):
         self.add_argument("--memory", type=gibibytes, metavar="SIZE")
 
     def run(self, words: Sequence[str]) -> int:
-        if (run := next((word for word in words if "=" not in word and is_run(Path(word))), None)) is not None:
+        if (run := next((word for word in words if "=" not in word and is_run(local_path(word))), None)) is not None:
             remedy = f"use opd eval {run} or opd report {run}"
             error = errors.ConfigError(f"{run}: is a run, and doctor checks the options of one that has not begun: {remedy}")
             return Job(lambda config, folder: None, "doctor").report(error)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from opd.cli.hydra_app import FlagParser
+from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.runs.folder import check_output_path, write_output
 
@@ -14,7 +15,7 @@ def make_parser() -> FlagParser:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--teacher")
     parser.add_argument("--baseline")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=local_path)
     return parser
 
 

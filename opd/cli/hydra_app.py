@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +25,10 @@ from omegaconf import DictConfig
 from opd import errors, signals
 from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import Parser, split_targets
+from opd.cli.words import readable, refuse_unknown
 from opd.config import compose, secrets
 from opd.config.schema import Config
+from opd.runs.folder import RUN
 from opd.runs.text import one_line
 
 Task = Callable[[Config, Path], float | None]
@@ -34,6 +37,7 @@ FlaggedTask = Callable[[Config, Path, argparse.Namespace], float | None]
 WITHOUT_FILES = ("hydra/job_logging=errors", "hydra/hydra_logging=none")
 WITHOUT_FOLDER = (*WITHOUT_FILES, "hydra.run.dir=.")
 SAME_ON_ALL_RANKS = (errors.ConfigError, errors.DataError, errors.NumericError, errors.OutputError, errors.Preempted)
+REFUSALS = (errors.USAGE, errors.DATA, errors.OUTPUT)
 STOPPED = (errors.PREEMPTED, errors.INTERRUPTED)
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPIPE)
 SWEEP_LAUNCHERS = ("joblib", "submitit")  # packages whose exceptions are about the processes of a sweep
@@ -86,11 +90,17 @@ class Job:
         self.sweep: sweep.Sweep | None = None
         self.is_sweeping = True
         self.members: list[sweep.Member] = []  # those that ran in this process
+        self.began = time.time()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Set up the process that a sweep's launcher (joblib, submitit) starts for a member."""
         self.__dict__.update(state, is_sweeping=False)
         compose.register()
+
+    def holds_earlier_run(self, folder: Path) -> bool:
+        """Return whether the run in a folder began before this command: a start that was refused is no part of its log."""
+        file = folder / RUN
+        return file.is_file() and file.stat().st_mtime < self.began
 
     def say(self, text: str) -> None:
         where = f"[rank {self.rank}] " if self.rank else ""
@@ -104,11 +114,11 @@ class Job:
             error = errors.OutputError(f"{error.filename or 'output'}: {error.strerror}")
         if isinstance(error, errors.OpdError):
             self.reason = one_line(str(error))
-            if files:
+            if files and not (error.exit_code in REFUSALS and self.holds_earlier_run(files[0].parent)):
                 log.error(self.reason)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
                 self.say(self.reason if isinstance(error, errors.Preempted) else f"error: {self.reason}")
-            if error.exit_code in (errors.USAGE, errors.DATA, errors.OUTPUT):
+            if error.exit_code in REFUSALS:
                 remove_if_alone(files)
             return error.exit_code
         self.reason = one_line(f"internal error: {type(error).__name__}: {error}")
@@ -224,9 +234,12 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     parsed = parse(words, job.verb)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` must not end in a traceback
-    compose.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
-    hydra_errors.refuse_lists_of_choices(parsed.overrides)
+    folders = [Path(parsed.config_dir)] if parsed.config_dir is not None else []
+    compose.register(folders)
     flags = [word for word in words if word not in parsed.overrides]
+    parsed.overrides = [readable(word, folders) for word in parsed.overrides]
+    hydra_errors.refuse_lists_of_choices(parsed.overrides)
+    refuse_unknown(parsed.overrides, folders)
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
     if job.verb != "train":
         if parsed.multirun:
@@ -277,6 +290,7 @@ class FlagParser(Parser):
     def run(self, words: Sequence[str]) -> int:
         """Parse the flags, compose the config from the other words, run the task and return the exit code."""
         try:
+            self.check_dashes(words)
             flags, hydra_words = self.parse_known_args(list(words))
             if self.second_target is not None:
                 targets, hydra_words = split_targets(hydra_words)

@@ -3,6 +3,7 @@
 import contextlib
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import yaml
@@ -85,6 +86,8 @@ def missing_choice(error: MissingConfigException) -> str:
         if "primary config" in str(error):
             return f"--config-name {group}: no such file; choose a recipe with experiment=NAME"
         return first_line(error)
+    if (Path("conf") / group / f"{name}.yaml").is_file():
+        return f"{group}={name}: is in ./conf, which is read with --config-dir conf: add that"
     known = [option for option in error.options if option != "schema"]
     message = f"{group}={name}: no such choice; {did_you_mean(name, known)}choose from {', '.join(known)}{YOUR_OWN.get(group, '')}"
     return removed(f"{group}={name}") or message
@@ -153,7 +156,10 @@ def explain(error: Exception) -> OpdError | None:
         match link:
             case HydraException() if "requires --multirun" in str(link) or "Ambiguous value" in str(link):
                 word = re.search(r"'(.+)'", str(link).splitlines()[0])
-                return ConfigError(f"{word[1] if word else 'an option'}: several values make a sweep, add -m; a list is [a,b]")
+                key, _, value = (word[1] if word else "an option").partition("=")
+                is_text = options().get(key) in (str, str | None)
+                other = f"a text with a comma needs two pairs of quotes: '{key}=\"{value}\"'" if is_text else "a list is [a,b]"
+                return ConfigError(f"{word[1] if word else key}: several values make a sweep, add -m; {other}")
             case HydraException() | omegaconf_errors.OmegaConfBaseException() | ValueError():
                 cause = first_line(links[-1])
                 return ConfigError(first_line(link) + ("" if cause in str(link) else f": {cause}"))

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shlex
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from rich.text import Text
 from opd.cli.arguments import Parser
 from opd.cli.hydra_errors import choices
 from opd.config.compose import conf_dir
+from opd.config.files import local_path
 from opd.errors import ConfigError, DataError, OutputError
+from opd.runs.folder import METRICS, RUN, STATUS
 from opd.runs.outcome import run_outcome
 from opd.runs.reader import Run, find_runs
-from opd.runs.text import format_number, format_percent, make_console
+from opd.runs.text import format_amount, format_number, format_percent, make_console
 
 GROUPS = {"models": ("model", "teacher"), "data": ("data",), "experiments": ("experiment",)}
 RUNS = "runs"
 KINDS = (*GROUPS, RUNS)
 RUN_FOLDERS = ("runs", "sweeps")  # where `opd train` puts runs
-RUN_COLUMNS = ("path", "status", "steps", "reward before", "after", "gap closed", "KL after")
+RUN_COLUMNS = ("path", "date", "status", "steps", "reward before", "after", "gap closed", "KL after")
 
 
 def make_ls_parser() -> Parser:
@@ -36,13 +39,13 @@ def make_ls_parser() -> Parser:
 
 def print_list(parsed: argparse.Namespace) -> None:
     kinds = [word for word in parsed.what if word in KINDS]
-    folders = [Path(word) for word in parsed.what if word not in KINDS]
+    folders = [local_path(word) for word in parsed.what if word not in KINDS]
     if folders and RUNS not in kinds:
         kinds.append(RUNS)
     listed: dict[str, list[dict[str, Any]]] = {}
     for kind in kinds or KINDS:
         if kind == RUNS:
-            listed[kind] = [describe_run(run) for run in list_runs(folders)]
+            listed[kind] = [describe_run(run) for run in sorted(list_runs(folders), key=changed_at, reverse=True)]
         else:
             listed[kind] = [describe_file(file) for group in GROUPS[kind] for file in sorted((conf_dir() / group).glob("*.yaml"))]
     if parsed.json:
@@ -75,15 +78,22 @@ def list_runs(folders: list[Path]) -> list[Run]:
     return runs
 
 
+def changed_at(run: Run) -> datetime:
+    """Return the local time at which a run last wrote a line or its status."""
+    times = [(run.path / name).stat().st_mtime for name in (RUN, STATUS, METRICS) if (run.path / name).is_file()]
+    return datetime.fromtimestamp(max(times)).astimezone()
+
+
 def describe_run(run: Run) -> dict[str, Any]:
     outcome, metrics = run_outcome(run), run.metrics
     return {
         "path": str(run.path),
+        "date": f"{changed_at(run):%Y-%m-%d %H:%M}",
         "status": run.status,
         "reason": run.reason,
         "steps": int(metrics[-1]["step"]) if metrics else 0,
         "of": run.config.get("train", {}).get("max_steps"),
-        **{key: outcome[key] for key in ("reward_before", "reward_after", "gap_closed", "eval_kl_after")},
+        **{key: outcome[key] for key in ("reward_before", "reward_after", "reward_is_share", "gap_closed", "eval_kl_after")},
     }
 
 
@@ -96,8 +106,9 @@ def print_tables(listed: dict[str, list[dict[str, Any]]]) -> None:
         for row in rows:
             if kind == RUNS:
                 steps = f"{row['steps']}/{row['of']}" if row["of"] else str(row["steps"])
-                shares = [format_percent(row[key]) for key in ("reward_before", "reward_after", "gap_closed")]
-                cells = [row["path"], row["status"], steps, *shares, format_number(row["eval_kl_after"])]
+                rewards = [format_amount(row[f"reward_{when}"], row["reward_is_share"]) for when in ("before", "after")]
+                gap, kl = format_percent(row["gap_closed"]), format_number(row["eval_kl_after"])
+                cells = [row["path"], row["date"], row["status"], steps, *rewards, gap, kl]
             else:
                 cells = [f"{row['group']}={row['name']}", row["path"] or "", row["about"]]
             table.add_row(*(Text(cell) for cell in cells))
@@ -108,7 +119,7 @@ def make_cp_parser() -> Parser:
     description = "Copy a shipped YAML file into a folder of yours, to change it and use it with --config-dir."
     parser = Parser("cp", copy_file, description, "opd cp experiment/tiny\nopd cp optim/adamw --name slow --to ./conf")
     parser.add_argument("file", help="group/name, or a name that only one group has (opd ls)")
-    parser.add_argument("--to", type=Path, default=Path("conf"), help="the folder (./conf)")
+    parser.add_argument("--to", type=local_path, default=Path("conf"), help="the folder (./conf)")
     parser.add_argument("--name", help="name of the copy (my_NAME); a shipped file takes precedence over one of the same name")
     return parser
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from opd.cli.arguments import Parser
+from opd.config.files import local_path
 from opd.config.options import Direction
 from opd.report import compare, render_report
 from opd.runs.folder import REPORT, check_output_path, write_output
@@ -24,9 +25,9 @@ opd compare runs --csv > runs.csv"""
 def make_report_parser() -> Parser:
     parser = Parser("report", write_report, REPORT_DESCRIPTION, REPORT_EXAMPLES)
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run folder, or a folder of several; all are shown side by side"
+        "runs", nargs="+", type=local_path, metavar="RUN", help="a run folder, or a folder of several; all are shown side by side"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: RUN/{REPORT} for one run, ./{REPORT} for several")
+    parser.add_argument("--out", type=local_path, metavar="FILE", help=f"default: RUN/{REPORT} for one run, ./{REPORT} for several")
     return parser
 
 
@@ -40,7 +41,7 @@ def write_report(parsed: argparse.Namespace) -> None:
 
 def make_compare_parser() -> Parser:
     parser = Parser("compare", print_comparison, COMPARE_DESCRIPTION, COMPARE_EXAMPLES)
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=Path, help="a run folder, or a folder of several (runs/, a sweep)")
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=local_path, help="a run folder, or a folder of several (runs/, a sweep)")
     parser.add_argument("--metric", choices=sorted(compare.RANKS), help="default: reward_after, or eval_kl_after for runs without rewards")
     parser.add_argument("--direction", choices=[direction.value for direction in Direction], help="default: the metric's better direction")
     form = parser.add_mutually_exclusive_group()

@@ -11,6 +11,7 @@ from pathlib import Path
 from opd import errors
 from opd.cli.arguments import at_least
 from opd.cli.hydra_app import FlagParser
+from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.runs.folder import check_output_path, write_output
 from opd.runs.text import make_console
@@ -23,7 +24,7 @@ def make_sample_parser() -> FlagParser:
     parser.add_argument("--file")
     parser.add_argument("--teacher")
     parser.add_argument("-n", "--samples", type=partial(at_least, 1), default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=local_path)
     parser.add_argument("--only-right", action="store_true")
     return parser
 
@@ -40,7 +41,8 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 
     runner.quiet_libraries()
     target = find_target(flags.target, config, flags.teacher)
-    models = sample_score.load_pair(target.config, flags.teacher != NONE, target.average)
+    with_teacher = target.has_teacher if flags.teacher is None else flags.teacher != NONE
+    models = sample_score.load_pair(target.config, with_teacher, target.average)
     console = make_console(80)
     if not flags.prompt and flags.file is None and sys.stdin.isatty():
         console.print("one prompt per line; an empty line ends")
@@ -86,7 +88,7 @@ def make_score_parser() -> FlagParser:
     parser.add_argument("--json", action="store_true")
     for flag in ("--text", "--file", "--prompt", "--teacher"):
         parser.add_argument(flag)
-    parser.add_argument("--html", type=Path)
+    parser.add_argument("--html", type=local_path)
     return parser
 
 

@@ -13,16 +13,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict, read_write
 from rich.table import Table
 from rich.text import Text
 
+from opd.cli import hydra_errors
 from opd.config import compose
 from opd.config.options import AUTO, Direction, SweepConfig
-from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError
-from opd.runs.folder import STATUS, Status, write_json
+from opd.errors import INTERNAL, OK, PREEMPTED, ConfigError, OpdError
+from opd.runs.folder import STATUS, SUMMARY, Status, read_json, write_json
+from opd.runs.outcome import WORSE
 from opd.runs.reader import MEMBER
 from opd.runs.text import format_number, make_console
 
@@ -104,11 +108,36 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     words = [*(f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()), *composed.hydra.overrides.task]
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
     if str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
-        members: int | None = len(BasicSweeper.split_arguments(overrides, None)[0])
+        of_members = BasicSweeper.split_arguments(overrides, None)[0]
+        members: int | None = len(of_members)
+        if len(of_members) > 1:
+            refuse_shared_mistake(loader, parsed.config_name or "config", of_members)
     else:
         members = int(sweeper.n_trials) if "n_trials" in sweeper else None
     swept = frozenset(override.get_key_element() for override in overrides if override.is_sweep_override())
     return Sweep(Path(composed.hydra.sweep.dir), members, swept, config)
+
+
+def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Sequence[str]]) -> None:
+    """Raise the user's mistake in the options if it is the same for all members; one that some do not have is theirs to report."""
+    first: OpdError | None = None
+    for words in members:
+        try:
+            composed = loader.load_configuration(name, list(words), RunMode.RUN)
+            HydraConfig.instance().set_config(composed)  # resolvers of the run's name read it
+            with read_write(composed), open_dict(composed):
+                composed.pop("hydra")
+            compose.to_config(composed)
+            return
+        except Exception as error:  # noqa: BLE001 - a defect is reported by the members
+            mistake = hydra_errors.explain(error)
+            if mistake is None or (first is not None and str(mistake) != str(first)):
+                return
+            first = mistake
+        finally:
+            HydraConfig.instance().cfg = None
+    if first is not None:
+        raise first
 
 
 def title(sweep: Sweep, member: Member) -> str:
@@ -151,6 +180,16 @@ def best_member(config: SweepConfig, members: Sequence[Member]) -> Member | None
     return max(measured)[2] if measured else None
 
 
+def find_worse(sweep: Sweep) -> set[int]:
+    """Return the numbers of the members of this call that made the student worse than it was before training."""
+    worse = set()
+    for file in sweep.folder.glob(f"*/{MEMBER}"):
+        stored, summary = read_json(file) or {}, read_json(file.parent / SUMMARY) or {}
+        if stored.get("sweep") == sweep.key and any(WORSE in warning for warning in summary.get("warnings", ())):
+            worse.add(stored["number"])
+    return worse
+
+
 def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
     """Print a table with the outcome of each member, the best member, and how to resume."""
     console = make_console()
@@ -167,6 +206,11 @@ def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
     total = f" of {sweep.members}" if sweep.members is not None else ""
     console.print(Text(f"{done}{total} done; each member's folder is in {sweep.folder}"), soft_wrap=True)
     if best is not None:
-        console.print(Text(f"best: {label(sweep, best)} ({sweep.config.direction.value}s {metric})"), soft_wrap=True)
+        better = "highest" if sweep.config.direction is Direction.maximize else "lowest"
+        ties = sum(member.objective == best.objective for member in members) - 1
+        others = f"; {ties} more with the same" if ties else ""
+        console.print(Text(f"best: {label(sweep, best)} ({better} {metric}{others})"), soft_wrap=True)
+        if {member.number for member in members if member.objective is not None} <= find_worse(sweep):
+            console.print("warning: all of these made the student worse than it was before training: none is to be chosen; lower optim.lr")
     if done < max(len(members), sweep.members or 0):
         console.print("the same command resumes the sweep: it skips what is done and tries the rest again")

@@ -41,6 +41,7 @@ REMOVED: dict[str, str] = {
     "ppo.alpha": "it belonged to ppo.divergence=skew; use ppo.divergence=jsd and ppo.beta",
     "ppo.clip_eps_high": "the ratio is clipped symmetrically: use ppo.clip_eps",
     "sweep.direction": "sweep.metric decides it: remove it",
+    "checkpoint.keep_best": "use checkpoint.best=keep (the default), checkpoint.best=final or checkpoint.best=drop",
     "eval.tasks": "run opd eval once per data set: opd eval TARGET data=NAME eval=NAME",
     "track.alternatives": "5 alternatives are stored: remove it; track.rollouts_per_step=0 stores no rollouts",
 }

@@ -1,7 +1,10 @@
 """Files and folders that options name."""
 
+import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from opd.config.options import Source, naming_dataset, naming_teacher
 from opd.config.schema import Config
@@ -9,12 +12,36 @@ from opd.config.section import Section
 from opd.config.several import did_you_mean
 from opd.errors import ConfigError, DataError
 
+FILES = ("path", "adapter", "train_path", "eval_path")  # options of models and data that name a file or a folder
+
 
 def local_path(path: str) -> Path:
     """Return the path with the home folder for `~`: no shell replaces it behind `data.path=`."""
     with suppress(RuntimeError):  # `~name` where there is no such user may be a file's name
         return Path(path).expanduser()
     return Path(path)
+
+
+def absolute_paths(stored: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+    """Return a run's stored options with the files that are in the folder it was started in under absolute paths.
+
+    Args:
+        stored: The composed options, nested.
+        folder: Where the run was started; None for a run that did not store it, whose options stay as they are.
+    """
+    if folder is None or folder == Path.cwd():
+        return dict(stored)
+    return {**stored, **{name: _absolute(stored[name], folder) for name in ("model", "teacher", "teachers", "data") if name in stored}}
+
+
+def _absolute(options: Any, folder: Path, name: str = "") -> Any:
+    if isinstance(options, Mapping):
+        return {key: _absolute(value, folder, key) for key, value in options.items()}
+    if isinstance(options, list):
+        return [_absolute(value, folder, name) for value in options]
+    if name not in FILES or not isinstance(options, str) or local_path(options).is_absolute() or not (folder / options).exists():
+        return options  # such as a hub id
+    return os.path.normpath(folder / options)
 
 
 def looks_local(path: str) -> bool:

@@ -331,11 +331,14 @@ class EvalConfig(Section, prefix="eval."):
         self.require("samples", self.samples == 1 or self.temperature > 0, remedy)
 
 
+Best = StrEnum("Best", "keep final drop")
+
+
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig(Section, prefix="checkpoint."):
     every: int = bounded(50, at_least=1)
     keep_last: int = bounded(2, at_least=1)
-    keep_best: bool = True
+    best: Best = Best.keep
     background: bool | None = None
 
 
@@ -366,7 +369,7 @@ AUTO = "auto"
 METRICS: dict[str, Direction | None] = {
     **dict.fromkeys(("reward_before", "reward_after", "reward_teacher", "gap_closed"), Direction.maximize),
     **dict.fromkeys(("eval_kl_before", "eval_kl_after", "reverse_kl_first", "reverse_kl_last"), Direction.minimize),
-    **dict.fromkeys(("steps", "graded_tokens"), None),
+    **dict.fromkeys(("best_step", "steps", "graded_tokens"), None),
     "seconds": Direction.minimize,
     "tokens_per_second": Direction.maximize,
     "peak_memory_bytes": Direction.minimize,

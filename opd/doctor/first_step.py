@@ -15,9 +15,10 @@ from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.load import decode
 from opd.models.overlap import Overlap
 from opd.objective.overlap import MASS, OVERLAP_K, SHARE
+from opd.runs.intervals import are_shares, paired_interval
+from opd.runs.text import format_amount, format_reward
 from opd.samplers import Sampler
 from opd.teachers import LocalTeacher
-from opd.training.evaluation import interval
 from opd.training.evaluator import Evaluator, exact_kl
 from opd.training.loop import Trainer
 from opd.training.masked import ROLES, check_masses, name_masked
@@ -187,8 +188,10 @@ def check_rewards(
         return [fail(check, "no completion could be judged", "check eval.reward, data.answer and data.answer_after")]
     count = len(pairs)
     ours, theirs = (sum(column) / count for column in zip(*pairs, strict=True))
-    low, high = interval([theirs - ours for ours, theirs in pairs], shares=False)
-    what = f"student {ours:.1%}, teacher {theirs:.1%} of {count} prompts; the difference {theirs - ours:+.1%} [{low:+.1%}, {high:+.1%}]"
+    shares = are_shares(reward for pair in pairs for reward in pair)
+    low, high = paired_interval([[theirs - ours for ours, theirs in pairs]], shares)
+    difference = format_reward(theirs - ours, (low, high), sign="+", shares=shares)
+    what = f"student {format_amount(ours, shares)}, teacher {format_amount(theirs, shares)} of {count} prompts; the difference {difference}"
     if ours == theirs == 0:
         remedy = "neither is ever right: check eval.max_new_tokens and eval.reward, and whether the teacher can do this task"
         return [warn(check, what, remedy)]

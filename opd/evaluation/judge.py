@@ -23,6 +23,7 @@ from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
+from opd.runs.intervals import are_shares, paired_interval
 from opd.runs.outcome import gap_closed
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
@@ -184,16 +185,22 @@ def _comparison(means: Mapping[str, Tensor], draws: Mapping[str, Tensor]) -> dic
         draws: by model, the mean over all prompts in each draw of the bootstrap.
     """
     against = {}
+    shares = are_shares(value for each in means.values() for value in each.tolist())
     for name in means:
         if name != "model":
-            low, high = quantile_interval(draws["model"] - draws[name])
+            low, high = paired_interval([(means["model"] - means[name]).tolist()], shares)
             against[name] = {"mean": float((means["model"] - means[name]).mean()), "low": low, "high": high}
     share, bounds = None, None
     if "baseline" in means and "teacher" in means:
         share = gap_closed(*(float(means[name].mean()) for name in ("baseline", "model", "teacher")))
         if share is not None:
             bounds = gap_closed_interval(draws["model"], draws["baseline"], draws["teacher"])
-    return {"against": against, "gap_closed": share, "gap_closed_interval": None if bounds is None else list(bounds)}
+    return {
+        "reward_is_share": shares,
+        "against": against,
+        "gap_closed": share,
+        "gap_closed_interval": None if bounds is None else list(bounds),
+    }
 
 
 def unused_result_file(run: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from opd.config.files import local_path
 from opd.config.options import ModelConfig, SamplingDtype
 from opd.config.schema import Config
 from opd.data.chat_template import tokenize_plain
@@ -245,7 +246,7 @@ def read_prompts(texts: Sequence[str], file: str | None, ask: Callable[[], str])
 def read_text(file: str) -> str:
     """Return the content of a text file. Raises `DataError` where it is not one."""
     try:
-        with open(file, encoding="utf-8") as stream:  # noqa: PTH123 - "/dev/stdin" too
+        with open(local_path(file), encoding="utf-8") as stream:  # noqa: PTH123 - "/dev/stdin" too
             return stream.read()
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None

@@ -24,8 +24,10 @@ def show_evaluation(evaluation: Mapping[str, Any], out: Path | None) -> None:
             console.print(Text(f"{role:<10}{evaluation[role]}"))
     for name, task in evaluation["tasks"].items():
         console.print(_evaluation_table(name, task))
+        shares = task.get("reward_is_share", True)
         for other, value in task.get("against", {}).items():
-            console.print(Text(f"against the {other}: {format_reward(value['mean'], (value['low'], value['high']), sign='+')}"))
+            difference = format_reward(value["mean"], (value["low"], value["high"]), sign="+", shares=shares)
+            console.print(Text(f"against the {other}: {difference}"))
         share = task.get("gap_closed")
         if share is not None and share < 0:
             console.print("further from the teacher than the baseline is")
@@ -43,7 +45,8 @@ def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
     for model in models:
         table.add_column(model, justify="right")
     if task["prompts"]:
-        table.add_row("reward", *(format_reward(each["mean"], (each["low"], each["high"])) for each in models.values()))
+        shares = task.get("reward_is_share", True)
+        table.add_row("reward", *(format_reward(each["mean"], (each["low"], each["high"]), shares=shares) for each in models.values()))
         for k in next(iter(models.values())).get("pass", {}):
             table.add_row(f"pass@{k}", *(format_percent(each.get("pass", {}).get(k)) for each in models.values()))
         table.add_row("length, tokens", *(format_number(each["length"], ".1f") for each in models.values()))

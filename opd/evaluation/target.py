@@ -1,7 +1,11 @@
-"""What `opd eval`, `sample` and `score` look at: a run folder, a model folder, a hub id, or a model named by options."""
+"""What `opd eval`, `sample` and `score` look at: a run folder, a checkpoint, a model folder, a hub id, or a model named by options."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from opd.config import compose
+from opd.config.files import absolute_paths, is_folder_name, local_path, missing
 from opd.config.options import Control, ModelConfig, TeacherConfig, TeacherWeights
 from opd.config.schema import Config
 from opd.errors import ConfigError, DataError
 from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.runs.reader import is_run, open_run
-from opd.training.checkpoint import Checkpoints, verify
+from opd.training.checkpoint import NAME, STATE, Checkpoints, read, verify
+from opd.training.export import checkpoint_config, export_model
 
 NONE = "none"
 OPTIONS = tuple(item.name for item in fields(ModelConfig))
@@ -32,6 +38,7 @@ class Target:
         run: its folder, if the target is a run.
         baseline: the model before training, or another one; None to leave it out.
         overrides: as typed on the command line.
+        has_teacher: whether its run has a teacher, or options name one; else it is the default one.
         average: the checkpoint whose average of weights the teacher has, where it followed the student.
     """
 
@@ -41,13 +48,14 @@ class Target:
     baseline: ModelConfig | None
     overrides: tuple[str, ...] = ()
     average: Path | None = None
+    has_teacher: bool = True
 
 
 def find_target(word: str | None, composed: Config, teacher: str | None = None, baseline: str | None = None) -> Target:
     """Find what a verb's arguments name. A run brings its config, to which overrides apply; a model goes into the composed config.
 
     Args:
-        word: a run folder, a model folder or a hub id; None where `model.path` names the model.
+        word: a run folder, a checkpoint, a model folder or a hub id; None where `model.path` names the model.
         composed: the config that Hydra composed for the verb.
         teacher: replaces the teacher; the same kinds of word, or "none".
         baseline: replaces the baseline; likewise.
@@ -57,16 +65,16 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         DataError: a run has no config or no model.
     """
     overrides = tuple(HydraConfig.get().overrides.task)
-    run = Path(word) if word is not None and is_run(Path(word)) else None
+    run = local_path(word) if word is not None and is_run(local_path(word)) else None
+    checkpoint = local_path(word) if word is not None and is_checkpoint(local_path(word)) else None
     config, before = composed, None
-    if run is not None:
-        stored = open_run(run).config
-        if not stored:
-            raise DataError(f"{run}: the run ended before it began training; there is no config in it")
-        config = _apply_overrides(stored, composed, overrides)
+    if run is not None or checkpoint is not None:
+        config = _apply_overrides(_stored_options(run, checkpoint), composed, overrides)
         check_applies(overrides, composed.model, ("adapter", "quantization"), str(word))
         before = config.model
-        config = replace(with_quantized_base(config), model=_model(str(run), before))
+        config = replace(with_quantized_base(config), model=_model(str(word), before))
+        if teacher is None:
+            check_teacher(config, str(word))
     elif word is not None:
         outer = next((parent for parent in Path(word).parents if is_run(parent)), None)
         if outer is not None and teacher is None and not any(override.lstrip("+~").startswith("teacher") for override in overrides):
@@ -88,11 +96,40 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
     config = replace(config, teachers=entries)
     if config.names_weights:
         is_average = config.teacher.weights is TeacherWeights.ema
-        average = newest_average(run) if run is not None and is_average else None
+        if is_average and checkpoint is not None:
+            average = checkpoint
+        elif is_average and run is not None:
+            average = newest_average(run)
         config = replace(config, control=Control.none, teacher=student_as_teacher(config, before))
     if baseline is not None:
         before = None if baseline == NONE else _model(baseline, before or config.model)
-    return Target(config, word or config.model.path, run, before, overrides, average)
+    names_teacher = any(override.lstrip("+~").startswith(("teacher", "experiment")) for override in overrides)
+    has_teacher = run is not None or checkpoint is not None or names_teacher
+    return Target(config, word or config.model.path, run, before, overrides, average, has_teacher)
+
+
+def is_checkpoint(path: Path) -> bool:
+    return NAME.fullmatch(path.name) is not None and (path / STATE).is_file()
+
+
+def _stored_options(run: Path | None, checkpoint: Path | None) -> dict[str, Any]:
+    """Return the options of a run or of a checkpoint, with paths as they are from here. Raises `DataError` for a run without any."""
+    if run is None:
+        assert checkpoint is not None
+        return compose.to_dict(checkpoint_config(read(checkpoint)))
+    opened = open_run(run)
+    if not opened.config:
+        raise DataError(f"{run}: the run ended before it began training; there is no config in it")
+    return absolute_paths(opened.config, opened.started_in)
+
+
+def check_teacher(config: Config, word: str) -> None:
+    """Raise `ConfigError` for a teacher of the run `word` that is a folder and is not there."""
+    for part in config.parts_by_teacher.values():
+        path = part.teacher.path
+        if not part.teaches_itself and is_folder_name(path) and not local_path(path).exists():
+            problem = missing(local_path(path), "folder")
+            raise ConfigError(f"{word}: its teacher, teacher.path={path}: {problem}; name another one with --teacher FOLDER")
 
 
 def check_applies(overrides: Sequence[str], section: ModelConfig, names: Sequence[str], word: str) -> None:
@@ -150,10 +187,21 @@ def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Seq
 
 
 def _model(word: str, like: ModelConfig) -> ModelConfig:
-    """Return the model that a word names, a finished run's, a folder or a hub id, with dtype and attention as in `like`."""
-    run = Path(word)
-    if is_run(run):
+    """Return the model that a word names, a finished run's, a checkpoint's, a folder or a hub id, with dtype and attention as in `like`."""
+    run = local_path(word)
+    if is_checkpoint(run):
+        word = str(checkpoint_model(run.resolve()))
+    elif is_run(run):
         if not (run / FINAL).is_dir():
             raise DataError(f"{run}: there is no {FINAL}/ in it: the run is {open_run(run).status}; resume it, or name a model folder")
         word = str((run / FINAL).resolve())
     return ModelConfig(path=word, dtype=like.dtype, attn_implementation=like.attn_implementation)
+
+
+@cache
+def checkpoint_model(checkpoint: Path) -> Path:
+    """Write a checkpoint's model to a temporary folder, which is removed when the process ends, and return the folder."""
+    folder = Path(tempfile.mkdtemp(prefix="opd-checkpoint-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    export_model(checkpoint, folder / "model")
+    return folder / "model"

@@ -14,13 +14,15 @@ from rich.text import Text
 
 from opd.config.options import METRICS, Direction
 from opd.report.controls import Effect, effects
+from opd.runs.folder import read_json
 from opd.runs.outcome import run_outcome
-from opd.runs.reader import Run, flatten, format_value
+from opd.runs.reader import MEMBER, Run, flatten, format_value
 from opd.runs.text import MISSING, format_duration, format_number, format_reward
 
 RANKS: dict[str, Direction] = {name: better or Direction.maximize for name, better in METRICS.items()} | {"reward_best": Direction.maximize}
 UNTRAINED_OPTIONS = ("name", "resume", "resume_force", "sweep.")  # they do not affect training
 SHOWN = ("reward_after", "reward_best", "eval_kl_before", "eval_kl_after", "reverse_kl_last", "steps", "graded_tokens", "seconds")
+MAX_NAME = 30  # letters of a run's name in the table; the paths are below it
 WIDTH = 200  # columns of the table where there is no terminal
 
 
@@ -61,9 +63,12 @@ def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction
         metric = "reward_after" if any(each["reward_after"] is not None for each in values) else "eval_kl_after"
     direction = direction or RANKS[metric]
     sign = -1.0 if direction is Direction.maximize else 1.0
-    order = sorted((each[metric] is None, sign * (each[metric] or 0.0), index) for index, each in enumerate(values))
+    # Of equal members of a sweep the one that was proposed first is first, as in the sweep's own table.
+    numbers = [(read_json(run.path / MEMBER) or {}).get("number", 0) for run in runs]
+    order = sorted((each[metric] is None, sign * (each[metric] or 0.0), numbers[index], index) for index, each in enumerate(values))
     options = differing_options(runs)
-    rows = [Row(runs[index], None if missing else rank, options[index], values[index]) for rank, (missing, _, index) in enumerate(order, 1)]
+    ranks = [(None if missing else rank, index) for rank, (missing, *_, index) in enumerate(order, 1)]
+    rows = [Row(runs[index], rank, options[index], values[index]) for rank, index in ranks]
     return Comparison(metric, direction, rows, effects(runs))
 
 
@@ -78,6 +83,17 @@ def differing_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
             values.setdefault(name, set()).add(json.dumps(value, sort_keys=True, default=str))
     differing = sorted(name for name, seen in values.items() if len(seen) > 1 and not name.startswith(UNTRAINED_OPTIONS))
     return [{name: options[name] for name in differing if name in options} for options in known]
+
+
+def incomparable(runs: Sequence[Run]) -> str:
+    """Return why the numbers of these runs cannot be ranked together; empty where they can."""
+    begun = [run for run in runs if run.config]
+    other = {
+        "evaluation data": {run.content.get("evaluation data") for run in begun},
+        "rewards (eval.reward)": {run.config.get("eval", {}).get("reward") for run in begun},
+    }
+    differing = [name for name, values in other.items() if len(values) > 1]
+    return f"these runs have different {' and '.join(differing)}: their numbers cannot be ranked together" if differing else ""
 
 
 def _overrides(run: Run, names: set[str]) -> dict[str, Any]:
@@ -98,28 +114,31 @@ def show(comparison: Comparison, console: Console) -> None:
     rows = [_cells(row, comparison.metric) for row in comparison.rows]
     table = Table(title=f"by {comparison.metric}, {comparison.direction.value}d", title_justify="left", show_edge=False)
     for column in rows[0]:
-        table.add_column(column, justify="left" if column in ("options that differ", "status") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("run", "options that differ", "status") else "right", overflow="fold")
     for cells in rows:
         table.add_row(*(Text(cell) for cell in cells.values()))
     console.print(table)
     for row, cells in zip(comparison.rows, rows, strict=True):
         ending = f": {row.run.status}: {row.run.reason}" if row.run.reason else ""
         console.print(Text(f"{cells['']:>3}  {row.run.path}{ending}"), soft_wrap=True)
+    if note := incomparable([row.run for row in comparison.rows]):
+        console.print(Text(f"warning: {note}"), soft_wrap=True)
     for effect in comparison.effects:
         console.print(Text(effect.sentence()), soft_wrap=True)
 
 
 def _cells(row: Row, metric: str) -> dict[str, str]:
-    values = row.values
+    values, shares = row.values, row.values["reward_is_share"]
     ranked_by = {} if metric in SHOWN else {metric: format_number(values[metric], ".6g")}
     first, last = (format_number(values[f"eval_kl_{when}"]) for when in ("before", "after"))
     return {
         "": MISSING if row.rank is None else str(row.rank),
+        "run": row.run.name if len(row.run.name) <= MAX_NAME else f"{row.run.name[: MAX_NAME - 1]}…",
         "options that differ": " ".join(f"{name}={format_value(value)}" for name, value in row.options.items()) or MISSING,
         "status": row.run.status,
         **ranked_by,
-        "reward": format_reward(values["reward_after"], values["reward_after_interval"], digits=0),
-        "best": format_reward(values["reward_best"], values["reward_best_interval"], digits=0),
+        "reward": format_reward(values["reward_after"], values["reward_after_interval"], digits=0, shares=shares),
+        "best": format_reward(values["reward_best"], values["reward_best_interval"], digits=0, shares=shares),
         "KL to teacher": MISSING if first == last == MISSING else f"{first} → {last}",
         "reverse KL": format_number(values["reverse_kl_last"]),
         "steps": format_number(values["steps"], ","),

@@ -1,20 +1,18 @@
 """How much of a gain is the teacher's: runs against their control arms (`control`), paired by evaluation prompt and seed. No torch."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any
 
+from opd.runs.intervals import MIN_SEEDS, are_shares, paired_interval
 from opd.runs.reader import Run, flatten
 from opd.runs.text import format_percent
 
 NONE = "none"
-MIN_SEEDS = 3  # whose variation is counted: from two it would be known to a factor of thirty
 # Runs are compared where all options are the same but these: they do not affect training, or tell arms and seeds apart.
 OTHER_OPTIONS = ("control", "seed", "name", "resume", "resume_force", "sweep.", "track.", "checkpoint.", "launch.")
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's t by degrees of freedom, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +97,7 @@ def _effect(control: str, seeds: list[int], pairs: Sequence[tuple[Run, Run]]) ->
         return None
     rewards = [tuple({at: [one[at][place] for place in common] for at in (0, step)} for one in pair) for pair in rewards]
     differences = [[ours - other for ours, other in zip(taught[step], arm[step], strict=True)] for taught, arm in rewards]
-    low, high = paired_interval(differences)
-    if all(0 <= reward <= 1 for pair in rewards for one in pair for reward in one[step]):
-        low, high = max(low, -1.0), min(high, 1.0)
+    low, high = paired_interval(differences, are_shares(reward for pair in rewards for one in pair for reward in one[step]))
     before, after, without = (
         fmean(fmean(one) for one in each)
         for each in ([taught[0] for taught, _ in rewards], [taught[step] for taught, _ in rewards], [arm[step] for _, arm in rewards])
@@ -113,28 +109,3 @@ def _rewards(run: Run) -> dict[int, list[Any]]:
     """Return the student's reward on each prompt, None where it judged none, by step."""
     student = [line for line in run.evaluations if line.get("model") == "student"]
     return {line["step"]: line["rewards"]["each"] for line in student if (line.get("rewards") or {}).get("each")}
-
-
-def paired_interval(difference_SP: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the 95% interval of the mean difference between pairs of runs: for new prompts and, from `MIN_SEEDS` on, for new seeds too.
-
-    The variance of the mean over `P` prompts plus that over `S` seeds, which counts the rest twice and so is rather too wide; with degrees
-    of freedom by Satterthwaite. To the squared differences of prompts 1 is added (as Agresti and Min 2005 do), so that an interval from
-    few prompts on which runs agree is not empty.
-    """
-    prompts = [fmean(column) for column in zip(*difference_SP, strict=True)]
-    mean, count = fmean(prompts), len(prompts)
-    squares = sum((value - mean) ** 2 for value in prompts) + 1
-    parts = [(squares / max(count - 1, 1) / count, max(count - 1, 1))]
-    if len(difference_SP) >= MIN_SEEDS:
-        seeds = [fmean(row) for row in difference_SP]
-        parts.append((variance(seeds) / len(seeds), len(seeds) - 1))
-    total = sum(part for part, _ in parts)
-    freedom = total**2 / sum(part**2 / free for part, free in parts)
-    spread = t95(freedom) * math.sqrt(total)
-    return mean - spread, mean + spread
-
-
-def t95(freedom: float) -> float:
-    """Return the two-sided 95% quantile of Student's t, that of the next smaller whole number of degrees of freedom up to 10."""
-    return T95[int(freedom) - 1] if freedom < len(T95) + 1 else 1.96 + 2.8 / freedom

@@ -7,10 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from opd.report.charts import LIGHT, Band, Line, chart, smoothed, thinned
+from opd.report.compare import incomparable
 from opd.report.controls import Effect
-from opd.runs.outcome import by_dataset, compared_evaluations
+from opd.runs.outcome import by_dataset, compared_evaluations, find_warnings, rewards_are_shares
 from opd.runs.reader import Run, flatten, format_value
-from opd.runs.text import MISSING, format_bytes, format_duration, format_number, format_percent, format_reward, visible
+from opd.runs.text import MISSING, format_amount, format_bytes, format_duration, format_number, format_percent, format_reward, visible
 
 HERE = Path(__file__).parent
 MAX_LETTERS = 300  # of a name or a value
@@ -61,7 +62,7 @@ def _outcome_table(more: Sequence[str], rows: Iterable[tuple[str, Outcome, Seque
     for head, outcome, others in rows:
         cells = [
             *(
-                format_reward(outcome[f"reward_{when}"], outcome[f"reward_{when}_interval"], digits=0)
+                format_reward(outcome[f"reward_{when}"], outcome[f"reward_{when}_interval"], digits=0, shares=outcome["reward_is_share"])
                 for when in ("before", "after", "teacher")
             ),
             format_percent(outcome["gap_closed"]),
@@ -108,9 +109,12 @@ def heading(runs: Sequence[Run]) -> str:
         title, facts = _named(run), f'<dl class="who">{"".join(items)}</dl>'
     notices = []
     for run in runs:
+        notices += [f'<p class="notice">{_named(run)}: {text(warning)}.</p>' for warning in find_warnings(run.evaluations, run.config)]
         if run.status != "done":
             reason = f": {text(run.reason)}" if run.reason else ""
             notices.append(f'<p class="notice">{_named(run)} is not finished ({text(run.status)}{reason}).</p>')
+    if note := incomparable(runs):
+        notices.append(f'<p class="notice">{text(note[0].upper() + note[1:])}.</p>')
     return f'<header><p class="kicker">opd · report</p><h1>{title}</h1>{facts}{"".join(notices)}</header>'
 
 
@@ -128,11 +132,13 @@ def _result_of_one(run: Run, outcome: Outcome) -> str:
 
     tiles = []
     if outcome["reward_after"] is not None:
-        tiles.append(tile("reward", format_percent(outcome["reward_after"]), format_percent(outcome["reward_before"])))
+        after, before = (format_amount(outcome[f"reward_{when}"], outcome["reward_is_share"]) for when in ("after", "before"))
+        tiles.append(tile("reward", after, before))
     if outcome["gap_closed"] is not None:
         shown = max(0.0, min(1.0, outcome["gap_closed"]))
         bar = f'<span class="gauge"><span style="width:{100 * shown:.1f}%"></span></span>'
-        tiles.append(tile("of the gap to the teacher closed", format_percent(outcome["gap_closed"]), extra=bar))
+        label = "of the gap to the teacher closed" if outcome["gap_closed"] >= 0 else "wider is the gap to the teacher"
+        tiles.append(tile(label, format_percent(abs(outcome["gap_closed"])), extra=bar))
     if outcome["eval_kl_after"] is not None:
         after, before = (format_number(outcome[f"eval_kl_{when}"], ".2f") for when in ("after", "before"))
         tiles.append(tile("KL to the teacher, nats/token", after, before))
@@ -145,12 +151,13 @@ def _reward_bars(run: Run) -> str:
     """Return mean rewards with their intervals, below each other on one axis."""
     compared = compared_evaluations(run.evaluations).items()
     measured = [(when, line["rewards"]) for when, line in compared if line is not None and line.get("rewards")]
+    shares = rewards_are_shares(run.evaluations)
     low = min([0.0, *(rewards["low"] for _, rewards in measured)])
     high = max([1.0, *(rewards["high"] for _, rewards in measured)])
     rows = []
     for when, rewards in measured:
         left, right, mean = (100 * (rewards[name] - low) / (high - low) for name in ("low", "high", "mean"))
-        figures = format_reward(rewards["mean"], (rewards["low"], rewards["high"]))
+        figures = format_reward(rewards["mean"], (rewards["low"], rewards["high"]), shares=shares)
         rows.append(
             f'<div class="rung {when}"><span>{when}</span><span class="rail">'
             f'<i style="left:{left:.2f}%;width:{max(right - left, 0.3):.2f}%"></i><b style="left:{mean:.2f}%"></b></span>'
@@ -195,7 +202,7 @@ def progress(runs: Sequence[Run]) -> str:
         teacher = (compared_evaluations(run.evaluations)["teacher"] or {}).get("rewards")
         if teacher and judged:
             rewards.append(Line("teacher", [(step, teacher["mean"]) for step, _ in (judged[0], judged[-1])], _colour(index), "level"))
-    shares = all(low >= 0 and high <= 1 for band in bands for _, low, high in band.points)
+    shares = all(rewards_are_shares(run.evaluations) for run in runs)
     charts = [
         chart("Reward", "evaluation, 95% interval", rewards, percent=shares, bands=bands),
         chart("Exact KL to the teacher", "nats/token", kl, floor=0.0),
@@ -281,7 +288,8 @@ def token_view(data: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
     items = "".join(f"<li><bdi>{escape(note)}</bdi></li>" for note in notes)
     left_out = f'<ul class="notes">{items}</ul>' if items else ""
     if not any(run["rollouts"] for run in data):
-        return _section("Tokens", f'<p class="none">No completions are stored (track.rollouts_per_step).</p>{left_out}', "tokens")
+        why = "No completions are stored: the run took no step, or track.rollouts_per_step is 0."
+        return _section("Tokens", f'<p class="none">{why}</p>{left_out}', "tokens")
     last = len({step for run in data for step in run["steps"]}) - 1
     body = (HERE / "tokens.html").read_text(encoding="utf-8").rstrip().format(last=last)
     about = (

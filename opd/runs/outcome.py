@@ -6,11 +6,16 @@ from statistics import fmean
 from typing import Any
 
 from opd.config.options import AUTO, METRICS, SweepConfig
+from opd.runs.intervals import are_shares, paired_interval
 from opd.runs.reader import Run
+from opd.runs.text import format_amount, format_number, one_line, visible
 
 Lines = Sequence[Mapping[str, Any]]
 
 DETAILED_STEPS = 50  # per run, about
+SHOWN = 60  # letters of an answer in a warning
+WORSE = "worse than before training"
+KL_RISE = 1.1  # a KL that rose by less may have been measured on luckier samples
 
 
 def is_detailed_step(step: int, total: int) -> bool:
@@ -31,6 +36,64 @@ def compared_evaluations(evaluations: Lines, step: int | None = None) -> dict[st
         "after": next((line for line in reversed(student) if step in (None, line["step"])), None),
         "teacher": next((line for line in evaluations if line.get("model") == "teacher"), None),
     }
+
+
+def best_evaluation(evaluations: Lines) -> Mapping[str, Any] | None:
+    """Return the student's best evaluation, also that before training, the first of equal ones: by reward, or by KL without rewards."""
+    student = [line for line in evaluations if line.get("model") == "student"]
+    judged = [line for line in student if line.get("rewards")]
+    if judged:
+        return max(judged, key=lambda line: float(line["rewards"]["mean"]))
+    return min((line for line in student if line.get("kl") is not None), key=lambda line: float(line["kl"]), default=None)
+
+
+def rewards_are_shares(evaluations: Lines) -> bool:
+    """Return whether all rewards that a run measured are within 0 and 1."""
+    measured = [line["rewards"] for line in evaluations if line.get("rewards")]
+    return are_shares(reward for rewards in measured for reward in (rewards["mean"], *rewards.get("each", ())))
+
+
+def find_warnings(evaluations: Lines, options: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with a run's result: the student got worse, or answers have no reward.
+
+    Args:
+        evaluations: the lines of evaluations.jsonl.
+        options: the composed options of the run, nested.
+    """
+    found = []
+    compared = compared_evaluations(evaluations)
+    before, after, best = compared["before"], compared["after"], best_evaluation(evaluations)
+    if before is not None and after is not None and best is not None and (change := _worse(before, after)):
+        where = "" if best["step"] == 0 else " (opd export RUN --best)"
+        found.append(f"{change}: {WORSE}; the best was step {best['step']}{where}: lower optim.lr")
+    unjudged = next((line["unjudged"] for line in evaluations if line.get("model") == "student" and line.get("unjudged")), None)
+    if unjudged is not None:
+        found.append(describe_unjudged(unjudged, (options.get("eval") or {}).get("reward")))
+    return found
+
+
+def describe_unjudged(unjudged: Mapping[str, Any], reward: str | None) -> str:
+    """Return the sentence about answers without a reward. unjudged: as in a line of evaluations.jsonl."""
+    which = "none" if unjudged["count"] == unjudged["of"] else f"{unjudged['of'] - unjudged['count']}"
+    answer = unjudged.get("answer")
+    reason = "has no single number" if reward == "number" else "was not judged"
+    why = "" if answer is None else f": '{visible(one_line(answer), SHOWN)}' {reason}"
+    return f"eval.reward={reward} judged {which} of {unjudged['of']} answers{why}; see data.answer and eval.reward, or set eval=kl"
+
+
+def _worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return how much worse the student is than before, beyond the interval; empty where it is not."""
+    first, last = before.get("rewards"), after.get("rewards")
+    if first and last:
+        both = zip(last.get("each", ()), first.get("each", ()), strict=False)
+        differences = [ours - theirs for ours, theirs in both if ours is not None and theirs is not None]
+        high = paired_interval([differences])[1] if differences else last["high"] - first["low"]
+        shares = rewards_are_shares([before, after])
+        return f"reward {format_amount(first['mean'], shares)} → {format_amount(last['mean'], shares)}" if high < 0 else ""
+    first, last = before.get("kl"), after.get("kl")
+    if first is None or last is None or last <= KL_RISE * first:
+        return ""
+    return f"KL to the teacher {format_number(first)} → {format_number(last)}"
 
 
 def achieved(metrics: Lines, evaluations: Lines, step: int | None = None) -> dict[str, Any]:
@@ -79,7 +142,10 @@ def evaluated(evaluations: Lines, step: int | None = None) -> dict[str, Any]:
     compared = compared_evaluations(evaluations, step)
     rewards = {when: (line or {}).get("rewards") or {} for when, line in compared.items()}
     means = {when: found.get("mean") for when, found in rewards.items()}
+    best = best_evaluation(evaluations)
     return {
+        "reward_is_share": rewards_are_shares(evaluations) if any(rewards.values()) else None,
+        "best_step": None if best is None else best["step"],
         **{f"reward_{when}": mean for when, mean in means.items()},
         **{f"reward_{when}_interval": [found["low"], found["high"]] if found else None for when, found in rewards.items()},
         "gap_closed": gap_closed(**means),
@@ -96,9 +162,8 @@ def run_outcome(run: Run) -> dict[str, Any]:
     intervals = [f"reward_{when}_interval" for when in ("before", "after", "teacher", "best")]
     values: dict[str, Any] = dict.fromkeys((*METRICS, "reward_best", *intervals, "reward_best_step"))
     values |= achieved(run.metrics, run.evaluations) | {"seed": run.config.get("seed")}
-    rewarded = [line for line in run.evaluations if line.get("model") == "student" and line.get("rewards")]
-    if rewarded:
-        best = max(rewarded, key=lambda line: float(line["rewards"]["mean"]))
+    best = best_evaluation(run.evaluations)
+    if best is not None and best.get("rewards"):
         mean, low, high = (best["rewards"][name] for name in ("mean", "low", "high"))
         values |= {"reward_best": mean, "reward_best_interval": [low, high], "reward_best_step": best["step"]}
     return values | {name: value for name, value in (run.summary or {}).items() if name in values and value is not None}

@@ -17,6 +17,7 @@ from opd.runs.folder import EVALUATIONS, HYDRA, LOCK, METRICS, ROLLOUTS, RUN, ST
 
 OVERRIDES = f"{HYDRA}/overrides.yaml"
 MEMBER = "member.json"
+STARTED_IN = "started_in"  # a key of run.json
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Run:
         overrides: as typed on the command line.
         summary: None unless the run is done.
         content: digests of data and models; empty before the run began.
+        started_in: the working folder of its last start, to which relative paths refer; None where the run did not store it.
     """
 
     path: Path
@@ -39,6 +41,7 @@ class Run:
     overrides: list[str] = field(default_factory=list)
     summary: dict[str, Any] | None = None
     content: dict[str, str] = field(default_factory=dict)
+    started_in: Path | None = None
 
     @property
     def name(self) -> str:
@@ -108,6 +111,7 @@ def open_run(path: Path) -> Run:
             [str(word) for word in overrides],
             read_json(path / SUMMARY) if status.get("status") == "done" else None,
             begun.get("content", {}),
+            Path(begun[STARTED_IN]) if STARTED_IN in begun else None,
         )
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: its files cannot be read: {' '.join(str(error).split())}") from None

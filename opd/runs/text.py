@@ -44,19 +44,32 @@ def format_percent(value: float | None, spec: str = ".1f") -> str:
     return MISSING if value is None else f"{100 * value:{spec}}%"
 
 
-def format_reward(mean: float | None, interval: Sequence[float] | None, *, digits: int = 1, sign: str = "") -> str:
-    """Return `mean [low, high]` in percent.
+def format_amount(value: float | None, shares: bool, sign: str = "") -> str:
+    """Return a reward, or a difference of rewards, in percent or as it is. shares: whether all rewards are within 0 and 1."""
+    return format_percent(value, f"{sign}.1f") if shares else format_number(value, f"{sign}.4g")
+
+
+def format_reward(mean: float | None, interval: Sequence[float] | None, *, digits: int = 1, sign: str = "", shares: bool = True) -> str:
+    """Return `mean [low, high]`; the mean alone where all values are the same number, which makes no interval.
 
     Args:
-        mean: a share, or a difference of shares.
+        mean: a reward, or a difference of rewards.
         interval: its bounds.
-        digits: of the bounds; 0 fits into tables of 80 columns.
+        digits: of the bounds of shares; 0 fits into tables of 80 columns.
         sign: "+" shows the sign of positive numbers too.
+        shares: whether all rewards are within 0 and 1, and shown in percent.
     """
-    if mean is None or interval is None:
-        return format_percent(mean, f"{sign}.1f")
-    low, high = (format(100 * bound, f"{sign}.{digits}f") for bound in interval)
-    return f"{format_percent(mean, f'{sign}.1f')} [{low}, {high}]"
+    amount = format_amount(mean, shares, sign)
+    if mean is None or interval is None or (interval[0] == interval[1] == mean):
+        return amount
+    low, high = (format(100 * bound, f"{sign}.{digits}f") if shares else format(bound, f"{sign}.4g") for bound in interval)
+    return f"{amount} [{low}, {high}]"
+
+
+def describe_gap(closed: float) -> str:
+    """Return the sentence about the share of the student's distance to the teacher that training closed."""
+    share = format_percent(abs(closed))
+    return f"{share} of the gap to the teacher closed" if closed >= 0 else f"the gap to the teacher grew by {share}"
 
 
 def format_duration(seconds: float | None) -> str:

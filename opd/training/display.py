@@ -17,7 +17,17 @@ from rich.text import Text
 
 from opd.config.options import Control
 from opd.objective.overlap import OVERLAP_K
-from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
+from opd.runs.intervals import are_shares
+from opd.runs.text import (
+    describe_gap,
+    format_amount,
+    format_bytes,
+    format_duration,
+    format_number,
+    format_percent,
+    format_reward,
+    harmless,
+)
 from opd.training.build import Built
 from opd.training.checkpoint import Checkpoint
 from opd.training.evaluation import Evaluation, Rewards
@@ -120,7 +130,7 @@ class Display:
             shares = (f"{label} {self.metrics[f'time/{name}'] / self.metrics['time/step']:.0%}" for name, label in PARTS.items())
             lines.append(Text(f"{'  '.join(shares)}  peak memory {format_bytes(self.metrics['memory/peak_bytes'])}", style="dim"))
         if self.evaluation is not None:
-            lines.append(Text(describe(self.evaluation), style="cyan"))
+            lines.append(Text(describe(self.evaluation), style="cyan", overflow="fold", no_wrap=False))
         if self.sample:
             lines.append(Text(self.sample, style="dim", overflow="ellipsis", no_wrap=True))
         return Panel(Group(*lines), title="opd", border_style="blue")
@@ -131,25 +141,25 @@ class Display:
         for column in ("", "before", "after", "teacher"):
             table.add_column(column, justify="left" if not column else "right")
         if summary["reward_after"] is not None:
-            rewards = ((summary[f"reward_{when}"], summary[f"reward_{when}_interval"]) for when in ("before", "after", "teacher"))
-            table.add_row("reward", *(format_reward(mean, interval, digits=0) for mean, interval in rewards))
+            table.add_row("reward", *reward_cells(summary))
         if summary["eval_kl_after"] is not None:
             kl = (format_number(summary[f"eval_kl_{when}"]) for when in ("before", "after"))
             table.add_row("KL to teacher, nats/token", *kl, "0")
         for label, result in summary.get("datasets", {}).items():
             if result["reward_after"] is not None:
-                rewards = ((result[f"reward_{when}"], result[f"reward_{when}_interval"]) for when in ("before", "after", "teacher"))
-                table.add_row(f"reward, {label}", *(format_reward(mean, interval, digits=0) for mean, interval in rewards))
+                table.add_row(f"reward, {label}", *reward_cells(result))
             if result["eval_kl_after"] is not None:
                 table.add_row(f"KL, {label}", *(format_number(result[f"eval_kl_{when}"]) for when in ("before", "after")), "0")
         self.console.print(table)
         if summary["gap_closed"] is not None:
-            self.note(f"{format_percent(summary['gap_closed'])} of the gap to the teacher closed")
+            self.note(describe_gap(summary["gap_closed"]))
         self.note(
             f"{summary['steps']} steps, {format_number(summary['graded_tokens'], ',')} trained tokens, "
             f"{format_duration(summary['seconds'])} of training, {format_number(summary['tokens_per_second'], ',.0f')} tokens/s, "
             f"peak memory {format_bytes(summary['peak_memory_bytes'])}"
         )
+        for text in summary.get("warnings", ()):
+            self.note(f"warning: {text}")
         for label, file in files.items():
             self.note(f"{label:<8} {file}")
 
@@ -181,14 +191,22 @@ def describe_datasets(evaluation: Evaluation) -> str:
     """Return an evaluation of each dataset, as the continuation of a line; empty without `data.mix`."""
     texts = []
     for label, result in evaluation.datasets.items():
-        parts = [] if result.rewards is None else [f"reward {format_percent(result.rewards.mean)}"]
+        parts = [] if result.rewards is None else [f"reward {format_amount(result.rewards.mean, are_shares(result.rewards.each))}"]
         parts += [] if result.kl is None else [f"KL {format_number(result.kl)}"]
         texts.append(f"{label}: {', '.join(parts)}")
     return "".join(f"  ({text})" for text in texts)
 
 
 def describe_rewards(rewards: Rewards) -> str:
-    return f"{format_reward(rewards.mean, (rewards.low, rewards.high))} of {rewards.count}"
+    missed = sum(reward is None for reward in rewards.each)
+    shown = format_reward(rewards.mean, (rewards.low, rewards.high), shares=are_shares(rewards.each))
+    return f"{shown} of {rewards.count}" + (f" ({missed} of {rewards.count + missed} not judged)" if missed else "")
+
+
+def reward_cells(result: Mapping[str, Any]) -> list[str]:
+    """Return the rewards of a summary, or of one of its datasets: before, after, teacher."""
+    rewards = [(result[f"reward_{when}"], result[f"reward_{when}_interval"]) for when in ("before", "after", "teacher")]
+    return [format_reward(mean, interval, digits=0, shares=result.get("reward_is_share", True)) for mean, interval in rewards]
 
 
 def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
@@ -198,7 +216,9 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
     parameters = trainer.student.num_parameters()  # of 4-bit weights as well
     teachers = config.parts_by_teacher
     named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
-    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {trainer.accelerator.device}")
+    device = trainer.accelerator.device
+    where = str(device) if processes == 1 else f"{device.type}, {processes} processes"
+    display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {where}")
     display.note(
         f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
         f"{size * processes * n} rollouts; "

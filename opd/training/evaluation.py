@@ -48,6 +48,7 @@ class Evaluation:
         example: A prompt with its answer.
         overlap: Top-k overlap on the samples of the KL: means `share` and `mass`, and `by_position` as in metrics.jsonl.
         datasets: The same of each dataset of `data.mix`; empty without.
+        unjudged: Where answers have no reward: their `count`, `of` how many, and the reference `answer` of the first; None where all have.
     """
 
     step: int
@@ -56,10 +57,10 @@ class Evaluation:
     example: str | None = None
     overlap: dict[str, Any] | None = None
     datasets: Mapping[str, DatasetResult] = field(default_factory=dict)
+    unjudged: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        values = asdict(self)
-        return values if self.datasets else {name: value for name, value in values.items() if name != "datasets"}
+        return {name: value for name, value in asdict(self).items() if name not in ("datasets", "unjudged") or value}
 
     @property
     def score(self) -> float | None:
@@ -69,14 +70,10 @@ class Evaluation:
         return None if self.kl is None else -self.kl
 
 
-def interval(rewards: Sequence[float], shares: bool = True) -> tuple[float, float]:
-    """Return the 95 % interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one.
-
-    Args:
-        shares: False for differences of rewards, which may be 0 and 1 by chance.
-    """
+def interval(rewards: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one."""
     count, mean = len(rewards), fmean(rewards)
-    if shares and all(reward in (0.0, 1.0) for reward in rewards):
+    if all(reward in (0.0, 1.0) for reward in rewards):
         centre = mean + Z95**2 / (2 * count)
         spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
         low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
@@ -115,6 +112,12 @@ class Judged:
     """Answers: dataset, reward (None for one that was not judged), tokens, whether it was truncated, prompt with answer, and sample id."""
 
     rows: list[tuple[str, float | None, int, bool, str, int]]
+    references: Mapping[int, str] = field(default_factory=dict)  # the first reference answer of a prompt, by its sample id
+
+    def unjudged(self) -> dict[str, Any] | None:
+        """Return what `Evaluation.unjudged` has."""
+        ids = [row[5] for row in self.rows if row[1] is None]
+        return {"count": len(ids), "of": len(self.rows), "answer": self.references.get(ids[0])} if ids else None
 
     def rewards(self, dataset: str | None = None) -> Rewards | None:
         """Return the statistics of one dataset or, for None, of all; None without answers."""
@@ -136,4 +139,5 @@ class Judged:
             own = {label: distances[label]} if label in distances else {}
             datasets[label] = DatasetResult(self.rewards(label), mean_kl(own), mean_overlap(own, max_new_tokens))
         example = self.rows[0][4] if self.rows else None
-        return Evaluation(step, self.rewards(), mean_kl(distances), example, mean_overlap(distances, max_new_tokens), datasets)
+        overlap = mean_overlap(distances, max_new_tokens)
+        return Evaluation(step, self.rewards(), mean_kl(distances), example, overlap, datasets, self.unjudged())

@@ -147,7 +147,8 @@ class Evaluator:
             )
             for reward, rollout, text in judged
         ]
-        return Judged(gather_object(rows))
+        references = {prompt.sample_id: prompt.answers[0] for prompt in self.answered if prompt.answers}
+        return Judged(gather_object(rows), references)
 
     def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
         """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_config
+from opd.config.files import absolute_paths
 from opd.config.schema import Config
 from opd.data import hub
 from opd.data.prompts import Prompt
@@ -22,11 +23,11 @@ from opd.models import load as models
 from opd.models.adapters import trained_adapters
 from opd.models.masters import MasterWeights
 from opd.models.policy import is_quantized
-from opd.runs.folder import FINAL
+from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.runs.outcome import summarised
 from opd.runs.reader import Run, is_run, open_run
 from opd.samplers.weights import merged_copy
-from opd.training.checkpoint import read, verify
+from opd.training.checkpoint import Checkpoint, Checkpoints, read, verify
 from opd.training.inputs import Given, load_prompts
 from opd.training.model_card import model_card
 from opd.training.tensors import model_tensors, restore_weights
@@ -128,6 +129,19 @@ def generation_config(config: Config, eos: tuple[int, ...], tokenizer: PreTraine
     )
 
 
+def best_checkpoint(run: Path) -> Path:
+    """Return a run's checkpoint with the best evaluation. Raises `DataError` where there is none."""
+    if not is_run(run):
+        raise DataError(f"{run}: --best takes the folder of a run, such as runs/NAME")
+    checkpoints = Checkpoints(run / CHECKPOINTS, 1, keep_best=True)
+    best = checkpoints.best()
+    if best is None:
+        kept = ", ".join(checkpoints.path(*moment).name for moment in checkpoints.moments())
+        reason = "no evaluation after step 0 has a checkpoint (checkpoint.best=drop keeps none for it)"
+        raise DataError(f"{run}: {reason}" + (f"; name one of {kept}, as {run}/{CHECKPOINTS}/NAME" if kept else ""))
+    return checkpoints.path(int(best["step"]))
+
+
 def export_model(source: Path, out: Path, dtype: str = "float32", repository: str | None = None) -> str | None:
     """Write the model of a run or checkpoint to a folder, and upload it where a repository is named.
 
@@ -172,7 +186,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, Pre
             f"{folder}: not a run folder, nor an intact checkpoint ({problem}); name runs/NAME or runs/NAME/checkpoints/step_NUMBER"
         )
     checkpoint = read(folder)
-    config = to_config(restore_config(checkpoint.state["config"]))
+    config = checkpoint_config(checkpoint)
     base = replace(config.model, adapter=None) if config.lora.rank else config.model
     model = models.load_model(base, "model", torch.device("cpu"))
     adapters = trained_adapters(model.requires_grad_(not config.lora.rank), config) if config.lora.rank else None
@@ -187,6 +201,13 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, Pre
             log.warning("adapters merged: %.1e nats per token from the quantised model", summary["merge_gap"])
         return config, merged, tokenizer, summary
     return config, model if adapters is None else adapters.merge_and_unload(), tokenizer, summary
+
+
+def checkpoint_config(checkpoint: Checkpoint) -> Config:
+    """Return the config of a checkpoint's run, with paths as they are from here."""
+    run = checkpoint.path.resolve().parent.parent
+    started_in = open_run(run).started_in if is_run(run) else None
+    return to_config(restore_config(absolute_paths(checkpoint.state["config"], started_in)))
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

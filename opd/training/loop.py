@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from opd.config.options import Control, Engine
+from opd.config.options import Best, Control, Engine
 from opd.config.schema import Config
 from opd.data.order import Order, nth_position, prompt_order
 from opd.data.prompts import Prompt
@@ -158,7 +158,7 @@ class Trainer:
         score = evaluation.score
         if score is not None and self.step > 0 and (self.best is None or score > self.best):
             self.best = score
-            if self.config.checkpoint.keep_best:
+            if self.config.checkpoint.best is not Best.drop:
                 yield self.save(best=score)
         yield Evaluated(evaluation)
 

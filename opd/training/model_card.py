@@ -13,7 +13,7 @@ from opd.config.options import Control, ModelConfig, Source
 from opd.config.schema import Config
 from opd.data import hub
 from opd.models.load import BUNDLED
-from opd.runs.text import format_number, format_percent, format_reward, one_line
+from opd.runs.text import describe_gap, format_number, format_reward, one_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 METHOD = (
@@ -62,9 +62,10 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
         facts += [(f"{name} of the teacher", label, f"`{text}`") for name, text in texts.items()]
     student_and_data = "\n".join(f"- {name}{f' ({label})' if label else ''}: {value}" for name, label, value in facts)
     whens = ("before", "after", "teacher")
-    rewards = [format_reward(summary.get(f"reward_{when}"), summary.get(f"reward_{when}_interval")) for when in whens]
+    shares = summary.get("reward_is_share", True)
+    rewards = [format_reward(summary.get(f"reward_{when}"), summary.get(f"reward_{when}_interval"), shares=shares) for when in whens]
     kl = [format_number(summary.get(f"eval_kl_{when}"), ".3f") for when in ("before", "after")]
-    gap = "" if summary.get("gap_closed") is None else f"{format_percent(summary['gap_closed'])} of the gap to the teacher closed. "
+    gap = "" if summary.get("gap_closed") is None else f"{describe_gap(summary['gap_closed']).capitalize()}. "
     judged = "Evaluated" if config.eval.reward is None else f"Reward `{config.eval.reward}` with 95% intervals, evaluated"
     decoding = "greedy decoding" if config.eval.temperature == 0 else f"sampling at temperature {config.eval.temperature:g}"
     steps, tokens = (format_number(summary.get(name), ",") for name in ("steps", "graded_tokens"))

@@ -4,7 +4,6 @@ import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,47 +14,38 @@ import transformers
 from accelerate import Accelerator
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from opd import signals
 from opd.config.compose import to_dict
 from opd.config.files import local_path
+from opd.config.options import Best
 from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.accelerator import make_accelerator
-from opd.models.distributed import any_process, gather_tensors, is_peer_failure, on_main_process, shards_weights, stop_all_processes
+from opd.models.distributed import any_process, is_peer_failure, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
-from opd.models.policy import is_quantized
-from opd.report import render_report
 from opd.runs.folder import (
     CHECKPOINTS,
     EVALUATIONS,
-    FINAL,
     METRICS,
-    REPORT,
-    ROLLOUTS,
     RUN,
     SUMMARY,
     RunFolder,
     Status,
     read_json,
-    read_lines,
-    write_text,
 )
-from opd.runs.outcome import objective, summarised
-from opd.runs.reader import open_run
+from opd.runs.outcome import describe_unjudged, objective
+from opd.runs.reader import STARTED_IN
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
 from opd.training.events import Evaluated, Event, Rewound, StepDone
-from opd.training.export import merge_quantized, save_model
+from opd.training.finish import finish, places, read_logs
 from opd.training.identity import check_content, check_same, identity
 from opd.training.inputs import Given
 from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Trainer
-from opd.training.metrics import rollout_records, run_costs, sample_text
-from opd.training.tensors import model_tensors
+from opd.training.metrics import rollout_records, sample_text
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +78,8 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         on_main_process(accelerator, lambda: claim(run_folder, stack))
         stack.enter_context(run_folder.unchanged_if_refused())
         background = accelerator.device.type == "cuda" if config.checkpoint.background is None else config.checkpoint.background
-        checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, config.checkpoint.keep_best, background)
+        keeps_best = config.checkpoint.best is not Best.drop
+        checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, keeps_best, background)
         wanted = identity(config, accelerator)
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
@@ -216,7 +207,7 @@ def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer
     else:
         run_folder.copy_logs(start.path.parent.parent)
         cut_logs(start.moment, run_folder, checkpoints)
-    run_folder.write(RUN, trainer.saved_state)
+    run_folder.write(RUN, trainer.saved_state | {STARTED_IN: str(Path.cwd())})
 
 
 def cut_logs(moment: Moment, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -234,11 +225,6 @@ def restore_counters(run_folder: RunFolder, checkpoints: Checkpoints, trainer: T
     if best is not None and best["step"] <= trainer.step:
         trainer.best = best["score"]
     return evaluations
-
-
-def read_logs(run_folder: RunFolder) -> tuple[Lines, Lines]:
-    """Return the metrics and the evaluations so far."""
-    return read_lines(run_folder.path / METRICS), read_lines(run_folder.path / EVALUATIONS)
 
 
 # The run.
@@ -324,58 +310,8 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
             accelerator.log(evaluation_metrics(event.evaluation.to_dict()), step=event.evaluation.step)
             display.show(event)
+            if event.evaluation.unjudged is not None and event.evaluation.step == 0:
+                log.warning(describe_unjudged(event.evaluation.unjudged, trainer.config.eval.reward))
         case Rewound():
             log.warning("rewound to step %d; %d samples are left out from here on", event.step, len(event.left_out))
             display.show(event)
-
-
-def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, Any]:
-    """Export the model, write summary and report, and return the summary."""
-    trainer, config, accelerator = built.trainer, built.trainer.config, built.trainer.accelerator
-    costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
-    summary = on_main_process(accelerator, lambda: summarised(*read_logs(run_folder))) | costs
-    summary["control"] = config.control.value
-    if is_quantized(trainer.student) and accelerator.is_main_process:
-        student, weights = merge_quantized(trainer.student, trainer.strategy.masters, config, trainer.prompts, summary), None
-        display.note(f"adapters merged in {student.dtype}: {summary['merge_gap']:.1e} nats per token from the quantised model")
-    else:
-        student, weights = final_weights(built)
-    if accelerator.is_main_process:
-        save_model(run_folder.path / FINAL, student, built.tokenizer, built.eos, config, summary, weights)
-    run_folder.write(SUMMARY, summary)
-    if accelerator.is_main_process:
-        write_report(run_folder.path, summary)
-    accelerator.wait_for_everyone()
-    for tracker in accelerator.trackers:  # not end_training, which ends the process group that the next run of a sweep needs
-        tracker.finish()
-    display.summarise(summary, places(run_folder.path))
-    return summary
-
-
-def final_weights(built: Built) -> tuple[PreTrainedModel, dict[str, Tensor] | None]:
-    """Return the student without adapters and, where weights are sharded, all of them, in the main process."""
-    trainer, is_main = built.trainer, built.trainer.accelerator.is_main_process
-    if trainer.strategy.masters is not None:
-        trainer.strategy.masters.restore_module()
-    sharded = trainer.strategy.is_sharded
-    if built.adapters is None:
-        return trainer.student, gather_tensors(model_tensors(trainer.student), keep=is_main) if sharded else None
-    with trainer.strategy.gathered_weights():
-        student = built.adapters.merge_and_unload() if is_main else trainer.student
-        if not sharded or not is_main:
-            return student, None
-        return student, {name: value.detach().to("cpu", copy=True) for name, value in student.named_parameters()}
-
-
-def write_report(folder: Path, summary: dict[str, Any]) -> None:
-    """Write the run's page. The model is safe by now, so a failure is logged and ends nothing."""
-    try:
-        write_text(folder / REPORT, render_report([replace(open_run(folder), status=Status.done.value, summary=summary)]))
-    except Exception:
-        log.exception("%s could not be saved; opd report %s tries again", folder / REPORT, folder)
-
-
-def places(folder: Path) -> dict[str, str]:
-    """Return where a finished run left its results."""
-    results = {"model": folder / FINAL, "metrics": folder / METRICS, "samples": folder / ROLLOUTS, "report": folder / REPORT}
-    return {label: str(path) for label, path in results.items() if path.exists()}

@@ -1,0 +1,70 @@
+"""What people type: home folders, paths as names of models, several slips at a time, sweeps in which all members share one."""
+
+from pathlib import Path
+
+import pytest
+
+from opd import errors
+from opd.cli import main as cli
+from opd.cli.words import readable
+
+DEBUG = ["experiment=debug", "device=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+
+
+@pytest.mark.parametrize(
+    ("word", "read"),
+    [
+        ("model.path=~/x", "model.path=/home/me/x"),
+        ("model.path=~/x,~/y", "model.path=/home/me/x,/home/me/y"),
+        ("model=~/x", "model.path=/home/me/x"),
+        ("model=./folder", "model.path=./folder"),
+        ("model=OWNER/NAME", "model.path=OWNER/NAME"),
+        ("teacher=OWNER/NAME,./y", "teacher.path=OWNER/NAME,./y"),
+        ("teacher=tiny,./y", "teacher=tiny,./y"),
+        ("model=tiny", "model=tiny"),
+        ("data.path=OWNER/NAME", "data.path=OWNER/NAME"),
+        ("teacher.system='~/x'", "teacher.system='~/x'"),
+        ("~model", "~model"),
+        ("model=sub/mine", "model=sub/mine"),
+    ],
+)
+def test_words_are_read_as_they_are_meant(word: str, read: str, tmp_path: Path) -> None:
+    (tmp_path / "conf/model/sub").mkdir(parents=True)
+    (tmp_path / "conf/model/sub/mine.yaml").touch()
+    assert readable(word, [tmp_path / "conf"]) == read
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["train", *DEBUG, "model=./nothere"], ["model.path=./nothere", "no such folder"]),
+        (["train", *DEBUG, "lrr=1", "optm.lr=3", "sampling.n=1"], ["lrr: no such", "optm.lr: no such option; did you mean optim.lr"]),
+        (["train", *DEBUG, "teacher.system=You, are right"], ["'teacher.system=\"You, are right\"'"]),
+        (["train", *DEBUG, "optim.betas=1,2"], ["a list is [a,b]"]),
+        (["train", *DEBUG, "experiment=mine"], ["--config-dir conf"]),
+        (["sample", "runs/a", "--n", "3"], ["--n: no such flag", "-n"]),
+        (["sample", "runs/a", "-prompt", "x"], ["-prompt: no such flag", "--prompt"]),
+        (["report", "-out", "x"], ["--out"]),
+    ],
+)
+def test_slips_get_one_line_with_the_remedy(words: list[str], parts: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    (tmp_path / "conf/experiment/mine.yaml").touch()
+    assert cli.main(words) == errors.USAGE
+    shown = capfd.readouterr().err
+    assert shown.count("\n") == 1 and all(part in shown for part in parts), shown
+
+
+def test_a_mistake_that_all_members_share_is_refused_once_before_the_first(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["train", "-m", *DEBUG, "optim.lr=-1", "seed=0,1,2"]) == errors.USAGE
+    shown = capfd.readouterr()
+    assert shown.err.count("optim.lr=-1") == 1 and "member" not in shown.out and not list(tmp_path.iterdir())
+    # A mistake of some members does not stop the others.
+    assert cli.main(["train", "-m", *DEBUG, "optim.lr=-1,1e-4", "train.max_steps=1", "eval=kl", "eval.kl_prompts=0"]) == errors.USAGE
+    assert "1 of 2 done" in capfd.readouterr().out
