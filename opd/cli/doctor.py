@@ -16,7 +16,9 @@ from opd import errors
 from opd.cli.arguments import at_least
 from opd.cli.hydra_app import FlagParser, Job
 from opd.config.schema import Config
+from opd.runs.progress import progress_on
 from opd.runs.reader import is_run
+from opd.runs.text import make_console
 
 if TYPE_CHECKING:
     from opd.doctor import PlanRequest, Report
@@ -88,14 +90,16 @@ def listed_teachers(words: Sequence[str]) -> tuple[int, str, list[str]]:
 
 def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Examine the composed config and print the findings. Raises `NotReady` if a check failed."""
-    from opd.doctor import Status, plan
-    from opd.doctor.findings import show
+    from opd.doctor import Report, Status, plan
+    from opd.doctor.findings import WIDTH, show_end, show_finding
 
-    report = findings(config, flags)
+    console = make_console(WIDTH)
+    shown = Report() if flags.json else Report(on_finding=partial(show_finding, console), progress=progress_on(console))
+    report = findings(config, flags, shown)
     if flags.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
-        show(report)
+        show_end(console, report)
         if "plan" in report.figures:
             plan.show(report.figures["plan"])
     failed = report.of(Status.fail)
@@ -108,13 +112,14 @@ def compare(config: Config, flags: argparse.Namespace, name: str, reports: "dict
 
     Raises `NotReady` if none is ready, and `ConfigError` where no dataset would have it.
     """
-    from opd.doctor import candidates
+    from opd.doctor import Report, candidates
 
     if flags.plan is not None:
         raise errors.ConfigError("--plan: plans for one teacher: name one, or remove --plan")
     if "" not in config.parts_by_teacher:
         raise errors.ConfigError(f"teacher={name}: teachers has one for every dataset; leave out that of the dataset to find a teacher for")
-    reports[name] = findings(config, flags)
+    shown = Report() if flags.json else Report(progress=progress_on(make_console()))
+    reports[name] = findings(config, flags, shown)
     gc.collect()  # its models, before the next ones are loaded
     if not is_last:
         return
@@ -126,12 +131,12 @@ def compare(config: Config, flags: argparse.Namespace, name: str, reports: "dict
         raise errors.NotReady(f"not ready with any of {', '.join(reports)}")
 
 
-def findings(config: Config, flags: argparse.Namespace) -> "Report":
+def findings(config: Config, flags: argparse.Namespace, report: "Report") -> "Report":
     from opd import doctor
     from opd.training import runner  # imports torch, which --help does not need
 
     runner.quiet_libraries()
-    return doctor.examine(config, flags.prompts, plan_request(config, flags))
+    return doctor.examine(config, flags.prompts, plan_request(config, flags), report)
 
 
 def plan_request(config: Config, flags: argparse.Namespace) -> "PlanRequest | None":

@@ -36,22 +36,24 @@ __all__ = ["Finding", "PlanRequest", "Report", "Status", "examine"]
 Prompts = tuple[list[Prompt], list[Prompt]]  # to train and to evaluate on
 
 
-def examine(config: Config, prompts: int = 32, request: PlanRequest | None = None) -> Report:
+def examine(config: Config, prompts: int = 32, request: PlanRequest | None = None, report: Report | None = None) -> Report:
     """Check the run that `config` describes, without training and without leaving files behind.
 
     Args:
         config: the run's.
         prompts: how many evaluation prompts student and teacher answer; 0 for none.
         request: for a plan of the run, which is checked in its place.
+        report: to add the findings to, for one that shows them at once.
     """
-    report = Report()
+    report = report or Report()
     report.add(ok("config", f"composes; the run would be runs/{config.name}"))
     report.run("tracker", lambda: machine.check_packages(config))
-    loaded = check_inputs(config, report)
+    with report.progress.of("checking the tokenizers and the data"):
+        loaded = check_inputs(config, report)
     if loaded is None:
         return report
     tokenizer, data = loaded
-    with ExitStack() as stack:
+    with report.progress.of("grading the reference answers"), ExitStack() as stack:
         if not report.run("reward", lambda: rows.check_reward(data[1], make_run_grader(config, data[1], stack), config)):
             return report
     if request is not None:
@@ -186,15 +188,17 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         accelerator = make_accelerator(config, Path(folder))
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
         samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
-        built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
-        trainer, evaluator = built.trainer, built.trainer.evaluator
+        with report.progress.of("loading the models"):
+            built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
+        trainer, evaluator = built.trainer, replace(built.trainer.evaluator, progress=report.progress)
         if (spans := trainer.scoring.spans) is not None:
             report.add(ok("end of sequence", describe(spans)))
         for label, part in config.parts_by_teacher.items() if spans is None else ():
             report.add(*check_ends(part, tokenizer, built.eos, built.teacher_eos[label]))
         report.add(*tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
-        step = first_step.trial_step(trainer)
+        with report.progress.of("running a trial step"):
+            step = first_step.trial_step(trainer)
         check_scores(trainer.scoring, trainer.canaries, step.tokens)
         rate = sum(len(rollout.trained) for rollout in step.rollouts) / sum(step.seconds.values())
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, "tokens_per_second": rate, **step.metrics}

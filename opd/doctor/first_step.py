@@ -169,7 +169,8 @@ def check_spans(step: Step) -> list[Finding]:
 def answer_rewards(evaluator: Evaluator, sampler: Sampler, prompts: Sequence[Prompt], as_teacher: bool) -> list[float | None]:
     """Return the rewards of one model's completions, decoded as in the run's evaluations."""
     requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in prompts]
-    return evaluator.judge(sampler.sample(requests, evaluator.decoding, "evaluation"))
+    what = f"evaluating the {'teacher' if as_teacher else 'student'}"
+    return evaluator.judge(evaluator.sample(sampler, requests, evaluator.decoding, "evaluation", what))
 
 
 def check_rewards(

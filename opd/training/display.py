@@ -17,6 +17,7 @@ from rich.text import Text
 
 from opd.config.options import Control
 from opd.objective.overlap import OVERLAP_K
+from opd.runs import progress
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
 from opd.training.build import Built
 from opd.training.checkpoint import Checkpoint
@@ -68,10 +69,24 @@ class Display:
         self.metrics: dict[str, float] = {}
         self.evaluation: Evaluation | None = None
         self.sample = ""
+        self.work = ""  # what is under way besides steps
         self.last_line = 0.0
 
     def note(self, text: str) -> None:
         self.console.print(Text(harmless(text)))
+
+    def watch(self, watched: progress.Progress) -> None:
+        """Show how far evaluations are: in the panel on a terminal, as lines elsewhere."""
+        if not self.console.quiet:
+            watched.show = self._show_work
+            watched.seconds = progress.LIVE_SECONDS if self.console.is_terminal else progress.LINE_SECONDS
+
+    def _show_work(self, line: str) -> None:
+        self.work = line
+        if self.live is not None:
+            self.live.update(self._panel())
+        elif line:
+            self.note(line)
 
     def begin(self, step: int) -> None:
         """Open the panel on a terminal."""
@@ -121,6 +136,8 @@ class Display:
             lines.append(Text(f"{'  '.join(shares)}  peak memory {format_bytes(self.metrics['memory/peak_bytes'])}", style="dim"))
         if self.evaluation is not None:
             lines.append(Text(describe(self.evaluation), style="cyan"))
+        if self.work:
+            lines.append(Text(harmless(self.work), style="cyan"))
         if self.sample:
             lines.append(Text(self.sample, style="dim", overflow="ellipsis", no_wrap=True))
         return Panel(Group(*lines), title="opd", border_style="blue")

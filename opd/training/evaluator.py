@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -27,6 +27,7 @@ from opd.models.shared_ids import SharedIds
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.objective.head import TokenStats
 from opd.objective.overlap import OVERLAP
+from opd.runs.progress import Progress
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
 from opd.training.evaluation import KL, Distances, Evaluation, Judged, added
@@ -83,6 +84,7 @@ class Evaluator:
         precision: Context in which the student computes.
         masked: As in `Head`.
         teacher_tokenizer: Of a teacher with tokens of its own.
+        progress: Tells how far an evaluation is.
     """
 
     accelerator: Accelerator
@@ -97,6 +99,7 @@ class Evaluator:
     precision: Callable[[], Any]
     masked: Tensor | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    progress: Progress = field(default_factory=Progress)
 
     def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
         """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
@@ -120,17 +123,38 @@ class Evaluator:
 
     def teacher(self, sampler: Sampler) -> Evaluation:
         """Evaluate the teacher, with its own version of the prompts."""
-        return self.answer(sampler, as_teacher=True).evaluation(0, {}, self.kl_decoding.max_new_tokens)
+        return self.answer(sampler, as_teacher=True, name="teacher").evaluation(0, {}, self.kl_decoding.max_new_tokens)
 
-    def answer(self, sampler: Sampler, as_teacher: bool = False, samples: int = 1) -> "Judged":
-        """Return the judged answers of the model behind `sampler` from all processes. `as_teacher`: with its prompts."""
+    def sample(self, sampler: Sampler, requests: Sequence[Request], decoding: Decoding, stream: str, what: str) -> list[Rollout]:
+        """Return this process's completions, and tell how far all processes are. `what`: the work, in words."""
+        done, processes = 0, self.accelerator.num_processes
+
+        def on_done(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+            nonlocal done
+            done += len(rollouts)
+            note(done * processes)
+            return rollouts
+
+        with self.progress.of(what, len(requests) * processes) as note:
+            watched = replace(decoding, ended=lambda ended: note((done + ended) * processes))
+            return run_stoppable(self.accelerator, lambda: sampler.sample(requests, watched, stream, on_done))
+
+    def answer(self, sampler: Sampler, as_teacher: bool = False, samples: int = 1, name: str = "student") -> "Judged":
+        """Return the judged answers of the model behind `sampler` from all processes.
+
+        Args:
+            as_teacher: With the teacher's prompts.
+            name: The model's, for the progress.
+        """
         if not self.answered:
             return Judged([])
         prompts = [prompt.for_teacher() if as_teacher else prompt for prompt in self._share(self.answered)]
         requests = [Request(prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
-        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
+        rollouts = self.sample(sampler, requests, self.decoding, "evaluation", f"evaluating the {name}")
         reader = self.as_teacher() if as_teacher else self
-        judged = zip(reader.judge(rollouts), rollouts, map(reader.text, rollouts), strict=True)
+        with self.progress.of(f"grading the answers of the {name}"):
+            rewards = reader.judge(rollouts)
+        judged = zip(rewards, rollouts, map(reader.text, rollouts), strict=True)
         rows = [
             (
                 rollout.request.prompt.dataset,
@@ -149,9 +173,9 @@ class Evaluator:
         if not self.kl_prompts:
             return {}
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
-        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
+        rollouts = self.sample(sampler, requests, self.kl_decoding, "evaluation-kl", "sampling for the KL to the teacher")
         results = {}
-        with ready(), self.precision():
+        with self.progress.of("measuring the KL to the teacher"), ready(), self.precision():
             for label in sorted({rollout.request.prompt.dataset for rollout in rollouts}):
                 own = [rollout for rollout in rollouts if rollout.request.prompt.dataset == label]
                 results[label] = self.distance(model, teacher, own)

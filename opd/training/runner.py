@@ -281,10 +281,11 @@ def distil(
         stop_all_processes(accelerator)
         stacks = run_folder.stacks_file(accelerator.process_index)
         beat = stack.enter_context(watchdog(config.train.watchdog_minutes, stacks, run_folder.record_hang))
-        if not any(line["model"] == "teacher" for line in evaluations):
-            evaluate_teacher(built, run_folder, display)
+        display.watch(trainer.evaluator.progress)
         stack.callback(display.end)
         display.begin(trainer.step)
+        if not any(line["model"] == "teacher" for line in evaluations):
+            evaluate_teacher(built, run_folder, display)
         for event in trainer.run():
             beat()
             write_event(event, built, run_folder, display)
