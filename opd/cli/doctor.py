@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from opd import errors
+from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import at_least
-from opd.cli.hydra_app import FlagParser, Job
+from opd.cli.hydra_app import FlagParser, Job, parse
+from opd.config import compose
 from opd.config.schema import Config
 from opd.runs.progress import progress_on
 from opd.runs.reader import is_run
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from opd.doctor import PlanRequest, Report
 
 NUMBER, ANY_TIME = r"\d+(?:\.\d+)?", "--plan=any"
+SWEEP = {"-m", "--multirun"}
 TEACHERS = ("teacher", "teacher.path")  # options that may list several, with commas
 
 
@@ -31,7 +34,7 @@ class DoctorParser(FlagParser):
     """Examines the config once, or once with each of several teachers."""
 
     def __init__(self) -> None:
-        super().__init__("doctor", examine)
+        super().__init__("doctor", lambda config, folder, flags: examine(config, flags, self.members))
         self.add_argument("--json", action="store_true")
         self.add_argument("--prompts", type=partial(at_least, 0), default=32)
         self.add_argument("--plan", type=minutes, metavar="MINUTES")
@@ -42,7 +45,11 @@ class DoctorParser(FlagParser):
             remedy = f"use opd eval {run} or opd report {run}"
             error = errors.ConfigError(f"{run}: is a run, and doctor checks the options of one that has not begun: {remedy}")
             return Job(lambda config, folder: None, "doctor").report(error)
-        words = joined_minutes(words)
+        self.members = 1
+        try:
+            words = self.of_first_member(joined_minutes(words))
+        except Exception as error:  # noqa: BLE001 - any defect must end in a message and an exit code
+            return Job(lambda config, folder: None, "doctor").report(error)
         place, option, names = listed_teachers(words)
         if len(names) < 2:
             return super().run(words)
@@ -53,6 +60,19 @@ class DoctorParser(FlagParser):
             if name not in reports or name == names[-1]:  # a mistake in the options, or the end
                 return code
         return errors.OK
+
+    def of_first_member(self, words: Sequence[str]) -> list[str]:
+        """Return the words for the first member of a sweep, and count its members; the words themselves without -m."""
+        if not SWEEP.intersection(words):
+            return list(words)
+        _, hydra_words = self.parse_known_args(list(words))
+        parsed = parse(hydra_words, "doctor")
+        compose.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
+        planned = hydra_errors.explained(lambda: sweep.plan(parsed, 1))
+        if planned.first is None or planned.members is None:
+            raise errors.ConfigError("-m: only the sweeper knows the members: check one of them, with plain values and without -m")
+        self.members = planned.members
+        return [word for word in words if word not in (*parsed.overrides, *SWEEP)] + list(planned.first)
 
 
 def joined_minutes(words: Sequence[str]) -> list[str]:
@@ -88,13 +108,19 @@ def listed_teachers(words: Sequence[str]) -> tuple[int, str, list[str]]:
     return 0, "", []
 
 
-def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
-    """Examine the composed config and print the findings. Raises `NotReady` if a check failed."""
+def examine(config: Config, flags: argparse.Namespace, members: int) -> None:
+    """Examine the composed config and print the findings. Raises `NotReady` if a check failed.
+
+    Args:
+        members: of the sweep whose first member the config is.
+    """
     from opd.doctor import Report, Status, plan
     from opd.doctor.findings import WIDTH, show_end, show_finding
 
     console = make_console(WIDTH)
-    shown = Report() if flags.json else Report(on_finding=partial(show_finding, console), progress=progress_on(console))
+    shown = Report(members=members)
+    if not flags.json:
+        shown.on_finding, shown.progress = partial(show_finding, console), progress_on(console)
     report = findings(config, flags, shown)
     if flags.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))

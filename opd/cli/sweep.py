@@ -41,6 +41,7 @@ class Sweep:
         folder: Contains one folder per member.
         members: Their number at most; None if only the sweeper knows it.
         swept: The options in which members differ.
+        first: The words of the first member; None if only the sweeper knows them.
         key: Tells members of this call from those of earlier calls in the same folder.
     """
 
@@ -48,6 +49,7 @@ class Sweep:
     members: int | None
     swept: frozenset[str]
     config: SweepConfig
+    first: Sequence[str] | None = None
     key: str = field(default_factory=lambda: os.urandom(8).hex())
 
 
@@ -104,11 +106,13 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     words = [*(f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()), *composed.hydra.overrides.task]
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
     if str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
-        members: int | None = len(BasicSweeper.split_arguments(overrides, None)[0])
+        of_members = BasicSweeper.split_arguments(overrides, None)[0]
+        members: int | None = len(of_members)
+        first: Sequence[str] | None = of_members[0]
     else:
-        members = int(sweeper.n_trials) if "n_trials" in sweeper else None
+        members, first = int(sweeper.n_trials) if "n_trials" in sweeper else None, None
     swept = frozenset(override.get_key_element() for override in overrides if override.is_sweep_override())
-    return Sweep(Path(composed.hydra.sweep.dir), members, swept, config)
+    return Sweep(Path(composed.hydra.sweep.dir), members, swept, config, first)
 
 
 def title(sweep: Sweep, member: Member) -> str:

@@ -28,6 +28,8 @@ from opd.models.memory import Memory, estimate
 from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
 from opd.training.checks import check_scores
+from opd.training.disk import disk_of, free_disk
+from opd.training.evaluation import count_evaluations
 from opd.training.inputs import Given, Loaded, encode_dataset, join_datasets, make_run_grader
 from opd.training.spans import describe
 
@@ -46,7 +48,8 @@ def examine(config: Config, prompts: int = 32, request: PlanRequest | None = Non
         report: to add the findings to, for one that shows them at once.
     """
     report = report or Report()
-    report.add(ok("config", f"composes; the run would be runs/{config.name}"))
+    named = f"the run would be runs/{config.name}" if report.members == 1 else f"the first of {report.members} members is checked"
+    report.add(ok("config", f"composes; {named}"))
     report.run("tracker", lambda: machine.check_packages(config))
     with report.progress.of("checking the tokenizers and the data"):
         loaded = check_inputs(config, report)
@@ -206,20 +209,38 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
         report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
         report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer), *first_step.check_spans(step))
-        report.add(*machine.check_time(step.seconds, rate, step.metrics["perf/mfu"], config, trainer.max_steps))
+        disk, free = disk_of(trainer), free_disk(Path("runs"))
+        report.figures["disk"] = {"needed": disk.total(report.members), "free": free}
+        report.add(*machine.check_disk(disk, free, report.members))
 
+        seconds = first_step.evaluation_seconds(evaluator, trainer.speed, step)  # estimates, where nothing is answered
         answered = first_of_each(evaluator.answered, prompts)
         if answered:
-            scale = config.eval.samples * len(evaluator.answered) / len(answered)
+            scale = len(evaluator.answered) / len(answered)
             started = time.perf_counter()
             student = first_step.answer_rewards(evaluator, trainer.sampler, answered, as_teacher=False)
             between = time.perf_counter()
             with built.teacher.active():
                 teacher = first_step.answer_rewards(evaluator.as_teacher(), built.teacher_sampler, answered, as_teacher=True)
-            seconds = {"student": scale * (between - started), "teacher": scale * (time.perf_counter() - between)}
-            report.figures["evaluation_seconds"] = seconds
+            seconds |= {"student": scale * (between - started), "teacher": scale * (time.perf_counter() - between)}
             report.figures["rewards"] = {"student": student, "teacher": teacher}
             report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
+        report.figures["evaluation_seconds"] = {"student": seconds["student"] + seconds["kl"], "teacher": seconds["teacher"]}
+        add_time(config, report, step.seconds)
+
+
+def add_time(config: Config, report: Report, seconds: Mapping[str, float]) -> None:
+    """Extrapolate from the trial step, whose `seconds` have parts, and the evaluations to the run."""
+    timing, step = measured_timing(config, report), report.figures["step"]
+    assert timing is not None
+    training, evaluations = timing.steps * timing.step, timing.of_evaluations(config, timing.steps)
+    report.figures["time"] = {"training": training, "evaluations": evaluations, "members": report.members}
+    counted = f"{timing.steps:,} steps, {count_evaluations(config.eval, timing.steps)} evaluations of the student"
+    counted += ", 1 of the teacher" if timing.teacher else ""
+    parts = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items() if value)
+    speed = f"{step['tokens_per_second']:,.0f} trained tokens/s, {step['perf/mfu']:.1%} MFU"
+    step_text = f"{timing.step:.2g} s a step ({parts}; {speed})"
+    report.add(*machine.check_time(training, evaluations, counted, step_text, report.members))
 
 
 def check_ends(config: Config, student: PreTrainedTokenizerBase, eos: Sequence[int], teacher_eos: Sequence[int]) -> list[Finding]:

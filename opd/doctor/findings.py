@@ -67,6 +67,7 @@ class Report:
         findings: in the order of the checks.
         figures: measured and estimated numbers, as JSON.
         rendered: the first prompt as each model's chat template renders it, and the teacher's views of it.
+        members: of the sweep whose first member the run is.
         on_finding: called with each finding at once.
         progress: tells what is being checked.
     """
@@ -74,6 +75,7 @@ class Report:
     findings: list[Finding] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     rendered: dict[str, str] = field(default_factory=dict)
+    members: int = 1
     on_finding: Callable[[Finding], None] = ignore
     progress: Progress = field(default_factory=Progress)
 

@@ -17,7 +17,7 @@ MAX_LETTERS = 300  # of a name or a value
 PHASES = {
     "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
 }  # fmt: skip
-USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth"}
+USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth", "of the threads’ CPU time": "perf/cpu"}
 MEMORY = ("loading", "evaluation", "sampling", "scoring", "update")
 OUTCOME = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after")
 MIN_SHARE = 1 / 500  # of the tokens; a mean over fewer would be the loudest and say the least

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.config.options import Control
+from opd.data.chat_template import ChatTemplate
 from opd.objective.overlap import OVERLAP_K
 from opd.runs import progress
 from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
@@ -221,6 +222,8 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
+    if all(ChatTemplate(built.tokenizer, part.data.chat_template_kwargs).find() is None for part in config.parts.values()):
+        display.note("no chat template: prompts are plain text")
     if config.data.mix:
         rows = Counter(prompt.dataset for prompt in trainer.prompts)
         shares = {label: dataset.weight for label, dataset in config.data.datasets.items()}

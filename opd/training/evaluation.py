@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
+from opd.config.options import EvalConfig
 from opd.training.metrics import take_by_position
 from opd.training.tokens import Means
 
@@ -67,6 +68,11 @@ class Evaluation:
         if self.rewards is not None:
             return self.rewards.mean
         return None if self.kl is None else -self.kl
+
+
+def count_evaluations(config: EvalConfig, steps: int) -> int:
+    """Return how often a run of so many steps evaluates the student: before, every `eval.steps`, and after the last step."""
+    return 1 + (math.ceil(steps / config.steps) if config.steps else 1)
 
 
 def interval(rewards: Sequence[float], shares: bool = True) -> tuple[float, float]:

@@ -101,6 +101,11 @@ class Evaluator:
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     progress: Progress = field(default_factory=Progress)
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts of evaluations, each once."""
+        return list({(prompt.dataset, prompt.sample_id): prompt for prompt in (*self.answered, *self.kl_prompts)}.values())
+
     def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
         """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
         for option, prompts, decoding in (

@@ -47,6 +47,8 @@ from opd.runs.outcome import objective, summarised
 from opd.runs.reader import open_run
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
+from opd.training.checks import check_prompts, check_teacher
+from opd.training.disk import warn_of_disk
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
 from opd.training.events import Evaluated, Event, Rewound, StepDone
 from opd.training.export import merge_quantized, save_model
@@ -101,6 +103,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         with status_on_exit(accelerator, run_folder, checkpoints):
             summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given(), on_event)
         run_folder.set_status(Status.done, exit_code=0)
+        on_main_process(accelerator, checkpoints.finish)  # now that the same command does not resume any more
         return summary
 
 
@@ -197,6 +200,11 @@ def find_start(
         return None, []
     if config.resume == "auto":
         start = checkpoints.newest()
+        if start is None and run_folder.status() is Status.done:
+            raise ConfigError(
+                f"{run_folder.path}: is done and kept no checkpoint to resume from (checkpoint.keep_last): set another name=…, and "
+                f"model.path={run_folder.path / FINAL} to train its model further"
+            )
     else:
         problem = verify(local_path(config.resume))
         if problem is not None:
@@ -275,8 +283,11 @@ def distil(
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         introduce(display, built, start)
+        if accelerator.is_main_process:
+            check_prompts(trainer.prompts, trainer.evaluator.prompts)
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
+        warn_of_disk(trainer, run_folder.path)
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
         stacks = run_folder.stacks_file(accelerator.process_index)
@@ -324,6 +335,8 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
             accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)
             display.show(event)
+            if event.evaluation.step == 0 and accelerator.is_main_process:
+                check_teacher(read_lines(run_folder.path / EVALUATIONS))
         case Rewound():
             log.warning("rewound to step %d; %d samples are left out from here on", event.step, len(event.left_out))
             display.show(event)
