@@ -6,6 +6,7 @@ from pathlib import Path
 
 from opd.cli.hydra_app import FlagParser
 from opd.config.schema import Config
+from opd.runs.answers import as_text, file_beside
 from opd.runs.folder import check_output_path, write_output
 from opd.runs.progress import progress_on
 from opd.runs.text import make_console
@@ -36,7 +37,7 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     console = make_console(WIDTH, soft_wrap=True)
     if not flags.json and signals.launched_as()[0] == 0:
         show_models(console, judge.locate_models(target))
-    result = judge.judge(target, folder, None if flags.json else progress_on(console))
+    result, lines = judge.judge(target, folder, None if flags.json else progress_on(console))
     if not distributed.in_main_process():
         return
     out = flags.out or (judge.unused_result_file(target.run) if target.run is not None else None)
@@ -47,3 +48,4 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
         show_evaluation(console, result, out)
     if out is not None:
         write_output(out, f"{content}\n")
+        write_output(file_beside(out), as_text(lines))

@@ -23,11 +23,12 @@ from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
+from opd.runs.answers import lines_of
 from opd.runs.outcome import gap_closed
 from opd.runs.progress import Progress
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
-from opd.training.evaluation import Distances, interval, mean_kl
+from opd.training.evaluation import Distances, interval, kl_interval, mean_kl
 from opd.training.evaluator import Evaluator, make_evaluator
 from opd.training.inputs import Given, load_prompts, make_run_grader
 
@@ -67,7 +68,7 @@ def locate_models(target: Target) -> dict[str, str | None]:
     }
 
 
-def judge(target: Target, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+def judge(target: Target, folder: Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a target's model, its baseline and its teacher.
 
     Args:
@@ -76,7 +77,7 @@ def judge(target: Target, folder: Path, progress: Progress | None = None) -> dic
         progress: shows how far it is.
 
     Returns:
-        The content of eval.json, the same on all ranks.
+        The content of eval.json, the same on all ranks, and the lines of the file with the answers.
     """
     config, samples = target.config, target.config.eval.samples
     accelerator = make_accelerator(config, folder)
@@ -85,6 +86,7 @@ def judge(target: Target, folder: Path, progress: Progress | None = None) -> dic
     parts = config.parts_by_teacher
     named = locate_models(target)
     answers: dict[str, list[Answer]] = {}
+    lines: list[dict[str, Any]] = []
     distances: dict[str, Distances] = {}
     with ExitStack() as stack:
         teachers = {}
@@ -108,7 +110,7 @@ def judge(target: Target, folder: Path, progress: Progress | None = None) -> dic
             for label, teacher in teachers.items():
                 evaluator.check_positions(teacher.model, "teacher", label)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
-            answers[role] = _answer(evaluator, sampler, samples, role)
+            answers[role] = _answer(evaluator, sampler, samples, role, lines)
             scorers = {label: LocalTeacher(teacher.model, ids.vocabulary, masked=ids.masked) for label, teacher in teachers.items()}
             distances[role] = evaluator.distances(sampler, student.model, as_one(scorers))
             del student, sampler
@@ -116,20 +118,24 @@ def judge(target: Target, folder: Path, progress: Progress | None = None) -> dic
         samplers: dict[str, Sampler] = {}
         for label, teacher in teachers.items():
             samplers[label] = run_stoppable(accelerator, partial(teacher.sampler, pad_id, ids, config.seed))
-        answers["teacher"] = _answer(evaluator, of_teachers(samplers), samples, "teacher")
-    return {
+        answers["teacher"] = _answer(evaluator, of_teachers(samplers), samples, "teacher", lines)
+    result = {
         "target": target.name,
         **named,
         "seed": config.seed,
         "overrides": list(target.overrides),
         "tasks": compare_by_dataset(answers, distances, config),
     }
+    return result, lines
 
 
 def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[str, Distances], config: Config) -> dict[str, Any]:
     """Return what `compare_answers` returns for all prompts, as `evaluation`, and with `data.mix` for those of each dataset."""
     kl = {role: mean_kl(found) for role, found in distances.items()}
     tasks = {"evaluation": compare_answers(answers, kl, config)}
+    for role, found in distances.items():
+        if (low_high := kl_interval(found)) is not None:
+            tasks["evaluation"]["models"][role]["kl_interval"] = list(low_high)
     for label, part in config.parts.items() if config.data.mix else ():
         own = {role: [answer for answer in given if answer.dataset == label] for role, given in answers.items()}
         kl = {role: mean_kl({name: means for name, means in found.items() if name == label}) for role, found in distances.items()}
@@ -137,10 +143,15 @@ def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[s
     return tasks
 
 
-def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, role: str) -> list[Answer]:
-    """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts."""
-    judged = sorted(evaluator.answer(sampler, role == "teacher", samples, role).rows, key=lambda row: row[5])
-    return [Answer(prompt, reward, length, cut, dataset) for dataset, reward, length, cut, _, prompt in judged if reward is not None]
+def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, role: str, lines: list[dict[str, Any]]) -> list[Answer]:
+    """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts.
+
+    Args:
+        lines: the answers are added to them, as they are stored.
+    """
+    judged = sorted(evaluator.answer(sampler, role == "teacher", samples, role).rows, key=lambda row: row.sample_id)
+    lines += lines_of(judged, model=role)
+    return [Answer(row.sample_id, row.reward, row.length, row.truncated, row.dataset) for row in judged if row.reward is not None]
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:

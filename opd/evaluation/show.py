@@ -11,7 +11,8 @@ from rich.text import Text
 
 from opd.evaluation.sample_score import ScoredText
 from opd.report.page import document
-from opd.runs.text import format_number, format_percent, format_reward, harmless
+from opd.runs.answers import file_beside
+from opd.runs.text import format_kl, format_number, format_percent, format_reward, harmless
 
 WIDTH = 130  # characters, where the output is not a terminal
 MAX_DISAGREEMENTS = 5
@@ -37,7 +38,7 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path |
         elif share is not None:
             console.print(Text(f"{format_reward(share, task['gap_closed_interval'])} of the gap to the teacher closed"))
     if out is not None:
-        console.print(Text(f"written to {out}"))
+        console.print(Text(f"written to {out}; the answers are in {file_beside(out).name}"))
 
 
 def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
@@ -54,7 +55,7 @@ def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
         table.add_row("length, tokens", *(format_number(each["length"], ".1f") for each in models.values()))
         table.add_row("truncated", *(format_percent(each["truncated"]) for each in models.values()))
     if any(each["kl"] is not None for each in models.values()):
-        table.add_row("KL to teacher, nats/token", *(format_number(each["kl"]) for each in models.values()))
+        table.add_row("KL to teacher, nats/token", *(format_kl(each["kl"], each.get("kl_interval")) for each in models.values()))
     return table
 
 

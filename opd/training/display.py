@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Console, Group
@@ -19,7 +20,7 @@ from opd.config.options import Control
 from opd.data.chat_template import ChatTemplate
 from opd.objective.overlap import OVERLAP_K
 from opd.runs import progress
-from opd.runs.text import format_bytes, format_duration, format_number, format_percent, format_reward, harmless
+from opd.runs.text import format_bytes, format_duration, format_kl, format_number, format_percent, format_reward, harmless
 from opd.training.build import Built
 from opd.training.checkpoint import Checkpoint
 from opd.training.evaluation import Evaluation, Rewards
@@ -152,7 +153,9 @@ class Display:
             rewards = ((summary[f"reward_{when}"], summary[f"reward_{when}_interval"]) for when in ("before", "after", "teacher"))
             table.add_row("reward", *(format_reward(mean, interval, digits=0) for mean, interval in rewards))
         if summary["eval_kl_after"] is not None:
-            kl = (format_number(summary[f"eval_kl_{when}"]) for when in ("before", "after"))
+            # Beside rewards their intervals would not fit into 80 columns.
+            shown = partial(format_kl, digits=3) if summary["reward_after"] is None else lambda kl, interval: format_number(kl)
+            kl = (shown(summary[f"eval_kl_{when}"], summary.get(f"eval_kl_{when}_interval")) for when in ("before", "after"))
             table.add_row("KL to teacher, nats/token", *kl, "0")
         for label, result in summary.get("datasets", {}).items():
             if result["reward_after"] is not None:
@@ -188,7 +191,7 @@ def describe(evaluation: Evaluation) -> str:
     if evaluation.rewards is not None:
         parts.append(f"reward {describe_rewards(evaluation.rewards)}")
     if evaluation.kl is not None:
-        parts.append(f"KL(student‖teacher) {format_number(evaluation.kl)} nats/token")
+        parts.append(f"KL(student‖teacher) {format_kl(evaluation.kl, evaluation.kl_interval)} nats/token")
     if evaluation.overlap is not None:
         mass, share = (format_percent(evaluation.overlap[name], ".0f") for name in ("mass", "share"))
         parts.append(f"top-{OVERLAP_K} overlap {mass} of the probability, {share} of the ids")

@@ -27,10 +27,11 @@ from opd.models.shared_ids import SharedIds
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.objective.head import TokenStats
 from opd.objective.overlap import OVERLAP
+from opd.runs.answers import Answer
 from opd.runs.progress import Progress
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
-from opd.training.evaluation import KL, Distances, Evaluation, Judged, added
+from opd.training.evaluation import KL, Distances, Evaluation, Judged, add_kl_squares, added
 from opd.training.inputs import can_judge
 from opd.training.metrics import add_by_position
 from opd.training.tokens import Means
@@ -49,12 +50,14 @@ def exact_kl(
     pad_id: int,
     masked: Tensor | None = None,
     overlaps: Callable[[list[Rollout], TokenStats], None] = lambda rollouts, stats: None,
+    by_rollout: Callable[[list[float], list[int]], None] = lambda sums, tokens: None,
 ) -> tuple[float, int]:
     """Return the sum over tokens of KL(student‖teacher) at T = 1 over the shared vocabulary, in nats, and the number of tokens.
 
     Args:
         masked: As in `Head`.
         overlaps: Gets the rollouts of each micro-batch and the overlap of each of their tokens.
+        by_rollout: Gets the sum over the tokens, and their number, of each rollout.
     """
     total, tokens = 0.0, 0
     head = output_head(model, vocabulary, masked=masked)
@@ -71,6 +74,8 @@ def exact_kl(
         kl_N = stats.pop("kl")
         total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
         overlaps([rollouts[index] for index in batch.rollouts], stats)
+        lengths = [len(rollouts[index].trained) for index in batch.rollouts]
+        by_rollout([float(part.double().sum()) for part in kl_N.cpu().split(lengths)], lengths)
     return total, tokens
 
 
@@ -161,13 +166,15 @@ class Evaluator:
             rewards = reader.judge(rollouts)
         judged = zip(rewards, rollouts, map(reader.text, rollouts), strict=True)
         rows = [
-            (
+            Answer(
                 rollout.request.prompt.dataset,
                 reward,
                 len(rollout.completion),
                 rollout.finish_reason is FinishReason.length,
-                f"{rollout.request.prompt.text} → {text}",
+                text,
                 rollout.request.prompt.sample_id,
+                rollout.request.prompt.text,
+                rollout.request.prompt.answers,
             )
             for reward, rollout, text in judged
         ]
@@ -199,7 +206,8 @@ class Evaluator:
             add_by_position(means, stats, rollouts, self.kl_decoding.max_new_tokens)
 
         pad_id = self.tokenizer.pad_token_id
-        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps))
+        squares = partial(add_kl_squares, means)
+        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps, squares))
         return means
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:

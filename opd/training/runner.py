@@ -28,6 +28,7 @@ from opd.models.distributed import gather_tensors, is_peer_failure, on_main_proc
 from opd.models.memory import estimate
 from opd.models.policy import is_quantized
 from opd.report import render_report
+from opd.runs import answers
 from opd.runs.folder import (
     CHECKPOINTS,
     EVALUATIONS,
@@ -314,6 +315,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, display: Display) -> N
     with built.teacher.ready(), built.teacher.active():
         evaluation = built.trainer.evaluator.teacher(built.teacher_sampler)
     run_folder.append(EVALUATIONS, {"model": "teacher", **evaluation.to_dict()})
+    answers.store(run_folder, evaluation.answers, "teacher", evaluation.step)
     if evaluation.rewards is not None:
         display.note(f"teacher: reward {describe_rewards(evaluation.rewards)}{describe_datasets(evaluation)}")
 
@@ -333,6 +335,7 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             display.show(event, sample_text(built.tokenizer, shown) if stored else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
+            answers.store(run_folder, event.evaluation.answers, "student", event.evaluation.step)
             accelerator.log(evaluation_metrics(event.evaluation), step=event.evaluation.step)
             display.show(event)
             if event.evaluation.step == 0 and accelerator.is_main_process:
