@@ -20,6 +20,9 @@ PHASES = {
 USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth", "of the threads’ CPU time": "perf/cpu"}
 MEMORY = ("loading", "evaluation", "sampling", "scoring", "update")
 OUTCOME = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after")
+DISAGREEMENTS = (  # and whose answer is worse and better
+    ("The teacher is better", "after", "teacher"), ("Worse than before", "after", "before"), ("Better than before", "before", "after"),
+)  # fmt: skip
 MAX_ANSWERS = 8  # of each kind
 MIN_SHARE = 1 / 500  # of the tokens; a mean over fewer would be the loudest and say the least
 
@@ -284,13 +287,8 @@ def answers(runs: Sequence[Run]) -> str:
     for line in runs[0].answers if len(runs) == 1 else ():
         when = "teacher" if line["model"] == "teacher" else "before" if line["step"] == 0 else "after"
         by_prompt.setdefault((line.get("dataset", ""), line["sample_id"]), {})[when] = line
-    kinds = {
-        "The teacher is better": ("after", "teacher"),
-        "Worse than before": ("after", "before"),
-        "Better than before": ("before", "after"),
-    }
     body = ""
-    for title, (worse, better) in kinds.items():
+    for title, worse, better in DISAGREEMENTS:
         judged = [found for found in by_prompt.values() if all((found.get(who) or {}).get("reward") is not None for who in (worse, better))]
         differing = [found for found in judged if found[worse]["reward"] < found[better]["reward"]]
         rows = []

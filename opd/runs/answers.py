@@ -1,4 +1,4 @@
-"""What was answered in evaluations: `answers.jsonl` of a run, and a file beside the result of `opd eval`."""
+"""What was answered in evaluations: `answers.jsonl` of a run, and the file next to the result of `opd eval`."""
 
 import json
 from collections.abc import Iterable, Mapping

@@ -6,7 +6,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from rich.console import Console, Group
@@ -153,9 +152,10 @@ class Display:
             rewards = ((summary[f"reward_{when}"], summary[f"reward_{when}_interval"]) for when in ("before", "after", "teacher"))
             table.add_row("reward", *(format_reward(mean, interval, digits=0) for mean, interval in rewards))
         if summary["eval_kl_after"] is not None:
-            # Beside rewards their intervals would not fit into 80 columns.
-            shown = partial(format_kl, digits=3) if summary["reward_after"] is None else lambda kl, interval: format_number(kl)
-            kl = (shown(summary[f"eval_kl_{when}"], summary.get(f"eval_kl_{when}_interval")) for when in ("before", "after"))
+            has_room = summary["reward_after"] is None  # beside rewards the intervals would not fit into 80 columns
+            intervals = (summary.get(f"eval_kl_{when}_interval") if has_room else None for when in ("before", "after"))
+            values = (summary[f"eval_kl_{when}"] for when in ("before", "after"))
+            kl = (format_kl(*pair, digits=3 if has_room else 4) for pair in zip(values, intervals, strict=True))
             table.add_row("KL to teacher, nats/token", *kl, "0")
         for label, result in summary.get("datasets", {}).items():
             if result["reward_after"] is not None:

@@ -116,14 +116,9 @@ def mean_kl(distances: Distances) -> float | None:
 
 def add_kl_squares(means: Means, sums: Sequence[float], tokens: Sequence[int]) -> None:
     """Add `KL_SQUARES` of completions of different prompts, from the sum of the KL over each one's tokens."""
-    pairs = list(zip(sums, tokens, strict=True))
-    products = (
-        [first * first for first, _ in pairs],
-        [first * count for first, count in pairs],
-        [float(count * count) for _, count in pairs],
-    )
-    for name, values in zip(KL_SQUARES, products, strict=True):
-        means.add(name, sum(values), len(values))
+    for total, count in zip(sums, tokens, strict=True):
+        for name, product in zip(KL_SQUARES, (total * total, total * count, count * count), strict=True):
+            means.add(name, product, 1.0)
 
 
 def kl_interval(distances: Distances) -> tuple[float, float] | None:
