@@ -152,7 +152,7 @@ class Display:
             rewards = ((summary[f"reward_{when}"], summary[f"reward_{when}_interval"]) for when in ("before", "after", "teacher"))
             table.add_row("reward", *(format_reward(mean, interval, digits=0) for mean, interval in rewards))
         if summary["eval_kl_after"] is not None:
-            has_room = summary["reward_after"] is None  # beside rewards the intervals would not fit into 80 columns
+            has_room = summary["reward_after"] is None  # next to rewards the intervals do not fit into 80 columns
             intervals = (summary.get(f"eval_kl_{when}_interval") if has_room else None for when in ("before", "after"))
             values = (summary[f"eval_kl_{when}"] for when in ("before", "after"))
             kl = (format_kl(*pair, digits=3 if has_room else 4) for pair in zip(values, intervals, strict=True))
