@@ -48,4 +48,5 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
         show_evaluation(console, result, out)
     if out is not None:
         write_output(out, f"{content}\n")
-        write_output(file_beside(out), as_text(lines))
+        if lines:
+            write_output(file_beside(out), as_text(lines))

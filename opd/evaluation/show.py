@@ -38,7 +38,8 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path |
         elif share is not None:
             console.print(Text(f"{format_reward(share, task['gap_closed_interval'])} of the gap to the teacher closed"))
     if out is not None:
-        console.print(Text(f"written to {out}; the answers are in {file_beside(out).name}"))
+        answers = f"; the answers are in {file_beside(out).name}" if evaluation["tasks"]["evaluation"]["prompts"] else ""
+        console.print(Text(f"written to {out}{answers}"))
 
 
 def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:

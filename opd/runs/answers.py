@@ -1,7 +1,7 @@
 """What was answered in evaluations: `answers.jsonl` of a run, and the file next to the result of `opd eval`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,9 +66,9 @@ def as_text(lines: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def store(run_folder: RunFolder, answers: Iterable[Answer], model: str, step: int) -> None:
+def store(run_folder: RunFolder, answers: Sequence[Answer], model: str, step: int) -> None:
     """Store the answers of an evaluation: of the student the first and the newest evaluation, of the teacher the only one."""
-    if not run_folder.writes:
+    if not run_folder.writes or not answers:
         return
     file = run_folder.path / ANSWERS
     try:
