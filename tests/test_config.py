@@ -278,7 +278,7 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         (["eval.samples=0"], "eval.samples=0", "eval.samples=1"),
         (["eval.samples=2"], "eval.samples=2", "eval.temperature=0.7"),
         (["checkpoint.every=0"], "checkpoint.every=0", "at least 1"),
-        (["checkpoint.keep_last=0"], "checkpoint.keep_last=0", "at least 1"),
+        (["checkpoint.keep_last=-1"], "checkpoint.keep_last=-1", "0: none once the run is done"),
         (["track.rollouts_per_step=-1"], "track.rollouts_per_step=-1", "at least 0"),
         (["launch.processes=0"], "launch.processes=0", "null"),
         (["sweep.metric=gap_closed", "eval.reward=null"], "sweep.metric='gap_closed'", "eval.reward=NAME"),

@@ -18,6 +18,7 @@ from opd.cli import main as cli
 from opd.errors import ConfigError
 from opd.report import compare, render_report
 from opd.report.controls import Effect, effects
+from opd.runs.answers import Answer
 from opd.runs.folder import write_json
 from opd.runs.intervals import MIN_SEEDS, paired_interval, t95
 from opd.runs.reader import find_runs, open_run
@@ -196,7 +197,7 @@ def test_the_teachers_part_of_the_gain_is_paired_by_prompt(tmp_path: Path) -> No
 
 def test_prompts_that_a_run_did_not_judge_are_left_out_of_the_pairs(tmp_path: Path) -> None:
     """A user's reward may be None for some completions: lists without them would pair other prompts."""
-    rows = [("", reward, 3, False, "", sample) for sample, reward in ((2, 1.0), (0, None), (1, 0.5))]
+    rows = [Answer("", reward, 3, False, "", sample) for sample, reward in ((2, 1.0), (0, None), (1, 0.5))]
     rewards = Judged(rows).rewards()
     assert rewards is not None and rewards.each == (None, 0.5, 1) and (rewards.mean, rewards.count) == (0.75, 2)
     assert Judged(rows[1:2]).rewards() is None

@@ -18,7 +18,7 @@ from opd import errors
 from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
-from opd.config.options import Truncated
+from opd.config.options import PPOConfig, Truncated
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader
@@ -26,6 +26,7 @@ from opd.doctor import candidates, first_step, machine, rows, tokens
 from opd.doctor.findings import Finding, Status
 from opd.doctor.machine import REMEDIES
 from opd.models.memory import Memory
+from opd.training.evaluation import count_evaluations
 from opd.training.tokens import Tokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,7 +99,7 @@ def test_a_run_is_sent_to_the_verbs_for_runs(tmp_path: Path, capfd: pytest.Captu
         (["modle=x"], "did you mean model?"),
         (["optim.lr=-1"], "optim.lr=-1"),
         (["--prompts", "-1"], "opd doctor --help"),
-        (["-m", "seed=0,1"], "one config at a time"),
+        (["-m", "hydra/sweeper=optuna", "optim.lr=interval(1e-5,1e-4)"], "-m"),
     ],
 )
 def test_a_command_line_that_does_not_compose_is_one_line(
@@ -418,3 +419,30 @@ def test_candidate_teachers_are_ranked_by_gap_and_overlap(capfd: pytest.CaptureF
     assert "./nowhere: tokenizer of the teacher" in capfd.readouterr().out
     assert cli.main([*words, listed, "ppo.steps=0"]) == errors.USAGE  # once, not for each teacher
     assert capfd.readouterr().err.count("ppo.steps") == 1
+
+
+def test_time_has_the_evaluations_and_all_members_of_a_sweep(doctor: Any) -> None:
+    small = ("--prompts", "2", "eval.limit=16", "eval.kl_prompts=4")
+    code, found, report = doctor("-m", "optim.lr=1e-4,2e-4", "seed=0,1,2", *small)
+    assert code == errors.OK
+    time, step, evaluation = (report["figures"][name] for name in ("time", "step", "evaluation_seconds"))
+    assert time["members"] == 6 and "6 members" in found["time"]["what"] and "6 members" in found["disk"]["what"]
+    assert "3 evaluations of the student, 1 of the teacher" in found["time"]["what"]  # before, after 3 and after 6 steps
+    assert time["evaluations"] == pytest.approx(3 * evaluation["student"] + evaluation["teacher"])
+    assert time["training"] == pytest.approx(step["steps"] * machine.step_seconds(step["seconds"], Config(ppo=PPOConfig(steps=2))))
+    assert "first of 6" in found["config"]["what"]
+
+
+def test_evaluations_that_take_longer_than_training_warn() -> None:
+    [finding] = machine.check_time(600.0, 700.0, "", "")
+    assert finding.status is Status.warn and "eval.limit" in finding.remedy
+    assert machine.check_time(600.0, 500.0, "", "")[0].status is Status.ok
+    assert machine.check_time(1.0, 2.0, "", "")[0].status is Status.ok
+
+
+def test_by_default_evaluations_generate_no_more_tokens_than_training() -> None:
+    config = Config()
+    sampling, evaluation = config.sampling, config.eval
+    trained = (config.train.max_steps or 0) * config.train.batch_size * sampling.n * sampling.max_new_tokens
+    student = (evaluation.limit or 0) * evaluation.max_new_tokens + evaluation.kl_prompts * evaluation.kl_max_new_tokens
+    assert (1 + count_evaluations(evaluation, config.train.max_steps or 0)) * student <= trained

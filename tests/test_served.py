@@ -377,7 +377,7 @@ def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
         teacher = copy.deepcopy(student) if same else None
         trainer = make_trainer(tmp_path / str(same), student=copy.deepcopy(student), teacher=teacher, train__max_steps=2)
         list(trainer.run())
-        assert ("this teacher is the student" in caplog.text) is same
+        assert ("they are the same model" in caplog.text) is same
 
 
 # Runs.

@@ -13,16 +13,21 @@ from typing import TYPE_CHECKING
 from hydra.core.hydra_config import HydraConfig
 
 from opd import errors
+from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import at_least
-from opd.cli.hydra_app import FlagParser, Job
+from opd.cli.hydra_app import FlagParser, Job, parse
+from opd.config import compose
 from opd.config.files import local_path
 from opd.config.schema import Config
+from opd.runs.progress import progress_on
 from opd.runs.reader import is_run
+from opd.runs.text import make_console
 
 if TYPE_CHECKING:
     from opd.doctor import PlanRequest, Report
 
 NUMBER, ANY_TIME = r"\d+(?:\.\d+)?", "--plan=any"
+SWEEP = {"-m", "--multirun"}
 TEACHERS = ("teacher", "teacher.path")  # options that may list several, with commas
 
 
@@ -30,7 +35,7 @@ class DoctorParser(FlagParser):
     """Examines the config once, or once with each of several teachers."""
 
     def __init__(self) -> None:
-        super().__init__("doctor", examine)
+        super().__init__("doctor", lambda config, folder, flags: examine(config, flags, self.members))
         self.add_argument("--json", action="store_true")
         self.add_argument("--prompts", type=partial(at_least, 0), default=32)
         self.add_argument("--plan", type=minutes, metavar="MINUTES")
@@ -41,7 +46,11 @@ class DoctorParser(FlagParser):
             remedy = f"use opd eval {run} or opd report {run}"
             error = errors.ConfigError(f"{run}: is a run, and doctor checks the options of one that has not begun: {remedy}")
             return Job(lambda config, folder: None, "doctor").report(error)
-        words = joined_minutes(words)
+        self.members = 1
+        try:
+            words = self.of_first_member(joined_minutes(words))
+        except Exception as error:  # noqa: BLE001 - any defect must end in a message and an exit code
+            return Job(lambda config, folder: None, "doctor").report(error)
         place, option, names = listed_teachers(words)
         if len(names) < 2:
             return super().run(words)
@@ -52,6 +61,19 @@ class DoctorParser(FlagParser):
             if name not in reports or name == names[-1]:  # a mistake in the options, or the end
                 return code
         return errors.OK
+
+    def of_first_member(self, words: Sequence[str]) -> list[str]:
+        """Return the words for the first member of a sweep, and count its members; the words themselves without -m."""
+        if not SWEEP.intersection(words):
+            return list(words)
+        _, hydra_words = self.parse_known_args(list(words))
+        parsed = parse(hydra_words, "doctor")
+        compose.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
+        planned = hydra_errors.explained(lambda: sweep.plan(parsed, 1))
+        if planned.first is None or planned.members is None:
+            raise errors.ConfigError("-m: only the sweeper knows the members: check one of them, with plain values and without -m")
+        self.members = planned.members
+        return [word for word in words if word not in (*parsed.overrides, *SWEEP)] + list(planned.first)
 
 
 def joined_minutes(words: Sequence[str]) -> list[str]:
@@ -87,16 +109,24 @@ def listed_teachers(words: Sequence[str]) -> tuple[int, str, list[str]]:
     return 0, "", []
 
 
-def examine(config: Config, folder: Path, flags: argparse.Namespace) -> None:
-    """Examine the composed config and print the findings. Raises `NotReady` if a check failed."""
-    from opd.doctor import Status, plan
-    from opd.doctor.findings import show
+def examine(config: Config, flags: argparse.Namespace, members: int) -> None:
+    """Examine the composed config and print the findings. Raises `NotReady` if a check failed.
 
-    report = findings(config, flags)
+    Args:
+        members: of the sweep whose first member the config is.
+    """
+    from opd.doctor import Report, Status, plan
+    from opd.doctor.findings import WIDTH, show_end, show_finding
+
+    console = make_console(WIDTH)
+    shown = Report(members=members)
+    if not flags.json:
+        shown.on_finding, shown.progress = partial(show_finding, console), progress_on(console)
+    report = findings(config, flags, shown)
     if flags.json:
         print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
     else:
-        show(report)
+        show_end(console, report)
         if "plan" in report.figures:
             plan.show(report.figures["plan"])
     failed = report.of(Status.fail)
@@ -109,13 +139,14 @@ def compare(config: Config, flags: argparse.Namespace, name: str, reports: "dict
 
     Raises `NotReady` if none is ready, and `ConfigError` where no dataset would have it.
     """
-    from opd.doctor import candidates
+    from opd.doctor import Report, candidates
 
     if flags.plan is not None:
         raise errors.ConfigError("--plan: plans for one teacher: name one, or remove --plan")
     if "" not in config.parts_by_teacher:
         raise errors.ConfigError(f"teacher={name}: teachers has one for every dataset; leave out that of the dataset to find a teacher for")
-    reports[name] = findings(config, flags)
+    shown = Report() if flags.json else Report(progress=progress_on(make_console()))
+    reports[name] = findings(config, flags, shown)
     gc.collect()  # its models, before the next ones are loaded
     if not is_last:
         return
@@ -127,12 +158,12 @@ def compare(config: Config, flags: argparse.Namespace, name: str, reports: "dict
         raise errors.NotReady(f"not ready with any of {', '.join(reports)}")
 
 
-def findings(config: Config, flags: argparse.Namespace) -> "Report":
+def findings(config: Config, flags: argparse.Namespace, report: "Report") -> "Report":
     from opd import doctor
     from opd.training import runner  # imports torch, which --help does not need
 
     runner.quiet_libraries()
-    return doctor.examine(config, flags.prompts, plan_request(config, flags))
+    return doctor.examine(config, flags.prompts, plan_request(config, flags), report)
 
 
 def plan_request(config: Config, flags: argparse.Namespace) -> "PlanRequest | None":

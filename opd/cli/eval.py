@@ -7,7 +7,10 @@ from pathlib import Path
 from opd.cli.hydra_app import FlagParser
 from opd.config.files import local_path
 from opd.config.schema import Config
+from opd.runs.answers import as_text, file_beside
 from opd.runs.folder import check_output_path, write_output
+from opd.runs.progress import progress_on
+from opd.runs.text import make_console
 
 
 def make_parser() -> FlagParser:
@@ -21,8 +24,9 @@ def make_parser() -> FlagParser:
 
 def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Evaluate the models, print the result, and store it in the run folder or in `--out`."""
+    from opd import signals
     from opd.evaluation import judge
-    from opd.evaluation.show import show_evaluation
+    from opd.evaluation.show import WIDTH, show_evaluation, show_models
     from opd.evaluation.target import find_target
     from opd.models import distributed
     from opd.training import runner  # imports torch, which --help does not need
@@ -31,7 +35,10 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     if flags.out is not None:
         check_output_path(flags.out)
     target = find_target(flags.target, config, flags.teacher, flags.baseline)
-    result = judge.judge(target, folder)
+    console = make_console(WIDTH, soft_wrap=True)
+    if not flags.json and signals.launched_as()[0] == 0:
+        show_models(console, judge.locate_models(target))
+    result, lines = judge.judge(target, folder, None if flags.json else progress_on(console))
     if not distributed.in_main_process():
         return
     out = flags.out or (judge.unused_result_file(target.run) if target.run is not None else None)
@@ -39,6 +46,8 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     if flags.json:
         print(content)
     else:
-        show_evaluation(result, out)
+        show_evaluation(console, result, out)
     if out is not None:
         write_output(out, f"{content}\n")
+        if lines:
+            write_output(file_beside(out), as_text(lines))

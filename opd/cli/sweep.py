@@ -45,6 +45,7 @@ class Sweep:
         folder: Contains one folder per member.
         members: Their number at most; None if only the sweeper knows it.
         swept: The options in which members differ.
+        first: The words of the first member; None if only the sweeper knows them.
         key: Tells members of this call from those of earlier calls in the same folder.
     """
 
@@ -52,6 +53,7 @@ class Sweep:
     members: int | None
     swept: frozenset[str]
     config: SweepConfig
+    first: Sequence[str] | None = None
     key: str = field(default_factory=lambda: os.urandom(8).hex())
 
 
@@ -110,12 +112,13 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     if str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
         of_members = BasicSweeper.split_arguments(overrides, None)[0]
         members: int | None = len(of_members)
+        first: Sequence[str] | None = of_members[0]
         if len(of_members) > 1:
             refuse_shared_mistake(loader, parsed.config_name or "config", of_members)
     else:
-        members = int(sweeper.n_trials) if "n_trials" in sweeper else None
+        members, first = int(sweeper.n_trials) if "n_trials" in sweeper else None, None
     swept = frozenset(override.get_key_element() for override in overrides if override.is_sweep_override())
-    return Sweep(Path(composed.hydra.sweep.dir), members, swept, config)
+    return Sweep(Path(composed.hydra.sweep.dir), members, swept, config, first)
 
 
 def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Sequence[str]]) -> None:

@@ -315,7 +315,7 @@ class TrainConfig(Section, prefix="train."):
 @dataclass(kw_only=True, slots=True)
 class EvalConfig(Section, prefix="eval."):
     steps: int = bounded(50, at_least=0, hint="0: only before and after training")
-    limit: int | None = bounded(500, at_least=1)
+    limit: int | None = bounded(200, at_least=1)
     reward: str | None = "number"
     reward_seconds: float = bounded(5.0, above=0)
     reward_memory: int = bounded(1024, at_least=1, hint="MiB")
@@ -337,7 +337,7 @@ Best = StrEnum("Best", "keep final drop")
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig(Section, prefix="checkpoint."):
     every: int = bounded(50, at_least=1)
-    keep_last: int = bounded(2, at_least=1)
+    keep_last: int = bounded(2, at_least=0, hint="0: none once the run is done")
     best: Best = Best.keep
     background: bool | None = None
 

@@ -28,6 +28,8 @@ from opd.models.memory import Memory, estimate
 from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
 from opd.training.checks import check_scores
+from opd.training.disk import disk_of, free_disk
+from opd.training.evaluation import count_evaluations
 from opd.training.inputs import Given, Loaded, encode_dataset, join_datasets, make_run_grader
 from opd.training.spans import describe
 
@@ -36,22 +38,25 @@ __all__ = ["Finding", "PlanRequest", "Report", "Status", "examine"]
 Prompts = tuple[list[Prompt], list[Prompt]]  # to train and to evaluate on
 
 
-def examine(config: Config, prompts: int = 32, request: PlanRequest | None = None) -> Report:
+def examine(config: Config, prompts: int = 32, request: PlanRequest | None = None, report: Report | None = None) -> Report:
     """Check the run that `config` describes, without training and without leaving files behind.
 
     Args:
         config: the run's.
         prompts: how many evaluation prompts student and teacher answer; 0 for none.
         request: for a plan of the run, which is checked in its place.
+        report: to add the findings to, for one that shows them at once.
     """
-    report = Report()
-    report.add(ok("config", f"composes; the run would be runs/{config.name}"))
+    report = report or Report()
+    named = f"the run would be runs/{config.name}" if report.members == 1 else f"the first of {report.members} members is checked"
+    report.add(ok("config", f"composes; {named}"))
     report.run("tracker", lambda: machine.check_packages(config))
-    loaded = check_inputs(config, report)
+    with report.progress.of("checking the tokenizers and the data"):
+        loaded = check_inputs(config, report)
     if loaded is None:
         return report
     tokenizer, data = loaded
-    with ExitStack() as stack:
+    with report.progress.of("grading the reference answers"), ExitStack() as stack:
         if not report.run("reward", lambda: rows.check_reward(data[1], make_run_grader(config, data[1], stack), config)):
             return report
     if request is not None:
@@ -186,15 +191,17 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         accelerator = make_accelerator(config, Path(folder))
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
         samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
-        built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
-        trainer, evaluator = built.trainer, built.trainer.evaluator
+        with report.progress.of("loading the models"):
+            built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
+        trainer, evaluator = built.trainer, replace(built.trainer.evaluator, progress=report.progress)
         if (spans := trainer.scoring.spans) is not None:
             report.add(ok("end of sequence", describe(spans)))
         for label, part in config.parts_by_teacher.items() if spans is None else ():
             report.add(*check_ends(part, tokenizer, built.eos, built.teacher_eos[label]))
         report.add(*tokens.check_texts(tokenizer, built.eos, [*data[1], *data[0]]))
 
-        step = first_step.trial_step(trainer)
+        with report.progress.of("running a trial step"):
+            step = first_step.trial_step(trainer)
         check_scores(trainer.scoring, trainer.canaries, step.tokens)
         rate = sum(len(rollout.trained) for rollout in step.rollouts) / sum(step.seconds.values())
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, "tokens_per_second": rate, **step.metrics}
@@ -202,20 +209,38 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
         report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
         report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer), *first_step.check_spans(step))
-        report.add(*machine.check_time(step.seconds, rate, step.metrics["perf/mfu"], config, trainer.max_steps))
+        disk, free = disk_of(trainer), free_disk(Path("runs"))
+        report.figures["disk"] = {"needed": disk.total(report.members), "free": free}
+        report.add(*machine.check_disk(disk, free, report.members))
 
+        seconds = first_step.evaluation_seconds(evaluator, trainer.speed, step)  # estimates, where nothing is answered
         answered = first_of_each(evaluator.answered, prompts)
         if answered:
-            scale = config.eval.samples * len(evaluator.answered) / len(answered)
+            scale = len(evaluator.answered) / len(answered)
             started = time.perf_counter()
             student = first_step.answer_rewards(evaluator, trainer.sampler, answered, as_teacher=False)
             between = time.perf_counter()
             with built.teacher.active():
                 teacher = first_step.answer_rewards(evaluator.as_teacher(), built.teacher_sampler, answered, as_teacher=True)
-            seconds = {"student": scale * (between - started), "teacher": scale * (time.perf_counter() - between)}
-            report.figures["evaluation_seconds"] = seconds
+            seconds |= {"student": scale * (between - started), "teacher": scale * (time.perf_counter() - between)}
             report.figures["rewards"] = {"student": student, "teacher": teacher}
             report.add(*first_step.check_rewards(student, teacher, warm_start_commands(config), config.train.takes_given))
+        report.figures["evaluation_seconds"] = {"student": seconds["student"] + seconds["kl"], "teacher": seconds["teacher"]}
+        add_time(config, report, step.seconds)
+
+
+def add_time(config: Config, report: Report, seconds: Mapping[str, float]) -> None:
+    """Extrapolate from the trial step, whose `seconds` have parts, and the evaluations to the run."""
+    timing, step = measured_timing(config, report), report.figures["step"]
+    assert timing is not None
+    training, evaluations = timing.steps * timing.step, timing.of_evaluations(config, timing.steps)
+    report.figures["time"] = {"training": training, "evaluations": evaluations, "members": report.members}
+    counted = f"{timing.steps:,} steps, {count_evaluations(config.eval, timing.steps)} evaluations of the student"
+    counted += ", 1 of the teacher" if timing.teacher else ""
+    parts = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items() if value)
+    speed = f"{step['tokens_per_second']:,.0f} trained tokens/s, {step['perf/mfu']:.1%} MFU"
+    step_text = f"{timing.step:.2g} s a step ({parts}; {speed})"
+    report.add(*machine.check_time(training, evaluations, counted, step_text, report.members))
 
 
 def check_ends(config: Config, student: PreTrainedTokenizerBase, eos: Sequence[int], teacher_eos: Sequence[int]) -> list[Finding]:

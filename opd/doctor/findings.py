@@ -6,13 +6,15 @@ from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from opd.errors import OpdError
-from opd.runs.text import make_console
+from opd.runs.progress import Progress
 
 WIDTH = 130  # characters, where the output is not a terminal
+CHECK_WIDTH = 32  # of the longest name of a check
 
 
 class Status(Enum):
@@ -53,6 +55,10 @@ def fail(check: str, what: str, remedy: str) -> Finding:
     return Finding(check, Status.fail, what, remedy)
 
 
+def ignore(finding: Finding) -> None:
+    """Do nothing with a finding."""
+
+
 @dataclass(slots=True)
 class Report:
     """All findings on a run.
@@ -61,11 +67,17 @@ class Report:
         findings: in the order of the checks.
         figures: measured and estimated numbers, as JSON.
         rendered: the first prompt as each model's chat template renders it, and the teacher's views of it.
+        members: of the sweep whose first member the run is.
+        on_finding: called with each finding at once.
+        progress: tells what is being checked.
     """
 
     findings: list[Finding] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
     rendered: dict[str, str] = field(default_factory=dict)
+    members: int = 1
+    on_finding: Callable[[Finding], None] = ignore
+    progress: Progress = field(default_factory=Progress)
 
     @property
     def ready(self) -> bool:
@@ -75,7 +87,9 @@ class Report:
         return [finding for finding in self.findings if finding.status is status]
 
     def add(self, *findings: Finding) -> None:
-        self.findings.extend(findings)
+        for finding in findings:
+            self.findings.append(finding)
+            self.on_finding(finding)
 
     def run(self, check: str, find: Callable[[], Sequence[Finding]]) -> bool:
         """Add the findings of `find`, or the error that it raises; return whether it raised none."""
@@ -102,20 +116,22 @@ class Report:
 MARKS = {Status.ok: ("ok", "green"), Status.warn: ("warn", "yellow"), Status.fail: ("FAIL", "bold red")}
 
 
-def show(report: Report) -> None:
-    """Print each finding with its remedy, then the first prompt as each model sees it."""
-    console = make_console(WIDTH)
+def show_finding(console: Console, finding: Finding) -> None:
+    """Print a finding with its remedy, in columns that all findings share."""
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, min_width=len("FAIL"))
+    table.add_column(no_wrap=True, min_width=CHECK_WIDTH)
     table.add_column(overflow="fold")
-    for finding in report.findings:
-        mark, style = MARKS[finding.status]
-        text = Text(finding.what)
-        if finding.remedy:
-            text.append(f"\n→ {finding.remedy}", style="cyan")
-        table.add_row(Text(mark, style=style), Text(finding.check), text)
+    mark, style = MARKS[finding.status]
+    text = Text(finding.what)
+    if finding.remedy:
+        text.append(f"\n→ {finding.remedy}", style="cyan")
+    table.add_row(Text(mark, style=style), Text(finding.check), text)
     console.print(table)
+
+
+def show_end(console: Console, report: Report) -> None:
+    """Print the first prompt as each model sees it, and whether the run is ready."""
     if report.rendered:
         texts = dict(report.rendered)
         if texts.get("student") == texts.get("teacher"):

@@ -24,6 +24,7 @@ from opd.training.loop import Trainer
 from opd.training.masked import ROLES, check_masses, name_masked
 from opd.training.metrics import add_rollout_metrics
 from opd.training.spans import PREFIX, span_problems
+from opd.training.speed import Speed
 from opd.training.tokens import Tokens
 
 SELF_PROMPTS = 4
@@ -167,10 +168,21 @@ def check_spans(step: Step) -> list[Finding]:
     return [ok(check, what)]
 
 
+def evaluation_seconds(evaluator: Evaluator, speed: Speed, step: Step) -> dict[str, float]:
+    """Estimate from the trial step what the `student`'s answers, the `teacher`'s and the `kl` of an evaluation take, in seconds."""
+    sampled = sum(len(rollout.completion) for rollout in step.rollouts)
+    length = sampled / len(step.rollouts)  # as long as those of the step
+    a_token = {name: step.seconds[name] / sampled for name in ("sample", "score")}
+    answers = len(evaluator.answered) * min(length, evaluator.decoding.max_new_tokens) * a_token["sample"]
+    kl = len(evaluator.kl_prompts) * min(length, evaluator.kl_decoding.max_new_tokens) * sum(a_token.values())
+    return {"student": answers, "teacher": answers * max(speed.teacher, speed.student) / speed.student, "kl": kl}
+
+
 def answer_rewards(evaluator: Evaluator, sampler: Sampler, prompts: Sequence[Prompt], as_teacher: bool) -> list[float | None]:
     """Return the rewards of one model's completions, decoded as in the run's evaluations."""
     requests = [Request(prompt.for_teacher() if as_teacher else prompt) for prompt in prompts]
-    return evaluator.judge(sampler.sample(requests, evaluator.decoding, "evaluation"))
+    what = f"evaluating the {'teacher' if as_teacher else 'student'}"
+    return evaluator.judge(evaluator.sample(sampler, requests, evaluator.decoding, "evaluation", what))
 
 
 def check_rewards(

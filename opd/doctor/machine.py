@@ -10,8 +10,10 @@ from opd.config.schema import Config
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, format_duration
+from opd.training.disk import REMEDY, Disk
 from opd.training.logs import check_tracker
 
+MIN_EVALUATION = 60.0  # seconds of all evaluations, up to which nobody minds
 TIGHT = 0.85  # share of the free memory: measured peaks were up to 15 % above the estimate
 EXTRAS = {"peft": "lora", "bitsandbytes": "quantized", "gguf": "gguf", "math_verify": "math"}  # by package
 REMEDIES = {
@@ -42,12 +44,31 @@ def check_memory(memory: Memory, free: int, device: torch.device) -> list[Findin
     return [ok("memory", what)]
 
 
-def check_time(seconds: Mapping[str, float], tokens_per_second: float, mfu: float, config: Config, steps: int) -> list[Finding]:
-    """Extrapolate from one step to the run, without evaluations and checkpoints."""
-    per_step = step_seconds(seconds, config)
-    parts = ", ".join(f"{name} {value:.2g} s" for name, value in seconds.items() if value)
-    run = f"{format_duration(per_step * steps)} for {steps:,} steps, without evaluations"
-    return [ok("time", f"about {per_step:.2g} s a step ({parts}; {tokens_per_second:,.0f} trained tokens/s, {mfu:.1%} MFU), {run}")]
+def check_time(training: float, evaluations: float, counted: str, parts: str, members: int = 1) -> list[Finding]:
+    """Sum up the time of a run, without its checkpoints.
+
+    Args:
+        training, evaluations: Seconds of all steps, and of all evaluations.
+        counted: How many steps and evaluations these are, in words.
+        parts: What a step's time is made of, in words.
+        members: Of the sweep.
+    """
+    whole = members * (training + evaluations)
+    several = f" for {members} members" if members > 1 else ""
+    what = f"about {format_duration(whole)}{several}: {format_duration(training)} of training and "
+    what += f"{format_duration(evaluations)} of evaluations ({counted}); {parts}"
+    if evaluations > training and evaluations > MIN_EVALUATION:
+        remedy = "evaluations take longer than training: lower eval.limit, eval.max_new_tokens or eval.kl_prompts, or raise eval.steps"
+        return [warn("time", what, remedy)]
+    return [ok("time", what)]
+
+
+def check_disk(disk: Disk, free: int, members: int = 1) -> list[Finding]:
+    """Compare what the run's files take with the `free` bytes of the disk."""
+    what = disk.describe(free, members)
+    if disk.total(members) > free:
+        return [fail("disk", what, REMEDY)]
+    return [warn("disk", what, f"this is tight: {REMEDY}") if disk.total(members) > TIGHT * free else ok("disk", what)]
 
 
 def step_seconds(seconds: Mapping[str, float], config: Config) -> float:

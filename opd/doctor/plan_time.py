@@ -9,6 +9,7 @@ from opd.doctor.first_step import MAX_TRUNCATED
 from opd.doctor.plan import Planner, with_options
 from opd.errors import ConfigError
 from opd.runs.text import format_duration
+from opd.training.evaluation import count_evaluations
 
 MIN_STEPS = 50  # fewer hardly train a model: shorter completions are better
 MIN_TOKENS = 64  # of completions that are shortened to save time
@@ -33,8 +34,10 @@ class Timing:
 
     def of_run(self, config: Config, scale: float, steps: int) -> float:
         """Return what a run takes: its steps at `scale` times the length, an evaluation of the teacher, and those of the student."""
-        evaluations = 2 + (steps // config.eval.steps if config.eval.steps else 0)  # before and after, and in between
-        return steps * scale * self.step + (self.teacher or 0.0) + evaluations * (self.student or 0.0)
+        return steps * scale * self.step + self.of_evaluations(config, steps)
+
+    def of_evaluations(self, config: Config, steps: int) -> float:
+        return (self.teacher or 0.0) + count_evaluations(config.eval, steps) * (self.student or 0.0)
 
     def steps_within(self, minutes: float | None, config: Config, scale: float) -> int:
         """Return how many of the run's steps fit into the minutes."""

@@ -6,7 +6,7 @@ One model is in memory at a time, next to the teacher. With several processes ea
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,11 +23,13 @@ from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
+from opd.runs.answers import lines_of
 from opd.runs.intervals import are_shares, paired_interval
 from opd.runs.outcome import gap_closed
+from opd.runs.progress import Progress
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
-from opd.training.evaluation import Distances, interval, mean_kl
+from opd.training.evaluation import Distances, interval, kl_interval, mean_kl
 from opd.training.evaluator import Evaluator, make_evaluator
 from opd.training.inputs import Given, load_prompts, make_run_grader
 
@@ -47,34 +49,54 @@ class Answer:
     dataset: str = ""
 
 
-def judge(target: Target, folder: Path) -> dict[str, Any]:
+def locate_models(target: Target) -> dict[str, str | None]:
+    """Return the path of each model by role, before any is loaded; None for a baseline that is left out.
+
+    Raises `ConfigError` where a model is missing.
+    """
+    parts = target.config.parts_by_teacher
+    for label, part in parts.items():
+        with naming_teacher(label):
+            models.locate(part.teacher, "teacher")
+    models.locate(target.config.model, "model")
+    if target.baseline is not None:
+        models.locate(target.baseline, "baseline")
+    teachers = (part.teacher.path + " (loaded here, not served)" * (part.teacher.url is not None) for part in parts.values())
+    return {
+        "model": target.config.model.path,
+        "baseline": None if target.baseline is None else target.baseline.path,
+        "teacher": ", ".join(teachers),
+    }
+
+
+def judge(target: Target, folder: Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a target's model, its baseline and its teacher.
 
     Args:
         target: what to evaluate.
         folder: for the accelerator, which writes nothing to it.
+        progress: shows how far it is.
 
     Returns:
-        The content of eval.json, the same on all ranks.
+        The content of eval.json, the same on all ranks, and the lines of the file with the answers.
     """
     config, samples = target.config, target.config.eval.samples
     accelerator = make_accelerator(config, folder)
+    progress = progress if progress is not None and accelerator.is_main_process else Progress()
     candidates = {"model": config.model} if target.baseline is None else {"model": config.model, "baseline": target.baseline}
     parts = config.parts_by_teacher
-    for label, part in parts.items():
-        with naming_teacher(label):
-            models.locate(part.teacher, "teacher")  # before the first of them takes its time to load
-    for role, model in candidates.items():
-        models.locate(model, role)
+    named = locate_models(target)
     answers: dict[str, list[Answer]] = {}
+    lines: list[dict[str, Any]] = []
     distances: dict[str, Distances] = {}
     with ExitStack() as stack:
         teachers = {}
         for label, part in parts.items():
-            with naming_teacher(label):
+            with naming_teacher(label), progress.of("loading the teacher"):
                 teachers[label] = load_teacher(part, accelerator.device, target.average if label == "" else None)
         for role, model in candidates.items():
-            student = load(model, "model", accelerator.device, config.sampling.dtype)
+            with progress.of(f"loading the {role}"):
+                student = load(model, "model", accelerator.device, config.sampling.dtype)
             shared = [share_ids(config, student, teacher) for teacher in teachers.values()]
             ids, pad_id = min(shared, key=lambda ids: ids.vocabulary), student.tokenizer.pad_token_id
             if role == "model":
@@ -84,11 +106,12 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
                     models.check_known(prompts, student.tokenizer, ids.vocabulary, ids.overlap)
                 grader = make_run_grader(config, prompts, stack)
             evaluator = make_evaluator(config, accelerator, student.tokenizer, prompts, grader, ids, teacher_tokenizer=theirs)
+            evaluator = replace(evaluator, progress=progress)
             evaluator.check_positions(student.model, "model")
             for label, teacher in teachers.items():
                 evaluator.check_positions(teacher.model, "teacher", label)
             sampler = run_stoppable(accelerator, partial(student.sampler, pad_id, ids, config.seed))
-            answers[role] = _answer(evaluator, sampler, samples)
+            answers[role] = _answer(evaluator, sampler, samples, role, lines)
             scorers = {label: LocalTeacher(teacher.model, ids.vocabulary, masked=ids.masked) for label, teacher in teachers.items()}
             distances[role] = evaluator.distances(sampler, student.model, as_one(scorers))
             del student, sampler
@@ -96,22 +119,24 @@ def judge(target: Target, folder: Path) -> dict[str, Any]:
         samplers: dict[str, Sampler] = {}
         for label, teacher in teachers.items():
             samplers[label] = run_stoppable(accelerator, partial(teacher.sampler, pad_id, ids, config.seed))
-        answers["teacher"] = _answer(evaluator, of_teachers(samplers), samples, as_teacher=True)
-    return {
+        answers["teacher"] = _answer(evaluator, of_teachers(samplers), samples, "teacher", lines)
+    result = {
         "target": target.name,
-        "model": config.model.path,
-        "baseline": None if target.baseline is None else target.baseline.path,
-        "teacher": ", ".join(part.teacher.path + " (loaded here, not served)" * (part.teacher.url is not None) for part in parts.values()),
+        **named,
         "seed": config.seed,
         "overrides": list(target.overrides),
         "tasks": compare_by_dataset(answers, distances, config),
     }
+    return result, lines
 
 
 def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[str, Distances], config: Config) -> dict[str, Any]:
     """Return what `compare_answers` returns for all prompts, as `evaluation`, and with `data.mix` for those of each dataset."""
     kl = {role: mean_kl(found) for role, found in distances.items()}
     tasks = {"evaluation": compare_answers(answers, kl, config)}
+    for role, found in distances.items():
+        if (low_high := kl_interval(found)) is not None:
+            tasks["evaluation"]["models"][role]["kl_interval"] = list(low_high)
     for label, part in config.parts.items() if config.data.mix else ():
         own = {role: [answer for answer in given if answer.dataset == label] for role, given in answers.items()}
         kl = {role: mean_kl({name: means for name, means in found.items() if name == label}) for role, found in distances.items()}
@@ -119,10 +144,15 @@ def compare_by_dataset(answers: Mapping[str, list[Answer]], distances: Mapping[s
     return tasks
 
 
-def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, as_teacher: bool = False) -> list[Answer]:
-    """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts."""
-    judged = sorted(evaluator.answer(sampler, as_teacher, samples).rows, key=lambda row: row[5])
-    return [Answer(prompt, reward, length, cut, dataset) for dataset, reward, length, cut, _, prompt in judged if reward is not None]
+def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, role: str, lines: list[dict[str, Any]]) -> list[Answer]:
+    """Return `samples` rewarded answers to each prompt, gathered from all ranks, in the order of the prompts.
+
+    Args:
+        lines: the answers are added to them, as they are stored.
+    """
+    judged = sorted(evaluator.answer(sampler, role == "teacher", samples, role).rows, key=lambda row: row.sample_id)
+    lines += lines_of(judged, model=role)
+    return [Answer(row.sample_id, row.reward, row.length, row.truncated, row.dataset) for row in judged if row.reward is not None]
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:

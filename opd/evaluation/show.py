@@ -5,23 +5,29 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from opd.evaluation.sample_score import ScoredText
 from opd.report.page import document
-from opd.runs.text import format_number, format_percent, format_reward, harmless, make_console
+from opd.runs.answers import file_beside
+from opd.runs.text import format_kl, format_number, format_percent, format_reward, harmless
 
+WIDTH = 130  # characters, where the output is not a terminal
 MAX_DISAGREEMENTS = 5
 FULL_COLOUR = 3.0  # nats of disagreement
 
 
-def show_evaluation(evaluation: Mapping[str, Any], out: Path | None) -> None:
-    """Print the result of `judge`, the models, a table and the differences, and the file that it goes to."""
-    console = make_console(130, soft_wrap=True)
-    for role in ("model", "baseline", "teacher"):
-        if evaluation[role] is not None:
-            console.print(Text(f"{role:<10}{evaluation[role]}"))
+def show_models(console: Console, models: Mapping[str, str | None]) -> None:
+    """Print the path of each model, by role."""
+    for role, path in models.items():
+        if path is not None:
+            console.print(Text(f"{role:<10}{path}"))
+
+
+def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path | None) -> None:
+    """Print the result of `judge`, a table and the differences, and the file that it goes to."""
     for name, task in evaluation["tasks"].items():
         console.print(_evaluation_table(name, task))
         shares = task.get("reward_is_share", True)
@@ -34,7 +40,8 @@ def show_evaluation(evaluation: Mapping[str, Any], out: Path | None) -> None:
         elif share is not None:
             console.print(Text(f"{format_reward(share, task['gap_closed_interval'])} of the gap to the teacher closed"))
     if out is not None:
-        console.print(Text(f"written to {out}"))
+        answers = f"; the answers are in {file_beside(out).name}" if evaluation["tasks"]["evaluation"]["prompts"] else ""
+        console.print(Text(f"written to {out}{answers}"))
 
 
 def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
@@ -52,7 +59,7 @@ def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
         table.add_row("length, tokens", *(format_number(each["length"], ".1f") for each in models.values()))
         table.add_row("truncated", *(format_percent(each["truncated"]) for each in models.values()))
     if any(each["kl"] is not None for each in models.values()):
-        table.add_row("KL to teacher, nats/token", *(format_number(each["kl"]) for each in models.values()))
+        table.add_row("KL to teacher, nats/token", *(format_kl(each["kl"], each.get("kl_interval")) for each in models.values()))
     return table
 
 

@@ -39,6 +39,7 @@ def render_report(runs: Sequence[Run]) -> str:
         sections.datasets(runs),
         sections.progress(runs),
         sections.positions(runs),
+        sections.answers(runs),
         sections.token_view(token_data, notes),
         sections.costs(runs),
         sections.settings(runs),

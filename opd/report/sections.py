@@ -18,9 +18,13 @@ MAX_LETTERS = 300  # of a name or a value
 PHASES = {
     "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
 }  # fmt: skip
-USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth"}
+USE = {"MFU": "perf/mfu", "of the copy rate while decoding": "perf/decode_bandwidth", "of the threads’ CPU time": "perf/cpu"}
 MEMORY = ("loading", "evaluation", "sampling", "scoring", "update")
 OUTCOME = ("reward before", "after", "teacher", "gap closed", "KL before", "KL after")
+DISAGREEMENTS = (  # and whose answer is worse and better
+    ("The teacher is better", "after", "teacher"), ("Worse than before", "after", "before"), ("Better than before", "before", "after"),
+)  # fmt: skip
+MAX_ANSWERS = 8  # of each kind
 MIN_SHARE = 1 / 500  # of the tokens; a mean over fewer would be the loudest and say the least
 
 Outcome = Mapping[str, Any]
@@ -191,10 +195,11 @@ def datasets(runs: Sequence[Run]) -> str:
 
 
 def progress(runs: Sequence[Run]) -> str:
-    rewards, bands, kl, overlap = [], [], [], []
+    rewards, bands, kl, kl_bands, overlap = [], [], [], [], []
     for index, run in enumerate(runs):
         student = [line for line in run.evaluations if line.get("model") == "student"]
         kl.append(Line(run.name, [(line["step"], line.get("kl")) for line in student], _colour(index)))
+        kl_bands.append(Band([(line["step"], *line["kl_interval"]) for line in student if line.get("kl_interval")], _colour(index)))
         overlap.append(Line(run.name, [(line["step"], (line.get("overlap") or {}).get("mass")) for line in student], _colour(index)))
         judged = [(line["step"], line["rewards"]) for line in student if line.get("rewards")]
         rewards.append(Line(run.name, [(step, found["mean"]) for step, found in judged], _colour(index)))
@@ -205,7 +210,7 @@ def progress(runs: Sequence[Run]) -> str:
     shares = all(rewards_are_shares(run.evaluations) for run in runs)
     charts = [
         chart("Reward", "evaluation, 95% interval", rewards, percent=shares, bands=bands),
-        chart("Exact KL to the teacher", "nats/token", kl, floor=0.0),
+        chart("Exact KL to the teacher", "nats/token, 95% interval", kl, floor=0.0, bands=kl_bands),
         chart("Top-16 overlap with the teacher", "evaluation, share of its probability", overlap, percent=True),
         _metric_chart(runs, "reverse_kl", "Reverse KL in training", "nats/token"),
         _metric_chart(runs, "entropy", "Entropy of the student", "nats/token"),
@@ -281,6 +286,37 @@ def _lengths(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float | No
 
 def _middle(bucket: int, width: int) -> float:
     return bucket * width + (width + 1) / 2  # positions are counted from 1
+
+
+def answers(runs: Sequence[Run]) -> str:
+    """Return the answers in which student and teacher, or the student before and after, disagree; nothing for several runs."""
+    by_prompt: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
+    for line in runs[0].answers if len(runs) == 1 else ():
+        when = "teacher" if line["model"] == "teacher" else "before" if line["step"] == 0 else "after"
+        by_prompt.setdefault((line.get("dataset", ""), line["sample_id"]), {})[when] = line
+    body = ""
+    for title, worse, better in DISAGREEMENTS:
+        judged = [found for found in by_prompt.values() if all((found.get(who) or {}).get("reward") is not None for who in (worse, better))]
+        differing = [found for found in judged if found[worse]["reward"] < found[better]["reward"]]
+        rows = []
+        for found in differing[:MAX_ANSWERS]:
+            prompt, reference = found[better]["prompt"], ", ".join(found[better]["answer"])
+            cells = [prompt, reference, *(_rewarded(found.get(who)) for who in ("before", "after", "teacher"))]
+            rows.append("".join(f"<td><bdi>{text(cell)}</bdi></td>" for cell in cells))
+        if judged:
+            shown = f", the first {MAX_ANSWERS}" if len(differing) > MAX_ANSWERS else ""
+            body += f"<h3>{title}: {len(differing):,} of {len(judged):,}{shown}</h3>"
+            body += _table((f'<th scope="col">{name}</th>' for name in ("reference", "before", "after", "teacher")), rows) if rows else ""
+    about = "Answers to the same evaluation prompts, each with its reward; all are in answers.jsonl."
+    return _section("Answers", body, "answers", about) if body else ""
+
+
+def _rewarded(answer: Mapping[str, Any] | None) -> str:
+    """Return an answer with its reward in front."""
+    if answer is None:
+        return MISSING
+    reward = MISSING if answer["reward"] is None else f"{answer['reward']:g}"
+    return f"{reward}: {answer['completion']}"
 
 
 def token_view(data: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:

@@ -23,6 +23,7 @@ LOCK = ".lock"
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+ANSWERS = "answers.jsonl"
 STATUS = "status.json"
 SUMMARY = "summary.json"
 FINAL = "final"
@@ -176,7 +177,7 @@ class RunFolder:
 
     def copy_logs(self, other: Path) -> None:
         """Copy another run's logs, to resume from one of its checkpoints."""
-        for name in (METRICS, EVALUATIONS):
+        for name in (METRICS, EVALUATIONS, ANSWERS):
             if other.resolve() != self.path.resolve() and (other / name).is_file():
                 shutil.copyfile(other / name, self.path / name)
 
@@ -184,7 +185,7 @@ class RunFolder:
         """Delete from the logs what came after `step`; -1 deletes everything."""
         if not self.writes:
             return
-        for file in (self.path / METRICS, self.path / EVALUATIONS):
+        for file in (self.path / METRICS, self.path / EVALUATIONS, self.path / ANSWERS):
             if file.is_file():
                 lines = [line for line in read_lines(file) if line["step"] <= step]
                 write_text(file, "".join(json.dumps(line) + "\n" for line in lines))

@@ -131,7 +131,7 @@ def by_dataset(metrics: Lines, evaluations: Lines, step: int | None = None) -> d
     unknown = {"rewards": None, "kl": None}
     achieved_on = {}
     for label in labels:
-        own = [{**line, **((line.get("datasets") or {}).get(label) or unknown)} for line in evaluations]
+        own = [{**line, "kl_interval": None, **((line.get("datasets") or {}).get(label) or unknown)} for line in evaluations]
         tokens = int(sum(line.get(f"data/{label}/tokens") or 0 for line in metrics))
         achieved_on[label] = {**evaluated(own, step), "graded_tokens": tokens}
     return achieved_on
@@ -150,6 +150,7 @@ def evaluated(evaluations: Lines, step: int | None = None) -> dict[str, Any]:
         **{f"reward_{when}_interval": [found["low"], found["high"]] if found else None for when, found in rewards.items()},
         "gap_closed": gap_closed(**means),
         **{f"eval_kl_{when}": (compared[when] or {}).get("kl") for when in ("before", "after")},
+        **{f"eval_kl_{when}_interval": (compared[when] or {}).get("kl_interval") for when in ("before", "after")},
     }
 
 

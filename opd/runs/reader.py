@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from opd.errors import DataError
-from opd.runs.folder import EVALUATIONS, HYDRA, LOCK, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY, Status, read_json, read_lines
+from opd.runs.folder import ANSWERS, EVALUATIONS, HYDRA, LOCK, METRICS, ROLLOUTS, RUN, STATUS, SUMMARY, Status, read_json, read_lines
 
 OVERRIDES = f"{HYDRA}/overrides.yaml"
 MEMBER = "member.json"
@@ -55,6 +55,11 @@ class Run:
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
         return read_lines(self.path / EVALUATIONS)
+
+    @cached_property
+    def answers(self) -> list[dict[str, Any]]:
+        """What was answered in evaluations; empty for runs of earlier versions."""
+        return read_lines(self.path / ANSWERS)
 
     def rollout_steps(self) -> list[int]:
         """Return the steps whose rollouts are stored, in order."""

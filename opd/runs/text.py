@@ -25,7 +25,12 @@ def one_line(text: str) -> str:
 def visible(text: str, limit: int) -> str:
     """Return the first `limit` characters with a mark for each invisible one; line feeds get a mark and stay."""
     shown = "".join(_mark(letter) for letter in text[:limit])
-    return shown if len(text) <= limit else f"{shown} … (+{len(text) - limit:,} characters)"
+    return shown + cut(text, limit)[len(text[:limit]) :]
+
+
+def cut(text: str, limit: int) -> str:
+    """Return the first `limit` characters, and how many are left out."""
+    return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
 
 
 def _mark(letter: str) -> str:
@@ -38,6 +43,12 @@ def _mark(letter: str) -> str:
 
 def format_number(value: float | None, spec: str = ".4f") -> str:
     return MISSING if value is None else format(value, spec)
+
+
+def format_kl(mean: float | None, interval: Sequence[float] | None, digits: int = 4) -> str:
+    """Return a KL in nats as `mean [low, high]`, or without an interval where there is none."""
+    shown = format_number(mean, f".{digits}f")
+    return shown if mean is None or interval is None else f"{shown} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def format_percent(value: float | None, spec: str = ".1f") -> str:

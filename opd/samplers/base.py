@@ -1,7 +1,7 @@
 """The protocol of a sampler, and what samplers are made from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -20,6 +20,10 @@ def unchanged(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
     return rollouts
 
 
+def ignore(count: int) -> None:
+    """Do nothing with a number."""
+
+
 def run_here(work: Callable[[], Any]) -> Any:
     """The `OnMain` of a process that is the only one."""
     return work()
@@ -27,13 +31,17 @@ def run_here(work: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """How to decode: exactly this, nothing from the model's generation_config. Temperature 0 takes the most probable token."""
+    """How to decode: exactly this, nothing from the model's generation_config. Temperature 0 takes the most probable token.
+
+    `ended` is called, while a batch is decoded in this process, with the number of its completions that have ended.
+    """
 
     temperature: float
     max_new_tokens: int
     top_p: float = 1.0
     top_k: int = 0
     batch_size: int = 64
+    ended: Callable[[int], None] = field(default=ignore, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -199,6 +199,7 @@ class GenerateSampler:
             logp_BT[rows_B[live_B], step] = next_logp_B[live_B]
             live_B = live_B & ~torch.isin(next_B, self.eos)
             alive = int(live_B.sum())
+            decoding.ended(total - alive)
             if alive == 0 or step + 1 == limit:
                 break
             if alive <= (1 - FINISHED_SHARE) * len(rows_B):

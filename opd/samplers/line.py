@@ -275,6 +275,7 @@ class DecodeLines:
                     continue
                 signals.check()
                 live = line.own.live[: len(rows)].nonzero()[:, 0]
+                self.decoding.ended(total - len(live))
                 ids_BT[rows], logp_BT[rows] = line.own.ids[: len(rows)], line.own.logp[: len(rows)]
                 if len(live) == 0 or step == tokens:
                     break

@@ -83,7 +83,10 @@ class Snapshot:
 
 @dataclass(slots=True)
 class Checkpoints:
-    """The checkpoints of one run in `folder`: the last few and the best. `background`: write while training continues, one at a time."""
+    """The checkpoints of one run in `folder`: the last few and the best. `background`: write while training continues, one at a time.
+
+    With `keep_last` 0 the last one is kept until the run is done.
+    """
 
     folder: Path
     keep_last: int
@@ -181,7 +184,7 @@ class Checkpoints:
             if best is not None and self.keep_best:
                 files.write_json(self.folder / BEST, {"step": snapshot.moment[0], "score": best})
                 files.flush(self.folder)
-            self._delete_old()
+            self._delete_old(max(self.keep_last, 1))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(work, ignore_errors=True)
             raise OutputError(f"{target}: the checkpoint could not be saved ({error}); make room and run the same command again") from error
@@ -215,9 +218,18 @@ class Checkpoints:
                 shutil.rmtree(self.folder / f"old_{self.path(*later).name}", ignore_errors=True)
                 self.path(*later).rename(self.folder / f"old_{self.path(*later).name}")
 
-    def _delete_old(self) -> None:
-        best = self.best()
-        kept = {*self.moments()[-self.keep_last :], *([] if best is None else [(int(best["step"]), 0)])}
+    def finish(self) -> None:
+        """Delete what is not kept of a run that is done. A disk that refuses it is only logged."""
+        try:
+            if self.keep_last == 0:
+                self._delete_old(0)
+        except OSError as error:
+            log.error("%s: old checkpoints could not be deleted: %s", self.folder, error)
+
+    def _delete_old(self, last: int) -> None:
+        """Delete all but the `last` newest ones and the best."""
+        best, moments = self.best(), self.moments()
+        kept = {*moments[max(len(moments) - last, 0) :], *([] if best is None else [(int(best["step"]), 0)])}
         for moment in set(self.moments()) - kept:
             doomed = self.folder / f"tmp_{self.path(*moment).name}"
             self.path(*moment).rename(doomed)  # first, or a crash in between would leave a part that looks like a checkpoint

@@ -1,6 +1,7 @@
 """What is checked once a step is done, before it is saved: some of it warns, some ends the run; and updates that were not finite."""
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,9 +11,11 @@ from accelerate.utils import gather_object
 
 from opd.config.options import GuardAction, SamplingDtype, naming_teacher
 from opd.config.schema import Config
+from opd.data.prompts import Prompt
 from opd.data.rollouts import Rollout
 from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
+from opd.runs.outcome import compared_evaluations
 from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
 from opd.training.masked import check_masses
@@ -29,6 +32,7 @@ GUARD_REMEDIES = {
     "truncated": "raise sampling.max_new_tokens, lower optim.lr, or leave them out of the loss with sampling.truncated=mask",
     "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
 }
+MAX_REPEATED = 0.05  # share of the training prompts
 NON_FINITE_LIMIT = 3  # steps in a row
 COMPARED = "compared teachers"  # the choice that lists the served ones whose scores of a batch were checked
 
@@ -91,6 +95,29 @@ def check_first_step(scoring: Step, metrics: Mapping[str, float], tokens: Tokens
         log.warning("teacher.alignment=spans: %s", line)
 
 
+def check_prompts(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
+    """Warn of evaluation prompts that are trained on too, and of training prompts that are many times there."""
+    count = Counter(prompt.ids for prompt in train)
+    if shared := sum(prompt.ids in count for prompt in evaluation):
+        log.warning("%d of %d evaluation prompts are trained on too: evaluations would reward memorisation", shared, len(evaluation))
+    repeated = len(train) - len(count)
+    if repeated > MAX_REPEATED * len(train):
+        log.warning("%d of %d training prompts repeat others", repeated, len(train))
+
+
+def check_teacher(evaluations: Sequence[Mapping[str, Any]]) -> None:
+    """Warn where the teacher has nothing to teach by its reward. `evaluations`: the run's so far, those before training."""
+    found = compared_evaluations(evaluations)
+    before, teacher = (((found[who] or {}).get("rewards") or {}).get("mean") for who in ("before", "teacher"))
+    if before is None or teacher is None:
+        return
+    check = "check eval.max_new_tokens, eval.reward and data.answer with opd doctor"
+    if teacher == 0:
+        log.warning("the teacher's reward is 0: it is never right; %s", check)
+    elif teacher < before:
+        log.warning("the teacher's reward, %.1f %%, is below the student's, %.1f %%; %s", 100 * teacher, 100 * before, check)
+
+
 def check_distance(config: Config, tokens: Tokens) -> None:
     """Warn where a teacher's scores are the student's: there is nothing to learn."""
     columns = tokens.columns
@@ -107,7 +134,7 @@ def check_distance(config: Config, tokens: Tokens) -> None:
         if len(gap_N) == 0 or float(gap_N.mean()) >= SAME_MODEL:
             continue
         name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
-        problem = "this teacher is the student"
+        problem = "the two agree, so there is nothing to learn; unless both were certain, they are the same model"
         if part.teaches_itself:
             name, problem = naming_teacher(label)(part.weights_option), "what it reads besides changes nothing"
         log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)

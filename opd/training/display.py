@@ -16,13 +16,16 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.config.options import Control
+from opd.data.chat_template import ChatTemplate
 from opd.objective.overlap import OVERLAP_K
+from opd.runs import progress
 from opd.runs.intervals import are_shares
 from opd.runs.text import (
     describe_gap,
     format_amount,
     format_bytes,
     format_duration,
+    format_kl,
     format_number,
     format_percent,
     format_reward,
@@ -78,10 +81,24 @@ class Display:
         self.metrics: dict[str, float] = {}
         self.evaluation: Evaluation | None = None
         self.sample = ""
+        self.work = ""  # what is under way besides steps
         self.last_line = 0.0
 
     def note(self, text: str) -> None:
         self.console.print(Text(harmless(text)))
+
+    def watch(self, watched: progress.Progress) -> None:
+        """Show how far evaluations are: in the panel on a terminal, as lines elsewhere."""
+        if not self.console.quiet:
+            watched.show = self._show_work
+            watched.seconds = progress.LIVE_SECONDS if self.console.is_terminal else progress.LINE_SECONDS
+
+    def _show_work(self, line: str) -> None:
+        self.work = line
+        if self.live is not None:
+            self.live.update(self._panel())
+        elif line:
+            self.note(line)
 
     def begin(self, step: int) -> None:
         """Open the panel on a terminal."""
@@ -131,6 +148,8 @@ class Display:
             lines.append(Text(f"{'  '.join(shares)}  peak memory {format_bytes(self.metrics['memory/peak_bytes'])}", style="dim"))
         if self.evaluation is not None:
             lines.append(Text(describe(self.evaluation), style="cyan", overflow="fold", no_wrap=False))
+        if self.work:
+            lines.append(Text(harmless(self.work), style="cyan"))
         if self.sample:
             lines.append(Text(self.sample, style="dim", overflow="ellipsis", no_wrap=True))
         return Panel(Group(*lines), title="opd", border_style="blue")
@@ -143,7 +162,10 @@ class Display:
         if summary["reward_after"] is not None:
             table.add_row("reward", *reward_cells(summary))
         if summary["eval_kl_after"] is not None:
-            kl = (format_number(summary[f"eval_kl_{when}"]) for when in ("before", "after"))
+            has_room = summary["reward_after"] is None  # next to rewards the intervals do not fit into 80 columns
+            intervals = (summary.get(f"eval_kl_{when}_interval") if has_room else None for when in ("before", "after"))
+            values = (summary[f"eval_kl_{when}"] for when in ("before", "after"))
+            kl = (format_kl(*pair, digits=3 if has_room else 4) for pair in zip(values, intervals, strict=True))
             table.add_row("KL to teacher, nats/token", *kl, "0")
         for label, result in summary.get("datasets", {}).items():
             if result["reward_after"] is not None:
@@ -180,7 +202,7 @@ def describe(evaluation: Evaluation) -> str:
     if evaluation.rewards is not None:
         parts.append(f"reward {describe_rewards(evaluation.rewards)}")
     if evaluation.kl is not None:
-        parts.append(f"KL(student‖teacher) {format_number(evaluation.kl)} nats/token")
+        parts.append(f"KL(student‖teacher) {format_kl(evaluation.kl, evaluation.kl_interval)} nats/token")
     if evaluation.overlap is not None:
         mass, share = (format_percent(evaluation.overlap[name], ".0f") for name in ("mass", "share"))
         parts.append(f"top-{OVERLAP_K} overlap {mass} of the probability, {share} of the ids")
@@ -224,6 +246,8 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
     )
+    if all(ChatTemplate(built.tokenizer, part.data.chat_template_kwargs).find() is None for part in config.parts.values()):
+        display.note("no chat template: prompts are plain text")
     if config.data.mix:
         rows = Counter(prompt.dataset for prompt in trainer.prompts)
         shares = {label: dataset.weight for label, dataset in config.data.datasets.items()}

@@ -5,7 +5,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -31,10 +31,12 @@ from opd.models.shared_ids import SharedIds
 from opd.objective import chunked_stats, exact, reverse_kl
 from opd.objective.head import TokenStats
 from opd.objective.overlap import OVERLAP
+from opd.runs.answers import Answer
+from opd.runs.progress import Progress
 from opd.runs.text import one_line
 from opd.samplers import Decoding, Sampler
 from opd.teachers import Teacher
-from opd.training.evaluation import KL, Distances, Evaluation, Judged, added
+from opd.training.evaluation import KL, Distances, Evaluation, Judged, add_kl_squares, added
 from opd.training.inputs import can_judge
 from opd.training.metrics import add_by_position
 from opd.training.tokens import Means
@@ -53,12 +55,14 @@ def exact_kl(
     pad_id: int,
     masked: Tensor | None = None,
     overlaps: Callable[[list[Rollout], TokenStats], None] = lambda rollouts, stats: None,
+    by_rollout: Callable[[list[float], list[int]], None] = lambda sums, tokens: None,
 ) -> tuple[float, int]:
     """Return the sum over tokens of KL(student‖teacher) at T = 1 over the shared vocabulary, in nats, and the number of tokens.
 
     Args:
         masked: As in `Head`.
         overlaps: Gets the rollouts of each micro-batch and the overlap of each of their tokens.
+        by_rollout: Gets the sum over the tokens, and their number, of each rollout.
     """
     total, tokens = 0.0, 0
     head = output_head(model, vocabulary, masked=masked)
@@ -75,6 +79,8 @@ def exact_kl(
         kl_N = stats.pop("kl")
         total, tokens = total + float(kl_N.double().sum()), tokens + len(kl_N)
         overlaps([rollouts[index] for index in batch.rollouts], stats)
+        lengths = [len(rollouts[index].trained) for index in batch.rollouts]
+        by_rollout([float(part.double().sum()) for part in kl_N.cpu().split(lengths)], lengths)
     return total, tokens
 
 
@@ -88,6 +94,7 @@ class Evaluator:
         precision: Context in which the student computes.
         masked: As in `Head`.
         teacher_tokenizer: Of a teacher with tokens of its own.
+        progress: Tells how far an evaluation is.
     """
 
     accelerator: Accelerator
@@ -102,6 +109,12 @@ class Evaluator:
     precision: Callable[[], Any]
     masked: Tensor | None = None
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All prompts of evaluations, each once."""
+        return list({(prompt.dataset, prompt.sample_id): prompt for prompt in (*self.answered, *self.kl_prompts)}.values())
 
     def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
         """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
@@ -125,39 +138,61 @@ class Evaluator:
 
     def teacher(self, sampler: Sampler) -> Evaluation:
         """Evaluate the teacher, with its own version of the prompts."""
-        return self.answer(sampler, as_teacher=True).evaluation(0, {}, self.kl_decoding.max_new_tokens)
+        return self.answer(sampler, as_teacher=True, name="teacher").evaluation(0, {}, self.kl_decoding.max_new_tokens)
 
-    def answer(self, sampler: Sampler, as_teacher: bool = False, samples: int = 1) -> "Judged":
-        """Return the judged answers of the model behind `sampler` from all processes. `as_teacher`: with its prompts."""
+    def sample(self, sampler: Sampler, requests: Sequence[Request], decoding: Decoding, stream: str, what: str) -> list[Rollout]:
+        """Return this process's completions, and tell how far all processes are. `what`: the work, in words."""
+        done, processes = 0, self.accelerator.num_processes
+
+        def on_done(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
+            nonlocal done
+            done += len(rollouts)
+            note(done * processes)
+            return rollouts
+
+        with self.progress.of(what, len(requests) * processes) as note:
+            watched = replace(decoding, ended=lambda ended: note((done + ended) * processes))
+            return run_stoppable(self.accelerator, lambda: sampler.sample(requests, watched, stream, on_done))
+
+    def answer(self, sampler: Sampler, as_teacher: bool = False, samples: int = 1, name: str = "student") -> "Judged":
+        """Return the judged answers of the model behind `sampler` from all processes.
+
+        Args:
+            as_teacher: With the teacher's prompts.
+            name: The model's, for the progress.
+        """
         if not self.answered:
             return Judged([])
         prompts = [prompt.for_teacher() if as_teacher else prompt for prompt in self._share(self.answered)]
         requests = [Request(prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
-        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.decoding, "evaluation"))
+        rollouts = self.sample(sampler, requests, self.decoding, "evaluation", f"evaluating the {name}")
         reader = self.as_teacher() if as_teacher else self
-        judged = zip(reader.judge(rollouts), rollouts, map(reader.text, rollouts), strict=True)
+        with self.progress.of(f"grading the answers of the {name}"):
+            rewards = reader.judge(rollouts)
+        judged = zip(rewards, rollouts, map(reader.text, rollouts), strict=True)
         rows = [
-            (
+            Answer(
                 rollout.request.prompt.dataset,
                 reward,
                 len(rollout.completion),
                 rollout.finish_reason is FinishReason.length,
-                f"{rollout.request.prompt.text} → {text}",
+                text,
                 rollout.request.prompt.sample_id,
+                rollout.request.prompt.text,
+                rollout.request.prompt.answers,
             )
             for reward, rollout, text in judged
         ]
-        references = {prompt.sample_id: prompt.answers[0] for prompt in self.answered if prompt.answers}
-        return Judged(gather_object(rows), references)
+        return Judged(gather_object(rows))
 
     def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
         """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""
         if not self.kl_prompts:
             return {}
         requests = [Request(prompt) for prompt in self._share(self.kl_prompts)]
-        rollouts = run_stoppable(self.accelerator, lambda: sampler.sample(requests, self.kl_decoding, "evaluation-kl"))
+        rollouts = self.sample(sampler, requests, self.kl_decoding, "evaluation-kl", "sampling for the KL to the teacher")
         results = {}
-        with ready(), self.precision():
+        with self.progress.of("measuring the KL to the teacher"), ready(), self.precision():
             for label in sorted({rollout.request.prompt.dataset for rollout in rollouts}):
                 own = [rollout for rollout in rollouts if rollout.request.prompt.dataset == label]
                 results[label] = self.distance(model, teacher, own)
@@ -176,7 +211,8 @@ class Evaluator:
             add_by_position(means, stats, rollouts, self.kl_decoding.max_new_tokens)
 
         pad_id = self.tokenizer.pad_token_id
-        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps))
+        squares = partial(add_kl_squares, means)
+        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps, squares))
         return means
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:

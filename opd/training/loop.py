@@ -30,6 +30,7 @@ from opd.training.batches import Batch, make_batch, task_bonus, with_masks
 from opd.training.checkpoint import AHEAD, AVERAGE, TOKENS, Checkpoint, Checkpoints
 from opd.training.checks import NON_FINITE_LIMIT, Guard, Trouble, check_copy, check_first_step, check_scores
 from opd.training.control import SHUFFLED, shuffled_scores
+from opd.training.cores import Cores, watch_cores
 from opd.training.evaluator import Evaluator
 from opd.training.events import Evaluated, Event, Rewound, Saved, StepDone
 from opd.training.metrics import has_teacher_states, max_peak_memory, step_metrics, teacher_alternatives
@@ -79,12 +80,14 @@ class Trainer:
     background: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     grown: dict[str, int] = field(default_factory=dict)
     guard: Guard = field(init=False)
+    cores: Cores = field(init=False)
     order: Order = field(init=False)
     canaries: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.order = prompt_order(self.config, self.prompts)
         self.guard = Guard(self.config)
+        self.cores = watch_cores(self.config, self.device, self.accelerator.num_processes)
         teachers = {label: part.teacher for label, part in self.config.parts_by_teacher.items()}
         self.canaries = {label: teacher.canary_every for label, teacher in teachers.items() if teacher.url is not None}
 
@@ -174,6 +177,7 @@ class Trainer:
         rate = self.config.optim.lr * lr_factor(self.config.optim, self.step, self.max_steps)
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = rate
+        cpu, wall = time.process_time(), time.perf_counter()
         tokens = self.tokens = self.tokens or self.begin_step()
         is_finite = True
         while is_finite and tokens.inner < self.config.ppo.steps:
@@ -181,6 +185,7 @@ class Trainer:
             is_finite = self.inner_step(tokens)
         self.tokens = None
         self.step += 1
+        self.cores.note(self.step, time.process_time() - cpu, time.perf_counter() - wall)
         self.trouble.steps = 0 if is_finite else self.trouble.steps + 1
         self.trouble.places = [] if is_finite else self.trouble.places
         done = self.finish_step(tokens, rate)  # which asks the teacher of this step
@@ -232,7 +237,7 @@ class Trainer:
         limit, datasets = self.config.sampling.max_new_tokens, sorted(self.config.data.mix)
         metrics, by_position = step_metrics(tokens, self.accelerator, limit, datasets)
         self.trained_tokens += int(metrics["tokens"])
-        metrics |= {
+        metrics |= self.cores.metrics() | {
             "optim/lr": rate,
             "tokens_total": float(self.trained_tokens),
             "memory/peak_bytes": max_peak_memory(self.accelerator),

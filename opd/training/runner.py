@@ -24,20 +24,25 @@ from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError
 from opd.models.accelerator import make_accelerator
 from opd.models.distributed import any_process, is_peer_failure, on_main_process, shards_weights, stop_all_processes
 from opd.models.memory import estimate
+from opd.runs import answers
 from opd.runs.folder import (
     CHECKPOINTS,
     EVALUATIONS,
+    FINAL,
     METRICS,
     RUN,
     SUMMARY,
     RunFolder,
     Status,
     read_json,
+    read_lines,
 )
 from opd.runs.outcome import describe_unjudged, objective
 from opd.runs.reader import STARTED_IN
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
+from opd.training.checks import check_prompts, check_teacher
+from opd.training.disk import warn_of_disk
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
 from opd.training.events import Evaluated, Event, Rewound, StepDone
 from opd.training.finish import finish, places, read_logs
@@ -92,6 +97,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         with status_on_exit(accelerator, run_folder, checkpoints):
             summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given(), on_event)
         run_folder.set_status(Status.done, exit_code=0)
+        on_main_process(accelerator, checkpoints.finish)  # now that the same command does not resume any more
         return summary
 
 
@@ -188,6 +194,11 @@ def find_start(
         return None, []
     if config.resume == "auto":
         start = checkpoints.newest()
+        if start is None and run_folder.status() is Status.done:
+            raise ConfigError(
+                f"{run_folder.path}: is done and kept no checkpoint to resume from (checkpoint.keep_last): set another name=…, and "
+                f"model.path={run_folder.path / FINAL} to train its model further"
+            )
     else:
         problem = verify(local_path(config.resume))
         if problem is not None:
@@ -261,16 +272,20 @@ def distil(
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         introduce(display, built, start)
+        if accelerator.is_main_process:
+            check_prompts(trainer.prompts, trainer.evaluator.prompts)
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
+        warn_of_disk(trainer, run_folder.path)
         start_tracking(config, accelerator, run_folder.path)
         stop_all_processes(accelerator)
         stacks = run_folder.stacks_file(accelerator.process_index)
         beat = stack.enter_context(watchdog(config.train.watchdog_minutes, stacks, run_folder.record_hang))
-        if not any(line["model"] == "teacher" for line in evaluations):
-            evaluate_teacher(built, run_folder, display)
+        display.watch(trainer.evaluator.progress)
         stack.callback(display.end)
         display.begin(trainer.step)
+        if not any(line["model"] == "teacher" for line in evaluations):
+            evaluate_teacher(built, run_folder, display)
         for event in trainer.run():
             beat()
             write_event(event, built, run_folder, display)
@@ -289,6 +304,7 @@ def evaluate_teacher(built: Built, run_folder: RunFolder, display: Display) -> N
     with built.teacher.ready(), built.teacher.active():
         evaluation = built.trainer.evaluator.teacher(built.teacher_sampler)
     run_folder.append(EVALUATIONS, {"model": "teacher", **evaluation.to_dict()})
+    answers.store(run_folder, evaluation.answers, "teacher", evaluation.step)
     if evaluation.rewards is not None:
         display.note(f"teacher: reward {describe_rewards(evaluation.rewards)}{describe_datasets(evaluation)}")
 
@@ -308,10 +324,14 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             display.show(event, sample_text(built.tokenizer, shown) if stored else "")
         case Evaluated():
             run_folder.append(EVALUATIONS, {"model": "student", **event.evaluation.to_dict()})
+            answers.store(run_folder, event.evaluation.answers, "student", event.evaluation.step)
             accelerator.log(evaluation_metrics(event.evaluation.to_dict()), step=event.evaluation.step)
             display.show(event)
-            if event.evaluation.unjudged is not None and event.evaluation.step == 0:
-                log.warning(describe_unjudged(event.evaluation.unjudged, trainer.config.eval.reward))
+            if event.evaluation.step == 0:
+                if event.evaluation.unjudged is not None:
+                    log.warning(describe_unjudged(event.evaluation.unjudged, trainer.config.eval.reward))
+                if accelerator.is_main_process:
+                    check_teacher(read_lines(run_folder.path / EVALUATIONS))
         case Rewound():
             log.warning("rewound to step %d; %d samples are left out from here on", event.step, len(event.left_out))
             display.show(event)

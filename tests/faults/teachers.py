@@ -176,7 +176,7 @@ def one_teacher(name: str, kind: Kind, words: Sequence[str], root: Path) -> Try:
     fired = wrong.exists()
     wrong.unlink(missing_ok=True)
     if kind.is_told:
-        is_told = "this teacher is the student" in (folder / "runs/run/train.log").read_text()
+        is_told = "they are the same model" in (folder / "runs/run/train.log").read_text()
         return Try(name, fired, ended.unless(0) or (None if is_told else "the log does not say that the teacher is the student"))
     problem = ended.unless(76)
     kept = [path.name for path in valid_checkpoints(folder)][-1:]

@@ -1,0 +1,48 @@
+"""What a run says before and at its beginning about its data and its teacher."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opd import errors
+from opd.cli import main as cli
+from opd.data.chat_template import ChatTemplate
+from opd.data.prompts import Prompt
+from opd.training.checks import check_prompts, check_teacher
+
+
+def prompts(*ids: int) -> list[Prompt]:
+    return [Prompt(row, (1, number), "") for row, number in enumerate(ids)]
+
+
+def test_evaluation_prompts_that_are_trained_on_and_repeated_ones_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    check_prompts(prompts(1, 2, 3), prompts(4, 5))
+    check_prompts(prompts(*range(99), 0), prompts(100))  # one of 100 is nothing to speak of
+    assert caplog.messages == []
+    check_prompts(prompts(1, 2, 3, 3), prompts(2, 5, 3))
+    shared, repeated = caplog.messages
+    assert shared.startswith("2 of 3 evaluation prompts") and repeated.startswith("1 of 4 training prompts")
+
+
+@pytest.mark.parametrize(
+    ("before", "teacher", "said"), [(0.2, 0.0, "is 0"), (0.4, 0.3, "below the student's"), (0.3, 0.3, ""), (0.1, 0.3, ""), (None, 0.0, "")]
+)
+def test_a_teacher_that_is_never_right_or_worse_is_reported(
+    before: float | None, teacher: float, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def line(model: str, mean: float | None) -> dict[str, Any]:
+        return {"model": model, "step": 0, "rewards": None if mean is None else {"mean": mean}}
+
+    check_teacher([line("teacher", teacher), line("student", before)])
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def test_a_run_says_that_prompts_are_plain_text(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "experiment=debug", "device=cpu", "train.max_steps=1", "eval.limit=2", "eval.kl_prompts=0"]
+    assert cli.main(words) == errors.OK
+    assert "plain text" not in capfd.readouterr().out
+    monkeypatch.setattr(ChatTemplate, "find", lambda template: None)
+    assert cli.main([*words, "name=plain"]) == errors.OK
+    assert capfd.readouterr().out.count("no chat template: prompts are plain text") == 1
