@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.compose import restore_config, to_config
+from opd.config.compose import restore_config, to_unchecked_config
 from opd.config.schema import Config
 from opd.data import hub
 from opd.data.prompts import Prompt
@@ -159,7 +159,7 @@ def _load_run(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[
     if run.summary is None or not (final / "config.json").is_file():
         raise DataError(f"{folder}: the run is {run.status}, not done, or {FINAL}/ is missing; name one of its checkpoints instead")
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
-    return to_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
+    return to_unchecked_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -172,7 +172,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, Pre
             f"{folder}: not a run folder, nor an intact checkpoint ({problem}); name runs/NAME or runs/NAME/checkpoints/step_NUMBER"
         )
     checkpoint = read(folder)
-    config = to_config(restore_config(checkpoint.state["config"]))
+    config = to_unchecked_config(restore_config(checkpoint.state["config"]))
     base = replace(config.model, adapter=None) if config.lora.rank else config.model
     model = models.load_model(base, "model", torch.device("cpu"))
     adapters = trained_adapters(model.requires_grad_(not config.lora.rank), config) if config.lora.rank else None
