@@ -12,11 +12,12 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import load_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.compose import removed, to_config
+from opd.config.compose import refuse_unread, removed, to_unchecked_config
 from opd.config.options import Quantization, TeacherWeights, naming_teacher
 from opd.config.schema import Config
+from opd.config.templates import columns_of
 from opd.data.rewards import best
-from opd.data.rows import columns_of, extract_answers
+from opd.data.rows import extract_answers
 from opd.errors import ConfigError
 from opd.runs.folder import FINAL
 from opd.runs.reader import open_run
@@ -91,7 +92,8 @@ class OnPolicyDistillationTrainer:
         self.output_dir = Path(output_dir)
         self.callbacks = list(callbacks)
         self.state = TrainerState()
-        named = [name for option in ("teacher.prompt", "teacher.contrast") for name in columns_of((options or {}).get(option))]
+        texts = ("teacher.prompt", "teacher.contrast", "data.prompt", "data.system")
+        named = [name for option in texts for name in columns_of((options or {}).get(option))]
         named += [name for option in ("data.completion", "data.system") if (name := (options or {}).get(option)) is not None]
         self.given = Given(
             student=model if isinstance(model, PreTrainedModel) else None,
@@ -124,7 +126,8 @@ class OnPolicyDistillationTrainer:
                 "optim.max_grad_norm": max_grad_norm,
                 "optim.lr": learning_rate,
                 **(options or {}),
-            }
+            },
+            options or {},
         )
         if self.config.launch.several:
             raise ConfigError("launch: processes for Python code are started by a launcher: accelerate launch YOUR_SCRIPT")
@@ -226,12 +229,18 @@ def path_of(model: Model) -> str:
     return str(model.name_or_path or type(model).__name__) if isinstance(model, PreTrainedModel) else str(model)
 
 
-def from_options(options: Mapping[str, Any]) -> Config:
-    """Return the config with these options by dotted name, all others at their defaults. Raises `ConfigError`."""
+def from_options(options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Config:
+    """Return the config with these options by dotted name, all others at their defaults. Raises `ConfigError`.
+
+    Args:
+        given: Those of `options` that must be read; None for all.
+    """
     config = OmegaConf.structured(Config)
     for key, value in options.items():
         try:
             OmegaConf.update(config, key, value)
         except OmegaConfBaseException as error:
             raise ConfigError(removed(f"{key}={value}") or f"{key}={value!r}: {str(error).splitlines()[0]}") from None
-    return to_config(config)
+    typed = to_unchecked_config(config)
+    refuse_unread(typed, list(options if given is None else given), only_typed=True)
+    return typed

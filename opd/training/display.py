@@ -196,13 +196,14 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
     trainer, config, processes = built.trainer, built.trainer.config, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
     parameters = trainer.student.num_parameters()  # of 4-bit weights as well
+    of = f" of {built.rows:,}" if built.rows > len(trainer.prompts) else ""
     teachers = config.parts_by_teacher
     named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
     display.note(f"{config.model.path} ({parameters / 1e6:,.1f} M parameters) learns from {named} on {trainer.accelerator.device}")
     display.note(
         f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
         f"{size * processes * n} rollouts; "
-        f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
+        f"{trainer.max_steps} steps over {len(trainer.prompts):,}{of} prompts"
     )
     if config.data.mix:
         rows = Counter(prompt.dataset for prompt in trainer.prompts)

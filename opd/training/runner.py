@@ -255,12 +255,16 @@ def distil(
     on_event: OnEvent,
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. `forced`: differences from the resumed run that are accepted."""
+    display = Display(0, shown=accelerator.is_main_process)
     if given.student is None and given.teacher is None:
         memory = on_main_process(
             accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, shards_weights(accelerator))
         )
-        Display(0, shown=accelerator.is_main_process).note(str(memory))
+        display.note(str(memory))
     with ExitStack() as stack:
+        handler = NoteHandler(display)  # before the data are read, which may leave rows out
+        logging.getLogger("opd").addHandler(handler)
+        stack.callback(logging.getLogger("opd").removeHandler, handler)
         choices = None if start is None else resumed_choices(start.state, config)
         built = build(config, accelerator, checkpoints, given, stack, choices)
         trainer = built.trainer
@@ -270,10 +274,7 @@ def distil(
         on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
         write_composed_config(config, run_folder)
         evaluations = restore_counters(run_folder, checkpoints, trainer)
-        display = Display(trainer.max_steps, shown=accelerator.is_main_process)
-        handler = NoteHandler(display)
-        logging.getLogger("opd").addHandler(handler)
-        stack.callback(logging.getLogger("opd").removeHandler, handler)
+        display = handler.display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         introduce(display, built, start)
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
@@ -333,7 +334,7 @@ def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, A
     trainer, config, accelerator = built.trainer, built.trainer.config, built.trainer.accelerator
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
     summary = on_main_process(accelerator, lambda: summarised(*read_logs(run_folder))) | costs
-    summary["control"] = config.control.value
+    summary |= {"control": config.control.value, "prompts": len(trainer.prompts), "rows": built.rows}
     if is_quantized(trainer.student) and accelerator.is_main_process:
         student, weights = merge_quantized(trainer.student, trainer.strategy.masters, config, trainer.prompts, summary), None
         display.note(f"adapters merged in {student.dtype}: {summary['merge_gap']:.1e} nats per token from the quantised model")
