@@ -121,7 +121,7 @@ def test_a_chat_without_a_user_and_a_view_without_tokens_are_refused(monkeypatch
     ("options", "option", "remedy"),
     [
         ({"teacher.prompt": "{a} {"}, "teacher.prompt=", "{{ or }}"),
-        ({"teacher.contrast": "{}"}, "teacher.contrast=", "{{ or }}"),
+        ({"teacher.contrast": "}"}, "teacher.contrast=", "{{ or }}"),
         ({"teacher.contrast": "a", "teacher.prompt": "a"}, "teacher.contrast='a'", "teacher.prompt"),
         ({"teacher.contrast": "a", "ppo.estimator": "exact"}, "ppo.estimator=exact", "ppo.estimator=sampled"),
         ({"teacher.contrast": "a", "ppo.estimator": "topk"}, "ppo.estimator=topk", "ppo.estimator=sampled"),
