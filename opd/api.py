@@ -16,14 +16,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from opd.config.compose import options as option_types
-from opd.config.compose import removed, to_config
+from opd.config.compose import refuse_unread, removed, to_unchecked_config
 from opd.config.options import Quantization, TeacherWeights, naming_teacher
 from opd.config.python_names import naming_arguments
 from opd.config.schema import Config
 from opd.config.several import describe_type, did_you_mean
+from opd.config.templates import columns_of
 from opd.data.grading import RewardFunction
 from opd.data.python_rows import as_functions, as_rows
-from opd.data.rows import columns_of
 from opd.errors import ConfigError, DataError, OutputError
 from opd.models.adapters import peft_options
 from opd.models.load import load_tokenizer
@@ -98,7 +98,8 @@ class OnPolicyDistillationTrainer:
             raise ConfigError("output_dir: name a folder; several processes cannot each take a new one")
         check_models(model, teacher_model, processing_class)
         rewards = as_functions(reward_funcs)
-        named = [name for option in ("teacher.prompt", "teacher.contrast") for name in columns_of((options or {}).get(option))]
+        texts = ("teacher.prompt", "teacher.contrast", "data.prompt", "data.system")
+        named = [name for option in texts for name in columns_of((options or {}).get(option))]
         named += [name for option in ("data.completion", "data.system") if (name := (options or {}).get(option)) is not None]
         self.given = Given(
             student=model if isinstance(model, PreTrainedModel) else None,
@@ -132,7 +133,8 @@ class OnPolicyDistillationTrainer:
                 "optim.lr": learning_rate,
                 **({} if peft_config is None else peft_options(peft_config)),
                 **(options or {}),
-            }
+            },
+            options or {},
         )
         if config.launch.several:
             raise ConfigError("launch: processes for Python code are started by a launcher: accelerate launch YOUR_SCRIPT")
@@ -341,8 +343,12 @@ def path_of(model: Model, argument: str) -> str:
     return str(model.name_or_path or nowhere) if isinstance(model, PreTrainedModel) else str(model)
 
 
-def from_options(options: Mapping[str, Any]) -> Config:
-    """Return the config with these options by dotted name, all others at their defaults. Raises `ConfigError`."""
+def from_options(options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Config:
+    """Return the config with these options by dotted name, all others at their defaults. Raises `ConfigError`.
+
+    Args:
+        given: Those of `options` that must be read; None for all.
+    """
     config, types = OmegaConf.structured(Config), option_types()
     for key, value in options.items():
         in_mapping = any(get_origin(kind) is dict and key.startswith(f"{name}.") for name, kind in types.items())
@@ -356,4 +362,6 @@ def from_options(options: Mapping[str, Any]) -> Config:
             wrong = "" if key not in types or isinstance(value, Mapping) else f"must be {describe_type(types[key])}"
             reason = wrong or str(error).splitlines()[0]
             raise ConfigError(removed(f"{key}={value}") or f"{key}={value!r}: {reason}") from None
-    return to_config(config)
+    typed = to_unchecked_config(config)
+    refuse_unread(typed, list(options if given is None else given), only_typed=True)
+    return typed

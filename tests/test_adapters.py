@@ -42,6 +42,8 @@ def save_adapter(folder, base=BASE, **settings):
 
 def options(**values):
     values = {"lora.alpha": 8, "lora.rank": 4, **{name.replace("__", "."): value for name, value in values.items()}}
+    if values["lora.rank"] == 0:
+        del values["lora.alpha"]  # which nothing reads
     return from_options({"model.path": "bundled:tiny-student", "teacher.path": "bundled:tiny-teacher", **values})
 
 

@@ -21,17 +21,21 @@ from tokenizers import normalizers, processors
 
 from opd.api import from_options
 from opd.config.options import DataConfig, ModelConfig, Source, TeacherConfig
+from opd.config.schema import Config
 from opd.data.prompts import Encoder, Prompt, encode_rows, text_warnings
 from opd.data.python_rows import as_rows
 from opd.data.rewards import make_grader
 from opd.data.rollouts import FinishReason, Request, Rollout
 from opd.data.rows import extract_answers
-from opd.data.sources import load_rows
+from opd.data.sources import check_rows, load_rows
+from opd.doctor.findings import Status
+from opd.doctor.rows import check_columns
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
 from opd.training.evaluator import Evaluator
 from opd.training.identity import check_same, digest, identity
 from opd.training.identity import rows as identifying_parts
+from opd.training.inputs import encode_dataset
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,9 @@ def encoded_text(tokenizer, *prompts, **options):
     return [tokenizer.decode(prompt.ids) for prompt in encode(tokenizer, *prompts, **options)]
 
 
+CONTINUED = {"continue_final_message": True}
+
+
 @pytest.mark.parametrize(
     ("messages", "text"),
     [
@@ -131,7 +138,81 @@ def test_every_field_that_the_template_renders_reaches_it_and_a_begun_answer_sta
         "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %} {{ m.name }} .{% endif %}{{ m.reasoning_content }}"
         "{% if m.tool_calls %}.{{ m.tool_calls | tojson }} {% endif %}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     )
-    assert encoded_text(changed(template), messages) == [text]
+    assert encoded_text(changed(template), messages, chat_template_kwargs=CONTINUED) == [text]
+
+
+def test_the_assistants_message_at_the_end_is_cut_off_and_may_be_the_answer_or_the_completion(tokenizer, caplog):
+    chat = [user("a"), begun("b"), user("c"), begun("#### 7")]
+    (prompt,) = encode(tokenizer, chat, answer="prompt", completion="prompt", answer_after="####")
+    assert tokenizer.decode(prompt.ids) == "<|user|>a<|end|><|assistant|>b<|end|><|user|>c<|end|><|assistant|>"
+    assert prompt.text == "c" and prompt.answers == ("7",) and tokenizer.decode(prompt.given[0]) == "#### 7<|end|>"
+    assert encode(tokenizer, chat)[0].answers == ()
+    with pytest.raises(DataError, match=r"^row 0: data\.prompt=prompt: .*continue_final_message=true"):
+        encode(tokenizer, [begun("b")])
+
+
+def test_the_number_of_cut_chats_is_said_once(tokenizer, caplog):
+    rows = [{"chat": [user("a"), begun("b")]}, {"chat": [user("c")]}, {"chat": "d"}]
+    config = Config(data=DataConfig(source=Source.jsonl, train_path="x", prompt="chat", answer="chat"))
+    encode_dataset(config, tokenizer, (rows, rows[:1]))
+    (note,) = (record.getMessage() for record in caplog.records)
+    assert note.startswith("data.prompt=chat: 2 of 4 chats end with") and "is the answer (data.answer)" in note
+    assert [finding.status for finding in check_columns(rows, rows[:1], config)] == [Status.ok, Status.ok]
+    config.data.answer = None
+    found = check_columns(rows, rows[:1], config)[1]
+    assert found.status is Status.warn and "data.answer=chat" in found.remedy
+    caplog.clear()
+    config.data.chat_template_kwargs = CONTINUED
+    encode_dataset(config, tokenizer, (rows, rows[:1]))
+    assert not caplog.records
+
+
+def test_a_chat_in_the_form_of_sharegpt_is_read_and_other_keys_are_named(tokenizer):
+    chat = [{"from": "system", "value": "s"}, {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (prompt,) = encode(tokenizer, chat, answer="prompt", answer_after=None)
+    assert tokenizer.decode(prompt.ids) == "<|system|>s<|end|><|user|>a<|end|><|assistant|>" and prompt.answers == ("b",)
+    with pytest.raises(DataError, match=r"^row 0: data\.prompt=prompt: .*with the keys speaker, text$"):
+        encode(tokenizer, [{"speaker": "human", "text": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"prompt": "{prompt} Put it in \\boxed{}, {{{who}}}."}, "<|user|>a Put it in \\boxed{}, {theirs}."),
+        ({"system": "Be brief."}, "<|system|>Be brief.<|end|><|user|>a"),
+        ({"system": "Be {who}."}, "<|system|>Be theirs.<|end|><|user|>a"),
+        ({"system": "{who}"}, "<|system|>theirs<|end|><|user|>a"),
+        ({"system": "who"}, "<|system|>theirs<|end|><|user|>a"),
+    ],
+)
+def test_prompt_and_system_message_may_be_texts_with_columns(tokenizer, options, text):
+    check_rows([{"prompt": "a", "who": "theirs"}], [], DataConfig(**{"prompt": "prompt", "answer": None, **options}))
+    assert encoded_text(tokenizer, "a", **options) == [f"{text}<|end|><|assistant|>"]
+
+
+def test_the_data_that_are_evaluated_on_are_named_by_their_source():
+    files = {"train_path": "a.jsonl", "path": "a/b"}
+    assert DataConfig(**files, source=Source.arithmetic).evaluated == "arithmetic"
+    assert DataConfig(**files, source=Source.hub).evaluated == "a/b"
+    assert DataConfig(**files, source=Source.jsonl).evaluated == "a.jsonl"
+    assert DataConfig(**files, source=Source.jsonl, eval_path="b.jsonl").evaluated == "b.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("options", "start", "hint"),
+    [
+        ({"prompt": "{promt} now"}, "data.prompt={promt}: ", "did you mean prompt?"),
+        ({"prompt": "promt"}, "data.prompt=promt: ", "did you mean prompt?"),
+        ({"prompt": "Be brief now"}, "data.prompt=Be brief now: ", "{COLUMN}"),
+        ({"system": "wh0"}, "data.system=wh0: ", "did you mean who?"),
+        ({"system": "pro mpt"}, "data.system=pro mpt: ", "did you mean prompt?"),
+        ({"system": "{whom}"}, "data.system={whom}: ", "did you mean who?"),
+    ],
+)
+def test_a_mistyped_column_is_not_taken_for_a_text(options, start, hint):
+    with pytest.raises(DataError) as refused:
+        check_rows([{"prompt": "a", "who": "theirs"}], [], DataConfig(**{"prompt": "prompt", "answer": None, **options}))
+    assert str(refused.value).startswith(start) and hint in str(refused.value)
 
 
 def test_only_tables_have_fields_of_other_records_removed(changed):
@@ -171,7 +252,7 @@ def test_a_template_that_fails_is_one_line_with_the_row(changed, template):
 @pytest.mark.parametrize("prompt", [[user("a"), begun(None, tool_calls=[1])], "a\ud800", [user([{"type": "image"}])]])
 def test_a_prompt_that_cannot_be_continued_or_encoded_is_one_line_with_the_row(tokenizer, prompt):
     with pytest.raises(DataError, match=r"^row 0: data\.prompt=prompt: .*$"):
-        encode(tokenizer, prompt)
+        encode(tokenizer, prompt, chat_template_kwargs=CONTINUED)
 
 
 def test_a_template_is_chosen_by_name(changed):

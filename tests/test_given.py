@@ -25,7 +25,7 @@ from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
 from opd.evaluation import completions as completions_file
-from opd.evaluation.completions import begin
+from opd.evaluation.completions import begin, why_left_out
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
 from opd.report.tokens import token_view_data
@@ -448,7 +448,7 @@ def test_prompts_for_a_served_teacher_have_only_tokens_that_it_knows(tmp_path):
 
 def test_a_server_of_another_model_or_without_weights_does_not_continue_a_file(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    words = ["sample", "model=tiny", "teacher=tiny", "data=arithmetic", "data.size=20", "eval=arithmetic", "device=cpu"]
+    words = ["sample", "model=tiny", "teacher=tiny", "data=arithmetic", "eval=arithmetic", "device=cpu"]
     teacher = AutoModelForCausalLM.from_pretrained(PACKAGE / "assets" / "tiny-teacher", dtype=torch.float32)
     with torch.no_grad():
         teacher.get_output_embeddings().weight.zero_()
@@ -459,6 +459,22 @@ def test_a_server_of_another_model_or_without_weights_does_not_continue_a_file(t
     begin(Path("x.part"), wanted[0])
     with pytest.raises(ConfigError, match=r"teacher\.url"):
         begin(Path("x.part"), wanted[1])
+
+
+def test_sample_says_why_prompts_have_no_completion(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    chats = [[{"role": "user", "content": f"{a}+12="}, {"role": "assistant", "content": str(a + 12)[::-1]}] for a in range(10, 30)]
+    Path("chats.jsonl").write_text("".join(json.dumps({"messages": chat, "system": None}) + "\n" for chat in chats))
+    words = ["sample", "model=tiny", "teacher=tiny", "data.train_path=chats.jsonl", "data.prompt=messages", "data.answer=messages"]
+    words += ["eval=arithmetic", "device=cpu", "--json"]
+    assert cli.main([*words, "--out", "all.jsonl"]) == errors.OK
+    written = json.loads(capfd.readouterr().out)
+    assert (written["kept"], written["reward"], written["left_out"]) == (18, 1.0, {}), "each prompt ends before the answer"
+    first = json.loads(Path("all.jsonl").read_text().splitlines()[0])
+    assert first == {"prompt": chats[0][:1], "answer": "22", "completion": "22", "reward": 1.0}
+    kept = {"texts": ["a", None], "rewards": [0.0, None]}
+    reasons = [why_left_out(line, True) for line in (kept, {**kept, "texts": ["", None]}, {**kept, "texts": [None, None]})]
+    assert reasons == ["not right", "empty", "cut off"] and why_left_out(kept, False) == ""
 
 
 def killed_at_the_third(monkeypatch):

@@ -278,6 +278,19 @@ def test_folder_that_cannot_be_written_is_refused_before_a_model_is_loaded(tmp_p
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_rows_that_are_left_out_are_on_the_screen_in_the_summary_and_in_the_report(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{i}+{i}=" + "9" * 40 * (i % 2), "answer": "1"} for i in range(10, 50)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ["data.train_path=p.jsonl", "data.max_prompt_tokens=32", "train.max_steps=1", "eval.kl_prompts=0"]
+    assert main([*DEBUG, "name=run", *data]) == 0
+    shown = capfd.readouterr().out
+    assert "warning: data.max_prompt_tokens=32: 18 of 36 training prompts" in shown and "18 of 36 prompts" in shown
+    summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
+    assert (summary["prompts"], summary["rows"]) == (18, 36)
+    assert "18 of 36" in (tmp_path / "runs" / "run" / "report.html").read_text()
+
+
 def test_without_answers_only_the_kl_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+{i}="}) + "\n" for i in range(10, 60)))

@@ -53,7 +53,8 @@ MODELS = {"model.path": "bundled:tiny-student", "teacher.path": TEACHER}
 
 def mixed(**options):
     """Two datasets of the bundled task, `add` with `teacher`, `more` with one of its own."""
-    values = {"data.mix.add.weight": 2, "data.mix.more.seed": 1, "teachers.more.path": TEACHER}
+    own = "seed" if options.get("data.source", "arithmetic") == "arithmetic" else "weight"
+    values = {"data.mix.add.weight": 2, f"data.mix.more.{own}": 1, "teachers.more.path": TEACHER}
     return from_options({**ARITHMETIC, **MODELS, **values, **{name.replace("__", "."): value for name, value in options.items()}})
 
 

@@ -16,9 +16,10 @@ from opd.api import from_options
 from opd.cli import main as cli
 from opd.config.compose import PACKAGE
 from opd.config.options import DataConfig, Source, TeacherConfig, TeacherWeights
+from opd.config.templates import columns_of
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
-from opd.data.rows import columns_of, fill
+from opd.data.rows import fill
 from opd.doctor.findings import Report, show
 from opd.errors import DATA, OK, USAGE, ConfigError, DataError
 from opd.models import policy
@@ -75,7 +76,8 @@ def test_the_template_replaces_the_message_and_a_list_of_messages_the_chat(token
 def test_only_the_last_message_of_the_user_is_replaced_and_a_begun_answer_stays(tokenizer):
     roles = ("system", "user", "assistant", "user", "assistant")
     row = {"prompt": [{"role": role, "content": text} for role, text in zip(roles, "abcde", strict=True)], "answer": "#1", "hint": "h"}
-    (prompt,) = encode(tokenizer, row, teacher={"prompt": "{prompt}{hint}", "contrast": "x"})
+    continued = {"continue_final_message": True}
+    (prompt,) = encode(tokenizer, row, teacher={"prompt": "{prompt}{hint}", "contrast": "x"}, chat_template_kwargs=continued)
     start = "<|system|>a<|end|><|user|>b<|end|><|assistant|>c<|end|><|user|>"
     assert tokenizer.decode(prompt.teacher_ids) == f"{start}dh<|end|><|assistant|>e"
     assert tokenizer.decode(prompt.contrast_ids) == f"{start}x<|end|><|assistant|>e"
@@ -119,7 +121,7 @@ def test_a_chat_without_a_user_and_a_view_without_tokens_are_refused(monkeypatch
     ("options", "option", "remedy"),
     [
         ({"teacher.prompt": "{a} {"}, "teacher.prompt=", "{{ or }}"),
-        ({"teacher.contrast": "{}"}, "teacher.contrast=", "{{ or }}"),
+        ({"teacher.contrast": "}"}, "teacher.contrast=", "{{ or }}"),
         ({"teacher.contrast": "a", "teacher.prompt": "a"}, "teacher.contrast='a'", "teacher.prompt"),
         ({"teacher.contrast": "a", "ppo.estimator": "exact"}, "ppo.estimator=exact", "ppo.estimator=sampled"),
         ({"teacher.contrast": "a", "ppo.estimator": "topk"}, "ppo.estimator=topk", "ppo.estimator=sampled"),

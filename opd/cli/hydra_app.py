@@ -20,6 +20,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from opd import errors, signals
@@ -27,8 +28,10 @@ from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import Parser, split_targets
 from opd.cli.words import readable, refuse_unknown
 from opd.config import compose, secrets
+from opd.config.files import ENDINGS, source_of
 from opd.config.schema import Config
 from opd.runs.folder import RUN
+from opd.runs.reader import is_run
 from opd.runs.text import one_line
 
 Task = Callable[[Config, Path], float | None]
@@ -81,9 +84,10 @@ def log_files() -> list[Path]:
 class Job:
     """One command: its task, its verb, this process's rank, and the exit codes of its runs so far (a sweep has several)."""
 
-    def __init__(self, task: Task, verb: str) -> None:
+    def __init__(self, task: Task, verb: str, has_own_config: bool = False) -> None:
         self.task = task
         self.verb = verb
+        self.has_own_config = has_own_config
         self.rank = signals.launched_as()[0]
         self.codes: list[int] = []
         self.reason = ""  # the last error message
@@ -151,7 +155,7 @@ class Job:
         logging.captureWarnings(True)  # to the log, not to the screen
         value = None
         try:
-            config = hydra_errors.explained(lambda: compose.to_config(composed))
+            config = hydra_errors.explained(lambda: self.to_config(composed))
             value = self.task(config, Path(HydraConfig.get().runtime.output_dir))
             code = errors.OK
         except errors.LaunchedRunFailed as error:
@@ -166,6 +170,13 @@ class Job:
         if code in STOPPED:
             raise SystemExit(code)
         return value
+
+    def to_config(self, composed: DictConfig) -> Config:
+        """Return the typed config. Overrides of a run's config are checked where they are applied."""
+        if self.has_own_config:
+            return compose.to_unchecked_config(composed)
+        swept = frozenset() if self.sweep is None else self.sweep.swept
+        return compose.to_config(composed, HydraConfig.get().overrides.task, swept)
 
     def run_member(self, composed: DictConfig) -> float | None:
         """Run one member of a sweep and store its outcome in its folder. In a process of its own, its screen output goes to a file."""
@@ -228,6 +239,21 @@ def run_sweep(job: Job, hydra_main: Callable[[Callable[[DictConfig], float | Non
                 sweep.print_summary(job.sweep, members)
 
 
+def implied_data(parsed: argparse.Namespace) -> list[str]:
+    """Return the choice of data that reads the file of `data.train_path`, where none was made: by the file's ending."""
+    words = dict(word.lstrip("+~").partition("=")[::2] for word in parsed.overrides)
+    path = words.get("data.train_path", "").split(",")[0].strip("'\"")
+    source = source_of(path) if path and {"data", "data.source"}.isdisjoint(words) else None
+    if source is None:
+        return []
+    folder = Path(parsed.config_dir) if parsed.config_dir is not None else None
+    mode = RunMode.MULTIRUN if parsed.multirun else RunMode.RUN
+    composed = hydra_errors.explained(
+        lambda: compose.loader(folder).load_configuration(parsed.config_name or "config", list(parsed.overrides), mode)
+    )
+    return [] if composed.data.source in ENDINGS.values() or composed.data.mix else [f"data={source.value}"]
+
+
 def compose_and_run(job: Job, words: Sequence[str]) -> None:
     """Let Hydra compose the config and call `job.run` once, or `job.run_member` for each member of a sweep."""
     secrets.refuse_in_words(words)
@@ -240,6 +266,8 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     parsed.overrides = [readable(word, folders) for word in parsed.overrides]
     hydra_errors.refuse_lists_of_choices(parsed.overrides)
     refuse_unknown(parsed.overrides, folders)
+    if not job.has_own_config:
+        parsed.overrides = [*parsed.overrides, *implied_data(parsed)]
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
     if job.verb != "train":
         if parsed.multirun:
@@ -256,12 +284,15 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
         hydra_errors.explained(hydra_main(job.run))
 
 
-def run_verb(task: Task, words: Sequence[str], verb: str = "train") -> int:
+def run_verb(task: Task, words: Sequence[str], verb: str = "train", has_own_config: bool = False) -> int:
     """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code.
 
     Verbs other than `train` get no run folder and leave no files of Hydra's.
+
+    Args:
+        has_own_config: Whether the target is a run, to whose config the overrides apply (`evaluation.target`).
     """
-    job = Job(task, verb)
+    job = Job(task, verb, has_own_config)
     logging.raiseExceptions = False  # a log on a full disk must not fill the screen with tracebacks
     try:
         signals.follow_launcher()
@@ -299,4 +330,5 @@ class FlagParser(Parser):
                 flags.target = targets[0] if targets else None
         except errors.ConfigError as error:
             return Job(lambda config, folder: None, self.verb).report(error)
-        return run_verb(lambda config, folder: self.task(config, folder, flags), hydra_words, self.verb)
+        has_own_config = self.second_target is not None and flags.target is not None and is_run(Path(flags.target))
+        return run_verb(lambda config, folder: self.task(config, folder, flags), hydra_words, self.verb, has_own_config)

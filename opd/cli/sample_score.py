@@ -60,7 +60,7 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Write the teacher's completions of the training data to `--out`, and print how to train on them."""
     from opd.data.given import warm_start
-    from opd.evaluation.completions import write_completions
+    from opd.evaluation.completions import describe, write_completions
     from opd.evaluation.target import NONE, find_target
     from opd.training import runner  # imports torch, which --help does not need
 
@@ -80,6 +80,8 @@ def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> No
     reward = "not judged" if written.reward is None else f"mean reward {written.reward:.1%}"
     console = make_console(80)
     console.print(f"{flags.out}: {written.kept:,} of {written.prompts:,} prompts; {reward}, {written.truncated:.1%} cut off and left out")
+    if written.left_out:
+        console.print(f"prompts without a completion to keep: {describe(written.left_out)}")
     console.print(f"to train on it: opd train … {shlex.join(options)}", soft_wrap=True)
 
 

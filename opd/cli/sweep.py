@@ -109,19 +109,19 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     sweeper = composed.hydra.sweeper
     words = [*(f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()), *composed.hydra.overrides.task]
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
+    swept = frozenset(override.get_key_element() for override in overrides if override.is_sweep_override())
     if str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
         of_members = BasicSweeper.split_arguments(overrides, None)[0]
         members: int | None = len(of_members)
         first: Sequence[str] | None = of_members[0]
         if len(of_members) > 1:
-            refuse_shared_mistake(loader, parsed.config_name or "config", of_members)
+            refuse_shared_mistake(loader, parsed.config_name or "config", of_members, swept)
     else:
         members, first = int(sweeper.n_trials) if "n_trials" in sweeper else None, None
-    swept = frozenset(override.get_key_element() for override in overrides if override.is_sweep_override())
     return Sweep(Path(composed.hydra.sweep.dir), members, swept, config, first)
 
 
-def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Sequence[str]]) -> None:
+def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Sequence[str]], swept: frozenset[str]) -> None:
     """Raise the user's mistake in the options if it is the same for all members; one that some do not have is theirs to report."""
     first: OpdError | None = None
     for words in members:
@@ -130,7 +130,7 @@ def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Seq
             HydraConfig.instance().set_config(composed)  # resolvers of the run's name read it
             with read_write(composed), open_dict(composed):
                 composed.pop("hydra")
-            compose.to_config(composed)
+            compose.to_config(composed, words, swept)
             return
         except Exception as error:  # noqa: BLE001 - a defect is reported by the members
             mistake = hydra_errors.explain(error)

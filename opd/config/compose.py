@@ -4,8 +4,9 @@ import copy
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from enum import EnumType
+from functools import cache
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -23,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from opd.config import secrets
 from opd.config.options import SweepConfig, TeacherWeights
 from opd.config.schema import Config
+from opd.config.unread import find_unread
 from opd.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -89,10 +91,11 @@ def run_name(name: str, *, _root_: DictConfig) -> str:
 
     Hydra makes the run folder before the task starts. `hydra.run.dir` is resolved just before that, so that a mistake leaves no folder.
     """
+    words = _root_.hydra.overrides.task if "hydra" in _root_ else ()
     composed = copy.deepcopy(_root_)
     with read_write(composed), open_dict(composed):
         composed.pop("hydra")
-    return to_config(composed).name
+    return to_config(composed, words).name
 
 
 def sweep_name(name: str) -> str:
@@ -174,8 +177,23 @@ def undeclared(composed: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from undeclared(value, f"{prefix}{key}.")
 
 
-def to_config(composed: DictConfig) -> Config:
-    """Return the typed config of what Hydra composed. Raises `ConfigError` for options that are wrong or do not fit together."""
+def to_config(composed: DictConfig, words: Collection[str] = (), swept: frozenset[str] = frozenset()) -> Config:
+    """Return the typed config of what Hydra composed.
+
+    Args:
+        words: The command line's overrides.
+        swept: The options in which the members of a sweep differ.
+
+    Raises:
+        ConfigError: Options are wrong, do not fit together, or are not read.
+    """
+    config = to_unchecked_config(composed)
+    refuse_unread(config, words, swept)
+    return config
+
+
+def to_unchecked_config(composed: DictConfig) -> Config:
+    """Return the typed config, as `to_config` does, without looking for values that nothing reads: older runs may have such."""
     for key in undeclared(plain(composed)):
         raise ConfigError(removed(key) or f"+{key}: there is no such option")
     secrets.refuse_in_config(plain(composed))
@@ -184,6 +202,38 @@ def to_config(composed: DictConfig) -> Config:
         raise ConfigError("defaults: `- schema` is missing at the top of the list; start from the shipped conf/config.yaml")
     secrets.refuse_in_config(to_dict(config))  # again, now that interpolations are resolved
     return config
+
+
+@cache
+def shipped_values() -> dict[str, list[Any]]:
+    """Return, by dotted option, the values that the shipped files set."""
+    values: dict[str, list[Any]] = {}
+    for file in conf_dir().glob("*/*.yaml"):
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        for group, options in (content if file.parent.name == "experiment" else {file.parent.name: content}).items():
+            for name, value in options.items() if isinstance(options, dict) else ():
+                values.setdefault(f"{group}.{name}", []).append(value)
+    return values
+
+
+def refuse_unread(config: Config, words: Collection[str], swept: frozenset[str] = frozenset(), only_typed: bool = False) -> None:
+    """Raise `ConfigError` for the first value that differs from the default and that nothing reads.
+
+    A shipped file may have such a value: another option on the command line can make it one. So may the members of a sweep that has others
+    that read it.
+
+    Args:
+        words: The command line's overrides.
+        swept: The options in which the members of a sweep differ.
+        only_typed: Look for none but these overrides.
+    """
+    keys = {word.lstrip("+~").partition("=")[0] for word in words}
+    typed = {key for key in keys if "." in key or key == "teachers"}  # the others are choices of files
+    for unread in find_unread(config):
+        is_typed = any(f"{unread.key}.".startswith(f"{key}.") for key in typed)
+        is_shipped = only_typed or unread.value in shipped_values().get(unread.key, [])
+        if (is_typed or not is_shipped) and not unread.is_decided_by(swept):
+            raise ConfigError(str(unread))
 
 
 def restore_config(stored: Mapping[str, Any]) -> DictConfig:

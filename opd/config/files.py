@@ -1,6 +1,7 @@
 """Files and folders that options name."""
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -44,6 +45,38 @@ def _absolute(options: Any, folder: Path, name: str = "") -> Any:
     return os.path.normpath(folder / options)
 
 
+# Endings of files with rows, before those of compression, and the source that reads them.
+ENDINGS = {
+    **dict.fromkeys(("json", "jsonl", "ndjson", "csv", "tsv"), Source.jsonl),
+    **dict.fromkeys(("parquet", "pq"), Source.parquet),
+}
+
+
+def source_of(path: str) -> Source | None:
+    """Return the source that reads a file, files or a folder of files with rows, by the endings; None for others."""
+    sources = {ENDINGS[ending] for file in data_files(path) or [Path(path)] if (ending := ending_of(file)) is not None}
+    return sources.pop() if len(sources) == 1 else None
+
+
+def ending_of(file: Path) -> str | None:
+    """Return which of `ENDINGS` a file's name has."""
+    return next((ending[1:] for ending in map(str.lower, reversed(file.suffixes)) if ending[1:] in ENDINGS), None)
+
+
+def data_files(path: str) -> list[Path]:
+    """Return the files that `data.train_path` or `data.eval_path` names, sorted; none where nothing is there.
+
+    It names one, a folder, of which those with an ending of `ENDINGS` are read, or a pattern such as part-*.jsonl.
+    """
+    place = local_path(path)
+    if place.is_dir():
+        return sorted(file for file in place.iterdir() if file.is_file() and ending_of(file) and not file.name.startswith("."))
+    if not place.exists() and re.search(r"[*?[]", path):
+        root = Path(place.anchor)
+        return sorted(file for file in root.glob(str(place.relative_to(root))) if file.is_file())
+    return [place] if place.exists() else []
+
+
 def looks_local(path: str) -> bool:
     """Return whether a path can be none of the hub's, which are OWNER/NAME."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -80,6 +113,6 @@ def check_files(config: Config) -> None:
         with naming_dataset(label), naming_teacher(config.teacher_of(label)):
             for section, option, kind in named:
                 path = getattr(section, option)
-                if path is not None and not local_path(path).exists():
+                if path is not None and not (data_files(path) if kind == "file" else local_path(path).exists()):
                     error = DataError if section is data else ConfigError
                     raise error(f"{section.PREFIX}{option}={path}: {missing(local_path(path), kind)}")

@@ -12,9 +12,9 @@ from typing import Any
 
 from opd.config.section import Section, bounded
 from opd.config.several import Renaming, overlay
+from opd.config.templates import require_template
 
 SERVER = re.compile(r"https?://[^/\s]+/?")
-PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")  # in a template over the columns of a row: a literal brace, or {column}
 
 Device = StrEnum("Device", "auto cpu cuda")
 Control = StrEnum("Control", "none constant shuffled self")
@@ -68,8 +68,8 @@ class TeacherConfig(ModelConfig, prefix="teacher."):
 
     def __post_init__(self) -> None:
         ModelConfig.__post_init__(self)
-        has_device = (self.placement is Placement.device) == (self.device is not None)
-        self.require("device", has_device, "set teacher.placement=device and, for example, teacher.device=cuda:1")
+        has_device = self.placement is not Placement.device or self.device is not None
+        self.require("device", has_device, "teacher.placement=device needs one, for example teacher.device=cuda:1")
         known = self.device is None or re.fullmatch(r"cpu|cuda:\d+", self.device) is not None
         self.require("device", known, "must be cpu or a GPU with its number, for example cuda:1")
         whole = self.placement in (Placement.same, Placement.device) or self.quantization is Quantization.none
@@ -81,9 +81,7 @@ class TeacherConfig(ModelConfig, prefix="teacher."):
             self.require("url", here, "the server has the weights: set teacher.placement=same teacher.quantization=none")
             self.require_value("adapter", None, "the server has the weights")
         for option in ("prompt", "contrast"):
-            rest = PLACEHOLDER.sub("", getattr(self, option) or "")
-            remedy = "has a brace that is not part of a {column}: write a literal brace as {{ or }}"
-            self.require(option, "{" not in rest and "}" not in rest, remedy)
+            require_template(self, option)
         self.require("contrast", self.contrast is None or self.contrast != self.prompt, "must be another text than teacher.prompt, or null")
 
     @property
@@ -139,6 +137,8 @@ class DataConfig(Section, prefix="data."):
     def __post_init__(self) -> None:
         named = all(re.fullmatch(r"[\w-]+", label) for label in self.mix)
         self.require("mix", named, "its labels name datasets; use letters, digits, _ and - only")
+        for option in ("prompt", "system"):
+            require_template(self, option)
         if self.mix:
             return  # `Config.parts` checks the datasets
         name = self.source.value
@@ -148,6 +148,13 @@ class DataConfig(Section, prefix="data."):
             self.require("path", bool(self.path), "data=hub needs data.path=OWNER/DATASET")
         if self.source is Source.gym:
             self.require("path", self.path is not None, "data=gym needs data.path=TASK, for example data.path=chain_sum")
+
+    @property
+    def evaluated(self) -> str:
+        """What evaluation prompts are read from, for titles."""
+        files = self.eval_path or self.train_path
+        name = files if self.source in (Source.jsonl, Source.parquet) else self.path if self.source in (Source.hub, Source.gym) else None
+        return ", ".join(self.mix) or name or self.source.value
 
     @property
     def datasets(self) -> dict[str, "DatasetConfig"]:
@@ -248,10 +255,6 @@ class PPOConfig(Section, prefix="ppo."):
     loss_prefix: int | None = bounded(None, at_least=1)
     reward_coef: float = bounded(0.0, at_least=0, hint="0 is off")
     reference_coef: float = bounded(0.0, at_least=0, hint="0 is off")
-
-    def __post_init__(self) -> None:
-        for option in ("baseline", "discount", "reward_coef") if self.estimator is not Estimator.sampled else ():
-            self.require(option, not getattr(self, option), "only applies to ppo.estimator=sampled: remove it, or set that")
 
 
 OptimizerName = StrEnum("OptimizerName", "adamw adamw8bit")

@@ -16,6 +16,7 @@ from opd.runs.text import one_line
 from opd.signals import time_limit
 
 KWARGS = "data.chat_template_kwargs"
+CONTINUE = "continue_final_message"  # among them: whether an assistant's message at the end of a prompt is continued, not cut off
 ANSWER = "the answer that opd looks for"
 TEMPLATE_SECONDS = 20.0  # per row; transformers runs templates in a sandbox, but without a time limit
 
@@ -49,7 +50,7 @@ class ChatTemplate:
         return templates[name]
 
     def apply(self, template: str, messages: Sequence[Message], **options: Any) -> str:
-        arguments = {**self.kwargs, "chat_template": template}
+        arguments = {name: value for name, value in self.kwargs.items() if name != CONTINUE} | {"chat_template": template}
         return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options, **arguments))
 
     def render(self, messages: Sequence[Message], where: str, max_chars: int | None = None) -> tuple[str, list[int]]:

@@ -6,9 +6,10 @@ from datetime import date, time, timedelta
 from numbers import Number
 from typing import Any
 
-from opd.config.options import PLACEHOLDER, DataConfig, Source
-from opd.data.chat_template import Message
-from opd.data.sources import Row
+from opd.config.options import DataConfig, Source
+from opd.config.templates import PLACEHOLDER, columns_of
+from opd.data.chat_template import CONTINUE, KWARGS, Message
+from opd.data.sources import Row, Rows, is_text
 from opd.errors import DataError
 
 
@@ -29,14 +30,41 @@ class DataRow:
         return f"row {self.index}: data.{option}={getattr(self.config, option)}"
 
     def value(self, option: str) -> Any:
-        """Return what is in the option's column; None without one."""
+        """Return what is in the option's column, or its filled text; None without one.
+
+        Of the answer and the completion in the column of the prompt it is the assistant's message at the end of the chat.
+        """
         column = getattr(self.config, option)
-        return None if column is None else self.columns.get(column)
+        if column is not None and column not in self.columns and is_text(option, column):
+            return fill(column, self.columns, f"data.{option}", self.index)
+        value = None if column is None else self.columns.get(column)
+        if option in ("answer", "completion") and column == self.config.prompt and not isinstance(value, str | None):
+            return self.turns()[1]
+        return value
+
+    def turns(self) -> tuple[list[Message], str | None]:
+        """Return the chat of the prompt, a list of messages or a text as the user's, and the assistant's text that was cut off its end."""
+        prompt, where = self.value("prompt"), self.place("prompt")
+        messages = self.to_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, where)
+        return self.cut(messages, where), messages[-1]["content"] if self.is_cut(messages) else None
+
+    def is_cut(self, messages: Sequence[Message]) -> bool:
+        """Return whether the chat ends with a message of the assistant that is not to be continued."""
+        return messages[-1]["role"] == "assistant" and not self.config.chat_template_kwargs.get(CONTINUE)
+
+    def cut(self, messages: list[Message], where: str) -> list[Message]:
+        """Return the messages without those of the assistant at the end, unless they are to be continued."""
+        rest = messages
+        while rest and self.is_cut(rest):
+            rest = rest[:-1]
+        if not rest:
+            remedy = f"add the user's message, or set {KWARGS}.{CONTINUE}=true to continue it"
+            raise DataError(f"{where}: has only messages of the assistant, which are no part of a prompt: {remedy}")
+        return rest
 
     def messages(self) -> list[Message]:
-        """Return the chat: a list of messages or a text as the user's message, with the row's system message, if it has one."""
-        prompt, system = self.value("prompt"), self.value("system")
-        messages = self.to_chat([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, self.place("prompt"))
+        """Return the chat of the prompt with the row's system message, if it has one."""
+        messages, system = self.turns()[0], self.value("system")
         if not isinstance(system, str | None):
             raise DataError(f"{self.place('system')}: must be a text, not {type(system).__name__}")
         return messages if system is None else with_system(messages, system)
@@ -68,7 +96,8 @@ class DataRow:
             columns["answer"] = next(iter(self.answers()), None)
         content = fill(template, columns, option, self.index)
         if isinstance(content, list):
-            return self.to_chat(content, f"{option}: row {self.index}")
+            where = f"{option}: row {self.index}"
+            return self.cut(self.to_chat(content, where), where)
         if last is None:
             remedy = "name a column with a list of messages as the whole template"
             raise DataError(f"{option}: row {self.index} has no message of the user to replace; {remedy}")
@@ -81,15 +110,22 @@ class DataRow:
         except (TypeError, KeyError, AttributeError):
             messages = []
         if not messages:
+            first = value[0] if isinstance(value, list) and value else value
+            found = f"with the keys {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(value).__name__
             raise DataError(
-                f'{where}: must be a text or a list of messages {{"role": "user", "content": "…"}}, whose content is text, not '
-                f"{type(value).__name__}"
+                f'{where}: must be a text or a list of messages {{"role": "user", "content": "…"}}, whose content is text, not {found}'
             )
         return messages
 
 
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}  # `from`, and its role
+
+
 def to_message(message: Mapping[str, Any]) -> Message:
-    """Return the message. Raises `TypeError`, `KeyError` or `AttributeError` where it is none."""
+    """Return the message, also of the keys `from` and `value`. Raises `TypeError`, `KeyError` or `AttributeError` where it is none."""
+    if "role" not in message and {"from", "value"} <= message.keys():
+        rest = {name: value for name, value in message.items() if name not in ("from", "value")}
+        message = {"role": SHAREGPT[message["from"]], "content": message["value"], **rest}
     content = message.get("content")
     if isinstance(content, list) and all(part["type"] == "text" for part in content):
         content = "".join(part["text"] for part in content)
@@ -129,12 +165,16 @@ def extract_answers(value: Any, after: str | None, where: str) -> tuple[str, ...
     return tuple(text for text in texts if text.strip())
 
 
-# Templates: `teacher.prompt` and `teacher.contrast`.
+def closing_answers(rows: Rows, config: DataConfig) -> int:
+    """Return how many prompts end with a message of the assistant, which is cut off."""
+    own = (DataRow(row, index, config) for index, row in enumerate(rows))
+    return sum(not isinstance(row.value("prompt"), str) and len(row.turns()[0]) < len(row.value("prompt")) for row in own)
 
 
-def columns_of(template: str | None) -> list[str]:
-    """Return the columns that a template names, in its order."""
-    return [found[1] for found in PLACEHOLDER.finditer(template or "") if found[1]]
+# Templates: `data.prompt`, `data.system`, `teacher.prompt` and `teacher.contrast`.
+
+
+LITERAL = {"{{": "{", "}}": "}", "{}": "{}"}
 
 
 def fill(template: str, columns: Mapping[str, Any], option: str, row: int) -> Any:
@@ -151,7 +191,7 @@ def fill(template: str, columns: Mapping[str, Any], option: str, row: int) -> An
     if only is not None and only[1] and isinstance(columns.get(only[1]), list):
         return columns[only[1]]
     texts = {name: to_text(name, columns, option, row) for name in columns_of(template)}
-    return PLACEHOLDER.sub(lambda found: texts[found[1]] if found[1] else found[0][0], template)
+    return PLACEHOLDER.sub(lambda found: texts[found[1]] if found[1] else LITERAL[found[0]], template)
 
 
 def to_text(name: str, columns: Mapping[str, Any], option: str, row: int) -> str:

@@ -19,8 +19,10 @@ from datasets.exceptions import DatasetsError
 from fsspec import compression, utils  # type: ignore[import-untyped]
 from pyarrow import parquet
 
-from opd.config.files import local_path, missing
+from opd.config.files import ENDINGS, data_files, ending_of, local_path, missing
 from opd.config.options import DataConfig, Source
+from opd.config.several import did_you_mean
+from opd.config.templates import columns_of
 from opd.data import arithmetic, hub
 from opd.errors import ConfigError, DataError
 from opd.runs.text import one_line
@@ -49,14 +51,34 @@ def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows,
         del columns["answer"]  # rows may mix answers and `get_reward`
     for rows, which in ((train, "training"), (evaluation, "evaluation")):
         for option, column in columns.items():
-            if len(rows) and column is not None and not any(column in row for row in rows):
-                if option == "completion" and rows is not train:
+            if len(rows) == 0 or column is None or has_column(rows, column) or (option == "completion" and rows is not train):
+                continue
+            hint = did_you_mean(column, rows[0])
+            if is_text(option, column) and not (hint and not columns_of(column)):
+                lacking = [name for name in columns_of(column) if not has_column(rows, name)]
+                if not lacking:
                     continue
-                raise DataError(
-                    f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: set "
-                    f"data.{option}=COLUMN" + ("" if option == "prompt" else f", or data.{option}=null for none")
-                )
+                hint, column = did_you_mean(lacking[0], rows[0]), f"{{{lacking[0]}}}"
+            kinds = {"prompt": ", or a text with {COLUMN} in it", "system": ", a text of several words, or data.system=null for none"}
+            raise DataError(
+                f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: {hint}set "
+                f"data.{option}=COLUMN" + kinds.get(option, f", or data.{option}=null for none")
+            )
     return train, evaluation
+
+
+def has_column(rows: Rows, name: str) -> bool:
+    return any(name in row for row in rows)
+
+
+def is_text(option: str, value: str) -> bool:
+    """Return whether a value of `data.prompt` or `data.system` that is no column's name is a text: with a {column}, or of several words."""
+    return bool(option in ("prompt", "system") and columns_of(value)) or (option == "system" and len(value.split()) > 1)
+
+
+def prompt_column(config: DataConfig) -> str:
+    """Return the column of the prompt, the first of a template."""
+    return (columns_of(config.prompt) or [config.prompt])[0]
 
 
 def origin(config: DataConfig) -> str:
@@ -92,10 +114,26 @@ def load_files(config: DataConfig) -> tuple[Rows, Rows]:
     """Read local JSON or Parquet files. Without `data.eval_path` the tail of the training file is held out."""
     assert config.train_path is not None
     option = f"data.train_path={config.train_path}"
-    rows = read_file(local_path(config.train_path), config.source.value, option, config.prompt)
+    rows = read_files(config.train_path, option, config)
     if config.eval_path is None:
         return hold_out(rows, f"{option}: {len(rows)} rows are too few to hold out a tenth for evaluation; set data.eval_path=FILE")
-    return rows, read_file(local_path(config.eval_path), config.source.value, f"data.eval_path={config.eval_path}", config.prompt)
+    return rows, read_files(config.eval_path, f"data.eval_path={config.eval_path}", config)
+
+
+def read_files(path: str, option: str, config: DataConfig) -> list[Row]:
+    """Return the rows of a file, or of all files of a folder or a pattern.
+
+    Raises:
+        DataError: There is no such file, `data.source` is of another kind, or a file cannot be read.
+    """
+    rows: list[Row] = []
+    for file in data_files(path) or [local_path(path)]:
+        named = option if file == local_path(path) else f"{option}: {file}"
+        ending, kind = ending_of(file), config.source.value
+        if ending is not None and ENDINGS[ending] is not config.source:
+            raise DataError(f"{named}: data={kind} does not read it: set data={ENDINGS[ending].value}")
+        rows += read_file(file, "csv" if ending in ("csv", "tsv") else kind, named, prompt_column(config))
+    return rows
 
 
 def hold_out(rows: Rows, too_few: str) -> tuple[Rows, Rows]:
@@ -233,10 +271,10 @@ def load_folder(folder: Path, config: DataConfig) -> tuple[Rows, Rows]:
             builder = load_dataset_builder(str(links), config.subset, cache_dir=temporary)
             if builder.name not in ("json", "csv", "parquet"):
                 return tuple(load_dataset(str(folder), config.subset, split=split) for split in (config.train_split, config.eval_split))
-            splits = {}
+            splits, column = {}, prompt_column(config)
             for split, files in builder.config.data_files.items():
                 options = [(Path(file), f"data.path={config.path}: {Path(file).relative_to(links)}") for file in files]
-                splits[str(split)] = [row for file, option in options for row in read_file(file, builder.name, option, config.prompt)]
+                splits[str(split)] = [row for file, option in options for row in read_file(file, builder.name, option, column)]
         return select(splits, config.train_split), select(splits, config.eval_split)
 
 

@@ -8,6 +8,7 @@ from opd.data.prompts import Prompt
 from opd.data.rewards import Grader
 from opd.data.sources import Rows
 from opd.doctor.findings import Finding, fail, ok, warn
+from opd.training.inputs import describe_closing
 
 MAX_GRADED = 200
 FEW = 50  # answers: the 95 % interval of a share is then up to 27 points wide
@@ -20,7 +21,11 @@ def check_columns(train: Rows, evaluation: Rows, config: Config) -> list[Finding
     options = {"prompt": data.prompt, "answer": data.answer, "system": data.system, "completion": data.completion}
     used = ", ".join(f"{option}={column}" for option, column in options.items() if column)
     columns = ", ".join(sorted(train[0]))
-    return [ok("columns", f"{len(train):,} rows to train on, {len(evaluation):,} to evaluate on; columns: {columns}; in use: {used}")]
+    found = [ok("columns", f"{len(train):,} rows to train on, {len(evaluation):,} to evaluate on; columns: {columns}; in use: {used}")]
+    if note := describe_closing((train, evaluation), data):
+        remedy = f"where it is the reference answer: set data.answer={data.prompt}, or data.completion={data.prompt}"
+        found.append(ok("last message", note) if data.prompt in (data.answer, data.completion) else warn("last message", note, remedy))
+    return found
 
 
 def check_lengths(prompts: Sequence[Prompt], rows: int, which: str, config: Config) -> list[Finding]:

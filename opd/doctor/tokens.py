@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 
 from opd.config.options import ModelConfig
 from opd.config.schema import Config
-from opd.data.chat_template import ChatTemplate, Message, teacher_template, without_template
+from opd.data.chat_template import CONTINUE, ChatTemplate, Message, teacher_template, without_template
 from opd.data.prompts import Prompt, text_warnings
 from opd.data.rows import with_system
 from opd.data.token_bytes import TokenBytes, check_student
@@ -149,7 +149,7 @@ def check_template(template: ChatTemplate, text: str, ids: Sequence[int], messag
     findings = []
     if is_open := messages[-1]["role"] == "assistant":
         what = "the chat ends with a message of the assistant, which is continued"
-        remedy = "right for begun answers; where these are whole conversations, leave out their last message"
+        remedy = f"right for begun answers; of whole conversations cut it off: leave out data.chat_template_kwargs.{CONTINUE}"
         findings.append(warn(check, what, remedy))
     if template.find() is None:
         remedy = f"right for a base model; for a chat model, {take_own}"
@@ -178,7 +178,7 @@ def check_options(
         ("fields of messages", fields, kwargs),
     ):
         template = ChatTemplate(student, given).find() or ""
-        if unused := sorted(name for name in names - {"chat_template"} if not re.search(rf"\b{re.escape(name)}\b", template)):
+        if unused := sorted(name for name in names - {"chat_template", CONTINUE} if not re.search(rf"\b{re.escape(name)}\b", template)):
             what = f"the chat template of the student does not use {', '.join(unused)}"
             findings.append(warn(check, what, "they change nothing: remove them, correct their names, or take another chat template"))
     return findings

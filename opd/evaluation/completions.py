@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.schema import Config
+from opd.config.templates import columns_of
 from opd.data.chat_template import ChatTemplate
 from opd.data.given import eval_file
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
-from opd.data.rows import columns_of
+from opd.data.rows import DataRow
 from opd.data.sources import Row, Rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import load_teacher
@@ -50,6 +52,7 @@ class Written:
         prompts: that were answered.
         kept: rows in the file; the others have no completion that may be kept.
         truncated: share of completions that reached the limit, which are left out.
+        left_out: why the other prompts have none, with their number by reason.
         reward: mean over all completions; None without rewards.
     """
 
@@ -57,6 +60,7 @@ class Written:
     kept: int
     truncated: float
     reward: float | None
+    left_out: dict[str, int]
 
 
 def write_completions(config: Config, folder: Path, out: Path, samples: int, only_right: bool, average: Path | None = None) -> Written:
@@ -119,10 +123,11 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
                     log.warning(f"{len(done):,} of {len(prompts):,} prompts are answered")
                     shown_at = time.monotonic()
     written = [record for prompt in prompts if (record := finished(prompt, train_rows, config, done[prompt.sample_id], only_right))]
+    reasons = Counter(why for prompt in prompts if (why := why_left_out(done[prompt.sample_id], only_right)))
     if not written:
-        why = "right" if only_right else f"complete within sampling.max_new_tokens={config.sampling.max_new_tokens}"
         raise DataError(
-            f"no completion of the teacher is {why}; remove {part}, and check teacher.path, eval.reward and sampling.max_new_tokens"
+            f"no completion of the teacher can be kept ({describe(reasons)}); remove {part}, and check teacher.path, eval.reward and "
+            f"sampling.max_new_tokens={config.sampling.max_new_tokens}"
         )
     write_output(eval_file(out), lines(columns(prompt, eval_rows, config) for prompt in eval_prompts))
     write_output(out, lines(written))
@@ -130,7 +135,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     all_texts = [text for line in done.values() for text in line["texts"]]
     judged = [reward for line in done.values() for reward in line["rewards"] if reward is not None]
     mean = sum(judged) / len(judged) if judged else None
-    return Written(len(prompts), len(written), all_texts.count(None) / len(all_texts), mean)
+    return Written(len(prompts), len(written), all_texts.count(None) / len(all_texts), mean, dict(reasons))
 
 
 def teacher_sampler(
@@ -206,10 +211,27 @@ def begin(part: Path, wanted: Mapping[str, Any]) -> dict[int, Any]:
     return done
 
 
+def is_kept(text: str | None, reward: float | None, only_right: bool) -> bool:
+    return bool(text) and (reward == 1 or not only_right)
+
+
+def why_left_out(line: Mapping[str, Any], only_right: bool) -> str:
+    """Return why a prompt has no completion to keep; an empty text where it has one."""
+    pairs = list(zip(line["texts"], line["rewards"], strict=True))
+    if any(is_kept(text, reward, only_right) for text, reward in pairs):
+        return ""
+    return "not right" if any(line["texts"]) else "empty" if "" in line["texts"] else "cut off"
+
+
+def describe(reasons: Mapping[str, int]) -> str:
+    """Return the numbers of prompts that were left out, by reason, in words."""
+    return ", ".join(f"{count:,} {why}" for why, count in reasons.items())
+
+
 def finished(prompt: Prompt, source: Rows, config: Config, line: Mapping[str, Any], only_right: bool) -> Row | None:
     """Return a prompt's row of the file; None where it has no completion to keep."""
     pairs = zip(line["texts"], line["rewards"], strict=True)
-    kept = [(text, reward) for text, reward in pairs if text and (reward == 1 or not only_right)]
+    kept = [(text, reward) for text, reward in pairs if is_kept(text, reward, only_right)]
     if not kept:
         return None
     completion, reward = ([list(column) for column in zip(*kept, strict=True)] if len(line["texts"]) > 1 else kept[0])  # fmt: skip
@@ -220,9 +242,10 @@ def columns(prompt: Prompt, source: Rows, config: Config) -> Row:
     """Return the columns in use of a prompt's row, by the names that `data=jsonl` has for them."""
     row, answers = source[prompt.sample_id], list(prompt.answers)
     named = {name: row[name] for name in named_columns(config) if name in row}
-    system = {} if config.data.system is None else {"system": row.get(config.data.system)}
+    own = DataRow(row, prompt.sample_id, config.data)
+    text, system = own.value("prompt"), {} if config.data.system is None else {"system": own.value("system")}
     answer = {} if config.data.answer is None and "answer" in named else {"answer": answers[0] if len(answers) == 1 else answers or None}
-    return {**named, "prompt": row[config.data.prompt], **system, **answer}
+    return {**named, "prompt": text if isinstance(text, str) else own.turns()[0], **system, **answer}
 
 
 def named_columns(config: Config) -> list[str]:

@@ -170,7 +170,7 @@ def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float 
     common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values()))) if rewards else []
     means = {name: torch.tensor([fmean(by_prompt[i]) for i in common], dtype=torch.float64) for name, by_prompt in rewards.items()}
     result: dict[str, Any] = {
-        "data": ", ".join(config.data.mix) or config.data.path or config.data.train_path or config.data.source.value,
+        "data": config.data.evaluated,
         "reward": config.eval.reward,
         "prompts": len(common),
         "samples": config.eval.samples,

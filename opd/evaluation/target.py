@@ -183,7 +183,9 @@ def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Seq
             raise ConfigError(f"{override}: {str(error).splitlines()[0]}") from None
     # Nothing is trained here, and other data need not have the column.
     merged.train.given_share, merged.data.completion = 0.0, None
-    return compose.to_config(merged)
+    config = compose.to_unchecked_config(merged)
+    compose.refuse_unread(config, overrides, only_typed=True)
+    return config
 
 
 def _model(word: str, like: ModelConfig) -> ModelConfig:

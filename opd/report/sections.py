@@ -108,6 +108,8 @@ def heading(runs: Sequence[Run]) -> str:
             named |= {"teacher": ", ".join(dict.fromkeys(paths)), "data": ", ".join(labels)}
         if run.metrics:
             tokens = sum(line.get("tokens") or 0 for line in run.metrics)
+            if (rows := (run.summary or {}).get("rows", 0)) > (prompts := (run.summary or {}).get("prompts", 0)):
+                named["prompts"] = f"{prompts:,} of {rows:,}, the others are too long"
             named |= {"steps": f"{run.metrics[-1]['step']:,}", "trained tokens": f"{tokens:,.0f}"}
         items = (f"<div><dt>{label}</dt><dd><bdi>{text(value)}</bdi></dd></div>" for label, value in named.items() if value is not None)
         title, facts = _named(run), f'<dl class="who">{"".join(items)}</dl>'

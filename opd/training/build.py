@@ -42,7 +42,7 @@ from opd.teachers import (
 from opd.training.checkpoint import Checkpoints
 from opd.training.evaluator import Evaluator, make_evaluator
 from opd.training.identity import content, digest, digest_tokenizer, identity
-from opd.training.inputs import Given, load_prompts, make_run_grader
+from opd.training.inputs import Given, join_datasets, load_datasets, make_run_grader
 from opd.training.loop import Trainer
 from opd.training.pair import (
     TeacherParts,
@@ -69,6 +69,7 @@ class Built:
         differences: What does not match between student and teacher, or does not reach the student, one line each.
         sampling: The engine and weights that sample, in words.
         served: Where the teacher is, in words; empty for a local one.
+        rows: The number of rows to train on, those included that are too long to be prompts.
         teacher_eos: The ids that end a teacher's completion, by the teacher's label.
     """
 
@@ -82,6 +83,7 @@ class Built:
     differences: list[str]
     sampling: str
     served: str
+    rows: int
 
 
 def build(
@@ -104,7 +106,8 @@ def build(
     tokenizer = given.tokenizer or load.load_tokenizer(config.model, "model")
     teachers, overlap = open_teachers(config, given, tokenizer)
     own_reader = teachers[0].tokenizer if config.teacher.has_own_tokens else None  # then there is one teacher
-    train_prompts, eval_prompts = load_prompts(config, tokenizer, given, own_reader)
+    datasets = {} if given.prompts is not None else load_datasets(config, tokenizer, given, own_reader)
+    train_prompts, eval_prompts = given.prompts or join_datasets(config, datasets)
     prompts = [*train_prompts, *eval_prompts]
     grader = make_run_grader(config, prompts, stack)
 
@@ -233,6 +236,7 @@ def build(
         differences=differences + text_warnings([*eval_prompts, *train_prompts], tokenizer, spec.eos),
         sampling="vllm" if config.sampling.engine is Engine.vllm else f"generate with {weights}",
         served="; ".join(f"{server.name} at {', '.join(server.config.urls)}" for server in served.values()),
+        rows=sum(len(dataset.rows[0]) for dataset in datasets.values()) or len(train_prompts),
     )
 
 

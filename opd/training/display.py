@@ -236,6 +236,7 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
     trainer, config, processes = built.trainer, built.trainer.config, built.trainer.accelerator.num_processes
     size, n = config.train.batch_size, config.sampling.n
     parameters = trainer.student.num_parameters()  # of 4-bit weights as well
+    of = f" of {built.rows:,}" if built.rows > len(trainer.prompts) else ""
     teachers = config.parts_by_teacher
     named = ", ".join(part.teacher_name + (f" ({label or 'others'})" if len(teachers) > 1 else "") for label, part in teachers.items())
     device = trainer.accelerator.device
@@ -244,7 +245,7 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
     display.note(
         f"each step: {size} prompts × {processes} {'processes' if processes > 1 else 'process'} × {n} completions = "
         f"{size * processes * n} rollouts; "
-        f"{trainer.max_steps} steps over {len(trainer.prompts):,} prompts"
+        f"{trainer.max_steps} steps over {len(trainer.prompts):,}{of} prompts"
     )
     if all(ChatTemplate(built.tokenizer, part.data.chat_template_kwargs).find() is None for part in config.parts.values()):
         display.note("no chat template: prompts are plain text")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.compose import restore_config, to_config
+from opd.config.compose import restore_config, to_unchecked_config
 from opd.config.files import absolute_paths
 from opd.config.schema import Config
 from opd.data import hub
@@ -173,7 +173,7 @@ def _load_run(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[
     if run.summary is None or not (final / "config.json").is_file():
         raise DataError(f"{folder}: the run is {run.status}, not done, or {FINAL}/ is missing; name one of its checkpoints instead")
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
-    return to_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
+    return to_unchecked_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -207,7 +207,7 @@ def checkpoint_config(checkpoint: Checkpoint) -> Config:
     """Return the config of a checkpoint's run, with paths as they are from here."""
     run = checkpoint.path.resolve().parent.parent
     started_in = open_run(run).started_in if is_run(run) else None
-    return to_config(restore_config(absolute_paths(checkpoint.state["config"], started_in)))
+    return to_unchecked_config(restore_config(absolute_paths(checkpoint.state["config"], started_in)))
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -40,6 +40,7 @@ def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, A
     metrics, evaluations = on_main_process(accelerator, lambda: read_logs(run_folder))
     summary = summarised(metrics, evaluations) | costs
     summary |= {"control": config.control.value, "warnings": find_warnings(evaluations, to_dict(config))}
+    summary |= {"prompts": len(trainer.prompts), "rows": built.rows}
     best = on_main_process(accelerator, lambda: find_best(checkpoints, trainer.step)) if config.checkpoint.best is Best.final else None
     card = summary
     if best is not None:

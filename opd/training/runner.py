@@ -252,12 +252,16 @@ def distil(
     on_event: OnEvent,
 ) -> dict[str, Any]:
     """Build, run the loop, write what happens, export. `forced`: differences from the resumed run that are accepted."""
+    display = Display(0, shown=accelerator.is_main_process)
     if given.student is None and given.teacher is None:
         memory = on_main_process(
             accelerator, lambda: estimate(config, accelerator.num_processes, accelerator.device, shards_weights(accelerator))
         )
-        Display(0, shown=accelerator.is_main_process).note(str(memory))
+        display.note(str(memory))
     with ExitStack() as stack:
+        handler = NoteHandler(display)  # before the data are read, which may leave rows out
+        logging.getLogger("opd").addHandler(handler)
+        stack.callback(logging.getLogger("opd").removeHandler, handler)
         choices = None if start is None else resumed_choices(start.state, config)
         built = build(config, accelerator, checkpoints, given, stack, choices)
         trainer = built.trainer
@@ -267,10 +271,7 @@ def distil(
         on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
         write_composed_config(config, run_folder)
         evaluations = restore_counters(run_folder, checkpoints, trainer)
-        display = Display(trainer.max_steps, shown=accelerator.is_main_process)
-        handler = NoteHandler(display)
-        logging.getLogger("opd").addHandler(handler)
-        stack.callback(logging.getLogger("opd").removeHandler, handler)
+        display = handler.display = Display(trainer.max_steps, shown=accelerator.is_main_process)
         introduce(display, built, start)
         if accelerator.is_main_process:
             check_prompts(trainer.prompts, trainer.evaluator.prompts)
