@@ -140,11 +140,13 @@ def test_a_run_with_frozen_parameters_resumes_bitwise_and_only_with_the_same_one
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("low_rank", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_evaluate_leaves_a_loaded_model_as_it_is(tmp_path, dtype):
+def test_evaluate_leaves_a_loaded_model_as_it_is(tmp_path, dtype, low_rank):
     model, tokenizer = loaded_student()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    make_trainer(tmp_path / "out", model, processing_class=tokenizer, options={**OPTIONS, "model.dtype": dtype}).evaluate()
+    settings = {"options": {**OPTIONS, "model.dtype": dtype}, "peft_config": adapters() if low_rank else None}
+    make_trainer(tmp_path / "out", model, processing_class=tokenizer, **settings).evaluate()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
@@ -184,6 +186,7 @@ def test_peft_config_trains_the_adapters_that_it_describes(tmp_path):
     assert not hasattr(model, "peft_config") and all(parameter.requires_grad for parameter in model.parameters())
     summary = trainer.train()
     assert before["eval/kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-3)
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert trainer.evaluate()["eval/kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3) != before["eval/kl"]
 
 
