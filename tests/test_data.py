@@ -587,7 +587,7 @@ def test_the_same_files_under_another_path_are_the_same_run(tmp_path):
     for folder in folders:
         (folder / "data").mkdir(parents=True)
         (folder / "data" / "train.jsonl").write_bytes(LINE)
-    first, second = (identify(path=folder, train_path=same) for folder in folders)
+    first, second = (identify(source="hub", path=folder) for folder in folders)
     assert check_same(first, second, tmp_path, force=False) == []
     (folders[1] / "data" / "train.jsonl").rename(folders[1] / "data" / "test.jsonl")
-    assert check_same(first, identify(path=folders[1], train_path=same), tmp_path, force=True) != []
+    assert check_same(first, identify(source="hub", path=folders[1]), tmp_path, force=True) != []

@@ -184,7 +184,7 @@ def test_sampled_learns_a_given_text_by_its_log_likelihood_without_weights_and_c
     ("reverse_kl", reverse_kl, forward_kl), ("forward_kl", forward_kl, forward_kl), ("jsd", jsd, jsd),
 ])  # fmt: skip
 def test_exact_has_the_same_divergence_on_given_rows_but_never_the_reverse_kl(tmp_path, estimator, name, on_sampled, on_given):
-    options = {"ppo__estimator": estimator, "ppo__divergence": name, "ppo__k": VOCABULARY}
+    options = {"ppo__estimator": estimator, "ppo__divergence": name, **({"ppo__k": VOCABULARY} if estimator == "topk" else {})}
     trainer = given_trainer(tmp_path, 0.5, **options)
     tokens = trainer.begin_step()
     assert tokens.given_N.any() and not tokens.given_N.all()
@@ -203,7 +203,8 @@ def test_exact_has_the_same_divergence_on_given_rows_but_never_the_reverse_kl(tm
 
 @pytest.mark.parametrize("estimator", ["sampled", "exact", "topk"])
 def test_the_anchor_is_the_kl_to_the_start_on_sampled_rows_alone(tmp_path, estimator):
-    options = {"ppo__estimator": estimator, "ppo__reference_coef": 0.3, "ppo__importance_cap": None, "ppo__k": 4}
+    own = {"sampled": {"ppo__importance_cap": None}, "exact": {}, "topk": {"ppo__k": 4}}[estimator]
+    options = {"ppo__estimator": estimator, "ppo__reference_coef": 0.3, **own}
     trainer = given_trainer(tmp_path, 0.5, reference=True, optim__lr=5e-2, **options)
     assert abs(trainer.train_step().metrics["reference_kl"]) < 1e-5, "the student is at its start"
     tokens = trainer.begin_step()

@@ -96,7 +96,6 @@ OPTIONS = {
     "train.activation_checkpointing": "false",
     "train.compile": "false",
     "eval.steps": 0,
-    "eval.limit": 1,
     "eval.reward": "null",
     "eval.kl_prompts": 0,
     "checkpoint.every": 100,
@@ -130,7 +129,10 @@ class Run:
     def words(self) -> list[str]:
         """Return the options as words of the command line."""
         shared = {"train.batch_size": OPTIONS["train.batch_size"] // self.processes}
-        return [f"{key}={value}" for key, value in {**OPTIONS, **shared, **self.options}.items()]
+        options = {**OPTIONS, **shared, **self.options}
+        if options["ppo.estimator"] == "exact":
+            del options["ppo.advantage_clip"]  # which it does not read
+        return [f"{key}={value}" for key, value in options.items()]
 
 
 RUNS = {

@@ -60,7 +60,6 @@ DEBUG = {
     "sampling.dtype": "trainer",
     "sampling.max_new_tokens": 6,
     "sampling.n": 2,
-    "teacher.ema": 0.5,
     "train.batch_size": 2,
     "train.max_steps": 3,
     "checkpoint.every": 1,
@@ -74,7 +73,8 @@ ROWS = [{"prompt": f"{i}+27=", "answer": str(i + 27)[::-1]} for i in range(10, 3
 def config(weights: str, **options: Any) -> Config:
     """Return the config of a small run with `teacher.weights`. Options have `__` in place of the dot."""
     values = {name.replace("__", "."): value for name, value in options.items()}
-    return from_options({**DEBUG, **VIEW, "teacher.weights": weights, **values})
+    average = {"teacher.ema": 0.5} if weights == "ema" else {}
+    return from_options({**DEBUG, **VIEW, **average, "teacher.weights": weights, **values})
 
 
 def built(settings: Config, folder: Path) -> Built:

@@ -111,7 +111,8 @@ class DataRow:
             messages = []
         if not messages:
             first = value[0] if isinstance(value, list) and value else value
-            found = f"with the keys {', '.join(map(str, first))}" if isinstance(first, Mapping) else type(value).__name__
+            has_other_keys = isinstance(first, Mapping) and "role" not in first
+            found = f"with the keys {', '.join(map(str, first))}" if has_other_keys else type(value).__name__
             raise DataError(
                 f'{where}: must be a text or a list of messages {{"role": "user", "content": "…"}}, whose content is text, not {found}'
             )
