@@ -349,7 +349,7 @@ def test_any_accepted_answer_counts():
     prompts = [Prompt(0, (3,), "a", answers=("four", "4")), Prompt(1, (3,), "b", answers=("5",)), Prompt(2, (3,), "c")]
     rollouts = [Rollout(Request(prompt), (1,), torch.zeros(1), FinishReason.stop) for prompt in prompts]
     with make_grader("exact") as grader:
-        judge = SimpleNamespace(grader=grader, text=lambda rollout: "4")
+        judge = SimpleNamespace(grader=grader, text=lambda rollout: "4", grade=lambda items: Evaluator.grade(judge, items))
         assert Evaluator.judge(judge, rollouts) == [1.0, 0.0, None]
     row = as_rows([{"prompt": "a", "answer": ["four", "4"]}], [lambda completion, answer: float(completion == answer)])[0]
     assert row["get_reward"]("4") == 1.0 and row["get_reward"]("5") == 0.0

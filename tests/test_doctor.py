@@ -113,7 +113,7 @@ def test_a_command_line_that_does_not_compose_is_one_line(
 
 def test_help_shows_the_doctors_own_flags(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["help", "doctor"]) == errors.OK
-    assert "Usage: opd doctor [--json] [--prompts N] [--plan [MINUTES]]" in capfd.readouterr().out
+    assert "Usage: opd doctor [-m] [--json] [--prompts N] [--plan [MINUTES]]" in capfd.readouterr().out
 
 
 def test_swapped_token_ids_fail_before_the_data_are_checked(doctor: Any, tmp_path: Path) -> None:

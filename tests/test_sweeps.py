@@ -380,7 +380,7 @@ def test_member_whose_process_dies_is_one_line() -> None:
 @pytest.mark.parametrize(
     "launcher",
     [
-        pytest.param("joblib", marks=installed("hydra_joblib_launcher")),
+        pytest.param("joblib", marks=[installed("hydra_joblib_launcher"), pytest.mark.long]),
         pytest.param("submitit_local", marks=installed("hydra_submitit_launcher")),
     ],
 )

@@ -159,6 +159,7 @@ def test_a_file_beside_another_choice_of_data_is_refused_and_leaves_no_folder(fo
     assert "data=parquet" in capfd.readouterr().err and not list(Path("runs").glob("*"))
 
 
+@pytest.mark.long
 def test_a_sweep_may_have_an_option_that_only_some_members_read(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["-m", "experiment=debug", "train.max_steps=1", "eval.limit=2", "eval.kl_prompts=0", "ppo.k=5"]
     assert train([*words, "name=read", "ppo.estimator=sampled,topk"]) == OK

@@ -20,9 +20,10 @@ from opd.config.templates import columns_of
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import Request, collate, micro_batches
 from opd.data.rows import fill
-from opd.doctor.findings import Report, show
+from opd.doctor.findings import Report, show_end
 from opd.errors import DATA, OK, USAGE, ConfigError, DataError
 from opd.models import policy
+from opd.runs.text import make_console
 from opd.objective import discounted
 from opd.teachers import LocalTeacher
 from opd.train import main
@@ -319,7 +320,7 @@ def test_doctor_shows_the_views_and_their_lengths(folder, capfd):
     assert report["rendered"]["teacher's view"] == "<|user|>10+21=<|end|><|assistant|>" != report["rendered"]["student"]
     assert "up to 9 tokens" in found["training prompts"]["what"]
     assert found["teacher = student"]["status"] == "ok", "the student is its own teacher in its own view"
-    show(Report(rendered=report["rendered"]))
+    show_end(make_console(), Report(rendered=report["rendered"]))
     out = capfd.readouterr().out
     assert "first prompt, teacher's view" in out and "template" not in out, "both templates render the prompt alike"
 

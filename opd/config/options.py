@@ -372,7 +372,7 @@ AUTO = "auto"
 METRICS: dict[str, Direction | None] = {
     **dict.fromkeys(("reward_before", "reward_after", "reward_teacher", "gap_closed"), Direction.maximize),
     **dict.fromkeys(("eval_kl_before", "eval_kl_after", "reverse_kl_first", "reverse_kl_last"), Direction.minimize),
-    **dict.fromkeys(("best_step", "steps", "graded_tokens"), None),
+    **dict.fromkeys(("best_step", "steps", "graded_tokens", "prompts", "rows"), None),
     "seconds": Direction.minimize,
     "tokens_per_second": Direction.maximize,
     "peak_memory_bytes": Direction.minimize,

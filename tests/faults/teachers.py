@@ -155,7 +155,8 @@ def wrong_teachers(times: int, root: Path) -> Tries:
     """
     AutoTokenizer.from_pretrained(PACKAGE / "assets/tiny-teacher").save_pretrained(root / "tokenizer")
     with served(root) as url:
-        words = (*RUN, f"teacher.url={url}", "teacher.timeout=5", "ppo.temperature=1", "eval.kl_prompts=0")
+        shared = (word for word in RUN if not word.startswith("eval.kl_max_new_tokens="))  # a served teacher has no exact KL
+        words = (*shared, f"teacher.url={url}", "teacher.timeout=5", "ppo.temperature=1", "eval.kl_prompts=0")
         for number in range(times):
             name, kind = list(KINDS.items())[number % len(KINDS)]
             own = words if kind.has_weights else (*words, f"teacher.path={root / 'tokenizer'}")
