@@ -23,8 +23,8 @@ from opd.data.rows import fill
 from opd.doctor.findings import Report, show_end
 from opd.errors import DATA, OK, USAGE, ConfigError, DataError
 from opd.models import policy
-from opd.runs.text import make_console
 from opd.objective import discounted
+from opd.runs.text import make_console
 from opd.teachers import LocalTeacher
 from opd.train import main
 from opd.training.identity import differences, digest, rows
