@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 
+PIPE, LEVEL, SAFE_PATH = signal.getsignal(signal.SIGPIPE), logging.getLogger().level, os.environ.get("PYTHONSAFEPATH")
+
+
 def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs: object) -> PreTrainedModel:
     """A Qwen2 of two layers with random weights, in eval mode. Its distributions are far from uniform, so that differences show."""
     torch.manual_seed(seed)
@@ -39,22 +42,21 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
 def restored_process():
     """Undo what a command in this process did to it: the level of the log, the handler of its train.log, the path of its children, SIGPIPE.
 
-    A verb that prints lets SIGPIPE end its process, which would end a later test that writes to a closed connection.
+    A verb that prints lets SIGPIPE end its process, which would end a later test that writes to a closed connection. All is as it was before
+    the first test, not before this one: a fixture of a module may have run a command.
     """
-    pipe = signal.getsignal(signal.SIGPIPE)
-    safe_path = os.environ.pop("PYTHONSAFEPATH", None)
+    os.environ.pop("PYTHONSAFEPATH", None)
     root = logging.getLogger()
-    level = root.level
     yield
-    signal.signal(signal.SIGPIPE, pipe)
-    root.setLevel(level)
+    signal.signal(signal.SIGPIPE, PIPE)
+    root.setLevel(LEVEL)
     for handler in root.handlers[:]:
         if type(handler) is logging.FileHandler:
             root.removeHandler(handler)
             handler.close()
     os.environ.pop("PYTHONSAFEPATH", None)
-    if safe_path is not None:
-        os.environ["PYTHONSAFEPATH"] = safe_path
+    if SAFE_PATH is not None:
+        os.environ["PYTHONSAFEPATH"] = SAFE_PATH
 
 
 @pytest.fixture
