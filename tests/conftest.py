@@ -12,7 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-
 PIPE, LEVEL, SAFE_PATH = signal.getsignal(signal.SIGPIPE), logging.getLogger().level, os.environ.get("PYTHONSAFEPATH")
 
 
@@ -42,8 +41,8 @@ def random_model(vocabulary: int = 23, seed: int = 0, hidden: int = 16, **kwargs
 def restored_process():
     """Undo what a command in this process did to it: the level of the log, the handler of its train.log, the path of its children, SIGPIPE.
 
-    A verb that prints lets SIGPIPE end its process, which would end a later test that writes to a closed connection. All is as it was before
-    the first test, not before this one: a fixture of a module may have run a command.
+    A verb that prints lets SIGPIPE end its process, which would end a later test that writes to a closed connection. All becomes as it was
+    before the first test, not before this one: a fixture of a module may have run a command.
     """
     os.environ.pop("PYTHONSAFEPATH", None)
     root = logging.getLogger()

@@ -12,6 +12,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "scripts/bench/gpu"
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_script_for_a_gpu_machine_measures_and_makes_its_tables(tmp_path):
     environment = {**os.environ, "TINY": "1", "OMP_NUM_THREADS": "1"}
     words = [sys.executable, SCRIPT, tmp_path, "facts", "decode", "step", "kernels", "profile", "trl"]

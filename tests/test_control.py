@@ -252,6 +252,7 @@ def test_compare_ends_in_one_sentence_per_arm_and_so_does_the_report(tmp_path: P
     assert "accounts for" not in render_report([open_run(tmp_path / "shuffled")])  # another member's damage is not this run's
 
 
+@pytest.mark.long
 def test_a_sweep_over_arms_says_what_the_teacher_accounts_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["experiment=debug", "train.max_steps=1", "eval.steps=0", "eval.limit=8", "eval.kl_prompts=2"]

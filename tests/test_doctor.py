@@ -402,6 +402,7 @@ def test_memory_estimate_is_within_15_percent_of_the_measured_peak(setting: list
     assert json.loads(doctor.stdout)["figures"]["memory"]["peak"] == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.long
 def test_candidate_teachers_are_ranked_by_gap_and_overlap(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The bundled teacher against the student itself, from which nothing can be learned, and one that cannot be loaded."""
     words = ["doctor", "experiment=debug", "device=cpu", "--prompts", "16"]

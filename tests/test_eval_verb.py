@@ -87,6 +87,7 @@ def test_eval_of_a_run_repeats_its_own_evaluation_and_changes_none_of_its_files(
     assert before.items() <= tree(run).items()
 
 
+@pytest.mark.long
 def test_eval_of_a_run_in_bf16_computes_as_the_run_did(evaluate: Any, capfd: pytest.CaptureFixture[str]) -> None:
     dtypes = ["model.dtype=bfloat16", "teacher.dtype=bfloat16", "sampling.dtype=bfloat16"]
     words = ["experiment=debug", "device=cpu", "name=bf16", "optim.lr=1e-3", "train.max_steps=1", "eval.reward=null", *dtypes]

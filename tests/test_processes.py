@@ -273,6 +273,7 @@ def test_non_finite_numbers_in_one_process_leave_sharded_weights_and_optimizer_b
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # from peft
+@pytest.mark.long
 def test_adapters_train_under_fsdp2_as_in_one_process_which_resumes_from_them(tmp_path, monkeypatch):
     """The sharded base is the teacher too; the export is merged with it."""
     pytest.importorskip("peft")
@@ -340,7 +341,11 @@ def test_two_nodes_train_as_one_process_with_one_folder_and_one_display(one, nod
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "codes"), [pytest.param(signal.SIGTERM, [75, 75], marks=pytest.mark.long), (signal.SIGKILL, [70, -signal.SIGKILL])]
+    ("number", "codes"),
+    [
+        pytest.param(signal.SIGTERM, [75, 75], marks=pytest.mark.long),
+        pytest.param(signal.SIGKILL, [70, -signal.SIGKILL], marks=pytest.mark.long),
+    ],
 )
 def test_end_of_one_node_ends_the_other(nodes, tmp_path, number, codes):
     """After SIGTERM both save; when one is killed with its launcher, the other ends at once."""

@@ -418,6 +418,7 @@ def test_untrained_tokens_have_null_scores_in_the_stored_rollouts(tmp_path, monk
             assert all(value is not None for value in record[name][:scored])
 
 
+@pytest.mark.long
 def test_resumed_run_keeps_halved_micro_batches_until_another_size_is_configured(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     forward, options = Policy.forward, [*DEBUG, "train.max_steps=2", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.steps=0"]

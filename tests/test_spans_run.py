@@ -503,6 +503,7 @@ def learn(options: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_student_of_characters_learns_from_a_teacher_that_writes_pairs_of_digits(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     summary, metrics = learn(["train.max_steps=60", "eval.steps=0"])

@@ -274,7 +274,9 @@ def test_sharded_weights_are_sent_in_full_and_stay_sharded(server, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("lag", "lora"), [(0, False), pytest.param(1, False, marks=pytest.mark.long), (0, True)])
+@pytest.mark.parametrize(
+    ("lag", "lora"), [(0, False), pytest.param(1, False, marks=pytest.mark.long), pytest.param(0, True, marks=pytest.mark.long)]
+)
 def test_sharded_run_samples_with_a_server_without_gathering_weights(server, tmp_path, lag, lora):
     """The weights that are sent last are those that the run ends with."""
     server.completion = completion([17, 18, 256], [-0.5, -0.25, -1.0])
