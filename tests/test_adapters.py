@@ -30,8 +30,8 @@ def save_adapter(folder, base=BASE, **settings):
     """Save an adapter with weights that change the model, and return the logits of the adapted model."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval() if not isinstance(base, torch.nn.Module) else base
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}
+    torch.manual_seed(0)  # before the adapter is made: its first matrix is random too
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-    torch.manual_seed(0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=2.0)
