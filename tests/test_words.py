@@ -6,7 +6,8 @@ import pytest
 
 from opd import errors
 from opd.cli import main as cli
-from opd.cli.words import readable
+from opd.cli.words import explain, readable
+from opd.config.compose import options
 
 DEBUG = ["experiment=debug", "device=cpu"]
 
@@ -68,3 +69,20 @@ def test_a_mistake_that_all_members_share_is_refused_once_before_the_first(capfd
     # A mistake of some members does not stop the others.
     assert cli.main(["train", "-m", *DEBUG, "optim.lr=-1,1e-4", "train.max_steps=1", "eval=kl", "eval.kl_prompts=0"]) == errors.USAGE
     assert "1 of 2 done" in capfd.readouterr().out
+
+
+def test_help_explains_options_and_groups(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "optim.lr", "checkpoint"]) == errors.OK
+    first, *lines = capfd.readouterr().out.splitlines()
+    assert first.split() == ["optim.lr", "learning", "rate", "(default:", "1e-5)"]
+    named = [line.split()[0] for line in lines]
+    assert named == ["checkpoint.every", "checkpoint.keep_last", "checkpoint.best", "checkpoint.background", "checkpoint=default"]
+    assert cli.main(["train", "--help", "optim.lrr"]) == errors.USAGE
+    assert "did you mean lr" in capfd.readouterr().err
+
+
+def test_every_option_has_a_row_that_help_finds() -> None:
+    sections = {name.rpartition(".")[0] for name in options() if "." in name}
+    for name in options():
+        if name not in sections:
+            assert name in explain([name]), name

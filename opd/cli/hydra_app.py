@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from opd import errors, signals
 from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import Parser, split_targets
-from opd.cli.words import readable, refuse_unknown
+from opd.cli.words import explain, readable, refuse_unknown
 from opd.config import compose, secrets
 from opd.config.files import ENDINGS, source_of
 from opd.config.schema import Config
@@ -260,6 +260,9 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     parsed = parse(words, job.verb)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` must not end in a traceback
+    if parsed.help and parsed.overrides:
+        print(explain(parsed.overrides))
+        return
     folders = [Path(parsed.config_dir)] if parsed.config_dir is not None else []
     compose.register(folders)
     flags = [word for word in words if word not in parsed.overrides]

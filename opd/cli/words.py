@@ -9,6 +9,7 @@ from opd.cli import hydra_errors
 from opd.config.compose import conf_dir, options, removed
 from opd.errors import ConfigError
 
+ROW = re.compile(r"^\| (`[\w.`, ]+`) \| (.*?) \| (.*) \|$", re.M)  # of the tables of conf/README.md: options, default, meaning
 HOME = re.compile(r"(?<=[=,\[])~(?=/)")  # no shell replaces it behind `model.path=`, and Hydra's grammar has no `~` in a value
 MODELS = ("model", "teacher")
 
@@ -27,6 +28,24 @@ def readable(word: str, folders: Sequence[Path]) -> str:
         return word
     is_choice = any((folder / group / f"{name}.yaml").is_file() for folder in (conf_dir(), *folders) for name in names)
     return word if is_choice else f"{group}.path={value}"
+
+
+def explain(names: Sequence[str]) -> str:
+    """Return what the options or groups of options are for, with their defaults. Raises `ConfigError` for an unknown one."""
+    table = ROW.findall((conf_dir() / "README.md").read_text(encoding="utf-8"))
+    rows = [(option, default, meaning) for named, default, meaning in table for option in re.findall(r"[\w.]+", named)]
+    lines = []
+    for name in names:
+        found = [row for row in rows if f"{row[0]}.".startswith(f"{name}.")]
+        if not found:
+            raise ConfigError(hydra_errors.unknown_option(name))
+        width = max(len(option) for option, _, _ in found)
+        lines += [
+            f"{option:<{width}}  {meaning.replace('`', '')} (default: {default.replace('`', '')})" for option, default, meaning in found
+        ]
+        if choices := hydra_errors.choices().get(name):
+            lines.append(f"{name}={'|'.join(choices)}")
+    return "\n".join(lines)
 
 
 def refuse_unknown(words: Sequence[str], folders: Sequence[Path]) -> None:
