@@ -86,3 +86,10 @@ def test_every_option_has_a_row_that_help_finds() -> None:
     for name in options():
         if name not in sections:
             assert name in explain([name]), name
+
+
+@pytest.mark.parametrize("verb", ["train", "eval", "sample", "score", "doctor", "ls", "cp", "compare", "report", "export", "completion"])
+def test_help_of_all_verbs_has_one_style(verb: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([verb, "--help"]) == errors.OK
+    out = capfd.readouterr().out
+    assert out.startswith(f"Usage: opd {verb}") and "\nExamples:\n  " in out and "\nusage:" not in out

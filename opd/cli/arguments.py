@@ -32,6 +32,13 @@ def prepare_process() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Writes help as that of the verbs with a config."""
+
+    def add_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None = None) -> None:
+        super().add_usage(usage, actions, groups, "Usage: ")
+
+
 class Parser(argparse.ArgumentParser):
     """The arguments of `opd VERB`, and the task that gets them.
 
@@ -43,13 +50,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"opd {verb}",
             description=description,
-            epilog="\n".join(f"  {line}" for line in ("examples:", *examples.splitlines())),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="\n  ".join(("Examples:", *examples.splitlines())),
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
             add_help=add_help,
         )
         self.verb = verb
         self.task = task
+        self._positionals.title, self._optionals.title = "Arguments", "Flags"
 
     def error(self, message: str) -> NoReturn:
         raise errors.ConfigError(f"{message}; {self.prog} --help shows the arguments")
