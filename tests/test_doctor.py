@@ -111,6 +111,15 @@ def test_a_command_line_that_does_not_compose_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_first_member_of_a_sweep_is_read_as_by_train(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert cli.main(["doctor", "-m", "experiment=debug", "teacher.path=~/none", "optim.lr=1e-4,1e-3"]) == errors.NOT_READY
+    assert "teacher.path=/home/me/none: there is no such folder" in capfd.readouterr().out
+    assert cli.main(["doctor", "-m", "experiment=debug", "optim.lrr=1e-4,1e-3", "train.max_step=2"]) == errors.USAGE
+    err = capfd.readouterr().err
+    assert "optim.lrr" in err and "train.max_step" in err
+
+
 def test_help_shows_the_doctors_own_flags(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["help", "doctor"]) == errors.OK
     assert "Usage: opd doctor [-m] [--json] [--prompts N] [--plan [MINUTES]]" in capfd.readouterr().out

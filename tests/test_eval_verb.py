@@ -251,7 +251,7 @@ def test_pass_at_k_matches_enumeration_of_all_subsets() -> None:
 
 
 def test_intervals_are_over_prompts_not_over_answers() -> None:
-    answers = [judge.Answer(prompt, float(prompt == 0), 3, truncated=False) for prompt in (0, 1) for _ in range(50)]
+    answers = [judge.Answer("", float(prompt == 0), 3, False, "", prompt) for prompt in (0, 1) for _ in range(50)]
     result = judge.compare_answers({"model": answers, "teacher": answers}, {}, Config(eval=EvalConfig(samples=50, temperature=1.0)))
     statistics = result["models"]["model"]
     assert statistics["mean"] == 0.5 and (statistics["low"], statistics["high"]) == (0, 1), "two prompts"

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hydra.core.hydra_config import HydraConfig
@@ -15,8 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from opd import errors
 from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import at_least
-from opd.cli.hydra_app import FlagParser, Job, parse
-from opd.config import compose
+from opd.cli.hydra_app import FlagParser, Job, parse, prepare
 from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.runs.progress import progress_on
@@ -68,12 +66,12 @@ class DoctorParser(FlagParser):
             return list(words)
         _, hydra_words = self.parse_known_args(list(words))
         parsed = parse(hydra_words, "doctor")
-        compose.register([Path(parsed.config_dir)] if parsed.config_dir is not None else [])
+        typed, parsed.overrides = parsed.overrides, prepare(parsed)
         planned = hydra_errors.explained(lambda: sweep.plan(parsed, 1))
         if planned.first is None or planned.members is None:
             raise errors.ConfigError("-m: only the sweeper knows the members: check one of them, with plain values and without -m")
         self.members = planned.members
-        return [word for word in words if word not in (*parsed.overrides, *SWEEP)] + list(planned.first)
+        return [word for word in words if word not in (*typed, *SWEEP)] + list(planned.first)
 
 
 def joined_minutes(words: Sequence[str]) -> list[str]:

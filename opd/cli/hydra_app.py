@@ -239,6 +239,16 @@ def run_sweep(job: Job, hydra_main: Callable[[Callable[[DictConfig], float | Non
                 sweep.print_summary(job.sweep, members)
 
 
+def prepare(parsed: argparse.Namespace) -> list[str]:
+    """Register the options and the choices, and return the overrides as Hydra reads them. Raises `ConfigError` for unknown options."""
+    folders = [Path(parsed.config_dir)] if parsed.config_dir is not None else []
+    compose.register(folders)
+    overrides = [readable(word, folders) for word in parsed.overrides]
+    hydra_errors.refuse_lists_of_choices(overrides)
+    refuse_unknown(overrides, folders)
+    return overrides
+
+
 def implied_data(parsed: argparse.Namespace) -> list[str]:
     """Return the choice of data that reads the file of `data.train_path`, where none was made: by the file's ending."""
     words = dict(word.lstrip("+~").partition("=")[::2] for word in parsed.overrides)
@@ -263,14 +273,10 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     if parsed.help and parsed.overrides:
         print(explain(parsed.overrides))
         return
-    folders = [Path(parsed.config_dir)] if parsed.config_dir is not None else []
-    compose.register(folders)
     flags = [word for word in words if word not in parsed.overrides]
-    parsed.overrides = [readable(word, folders) for word in parsed.overrides]
-    hydra_errors.refuse_lists_of_choices(parsed.overrides)
-    refuse_unknown(parsed.overrides, folders)
+    parsed.overrides = prepare(parsed)
     if not job.has_own_config:
-        parsed.overrides = [*parsed.overrides, *implied_data(parsed)]
+        parsed.overrides += implied_data(parsed)
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
     if job.verb != "train":
         if parsed.multirun:

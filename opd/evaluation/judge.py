@@ -6,7 +6,7 @@ One model is in memory at a time, next to the teacher. With several processes ea
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -23,7 +23,7 @@ from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
-from opd.runs.answers import lines_of
+from opd.runs.answers import Answer, lines_of
 from opd.runs.intervals import are_shares, paired_interval
 from opd.runs.outcome import gap_closed
 from opd.runs.progress import Progress
@@ -36,17 +36,6 @@ from opd.training.inputs import Given, load_prompts, make_run_grader
 DRAWS = 10_000
 MAX_INDICES = 2**22  # in memory at a time
 LOW, HIGH = 0.025, 0.975
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A rewarded answer to the prompt with this sample id, its number of tokens, and the label of the prompt's dataset."""
-
-    prompt: int
-    reward: float
-    length: int
-    truncated: bool
-    dataset: str = ""
 
 
 def locate_models(target: Target) -> dict[str, str | None]:
@@ -150,9 +139,9 @@ def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, role: str, lin
     Args:
         lines: the answers are added to them, as they are stored.
     """
-    judged = sorted(evaluator.answer(sampler, role == "teacher", samples, role).rows, key=lambda row: row.sample_id)
+    judged = sorted(evaluator.answer(sampler, role == "teacher", samples, role).rows, key=lambda answer: answer.sample_id)
     lines += lines_of(judged, model=role)
-    return [Answer(row.sample_id, row.reward, row.length, row.truncated, row.dataset) for row in judged if row.reward is not None]
+    return [answer for answer in judged if answer.reward is not None]
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:
@@ -166,7 +155,8 @@ def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float 
     rewards: dict[str, dict[int, list[float]]] = {}
     for name, given in answers.items():
         for answer in given:
-            rewards.setdefault(name, {}).setdefault(answer.prompt, []).append(answer.reward)
+            assert answer.reward is not None
+            rewards.setdefault(name, {}).setdefault(answer.sample_id, []).append(answer.reward)
     common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values()))) if rewards else []
     means = {name: torch.tensor([fmean(by_prompt[i]) for i in common], dtype=torch.float64) for name, by_prompt in rewards.items()}
     result: dict[str, Any] = {
