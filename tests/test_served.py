@@ -56,7 +56,7 @@ def server(model):
 
 @pytest.fixture
 def connect(server):
-    def make(*urls, timeout=5.0, longest=40, tokenizer=None, path="any", k=0):
+    def make(*urls, timeout=60.0, longest=40, tokenizer=None, path="any", k=0):
         config = TeacherConfig(path=path, url=list(urls) or server.url, timeout=timeout)
         return ServedTeacher(config, tokenizer or Tokenizer(), 60, longest, [1, 5, 9, 14, 3, 22], k)
 
@@ -201,14 +201,14 @@ def test_another_sequences_answer_is_an_error(connect, server):
 AWAY = {
     "overloaded": lambda handler, body, answer: handler.reply({}, status=503),
     "dies while it answers": lambda handler, body, answer: handler.reply(answer, length=10**6),
-    "hangs": lambda handler, body, answer: time.sleep(0.4),
+    "hangs": lambda handler, body, answer: time.sleep(1.5),
 }
 
 
 @pytest.mark.parametrize("case", AWAY)
 def test_a_server_that_is_away_is_waited_for_until_the_timeout(connect, server, monkeypatch, case):
     monkeypatch.setattr(served, "PAUSES", (0.01, 0.02))
-    teacher, sound = connect(timeout=0.8), server.fault
+    teacher, sound = connect(timeout=4.0), server.fault  # a second for each of four attempts
     expected, failures = score(teacher), []
 
     def heals(handler, body, answer):
@@ -217,7 +217,7 @@ def test_a_server_that_is_away_is_waited_for_until_the_timeout(connect, server, 
 
     server.fault = heals
     assert score(teacher) == expected and len(failures) == 3
-    server.fault = AWAY[case]
+    server.fault, teacher.timeout = AWAY[case], 0.8
     with pytest.raises(TeacherError, match=r"waited for 0\.8 s"):
         score(teacher)
 
@@ -385,8 +385,8 @@ def test_a_teacher_that_is_the_student_is_told(tmp_path, caplog):
 
 @pytest.fixture
 def make_served_trainer(tmp_path):
-    def make(fake, name="run", every=9, lag=False, timeout=0.3, k=0, contrast=None, **options):
-        options |= {"teacher__url": fake.url, "teacher__timeout": timeout, "checkpoint__every": every, **(SERVER if lag else {})}
+    def make(fake, name="run", every=9, lag=False, k=0, contrast=None, **options):
+        options |= {"teacher__url": fake.url, "teacher__timeout": 60.0, "checkpoint__every": every, **(SERVER if lag else {})}
         options |= {"teacher__contrast": contrast}
         trainer = make_trainer(tmp_path / name, **options)
         trainer.sampler = ServerSampler(trainer) if lag else trainer.sampler
@@ -413,7 +413,7 @@ def test_a_failure_within_a_step_is_saved_and_resumed_bitwise(make_served_traine
     while trainer.step < 2:
         next(events)
     rollouts = trainer.sample()
-    small_server.fault = fault
+    small_server.fault, trainer.scoring.teacher.timeout = fault, 0.3
     with pytest.raises(TeacherError):
         list(events)
     small_server.fault = sound
@@ -436,7 +436,7 @@ def test_a_run_with_the_most_probable_ids_equals_the_local_one(make_served_train
 
 
 def test_a_served_teacher_scores_the_contrast_as_a_local_one_does(make_served_trainer, small_server, tmp_path):
-    remote = make_served_trainer(small_server, timeout=60.0, contrast="x")
+    remote = make_served_trainer(small_server, contrast="x")
     local = make_trainer(tmp_path / "local", ppo__temperature=1.0, teacher__contrast="x")
     for name in ("teacher_logp", "contrast_logp"):
         found, expected = (trainer.begin_step().as_sampled(name) for trainer in (remote, local))
@@ -503,7 +503,7 @@ def test_runs_equal_the_local_ones_wait_stop_with_76_and_resume_bitwise(bundled,
     bundled[1].save_pretrained(folder)
     assert main([*DEBUG, "name=local"]) == 0
     with running(ScoringServer(*bundled)) as fake:
-        remote = (*DEBUG, f"teacher.path={folder}", f"teacher.url={fake.url}", "teacher.timeout=1.5")
+        remote = (*DEBUG, f"teacher.path={folder}", f"teacher.url={fake.url}")
         assert main([*remote, "name=served"]) == 0
         assert "scored at temperature 1" in capsys.readouterr().out
         summary = json.loads(Path("runs/served/summary.json").read_text())
@@ -519,7 +519,7 @@ def test_runs_equal_the_local_ones_wait_stop_with_76_and_resume_bitwise(bundled,
             (sound if len(asked) < 20 else AWAY["overloaded"])(handler, body, answer)
 
         fake.fault = dies
-        assert main([*remote, "name=away"]) == ENGINE
+        assert main([*remote, "name=away", "teacher.timeout=1.5"]) == ENGINE
         assert status(Path("runs/away"))["exit_code"] == ENGINE and "teacher.url" in status(Path("runs/away"))["reason"]
         fake.fault = sound
         assert main([*remote, "name=away"]) == 0
