@@ -57,7 +57,11 @@ def defaults() -> DictConfig:
 
 
 def content(file: Path) -> dict[str, Any]:
-    return yaml.safe_load(file.read_text()) or {}
+    """The options in a file, with those of the choice that it begins from."""
+    own = yaml.safe_load(file.read_text()) or {}
+    is_choice = file.parent != CONF and file.parent.name != "experiment"
+    bases = [base for base in own.pop("defaults", ()) if base != "_self_"] if is_choice else []
+    return {key: value for base in bases for key, value in content(file.with_name(f"{base}.yaml")).items()} | own
 
 
 def assert_holds(config: dict[str, Any], part: dict[str, Any], where: str = "") -> None:

@@ -68,7 +68,7 @@ def test_a_ready_run_has_no_warnings_and_leaves_no_files(doctor: Any, tmp_path: 
     assert {finding["status"] for finding in found.values()} == {"ok"}, found
     assert found["teacher = student"]["what"].startswith("KL 0.0e+00 nats/token on 4 prompts")
     assert "256" in found["end of sequence"]["what"] and "<|pad|>" in found["padding of the student"]["what"]
-    assert "200" in found["reward of reference answers"]["what"]
+    assert "50" in found["reward of reference answers"]["what"]
     memory, step = report["figures"]["memory"], report["figures"]["step"]
     assert memory["peak"] > memory["resident"]["the process"] > 0 and memory["free"] > 0
     assert step["seconds"]["sample"] > 0 and step["reverse_kl"] > 0
@@ -224,7 +224,7 @@ def test_teacher_worse_than_the_student_fails(doctor: Any) -> None:
     assert code == errors.NOT_READY
     assert found["rewards before training"]["status"] == "fail"
     assert "take a better teacher" in found["rewards before training"]["remedy"]
-    assert len(report["figures"]["rewards"]["teacher"]) == 64
+    assert len(report["figures"]["rewards"]["teacher"]) == 50
 
 
 def test_reward_that_is_never_1_fails_before_models_are_loaded(doctor: Any, tmp_path: Path) -> None:

@@ -339,7 +339,7 @@ def test_a_run_with_a_schedule_and_an_anchor_resumes_in_the_middle_with_the_same
     assert given[1] and all(given[1]) and not any(given[6])
     view, _ = token_view_data(run, 10**6)
     assert {record["step"] for record in view["rollouts"]} <= {3, 4, 5, 6} and len(view["rollouts"]) >= len(given[6])
-    assert "reference_kl" not in lines[0] and 0 < lines[-1]["reference_kl"] < 1
+    assert "reference_kl" not in lines[0] and 0 < abs(lines[-1]["reference_kl"]) < 1  # an estimate, which may be negative
     assert capfd.readouterr().err == ""
     checkpoint = next(Path("runs/straight/checkpoints").glob("*4*"))
     assert cli.main(["train", *TINY, *options, "name=resumed", f"resume={checkpoint}"]) == errors.OK

@@ -58,6 +58,7 @@ OPTIONS = {
     "teacher.quantization": "none",
     "lora.rank": 0,
     "data.source": "arithmetic",
+    "data.size": 8100,
     "data.seed": 0,
     "data.max_prompt_tokens": 32,
     "sampling.engine": "generate",

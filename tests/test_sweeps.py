@@ -288,12 +288,20 @@ sys.exit(hydra_app.run_verb(runner.run, sys.argv[1:]))
 """
 
 
+def test_a_members_folder_is_named_by_the_options_in_which_members_differ() -> None:
+    words = ["-m", "name=s", "train.max_steps=2", "optim.lr=1e-4,2e-4", "model=tiny,qwen05b"]
+    assert hydra_app.run_verb(succeed, words) == errors.OK
+    assert set(members()) == {f"model={model},optim.lr={lr}" for model in ("tiny", "qwen05b") for lr in ("0.0001", "0.0002")}
+    assert hydra_app.run_verb(succeed, ["-m", "name=one", "seed=3"]) == errors.OK
+    assert list(members("sweeps/one")) == ["name=one,seed=3"]
+
+
 @pytest.mark.slow
 def test_killed_sweep_skips_finished_members_and_resumes_the_killed_one(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["-m", *DEBUG, "seed=0,1"]
     killed = subprocess.run([sys.executable, "-c", KILLED, *words], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folders = {seed: next(Path("sweeps/s").glob(f"*seed={seed},*")) for seed in (0, 1)}
+    folders = {seed: Path(f"sweeps/s/seed={seed}") for seed in (0, 1)}
     assert open_run(folders[0]).status == "done" and open_run(folders[1]).status == "killed"
     before = (folders[0] / "summary.json").stat().st_mtime_ns
     capfd.readouterr()

@@ -53,6 +53,10 @@ def test_splits_are_disjoint_and_together_every_question():
     train, held_out = ({row["prompt"] for row in rows(split)} for split in ("train", "eval"))
     assert (len(rows("train")), len(rows("eval"))) == (len(train), len(held_out)) == (7100, 1000)
     assert not train & held_out
+    for split in ("train", "eval"):
+        few = rows(split, size=405)
+        assert few == rows(split)[: len(few)]
+    assert (len(rows("train", size=405)), len(rows("eval", size=405))) == (355, 50)
 
 
 def test_rows_depend_on_the_seed_alone():

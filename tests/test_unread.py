@@ -33,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "data.eval_split": (NOTHING, JSONL, "train[:9]"),
     "data.train_path": (JSONL, NOTHING, "b.jsonl"),
     "data.eval_path": (JSONL, ARITHMETIC, "b.jsonl"),
-    "data.size": (GYM, ARITHMETIC, 10),
+    "data.size": (ARITHMETIC, NOTHING, 20),
     "data.options": (GYM, JSONL, {"a": 1}),
     "data.seed": (ARITHMETIC, NOTHING, 1),
     "data.answer_after": (NOTHING, {"data.answer": None}, "Answer:"),
@@ -175,5 +175,5 @@ def test_eval_checks_what_is_typed_against_the_config_of_the_run(debug_run: Path
     file.write_text(json.dumps(state))
     assert cli.main(["eval", "runs/run", "data.seed=1", "eval.limit=2", "eval.kl_prompts=1"]) == OK
     capfd.readouterr()
-    assert cli.main(["eval", "runs/run", "data.size=10"]) == USAGE
-    assert "data.size=10" in capfd.readouterr().err
+    assert cli.main(["eval", "runs/run", "data.subset=x"]) == USAGE
+    assert "data.subset=" in capfd.readouterr().err

@@ -283,11 +283,14 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
             raise errors.ConfigError(f"--multirun: opd {job.verb} takes one config at a time")
         overrides = [*parsed.overrides, *WITHOUT_FOLDER, f"hydra/help={job.verb}"]
     hydra_main = hydra.main(version_base="1.3", config_path=str(compose.conf_dir()), config_name="config")
+    is_sweep = parsed.multirun and not (parsed.cfg or parsed.info)
+    if is_sweep:
+        job.sweep = hydra_errors.explained(lambda: sweep.plan(parsed, signals.launched_as()[1]))
+        overrides.append(f"hydra.job.config.override_dirname.exclude_keys={job.sweep.unnamed}")
     # Hydra reads `sys.argv`, and with this variable it raises errors instead of printing them. One process runs one command.
     sys.argv = [sys.argv[0], *flags, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if parsed.multirun and not (parsed.cfg or parsed.info):
-        job.sweep = hydra_errors.explained(lambda: sweep.plan(parsed, signals.launched_as()[1]))
+    if is_sweep:
         run_sweep(job, hydra_main)
     else:
         hydra_errors.explained(hydra_main(job.run))

@@ -46,6 +46,7 @@ class Sweep:
         members: Their number at most; None if only the sweeper knows it.
         swept: The options in which members differ.
         first: The words of the first member; None if only the sweeper knows them.
+        unnamed: The keys that are not in the names of the members' folders: what all of them share.
         key: Tells members of this call from those of earlier calls in the same folder.
     """
 
@@ -54,6 +55,7 @@ class Sweep:
     swept: frozenset[str]
     config: SweepConfig
     first: Sequence[str] | None = None
+    unnamed: Sequence[str] = ()
     key: str = field(default_factory=lambda: os.urandom(8).hex())
 
 
@@ -118,7 +120,10 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
             refuse_shared_mistake(loader, parsed.config_name or "config", of_members, swept)
     else:
         members, first = int(sweeper.n_trials) if "n_trials" in sweeper else None, None
-    return Sweep(Path(composed.hydra.sweep.dir), members, swept, config, first)
+    unnamed = [*composed.hydra.job.config.override_dirname.exclude_keys]
+    if swept:
+        unnamed += [override.key_or_group for override in overrides if not override.is_sweep_override()]
+    return Sweep(Path(composed.hydra.sweep.dir), members, swept, config, first, unnamed)
 
 
 def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Sequence[str]], swept: frozenset[str]) -> None:

@@ -129,7 +129,7 @@ class DataConfig(Section, prefix="data."):
     system: str | None = None
     max_prompt_tokens: int = bounded(512, at_least=1)
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
-    size: int = bounded(2000, at_least=2)
+    size: int | None = bounded(None, at_least=2)
     options: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
     mix: dict[str, Any] = field(default_factory=dict)

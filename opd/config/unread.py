@@ -44,7 +44,7 @@ READERS: Mapping[str, Reader] = {
     "data.eval_split": HUB,
     "data.train_path": FILES,
     "data.eval_path": FILES,
-    "data.size": from_source(Source.gym),
+    "data.size": from_source(Source.arithmetic, Source.gym),
     "data.options": from_source(Source.gym),
     "data.seed": from_source(Source.arithmetic, Source.gym),
     "data.answer_after": Reader("data.answer", lambda config: config.data.answer is not None),

@@ -90,7 +90,11 @@ def origin(config: DataConfig) -> str:
 
 
 def load_arithmetic(config: DataConfig) -> tuple[Rows, Rows]:
-    return arithmetic.rows("train", config.seed), arithmetic.rows("eval", config.seed)
+    size = arithmetic.QUESTIONS if config.size is None else config.size
+    if not 9 <= size <= arithmetic.QUESTIONS:
+        raise ConfigError(f"data.size={size}: data=arithmetic has 9 to {arithmetic.QUESTIONS} questions")
+    train, held_out = (arithmetic.rows(split, config.seed, size) for split in ("train", "eval"))
+    return train, held_out
 
 
 def load_gym(config: DataConfig) -> tuple[Rows, Rows]:
@@ -100,12 +104,13 @@ def load_gym(config: DataConfig) -> tuple[Rows, Rows]:
     except ImportError:
         raise ConfigError("data=gym needs the package reasoning-gym: pip install 'opd[gym]'") from None
     assert config.path is not None
+    size = config.size or 2000
     try:
-        questions = reasoning_gym.create_dataset(config.path, size=config.size, seed=config.seed, **config.options)
+        questions = reasoning_gym.create_dataset(config.path, size=size, seed=config.seed, **config.options)
         rows = [{"question": entry["question"], "answer": str(entry["answer"])} for entry in questions]
     except (ValueError, TypeError, AssertionError) as error:
         raise ConfigError(f"data.path={config.path} data.options={config.options}: reasoning-gym says: {error}") from None
-    train, rest = rows[: config.size // 2], rows[config.size // 2 :]
+    train, rest = rows[: size // 2], rows[size // 2 :]
     trained_on = {row["question"] for row in train}
     return train, [row for row in rest if row["question"] not in trained_on]
 
