@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import FSDP2, train, trained
-from safetensors.torch import load_file
+from forked import FSDP2, train, trained, work_in_two
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
+from opd.api import OnPolicyDistillationTrainer
 from opd.train import main
 from opd.training.loop import Trainer
 from opd.training.step import Step
@@ -117,6 +120,39 @@ def test_torchrun_runs_the_same_job(two, tmp_path):
     launch(tmp_path / "two", ["torchrun", "--nproc_per_node", "2", "-m", "opd.train", *OPTIONS, "train.batch_size=2"])
     one, other = weights(two[0]), weights(tmp_path / "two")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class StopInOneProcess(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = os.environ["RANK"] == "1" and state.global_step == 2
+
+
+def train_a_loaded_model(rank: int, folder: Path, port: int) -> None:
+    """Train with a frozen first layer until the second process asks to stop, and leave each process's weights."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    model = AutoModelForCausalLM.from_pretrained(ROOT / "opd/assets/tiny-student")
+    model.base_model.layers[0].requires_grad_(False)
+    rows = [{"prompt": f"{number}+27=", "answer": str(number + 27)[::-1]} for number in range(10, 40)]
+    trainer = OnPolicyDistillationTrainer(
+        model, ROOT / "opd/assets/tiny-teacher", rows, rows[:4], output_dir=folder / "run", max_steps=5, eval_steps=0, batch_size=1,
+        max_new_tokens=8, learning_rate=1e-3, callbacks=[StopInOneProcess], options={"device": "cpu", "eval.kl_prompts": 4},
+    )  # fmt: skip
+    assert trainer.train()["steps"] == 2
+    assert model.base_model.layers[1].mlp.up_proj.weight.requires_grad and not model.base_model.layers[0].mlp.up_proj.weight.requires_grad
+    save_file({name: value.detach() for name, value in model.named_parameters()}, folder / f"rank{rank}.safetensors")
+
+
+def test_one_of_two_processes_stops_a_loaded_model_whose_first_layer_is_frozen(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    work_in_two(train_a_loaded_model, tmp_path, port)
+    first, second = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(2))
+    before = load_file(ROOT / "opd/assets/tiny-student/model.safetensors")
+    changed = {name for name, value in first.items() if name in before and not torch.equal(value, before[name].float())}
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert changed and not any(".layers.0." in name for name in changed)
 
 
 def test_mistake_is_shown_once_by_two_processes(tmp_path):

@@ -81,6 +81,19 @@ def test_final_has_the_weights_of_the_best_evaluation(ruined: Path, tmp_path: Pa
     assert cli.main(["export", str(run / "final"), "--best", "--out", str(tmp_path / "other")]) == errors.DATA
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
+def test_final_has_the_merged_adapters_of_the_best_evaluation(tmp_path: Path) -> None:
+    words = ["experiment=debug", "device=cpu", "name=run", "lora=default", "optim.lr=3e-2", "eval.steps=1", "checkpoint.best=final"]
+    forked.trained(tmp_path, words)
+    run = tmp_path / "runs/run"
+    best = json.loads((run / "checkpoints/best.json").read_text())["step"]
+    assert best < 6
+    for step, same in ((best, True), (6, False)):
+        out = tmp_path / f"step{step}"
+        assert cli.main(["export", str(run / f"checkpoints/step_{step:06d}"), "--out", str(out)]) == errors.OK
+        assert (out.joinpath("model.safetensors").read_bytes() == (run / "final/model.safetensors").read_bytes()) is same
+
+
 def test_a_run_and_its_checkpoints_are_evaluated_from_any_folder(
     ruined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
