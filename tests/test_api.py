@@ -21,7 +21,7 @@ from opd.api import OnPolicyDistillationTrainer
 from opd.config.compose import PACKAGE
 from opd.config.python_names import in_python
 from opd.data.python_rows import as_rows
-from opd.errors import ConfigError, DataError, OutputError, RewardError
+from opd.errors import ConfigError, DataError, OpdError, OutputError, RewardError
 from opd.training.events import Evaluated, Saved, StepDone
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # from peft
@@ -458,6 +458,16 @@ def test_a_reward_that_fails_is_a_mistake_in_the_data_with_its_line(tmp_path, ar
         make_trainer(tmp_path / "out", **arguments).train()
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status["exit_code"] == caught.value.exit_code == 65 and "\n" not in str(caught.value)
+
+
+def test_what_a_run_prints_and_stores_names_arguments(tmp_path, capfd):
+    for _ in range(2):
+        make_trainer(tmp_path / "out").train()
+    assert "for a new run, set output_dir=…" in capfd.readouterr().out
+    with pytest.raises(OpdError) as caught:
+        make_trainer(tmp_path / "worse", learning_rate=1e30, max_steps=30).train()
+    reason = json.loads((tmp_path / "worse" / "status.json").read_text())["reason"]
+    assert str(caught.value) in reason and "learning_rate" in reason and "optim.lr" not in reason
 
 
 def test_datasets_may_be_generators(tmp_path):

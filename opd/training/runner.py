@@ -19,6 +19,7 @@ from opd import signals
 from opd.config.compose import to_dict
 from opd.config.files import local_path
 from opd.config.options import Best
+from opd.config.python_names import in_python
 from opd.config.schema import Config
 from opd.errors import INTERNAL, INTERRUPTED, ConfigError, OpdError, OutputError, PeerError, Preempted
 from opd.models.accelerator import make_accelerator
@@ -76,6 +77,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     check_tracker(config.track.tool)
+    say = str if given is None else in_python
     accelerator = make_accelerator(config, folder)
     run_folder = RunFolder(folder, writes=accelerator.is_main_process)
     with ExitStack() as stack:
@@ -89,12 +91,12 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
             display = Display(finished["steps"], shown=accelerator.is_main_process)
-            display.note(f"{folder} contains this run, finished; nothing to do (for a new run, set name=…)")
+            display.note(say(f"{folder} contains this run, finished; nothing to do (for a new run, set name=…)"))
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
         run_folder.set_status(Status.running)
-        with status_on_exit(accelerator, run_folder, checkpoints):
+        with status_on_exit(accelerator, run_folder, checkpoints, say):
             summary = distil(config, accelerator, run_folder, checkpoints, start, forced, given or Given(), on_event)
         run_folder.set_status(Status.done, exit_code=0)
         on_main_process(accelerator, checkpoints.finish)  # now that the same command does not resume any more
@@ -135,11 +137,13 @@ def write_composed_config(config: Config, run_folder: RunFolder) -> None:
 
 
 @contextmanager
-def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints) -> Iterator[None]:
-    """Write whatever ends the run to `status.json`, with the exit code."""
+def status_on_exit(
+    accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, say: Callable[[str], str]
+) -> Iterator[None]:
+    """Write whatever ends the run to `status.json`, with the exit code. `say` puts it in the words of the command line or of Python."""
 
     def written(error: OpdError, status: Status = Status.failed) -> OpdError:
-        run_folder.set_status(status, str(error), error.exit_code)
+        run_folder.set_status(status, say(str(error)), error.exit_code)
         return error
 
     try:
@@ -161,7 +165,7 @@ def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints:
         if is_peer_failure(error):
             raise written(PeerError("another process of the run ended; its message is the reason")) from error
         code = error.exit_code if isinstance(error, OpdError) else INTERNAL
-        run_folder.set_status(Status.failed, f"{type(error).__name__}: {error}", code)
+        run_folder.set_status(Status.failed, say(f"{type(error).__name__}: {error}"), code)
         raise
 
 

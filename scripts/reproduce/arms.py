@@ -32,14 +32,17 @@ def step_seconds(run: Run) -> float:
     return sum(line["time/step"] for line in run.metrics)
 
 
-def train(folder: Path, options: dict[str, Any], enough: Callable[[Run], bool]) -> None:
+def train(folder: Path, options: dict[str, Any], enough: Callable[[Run], bool], to_the_end: bool = True) -> None:
     """Run `opd train` until `enough` of its logs, or its last step; continue what was interrupted.
 
     Args:
         options: Of opd, by their dotted names.
+        to_the_end: Whether to end the run then, with an evaluation, rather than to leave it to other options.
     """
     command, log = [sys.executable, "-m", "opd.train", *words_of(options), f"hydra.run.dir='{folder}'"], log_of(folder)
     while not is_done(folder):
+        if is_run(folder) and enough(open_run(folder)) and not to_the_end:
+            return
         if is_run(folder) and enough(open_run(folder)):  # which is past its last step with this limit: it evaluates, and is done
             execute([*command, f"train.max_steps={len(open_run(folder).metrics)}", "resume_force=true"], log)
         else:
