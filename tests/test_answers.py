@@ -12,8 +12,9 @@ from opd.cli import main as cli
 from opd.report import sections
 from opd.runs.answers import LETTERS, MOST, Answer, as_text, lines_of, store
 from opd.runs.folder import ANSWERS, EVALUATIONS, RunFolder, read_lines
+from opd.runs.intervals import Z95
 from opd.runs.reader import Run, open_run
-from opd.training.evaluation import KL, Z95, add_kl_squares, kl_interval
+from opd.training.evaluation import KL, add_kl_squares, kl_interval
 from opd.training.tokens import Means
 
 WORDS = ["experiment=debug", "device=cpu", "name=run", "train.max_steps=2", "eval.steps=1", "eval.limit=6", "optim.lr=1e-3"]

@@ -22,7 +22,7 @@ from opd.config.schema import Config
 from opd.errors import ConfigError
 from opd.evaluation import judge
 from opd.evaluation.target import with_quantized_base
-from opd.training.evaluation import interval
+from opd.runs.intervals import interval
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
 

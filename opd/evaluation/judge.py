@@ -24,12 +24,12 @@ from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
 from opd.runs.answers import Answer, lines_of
-from opd.runs.intervals import are_shares, paired_interval
+from opd.runs.intervals import are_shares, interval, paired_interval
 from opd.runs.outcome import gap_closed
 from opd.runs.progress import Progress
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
-from opd.training.evaluation import Distances, interval, kl_interval, mean_kl
+from opd.training.evaluation import Distances, kl_interval, mean_kl
 from opd.training.evaluator import Evaluator, make_evaluator
 from opd.training.inputs import Given, load_prompts, make_run_grader
 

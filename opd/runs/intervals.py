@@ -1,9 +1,10 @@
-"""Intervals of differences between rewards of the same prompts."""
+"""Intervals of mean rewards, and of differences between rewards of the same prompts."""
 
 import math
 from collections.abc import Iterable, Sequence
 from statistics import fmean, variance
 
+Z95 = 1.959964  # the two-sided 95% quantile of the normal distribution
 MIN_SEEDS = 3  # whose variation is counted: from two it would be known to a factor of thirty
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # of Student's t by degrees of freedom, from 1
 
@@ -11,6 +12,19 @@ T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  #
 def are_shares(rewards: Iterable[float | None]) -> bool:
     """Return whether all rewards are within 0 and 1, and so are shown in percent. None stands for an answer that was not judged."""
     return all(reward is None or 0 <= reward <= 1 for reward in rewards)
+
+
+def interval(rewards: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one."""
+    count, mean = len(rewards), fmean(rewards)
+    if all(reward in (0.0, 1.0) for reward in rewards):
+        centre = mean + Z95**2 / (2 * count)
+        spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
+        low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
+        return max(low, 0.0), min(high, 1.0)  # rounding
+    variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - 1, 1)
+    spread = Z95 * math.sqrt(variance / count)
+    return mean - spread, mean + spread
 
 
 def paired_interval(difference_SP: Sequence[Sequence[float]], of_shares: bool = False) -> tuple[float, float]:

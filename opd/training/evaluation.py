@@ -8,10 +8,10 @@ from typing import Any
 
 from opd.config.options import EvalConfig
 from opd.runs.answers import Answer
+from opd.runs.intervals import Z95, interval
 from opd.training.metrics import take_by_position
 from opd.training.tokens import Means
 
-Z95 = 1.959964
 KL = "kl"
 # Sums over prompts for the KL's interval: of squared sums of KL, of these times the tokens, and of squared numbers of tokens.
 KL_SQUARES = ("kl/sum_sum", "kl/sum_tokens", "kl/tokens_tokens")
@@ -82,19 +82,6 @@ class Evaluation:
 def count_evaluations(config: EvalConfig, steps: int) -> int:
     """Return how often a run of so many steps evaluates the student: before, every `eval.steps`, and after the last step."""
     return 1 + (math.ceil(steps / config.steps) if config.steps else 1)
-
-
-def interval(rewards: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean: Wilson's for rewards of 0 and 1, which is sound at 0 % and 100 %, else the normal one."""
-    count, mean = len(rewards), fmean(rewards)
-    if all(reward in (0.0, 1.0) for reward in rewards):
-        centre = mean + Z95**2 / (2 * count)
-        spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
-        low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
-        return max(low, 0.0), min(high, 1.0)  # rounding
-    variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - 1, 1)
-    spread = Z95 * math.sqrt(variance / count)
-    return mean - spread, mean + spread
 
 
 Distances = Mapping[str, Means]  # the KL, as `KL`, and the overlap on the student's samples, by dataset

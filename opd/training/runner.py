@@ -137,9 +137,7 @@ def write_composed_config(config: Config, run_folder: RunFolder) -> None:
 
 
 @contextmanager
-def status_on_exit(
-    accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, say: Callable[[str], str]
-) -> Iterator[None]:
+def status_on_exit(accelerator: Accelerator, run_folder: RunFolder, checkpoints: Checkpoints, say: Callable[[str], str]) -> Iterator[None]:
     """Write whatever ends the run to `status.json`, with the exit code. `say` puts it in the words of the command line or of Python."""
 
     def written(error: OpdError, status: Status = Status.failed) -> OpdError:
