@@ -134,6 +134,14 @@ def test_only_options_that_differ_and_affect_training_are_shown(tmp_path: Path) 
     }
 
 
+def test_runs_that_sample_in_other_precisions_are_told_apart(tmp_path: Path) -> None:
+    for name, copies in (("a", True), ("b", False)):
+        file = make(tmp_path / name) / "run.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"choices": {"bf16_copy": copies}}))
+    rows = {row.run.name: row.options for row in compare.compare(find_runs([tmp_path])).rows}
+    assert rows == {"a": {"sampling.dtype, chosen": "bf16 copy"}, "b": {"sampling.dtype, chosen": "trainer"}}
+
+
 def test_nearly_empty_run_folders_can_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/status.json").write_text("{}")

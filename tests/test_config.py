@@ -178,6 +178,15 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
     assert compose("experiment=tiny").name == "tiny-from-tiny-on-arithmetic"
     assert compose("experiment=tiny", "teacher.weights=ema", "teacher.system=x").name == "tiny-from-itself-on-arithmetic"
     assert compose("model.path=./my models/student/", "teacher.path=Org/Big-7B").name == "student-from-Big-7B-on-gsm8k"
+    for path, name in (
+        ("a/sums.jsonl", "sums"),
+        ("b v1.csv.gz", "b_v1"),
+        ("parts/", "parts"),
+        ("part-*.jsonl", "part-"),
+        ("*.csv", "jsonl"),
+    ):
+        found = compose("experiment=tiny", "data=jsonl", f"data.train_path='{path}'").name
+        assert found == f"tiny-from-tiny-on-{name}", path
     assert compose("name=mine", "seed=2").name == "mine"
 
 
@@ -193,6 +202,9 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         (["teacher.placement=offload", "teacher.quantization=nf4"], "teacher.quantization=nf4", "teacher.placement=same"),
         (["teacher.url=localhost:8000"], "teacher.url='localhost:8000'", "http://127.0.0.1:8000"),
         (["teacher.url=[http://a:1,b]"], "teacher.url=['http://a:1', 'b']", "http://127.0.0.1:8000"),
+        (["eval.reward='__main__:f'"], "eval.reward=__main__:f", "pass the function itself"),
+        (["eval.reward=exat"], "eval.reward=exat", "did you mean exact?"),
+        (["eval.reward=my rewards:f"], "eval.reward=my rewards:f", "module:function"),
         (["teacher.canary_every=-1"], "teacher.canary_every=-1", "0: only before each checkpoint"),
         (["teacher.url=[]"], "teacher.url=[]", "null for a local teacher"),
         ([URL, "teacher.quantization=nf4"], QUOTED, "teacher.quantization=none"),

@@ -16,6 +16,24 @@ from opd.config.compose import PACKAGE
 
 SUMS = [{"prompt": f"{one}+{two}=", "answer": str(one + two)[::-1]} for one in range(11, 41) for two in (12, 35)]
 
+WORDS = [
+    "experiment=debug",
+    "device=cpu",
+    "name=run",
+    "model.path=./student",
+    "teacher.path=./teacher",
+    "data=jsonl",
+    "data.train_path=sums.jsonl",
+    "data.eval_path=sums.jsonl",
+    "eval.reward=number",
+    "optim.lr=1e-2",
+    "train.max_steps=6",
+    "eval.steps=2",
+    "eval.limit=32",
+    "checkpoint.best=final",
+    "checkpoint.keep_last=1",
+]
+
 
 @pytest.fixture(scope="module")
 def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,18 +44,7 @@ def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(PACKAGE / "assets" / f"tiny-{name}", folder / name)
     rows = [row if index % 2 else {**row, "answer": "no digits here"} for index, row in enumerate(SUMS)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["experiment=debug", "device=cpu", "name=run", "model.path=./student", "teacher.path=./teacher", "data=jsonl"]
-    words += [
-        "data.train_path=sums.jsonl",
-        "data.eval_path=sums.jsonl",
-        "eval.reward=number",
-        "optim.lr=1e-2",
-        "train.max_steps=6",
-        "eval.steps=2",
-        "eval.limit=32",
-        "checkpoint.best=final",
-    ]
-    forked.trained(folder, [*words, "checkpoint.keep_last=1"])
+    forked.trained(folder, WORDS)
     return folder
 
 
@@ -66,6 +73,22 @@ def test_answers_that_were_not_judged_are_counted(ruined: Path) -> None:
     student = next(line for line in lines if line["model"] == "student")
     assert student["unjudged"]["count"] + student["rewards"]["count"] == student["unjudged"]["of"] == 32
     assert student["unjudged"]["answer"] == "no digits here"
+
+
+def test_a_finished_run_is_not_resumed_with_options_that_nothing_is_left_for(
+    ruined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shutil.copytree(ruined, tmp_path / "copy"))
+    stored = Path("runs/run/run.json").read_bytes()
+    words = ["train", *WORDS, "optim.lr=1e-4", "resume_force=true"]
+    assert cli.main(words) == errors.USAGE
+    assert "its 6 steps are done" in (shown := capfd.readouterr().err) and "train.max_steps above 6" in shown
+    assert Path("runs/run/run.json").read_bytes() == stored and '"done"' in Path("runs/run/status.json").read_text()
+    for steps in (7, 8):
+        assert cli.main([*words, f"train.max_steps={steps}"]) == errors.OK
+    warnings = json.loads(Path("runs/run/summary.json").read_text())["warnings"]
+    assert "options changed on the way (resume_force): optim.lr was 0.01, is 0.0001" in warnings
+    assert warnings[0] in Path("runs/run/report.html").read_text()
 
 
 def test_final_has_the_weights_of_the_best_evaluation(ruined: Path, tmp_path: Path) -> None:

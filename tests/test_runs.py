@@ -163,6 +163,7 @@ def test_achieved_takes_the_last_evaluation_or_that_of_a_step() -> None:
     assert (found["steps"], found["graded_tokens"], found["seconds"], found["tokens_per_second"]) == (4, 40, 8.0, 5.0)
     assert outcome.achieved(metrics, lines, 2)["eval_kl_after"] == 1 / 3
     assert outcome.achieved(metrics, lines, 3)["eval_kl_after"] is None
+    assert outcome.achieved(metrics, lines[:1])["eval_kl_after"] is None, "the evaluation before training"
 
 
 def test_run_outcome_adds_the_best_evaluation_and_prefers_the_summary(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from opd.config import secrets
-from opd.config.options import SweepConfig, TeacherWeights
+from opd.config.options import Source, SweepConfig, TeacherWeights
 from opd.config.schema import Config
 from opd.config.unread import find_unread
 from opd.errors import ConfigError
@@ -61,7 +61,7 @@ def conf_dir() -> Path:
 
 
 def choice(group: str, *, _root_: DictConfig) -> str:
-    """Resolve `${choice:GROUP}`, the file picked in a group. Unlike `${hydra:...}` it also works in the folder name of a sweep."""
+    """Return the file picked in a group, also for the folder name of a sweep, where `${hydra:...}` does not work."""
     hydra = _root_.hydra if "hydra" in _root_ else HydraConfig.get()
     return str(hydra.runtime.choices[group])
 
@@ -79,6 +79,14 @@ def model_name(group: str, *, _root_: DictConfig) -> str:
     if path is None or file is None or path == yaml.safe_load(file.read_text())["path"]:
         return picked
     return re.sub(r"[^\w.-]", "_", Path(path).name) or picked
+
+
+def data_name(group: str, *, _root_: DictConfig) -> str:
+    """Resolve `${data_name:GROUP}`: the name of the file to train on, without its endings, or else the file picked in the group."""
+    data = _root_[group]
+    if data.train_path is None or data.source not in (Source.jsonl, Source.parquet):
+        return choice(group, _root_=_root_)
+    return re.sub(r"[^\w-]+", "_", Path(data.train_path).name.partition(".")[0]).strip("_") or choice(group, _root_=_root_)
 
 
 def seed_suffix(seed: int) -> str:
@@ -153,7 +161,7 @@ def register(extra_dirs: Sequence[Path] = ()) -> None:
     for name in sorted({file.name for folder in folders for file in (folder / "model").glob("*.yaml")}):
         if not any((folder / "teacher" / name).is_file() for folder in folders):
             store.store(group="teacher", name=name, node={"defaults": [{"/model@_here_": Path(name).stem}]})
-    for resolver in (choice, model_name, seed_suffix, run_name, sweep_name, member_name, better):
+    for resolver in (model_name, data_name, seed_suffix, run_name, sweep_name, member_name, better):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True, use_cache=resolver is sweep_name)
 
 

@@ -9,6 +9,9 @@ from opd.errors import ConfigError
 UNREAD = ("url", "placement", "quantization", "gguf_file", "revision", "adapter", "dtype", "attn_implementation")
 
 
+BUILT_IN_REWARDS = ("exact", "number", "math")
+
+
 def check_rules(config: Settings) -> None:
     """Raise `ConfigError` with the option, its value and the remedy for the first rule, in this order, that is broken."""
     if config.model.quantization is not Quantization.none:
@@ -29,10 +32,22 @@ def check_rules(config: Settings) -> None:
         config.require_value("ppo.estimator", Estimator.sampled, why)
         why = "is the mean of the advantage without teacher.contrast"
         config.require_value("ppo.baseline", False, why, "teacher.contrast=null")
+    if config.eval.reward is not None:
+        check_reward_name(config.eval.reward)
     check_sampler(config)
     check_rows(config)
     check_control(config)
     check_sweep(config)
+
+
+def check_reward_name(name: str) -> None:
+    """Raise `ConfigError` for what is neither the name of a reward nor `module:function`, whether or not there is such a module."""
+    module, _, function = name.partition(":")
+    if module == "__main__":
+        raise ConfigError(f"eval.reward={name}: a running script is no module; in Python pass the function itself, or move it to a file")
+    if name not in BUILT_IN_REWARDS and not all(part.isidentifier() for part in [*module.split("."), function]):
+        hint = did_you_mean(name, BUILT_IN_REWARDS)
+        raise ConfigError(f"eval.reward={name}: {hint}use {', '.join(BUILT_IN_REWARDS)}, or module:function for your own")
 
 
 def check_quantized_student(config: Settings) -> None:

@@ -11,7 +11,6 @@ Parent and child exchange JSON messages over a socket, never pickles:
     child   {"rewards": [number | null, …], "late": how many took too long}  or  {"error": "how the reward failed"}
 """
 
-import difflib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from decimal import Decimal
 from multiprocessing import Pipe
 from typing import Any, TypeVar
 
+from opd.config.rules import check_reward_name
 from opd.data.grading import MARK, MEMORY_EXIT, START_LIMIT, Item, RewardFunction
 from opd.errors import ConfigError, RewardError
 
@@ -144,7 +144,6 @@ def best(rewards: Iterable[float | None]) -> float | None:
 
 
 IN_PROCESS: dict[str, RewardFunction] = {"exact": exact, "number": number}
-BUILT_IN = (*IN_PROCESS, "math")
 
 
 class Grader:
@@ -276,11 +275,7 @@ def make_grader(name: str, *, seconds: float = 5.0, memory_mib: int = 1024) -> G
         ConfigError: There is no such reward, it is not marked (and not called), its import fails or takes more than a minute, or
             math-verify is not installed.
     """
-    module, _, function = name.partition(":")
-    if name not in BUILT_IN and not all(part.isidentifier() for part in [*module.split("."), function]):
-        close = difflib.get_close_matches(name, BUILT_IN, n=1)
-        hint = f" (did you mean `{close[0]}`?)" if close else ""
-        raise ConfigError(f"reward `{name}` is not known{hint}; use {', '.join(BUILT_IN)}, or module:function for your own")
+    check_reward_name(name)
     if CHILD_FLAG in os.environ:
         raise ConfigError("a reward's module starts a run when it is imported; put the run under `if __name__ == '__main__':`")
     return Grader(name, seconds, memory_mib)

@@ -74,7 +74,7 @@ def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction
 
 def differing_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return for each run the options in which the runs differ; for a run that never began, those among its overrides."""
-    composed = [flatten(run.config) for run in runs]
+    composed = [flatten(run.config) | chosen(run) for run in runs]
     names = {name for options in composed for name in options}
     known = [options or _overrides(run, names) for run, options in zip(runs, composed, strict=True)]
     values: dict[str, set[str]] = {}
@@ -83,6 +83,11 @@ def differing_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
             values.setdefault(name, set()).add(json.dumps(value, sort_keys=True, default=str))
     differing = sorted(name for name, seen in values.items() if len(seen) > 1 and not name.startswith(UNTRAINED_OPTIONS))
     return [{name: options[name] for name in differing if name in options} for options in known]
+
+
+def chosen(run: Run) -> dict[str, Any]:
+    """Return what `sampling.dtype=auto` stood for, which depends on the machine."""
+    return {"sampling.dtype, chosen": "bf16 copy" if run.choices["bf16_copy"] else "trainer"} if "bf16_copy" in run.choices else {}
 
 
 def incomparable(runs: Sequence[Run]) -> str:

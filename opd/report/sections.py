@@ -115,7 +115,9 @@ def heading(runs: Sequence[Run]) -> str:
         title, facts = _named(run), f'<dl class="who">{"".join(items)}</dl>'
     notices = []
     for run in runs:
-        notices += [f'<p class="notice">{_named(run)}: {text(warning)}.</p>' for warning in find_warnings(run.evaluations, run.config)]
+        notices += [
+            f'<p class="notice">{_named(run)}: {text(warning)}.</p>' for warning in find_warnings(run.evaluations, run.config, run.changes)
+        ]
         if run.status != "done":
             reason = f": {text(run.reason)}" if run.reason else ""
             notices.append(f'<p class="notice">{_named(run)} is not finished ({text(run.status)}{reason}).</p>')

@@ -28,12 +28,12 @@ def compared_evaluations(evaluations: Lines, step: int | None = None) -> dict[st
 
     Args:
         evaluations: the lines of evaluations.jsonl.
-        step: take the evaluation after this step as `after`; None takes the last one.
+        step: take the evaluation after this step as `after`; None takes the last one after a step of training.
     """
     student = [line for line in evaluations if line.get("model") == "student"]
     return {
         "before": next((line for line in student if line["step"] == 0), None),
-        "after": next((line for line in reversed(student) if step in (None, line["step"])), None),
+        "after": next((line for line in reversed(student) if line["step"] == step or (step is None and line["step"] > 0)), None),
         "teacher": next((line for line in evaluations if line.get("model") == "teacher"), None),
     }
 
@@ -53,14 +53,16 @@ def rewards_are_shares(evaluations: Lines) -> bool:
     return are_shares(reward for rewards in measured for reward in (rewards["mean"], *rewards.get("each", ())))
 
 
-def find_warnings(evaluations: Lines, options: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with a run's result: the student got worse, or answers have no reward.
+def find_warnings(evaluations: Lines, options: Mapping[str, Any], changes: Sequence[str] = ()) -> list[str]:
+    """Return what is wrong with a run's result: its options changed on the way, the student got worse, or answers have no reward.
 
     Args:
         evaluations: the lines of evaluations.jsonl.
         options: the composed options of the run, nested.
+        changes: options that `resume_force` changed.
     """
-    found = []
+    other = [change for change in changes if not change.startswith(("train.max_steps ", "train.epochs "))]
+    found = [f"options changed on the way (resume_force): {'; '.join(other)}"] if other else []
     compared = compared_evaluations(evaluations)
     before, after, best = compared["before"], compared["after"], best_evaluation(evaluations)
     if before is not None and after is not None and best is not None and (change := _worse(before, after)):

@@ -17,7 +17,7 @@ from opd.runs.folder import ANSWERS, EVALUATIONS, HYDRA, LOCK, METRICS, ROLLOUTS
 
 OVERRIDES = f"{HYDRA}/overrides.yaml"
 MEMBER = "member.json"
-STARTED_IN = "started_in"  # a key of run.json
+STARTED_IN, CHANGES = "started_in", "changes"  # keys of run.json
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Run:
         summary: None unless the run is done.
         content: digests of data and models; empty before the run began.
         started_in: the working folder of its last start, to which relative paths refer; None where the run did not store it.
+        changes: options that were changed on the way, with `resume_force`.
+        choices: what was decided when the run began, such as `bf16_copy`, whether it samples with a bf16 copy of the weights.
     """
 
     path: Path
@@ -42,6 +44,8 @@ class Run:
     summary: dict[str, Any] | None = None
     content: dict[str, str] = field(default_factory=dict)
     started_in: Path | None = None
+    changes: Sequence[str] = ()
+    choices: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -117,6 +121,8 @@ def open_run(path: Path) -> Run:
             read_json(path / SUMMARY) if status.get("status") == "done" else None,
             begun.get("content", {}),
             Path(begun[STARTED_IN]) if STARTED_IN in begun else None,
+            begun.get(CHANGES, ()),
+            begun.get("choices", {}),
         )
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: its files cannot be read: {' '.join(str(error).split())}") from None

@@ -39,7 +39,8 @@ def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, A
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
     metrics, evaluations = on_main_process(accelerator, lambda: read_logs(run_folder))
     summary = summarised(metrics, evaluations) | costs
-    summary |= {"control": config.control.value, "warnings": find_warnings(evaluations, to_dict(config))}
+    changes = on_main_process(accelerator, lambda: open_run(run_folder.path).changes)
+    summary |= {"control": config.control.value, "warnings": find_warnings(evaluations, to_dict(config), changes)}
     summary |= {"prompts": len(trainer.prompts), "rows": built.rows}
     best = on_main_process(accelerator, lambda: find_best(checkpoints, trainer.step)) if config.checkpoint.best is Best.final else None
     card = summary

@@ -39,7 +39,7 @@ from opd.runs.folder import (
     read_lines,
 )
 from opd.runs.outcome import describe_unjudged, objective
-from opd.runs.reader import STARTED_IN
+from opd.runs.reader import CHANGES, STARTED_IN
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
 from opd.training.checks import check_prompts, check_teacher
@@ -212,15 +212,28 @@ def find_start(
     return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
 
 
-def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None) -> None:
-    """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from."""
+def refuse_finished(run_folder: RunFolder, trainer: Trainer) -> None:
+    """Raise `ConfigError` where a finished run is resumed with other options and has no steps left that they could apply to."""
+    summary = read_json(run_folder.path / SUMMARY)
+    if summary is not None and summary["steps"] == trainer.step and trainer.step >= trainer.max_steps:
+        raise ConfigError(
+            f"{run_folder.path}: its {trainer.step} steps are done, so other options change nothing; set train.max_steps above "
+            f"{trainer.step} to train longer, another name=… to train anew, or evaluate it with opd eval {run_folder.path}"
+        )
+
+
+def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None, forced: list[str]) -> None:
+    """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from, whose options differ by `forced`."""
     run_folder.begun = True
+    changes = [*forced]
     if start is None:
         run_folder.rewind(-1)
     else:
-        run_folder.copy_logs(start.path.parent.parent)
+        source = start.path.parent.parent
+        changes = [*(read_json(source / RUN) or {}).get(CHANGES, ()), *forced]
+        run_folder.copy_logs(source)
         cut_logs(start.moment, run_folder, checkpoints)
-    run_folder.write(RUN, trainer.saved_state | {STARTED_IN: str(Path.cwd())})
+    run_folder.write(RUN, trainer.saved_state | {STARTED_IN: str(Path.cwd()), CHANGES: changes})
 
 
 def cut_logs(moment: Moment, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
@@ -270,7 +283,8 @@ def distil(
         if start is not None:
             forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
             trainer.resume(start, restart_step=bool(forced))
-        on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start))
+            on_main_process(accelerator, lambda: refuse_finished(run_folder, trainer))
+        on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start, forced))
         write_composed_config(config, run_folder)
         evaluations = restore_counters(run_folder, checkpoints, trainer)
         display = handler.display = Display(trainer.max_steps, shown=accelerator.is_main_process)
