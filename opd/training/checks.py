@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from opd.config.options import GuardAction, SamplingDtype, naming_teacher
+from opd.config.options import GuardAction, OptimConfig, SamplingDtype, naming_teacher
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Rollout
@@ -20,7 +20,7 @@ from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
 from opd.training.masked import check_masses
 from opd.training.spans import scored_logps, span_problems
-from opd.training.step import NotFinite, Step
+from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ GUARD_REMEDIES = {
     "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
 }
 MAX_REPEATED = 0.05  # share of the training prompts
+HIGH_LR = 1e-2  # also for adapters and for the smallest models
 NON_FINITE_LIMIT = 3  # steps in a row
 COMPARED = "compared teachers"  # the choice that lists the served ones whose scores of a batch were checked
 
@@ -95,8 +96,28 @@ def check_first_step(scoring: Step, metrics: Mapping[str, float], tokens: Tokens
         log.warning("teacher.alignment=spans: %s", line)
 
 
+def learning_rate_problems(config: OptimConfig, steps: int) -> list[tuple[str, str]]:
+    """Return what keeps a run of so many steps from learning by its learning rate, each with the remedy."""
+    found = []
+    if config.warmup_steps >= steps:
+        reached = 100 * lr_factor(config, steps - 1, steps)
+        what = f"optim.warmup_steps={config.warmup_steps}: the learning rate reaches only {reached:.2g} % of optim.lr in {steps} steps"
+        found.append((what, "set optim.warmup_steps=0"))
+    if config.lr >= HIGH_LR:
+        found.append((f"optim.lr={config.lr:g}: so high a rate destroys most models", "set optim.lr=1e-5, or 1e-4 for adapters"))
+    return found
+
+
+def count_empty(prompts: Sequence[Prompt]) -> int:
+    """Return how many prompts have no text."""
+    return sum(not prompt.text.strip() for prompt in prompts)
+
+
 def check_prompts(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
-    """Warn of evaluation prompts that are trained on too, and of training prompts that are many times there."""
+    """Warn of prompts without text, of evaluation prompts that are trained on too, and of training prompts that are many times there."""
+    for which, prompts in (("training", train), ("evaluation", evaluation)):
+        if empty := count_empty(prompts):
+            log.warning("%d of %d %s prompts are empty (data.prompt): leave these rows out", empty, len(prompts), which)
     count = Counter(prompt.ids for prompt in train)
     if shared := sum(prompt.ids in count for prompt in evaluation):
         log.warning("%d of %d evaluation prompts are trained on too: evaluations would reward memorisation", shared, len(evaluation))

@@ -42,7 +42,7 @@ from opd.runs.outcome import describe_unjudged, objective
 from opd.runs.reader import STARTED_IN
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
-from opd.training.checks import check_prompts, check_teacher
+from opd.training.checks import check_prompts, check_teacher, learning_rate_problems
 from opd.training.disk import warn_of_disk
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
 from opd.training.events import Evaluated, Event, Rewound, StepDone
@@ -277,6 +277,8 @@ def distil(
         introduce(display, built, start)
         if accelerator.is_main_process:
             check_prompts(trainer.prompts, trainer.evaluator.prompts)
+            for problem in learning_rate_problems(config.optim, trainer.max_steps):
+                log.warning("; ".join(problem))
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
         warn_of_disk(trainer, run_folder.path)
