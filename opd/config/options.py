@@ -279,7 +279,7 @@ class OptimConfig(Section, prefix="optim."):
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(Section, prefix="train."):
-    max_steps: int | None = bounded(200, at_least=1)
+    max_steps: int | None = bounded(200, at_least=1, hint="then set train.epochs=NUMBER")
     epochs: float | None = bounded(None, above=0)
     batch_size: int = bounded(4, at_least=1, hint="prompts per process")
     given_share: Any = 0.0

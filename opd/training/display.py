@@ -125,8 +125,9 @@ class Display:
                     values = "  ".join(f"{label} {text}" for label, text in self._values().items())
                     self.note(f"step {event.step}/{self.max_steps}  {values}")
             case Evaluated():
-                self.evaluation = event.evaluation
-                self.note(describe(event.evaluation))
+                if event.evaluation.has_results:
+                    self.evaluation = event.evaluation
+                    self.note(describe(event.evaluation))
             case Rewound():
                 self.progress.update(self.task, completed=event.step)
             case Saved():
@@ -172,7 +173,8 @@ class Display:
                 table.add_row(f"reward, {label}", *reward_cells(result))
             if result["eval_kl_after"] is not None:
                 table.add_row(f"KL, {label}", *(format_number(result[f"eval_kl_{when}"]) for when in ("before", "after")), "0")
-        self.console.print(table)
+        if table.row_count:
+            self.console.print(table)
         if summary["gap_closed"] is not None:
             self.note(describe_gap(summary["gap_closed"]))
         self.note(

@@ -72,6 +72,11 @@ class Evaluation:
         return {name: value for name, value in values.items() if name != "answers" and (value or name not in ("datasets", "unjudged"))}
 
     @property
+    def has_results(self) -> bool:
+        """Whether anything was measured: a run without evaluation prompts measures nothing."""
+        return self.rewards is not None or self.kl is not None
+
+    @property
     def score(self) -> float | None:
         """The value by which evaluations are ranked: the mean reward, else minus the KL."""
         if self.rewards is not None:

@@ -49,7 +49,7 @@ from opd.training.events import Evaluated, Event, Rewound, StepDone
 from opd.training.finish import finish, places, read_logs
 from opd.training.identity import check_content, check_same, identity
 from opd.training.inputs import Given
-from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
+from opd.training.logs import check_tracker, evaluation_log, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Trainer
 from opd.training.metrics import rollout_records, sample_text
 
@@ -91,7 +91,9 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
             display = Display(finished["steps"], shown=accelerator.is_main_process)
-            display.note(say(f"{folder} contains this run, finished; nothing to do (for a new run, set name=…)"))
+            early = finished["steps"] < (config.train.max_steps or 0)
+            at = f" at step {finished['steps']} of {config.train.max_steps}, where a callback stopped it" if early else ""
+            display.note(say(f"{folder} contains this run, finished{at}; nothing to do (for a new run, set name=…)"))
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
@@ -104,12 +106,12 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
 
 
 def evaluate(config: Config, folder: Path, given: Given) -> dict[str, float]:
-    """Evaluate the student without training and return the metrics as trackers get them. `folder`: for temporary files."""
+    """Evaluate the student without training and return the metrics as `evaluation_log` does. `folder`: for temporary files."""
     quiet_libraries()
     with ExitStack() as stack:
         built = build(config, make_accelerator(config, folder), Checkpoints(folder, 1, keep_best=False), given, stack, None)
         evaluations = [event.evaluation for event in built.trainer.evaluate() if isinstance(event, Evaluated)]
-        return evaluation_metrics(evaluations[0].to_dict())
+        return evaluation_log(evaluations[0].to_dict())
 
 
 def quiet_libraries() -> None:
