@@ -1,6 +1,7 @@
 """What a run says before and at its beginning about its data and its teacher."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from opd.cli import main as cli
 from opd.config.options import OptimConfig
 from opd.data.chat_template import ChatTemplate
 from opd.data.prompts import Prompt
-from opd.training.checks import check_prompts, check_teacher, learning_rate_problems
+from opd.training.checks import check_prompts, check_rewards, check_teacher, learning_rate_problems
+from opd.training.evaluator import Evaluator
 
 
 def prompts(*ids: int) -> list[Prompt]:
@@ -29,6 +31,27 @@ def test_evaluation_prompts_that_are_trained_on_and_repeated_ones_are_counted(ca
 def test_prompts_without_text_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     check_prompts([*prompts(1, 2), Prompt(2, (1, 3), " ")], prompts(4))
     assert caplog.messages == ["1 of 3 training prompts are empty (data.prompt): leave these rows out"]
+
+
+def test_rewards_that_are_no_shares_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    check_rewards([0.0, None, 0.5, 1.0], "mine:score")
+    assert caplog.messages == []
+    check_rewards([0.0, 2.0], "mine:score")
+    assert caplog.messages[0].startswith("eval.reward=mine:score gives values outside 0 to 1, 2 for example")
+
+
+def test_answers_over_a_limit_are_told_once_unless_their_number_changes(caplog: pytest.LogCaptureFixture) -> None:
+    class Slow:
+        not_judged, reported, limits = 0, 0, "eval.reward_seconds=5"
+
+        def grade(self, items: list[Any]) -> list[None]:
+            self.not_judged += len(items)
+            return [None] * len(items)
+
+    evaluator: Any = SimpleNamespace(grader=Slow())
+    for count in (3, 3, 2):
+        Evaluator.grade(evaluator, [{}] * count)
+    assert [message[:6] for message in caplog.messages] == ["3 of 3", "2 of 2"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from opd.data.prompts import Prompt
 from opd.data.rollouts import Rollout
 from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
+from opd.runs.intervals import are_shares
 from opd.runs.outcome import compared_evaluations
 from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
@@ -124,6 +125,13 @@ def check_prompts(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None
     repeated = len(train) - len(count)
     if repeated > MAX_REPEATED * len(train):
         log.warning("%d of %d training prompts repeat others", repeated, len(train))
+
+
+def check_rewards(rewards: Iterable[float | None], name: str) -> None:
+    """Warn of rewards that are no shares of a right answer. `name`: of the configured reward."""
+    if outside := [reward for reward in rewards if not are_shares([reward])]:
+        range_of = f"{outside[0]:g} for example: no reward is then shown in percent, and intervals are wide"
+        log.warning("eval.reward=%s gives values outside 0 to 1, %s; let it return 1 for a right answer", name, range_of)
 
 
 def check_teacher(evaluations: Sequence[Mapping[str, Any]]) -> None:

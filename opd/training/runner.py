@@ -42,7 +42,7 @@ from opd.runs.outcome import describe_unjudged, objective
 from opd.runs.reader import STARTED_IN
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
-from opd.training.checks import check_prompts, check_teacher, learning_rate_problems
+from opd.training.checks import check_prompts, check_rewards, check_teacher, learning_rate_problems
 from opd.training.disk import warn_of_disk
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
 from opd.training.events import Evaluated, Event, Rewound, StepDone
@@ -337,6 +337,9 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             if event.evaluation.step == 0:
                 if event.evaluation.unjudged is not None:
                     log.warning(describe_unjudged(event.evaluation.unjudged, trainer.config.eval.reward))
+                rewards, named = event.evaluation.rewards, trainer.config.eval.reward
+                if rewards is not None and named is not None and trainer.evaluator.grader is not None:
+                    check_rewards(rewards.each, named)
                 if accelerator.is_main_process:
                     check_teacher(read_lines(run_folder.path / EVALUATIONS))
         case Rewound():
