@@ -534,6 +534,7 @@ def test_a_run_without_evaluation_rows_shows_no_empty_results(tmp_path, capfd):
     trainer = make_trainer(tmp_path / "out", eval_dataset=None)
     assert trainer.train()["reward_after"] is None and trainer.evaluate() == {}
     shown = capfd.readouterr().out
+    assert 'reaches only 18 % of learning_rate in 2 steps; set options={"optim.warmup_steps": 0}' in shown
     assert "nothing is evaluated" in shown and "step 2/2" in shown and "evaluation after" not in shown and "result" not in shown
 
 

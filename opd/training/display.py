@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
@@ -189,14 +189,14 @@ class Display:
 
 
 class NoteHandler(logging.Handler):
-    """Shows the log's warnings."""
+    """Shows the log's warnings. `say` puts them in the words of the command line or of Python."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, say: Callable[[str], str] = str) -> None:
         super().__init__(level=logging.WARNING)
-        self.display = display
+        self.display, self.say = display, say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.display.note(f"{record.levelname.lower()}: {record.getMessage()}")
+        self.display.note(f"{record.levelname.lower()}: {self.say(record.getMessage())}")
 
 
 def describe(evaluation: Evaluation) -> str:

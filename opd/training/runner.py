@@ -263,7 +263,7 @@ def distil(
         )
         display.note(str(memory))
     with ExitStack() as stack:
-        handler = NoteHandler(display)  # before the data are read, which may leave rows out
+        handler = NoteHandler(display, str if given.train_rows is None else in_python)  # before the data are read, which may leave rows out
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         choices = None if start is None else resumed_choices(start.state, config)
