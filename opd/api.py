@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from opd.config.compose import options as option_types
 from opd.config.compose import refuse_unread, removed, to_unchecked_config
 from opd.config.options import Quantization, TeacherWeights, naming_teacher
-from opd.config.python_names import naming_arguments
+from opd.config.python_names import naming_arguments, naming_unknown
 from opd.config.schema import Config
 from opd.config.several import describe_type, did_you_mean
 from opd.config.templates import columns_of
@@ -65,6 +65,7 @@ class OnPolicyDistillationTrainer:
         DataError: There is nothing to train on.
     """
 
+    @naming_unknown
     @naming_arguments()
     def __init__(
         self,
@@ -210,7 +211,7 @@ class OnPolicyDistillationTrainer:
 
     @naming_arguments()
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the model as it is now and return `eval/reward`, `eval/length` and `eval/kl`, as far as they are configured."""
+        """Evaluate the model as it is now and return `eval_reward`, `eval_length` and `eval_kl`, as far as they are configured."""
         given, config = self.given, self.config
         if given.student is None and (self.output_dir / FINAL).is_dir():
             final = str((self.output_dir / FINAL).resolve())

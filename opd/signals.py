@@ -20,6 +20,7 @@ TIME_IS_UP = signal.SIGUSR2  # submitit has SLURM send it shortly before a job's
 LAUNCHED = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")  # set by torchrun and alike; by `accelerate launch` for a single process
 ORPHAN_SECONDS = 120.0  # time to save for a worker whose launcher died
 PR_SET_PDEATHSIG = 1
+STOPPING = b"\nopd: stopping after this token or step; press Ctrl-C again to end without saving\n"
 
 pending: list[signal.Signals] = []  # received by the current run
 received: set[int] = set()  # received since the process started
@@ -66,11 +67,14 @@ def handled(handler: Callable[[int, FrameType | None], object], numbers: Sequenc
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Record the signals that ask to stop, for `check`. A second SIGINT raises KeyboardInterrupt."""
+    """Record the signals that ask to stop, for `check`. A second SIGINT raises KeyboardInterrupt; the first one is answered at once."""
 
     def record(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and signal.SIGINT in pending:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and is_first:
+            with suppress(OSError):
+                os.write(2, STOPPING)  # not through Python's buffers, which the signal may have interrupted
         pending.append(signal.Signals(number))
         received.add(number)
         if _launcher and os.getppid() != _launcher[0]:
@@ -78,6 +82,7 @@ def deferred() -> Iterator[None]:
             signal.setitimer(signal.ITIMER_REAL, ORPHAN_SECONDS)
 
     pending.clear()
+    is_first = launched_as()[0] == 0
     try:
         with handled(record):
             yield

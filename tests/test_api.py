@@ -58,7 +58,7 @@ def test_a_finished_run_loads_its_weights_into_the_given_model(tmp_path):
     again = make_trainer(tmp_path / "out", second, processing_class=tokenizer)
     summary = again.train()
     assert again.state.global_step == summary["steps"] == 2
-    assert again.state.log_history == trainer.state.log_history and "eval/kl" in again.state.log_history[-1]
+    assert again.state.log_history == trainer.state.log_history and "eval_kl" in again.state.log_history[-1]
     assert all(torch.equal(one, other) for one, other in zip(first.parameters(), second.parameters(), strict=True))
 
 
@@ -185,9 +185,9 @@ def test_peft_config_trains_the_adapters_that_it_describes(tmp_path):
     before = trainer.evaluate()
     assert not hasattr(model, "peft_config") and all(parameter.requires_grad for parameter in model.parameters())
     summary = trainer.train()
-    assert before["eval/kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-3)
+    assert before["eval_kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-3)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert trainer.evaluate()["eval/kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3) != before["eval/kl"]
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3) != before["eval_kl"]
 
 
 def test_a_loaded_teacher_is_the_teacher_also_with_adapters(tmp_path):
@@ -251,7 +251,7 @@ def test_log_history_and_callbacks_get_every_step_and_evaluation(tmp_path):
     trainer.train()
     assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2] and trainer.state.global_step == 2
     assert [line["step"] for line in trainer.state.log_history] == [0, 1, 2, 2]
-    assert "reverse_kl" in trainer.state.log_history[1] and "eval/kl" in trainer.state.log_history[-1]
+    assert "reverse_kl" in trainer.state.log_history[1] and "eval_kl" in trainer.state.log_history[-1]
 
 
 class Recorder(TrainerCallback):
@@ -284,7 +284,7 @@ def test_callbacks_of_transformers_get_the_calls_that_a_run_has(tmp_path):
     trainer.add_callback(Recorder)  # a class, as transformers' own trainer accepts it
     trainer.train()
     evaluated = [("log", False), ("evaluate", True)]
-    steps = [("step", 1), ("log", True), ("step", 2), ("log", True), ("save", 2), ("save", 2)]  # the last one and the best one
+    steps = [("step", 1), ("log", True), ("step", 2), ("log", True), ("save", 2)]  # once, for the last and the best one
     assert recorder.calls == [("begin", 0, 1e-5, None), *evaluated, *steps, *evaluated, ("end", True)]
 
 
@@ -297,12 +297,14 @@ class StopAfter(TrainerCallback):
             control.should_training_stop = True
 
 
-def test_a_callback_may_stop_the_run_which_is_then_finished(tmp_path):
+def test_a_callback_may_stop_the_run_which_is_then_finished(tmp_path, capfd):
     events = []
     trainer = make_trainer(tmp_path / "out", max_steps=9, callbacks=[StopAfter(2), events.append])
     assert trainer.train()["steps"] == 2
     assert [type(event) for event in events] == [Evaluated, StepDone, StepDone, Saved, Saved, Evaluated]
+    capfd.readouterr()
     assert trainer.model is not None and make_trainer(tmp_path / "out", max_steps=9).train()["steps"] == 2
+    assert "finished at step 2 of 9, where a callback stopped it; nothing to do" in capfd.readouterr().out
 
 
 def test_early_stopping_of_transformers_ends_a_run_that_does_not_improve(tmp_path):
@@ -315,8 +317,8 @@ def test_evaluate_gives_the_metrics_of_the_run_before_and_after_training(tmp_pat
     before = trainer.evaluate()
     summary = trainer.train()
     after = trainer.evaluate()
-    assert before["eval/kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-3)
-    assert after["eval/kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3) and before != after
+    assert before["eval_kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-3)
+    assert after["eval_kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-3) and before != after
 
 
 def test_the_trained_model_is_there_and_can_be_saved(tmp_path):
@@ -520,9 +522,27 @@ def test_mistakes_in_options_are_named_as_they_are_passed(tmp_path, options, mes
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"max_step": 3}, "no argument max_step; did you mean max_steps"), ({"bf16": True}, "no argument bf16; other options are passed in")],
+)
+def test_an_argument_that_does_not_exist_is_refused_with_the_one_that_was_meant(tmp_path, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        make_trainer(tmp_path / "out", **arguments)
+
+
+def test_a_run_without_evaluation_rows_shows_no_empty_results(tmp_path, capfd):
+    trainer = make_trainer(tmp_path / "out", eval_dataset=None)
+    assert trainer.train()["reward_after"] is None and trainer.evaluate() == {}
+    shown = capfd.readouterr().out
+    assert 'reaches only 18 % of learning_rate in 2 steps; set options={"optim.warmup_steps": 0}' in shown
+    assert "nothing is evaluated" in shown and "step 2/2" in shown and "evaluation after" not in shown and "result" not in shown
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("optim.lr=-1.0: must be above 0", "learning_rate=-1.0: must be above 0"),
+        ("train.max_steps=-1: must be at least 1, or null for none", "max_steps=-1: must be at least 1, or None for none"),
         ("set another name=…, or resume=auto to resume it", "set another output_dir=…, or resume_from_checkpoint=True to resume it"),
         ("or set hydra.run.dir=FOLDER", "or set output_dir=FOLDER"),
         ("set eval.reward=null, or", "set reward_funcs=None, or"),

@@ -258,6 +258,7 @@ def test_the_default_name_has_student_teacher_data_and_seed() -> None:
         (["sampling.engine=vllm", "eval.temperature=0.001"], "eval.temperature=0.001", "between 0.01 and 2"),
         (["ppo.steps=0"], "ppo.steps=0", "at least 1"),
         (["ppo.clip_eps=0"], "ppo.clip_eps=0.0", "0.2 is usual"),
+        (["ppo.clip_eps=2"], "ppo.clip_eps=2.0", "must be above 0 and below 1 (0.2 is usual)"),
         (["ppo.advantage_clip=-1"], "ppo.advantage_clip=-1.0", "null"),
         (["ppo.importance_cap=0"], "ppo.importance_cap=0.0", "null"),
         (["ppo.beta=1.5"], "ppo.beta=1.5", "at most 1"),

@@ -29,9 +29,15 @@ def test_busy_cores_are_reported_once_with_what_is_faster(caplog: pytest.LogCapt
     assert found.metrics() == {"perf/cpu": pytest.approx(0.4)}
 
 
-def test_free_cores_one_thread_and_a_slow_first_step_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+def test_one_thread_that_shares_its_core_is_reported_with_what_helps(caplog: pytest.LogCaptureFixture) -> None:
+    [line] = reports(caplog, Cores(1), 0.4)
+    assert "40 % of the CPU time of their thread" in line and "taskset" in line and "OMP" not in line
+    assert reports(caplog, Cores(1), 0.7) == []
+
+
+def test_free_cores_unwatched_ones_and_a_slow_first_step_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
     assert reports(caplog, Cores(2), 0.7) == []
-    assert reports(caplog, Cores(1), 0.4) == [] and Cores(1).metrics() == {}
+    assert reports(caplog, Cores(0), 0.4) == [] and Cores(0).metrics() == {}
     assert reports(caplog, Cores(2), 0.1, steps=STEPS) == []
     found = Cores(2)
     found.note(1, 0.1, 100.0)
@@ -49,4 +55,4 @@ def test_nothing_is_watched_where_a_step_waits_for_something_else(
     monkeypatch.setattr(cores.torch, "get_num_threads", lambda: 4)
     assert watch_cores(config(), CPU, 1).threads == 4
     monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    assert watch_cores(config(**options), torch.device(device), processes).threads == 1
+    assert watch_cores(config(**options), torch.device(device), processes).threads == 0

@@ -267,6 +267,14 @@ def test_missing_column_fails_and_dropped_or_shared_prompts_warn(doctor: Any, tm
     assert found["held out"]["status"] == "warn" and "10 of 10 evaluation prompts" in found["held out"]["what"]
 
 
+def test_what_keeps_a_run_from_learning_by_its_options_warns(doctor: Any) -> None:
+    code, found, _ = doctor("--prompts", "0", "optim.warmup_steps=1000")
+    assert code == errors.OK and found["learning rate"]["status"] == "warn"
+    assert found["learning rate"]["remedy"] == "set optim.warmup_steps=0"
+    [finding] = rows.check_empty([Prompt(0, (1,), "1+1="), Prompt(1, (1,), "")])
+    assert finding.status is Status.warn and finding.what == "1 of 2 have no text"
+
+
 def test_too_little_memory_fails_before_models_are_loaded(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd.doctor.free_memory", lambda device: 20 * 2**20)
     monkeypatch.setattr("opd.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))

@@ -281,7 +281,20 @@ def test_launch_options_are_not_part_of_a_run_identity():
     assert differences({"launch": {"processes": 2}}, {"launch": {"processes": None}}) == []
 
 
-def test_launch_mistakes_are_one_line(tmp_path, capsys):
+@pytest.mark.parametrize(("rank", "is_answered"), [("0", True), ("1", False)])
+def test_the_first_ctrl_c_is_answered_at_once_by_the_main_process_and_the_second_ends_it(rank, is_answered, monkeypatch, capfd):
+    for name, value in {"LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with signals.deferred():
+        signal.raise_signal(signal.SIGINT)
+        assert ("press Ctrl-C again to end without saving" in capfd.readouterr().err) is is_answered
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_launch_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(errors.ConfigError, match=r"launch\.processes=0"):
         from_options({"launch.processes": 0})
     with pytest.raises(errors.ConfigError, match="accelerate launch YOUR_SCRIPT"):
@@ -290,7 +303,10 @@ def test_launch_mistakes_are_one_line(tmp_path, capsys):
     arguments = ["--config_file", file, "--num_processes", "9", "-m", "opd.train"]
     assert launch.launch_workers(Device.cuda, arguments) == errors.USAGE
     complaint = capsys.readouterr().err
-    assert "launch.processes=9" in complaint and "device=cpu" in complaint and complaint.count("\n") == 1
+    assert complaint == "opd: error: launch.processes=9: torch sees 0 GPUs here; use device=cpu\n"
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert launch.launch_workers(Device.cuda, arguments) == errors.USAGE
+    assert "use launch.processes=2 or device=cpu" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,12 @@ def test_steps_fit_into_the_minutes_with_their_evaluations() -> None:
     assert (epochs.train.max_steps, epochs.train.epochs) == (100, None)
 
 
+def test_time_that_a_plan_leaves_is_told_with_the_steps_that_would_take_it() -> None:
+    config, own = from_options({**TINY, "train.max_steps": 200, "eval.steps": 0}), planner(40, (), "cpu")
+    assert fit_time(own, config, Timing(step=1.0, truncated=0.0, steps=200), 10).train.max_steps == 200
+    assert own.choices[-1].reason.endswith("10 minutes are a limit, which train.max_steps=600 would reach")
+
+
 def test_too_little_time_shortens_completions_and_then_refuses() -> None:
     slow = Timing(step=12.0, truncated=0.9, steps=200)
     found = timed(5, slow)

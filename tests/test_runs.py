@@ -138,6 +138,9 @@ def test_answers_without_a_reward_are_a_warning() -> None:
     lines = [{**evaluation(0, None), "unjudged": {"count": 4, "of": 4, "answer": "no digits here"}}]
     [found] = outcome.find_warnings(lines, {"eval": {"reward": "number"}})
     assert "eval.reward=number judged none of 4 answers: 'no digits here' has no single number" in found and "data.answer" in found
+    lines = [{**evaluation(0, None), "unjudged": {"count": 4, "of": 4, "answer": "1", "missed": 4}}]
+    [found] = outcome.find_warnings(lines, {"eval": {"reward": "mine:slow"}})
+    assert found.endswith("it took too long or too much memory; raise eval.reward_seconds or eval.reward_memory")
     lines = [{**evaluation(0, [1, None]), "unjudged": {"count": 1, "of": 2, "answer": "x"}}]
     assert "judged 1 of 2 answers" in outcome.find_warnings(lines, {"eval": {"reward": "exact"}})[0]
 

@@ -385,7 +385,7 @@ def test_a_trained_module_cannot_be_evaluated_against_its_first_weights(tmp_path
         "bundled:tiny-student", "bundled:tiny-student", rows, rows[:2], max_steps=1, output_dir=tmp_path / "out", options=options,
         max_new_tokens=4,
     )  # fmt: skip
-    assert trainer.evaluate()["eval/kl"] > 0
+    assert trainer.evaluate()["eval_kl"] > 0
     trainer.train()
     with pytest.raises(ConfigError, match=r"teacher\.weights.*base.*opd eval"):
         trainer.evaluate()

@@ -140,7 +140,8 @@ def launch_workers(device: Device, arguments: Sequence[str]) -> int:
         gpus = torch.cuda.device_count()
         on_cpu = device is Device.cpu or (device is Device.auto and not torch.cuda.is_available())
         if not on_cpu and processes > gpus:
-            print(f"opd: error: {option}: torch sees {gpus} GPUs here; use launch.processes={gpus} or device=cpu", file=sys.stderr)
+            fewer = f"launch.processes={gpus} or " if gpus else ""
+            print(f"opd: error: {option}: torch sees {gpus} GPUs here; use {fewer}device=cpu", file=sys.stderr)
             return USAGE
         content = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "use_cpu": on_cpu, "num_machines": 1}
         file.write_text(yaml.safe_dump({**content, "num_processes": processes, "machine_rank": 0, "mixed_precision": "no"}))

@@ -244,7 +244,7 @@ class PPOConfig(Section, prefix="ppo."):
     divergence: Divergence = Divergence.reverse_kl
     temperature: float | None = bounded(None, above=0, hint="null: sampling.temperature")
     steps: int = bounded(1, at_least=1)
-    clip_eps: float = bounded(0.2, above=0, hint="0.2 is usual")
+    clip_eps: float = bounded(0.2, above=0, below=1, hint="0.2 is usual")
     advantage_clip: float | None = bounded(5.0, above=0)
     importance_cap: float | None = bounded(2.0, above=0)
     reduction: Reduction = Reduction.token
@@ -279,7 +279,7 @@ class OptimConfig(Section, prefix="optim."):
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig(Section, prefix="train."):
-    max_steps: int | None = bounded(200, at_least=1)
+    max_steps: int | None = bounded(200, at_least=1, hint="then set train.epochs=NUMBER")
     epochs: float | None = bounded(None, above=0)
     batch_size: int = bounded(4, at_least=1, hint="prompts per process")
     given_share: Any = 0.0

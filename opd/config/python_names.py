@@ -1,13 +1,19 @@
 """The options that are arguments of the Python API, and messages in the words of its users."""
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import ParamSpec
 
 import yaml
 
 from opd.config.compose import options
+from opd.config.several import did_you_mean
 from opd.errors import OpdError
+
+P = ParamSpec("P")
 
 ARGUMENTS = {
     "model.path": "model",
@@ -53,7 +59,21 @@ def in_python(text: str) -> str:
             return ARGUMENTS[option] if value is None else f"{ARGUMENTS[option]}={LITERALS.get(value, value)}"
         return found[0] if option not in known or value is None else f'options={{"{option}": {python_value(value)}}}'
 
-    return OPTION.sub(rename, text)
+    return re.sub(r"\b(or|to) null\b", r"\1 None", OPTION.sub(rename, text))
+
+
+def naming_unknown(init: Callable[P, None]) -> Callable[P, None]:
+    """Let a constructor say which of its arguments was meant by one that it does not have. It stays Python's `TypeError`."""
+    known = inspect.signature(init).parameters
+
+    @wraps(init)
+    def checked(*args: P.args, **arguments: P.kwargs) -> None:
+        for name in arguments.keys() - known.keys():
+            meant = did_you_mean(name, known).strip()
+            raise TypeError(f"there is no argument {name}; {meant or 'other options are passed in options={NAME: VALUE}'}")
+        init(*args, **arguments)
+
+    return checked
 
 
 def python_value(text: str) -> str:

@@ -151,11 +151,13 @@ class Grader:
 
     Attributes:
         not_judged: How many answers hit the time or memory limit, or crashed the child. They have no reward.
+        reported: How many a warning named last, so that evaluations do not repeat it.
         limits: The limits, as options.
     """
 
     def __init__(self, name: str, seconds: float, memory_mib: int) -> None:
         self.not_judged = 0
+        self.reported = 0
         self.limits = f"eval.reward_seconds={seconds:g}, eval.reward_memory={memory_mib}"
         self._name = name
         self._seconds = seconds

@@ -17,7 +17,7 @@ from opd.data.prompts import Encoder, Prompt, first_of_each
 from opd.data.rows import DataRow
 from opd.data.sources import load_rows
 from opd.doctor import first_step, machine, rows, tokens, views
-from opd.doctor.findings import Finding, Report, Status, ok
+from opd.doctor.findings import Finding, Report, Status, ok, warn
 from opd.doctor.plan import Planner, PlanRequest, train_command, with_options
 from opd.doctor.plan_time import Timing, fit_time
 from opd.doctor.warm_start import warm_start_commands
@@ -27,7 +27,7 @@ from opd.models.device import free_memory
 from opd.models.memory import Memory, estimate
 from opd.training.build import build
 from opd.training.checkpoint import Checkpoints
-from opd.training.checks import check_scores
+from opd.training.checks import check_scores, learning_rate_problems
 from opd.training.disk import disk_of, free_disk
 from opd.training.evaluation import count_evaluations
 from opd.training.inputs import Given, Loaded, encode_dataset, join_datasets, make_run_grader
@@ -130,7 +130,7 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
-    report.add(*rows.check_held_out(train, evaluation))
+    report.add(*rows.check_empty([*train, *evaluation]), *rows.check_held_out(train, evaluation))
     return student, Loaded((train_rows, eval_rows), (train, evaluation))
 
 
@@ -207,6 +207,7 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
         report.figures["step"] = {"seconds": step.seconds, "steps": trainer.max_steps, "tokens_per_second": rate, **step.metrics}
         bf16 = models.computes_in_bf16(config.model.dtype, accelerator.device)
         report.add(*first_step.check_self(evaluator, trainer.student, step.rollouts, bf16))
+        report.add(*(warn("learning rate", *problem) for problem in learning_rate_problems(config.optim, trainer.max_steps)))
         report.add(*first_step.check_sampler(step, config), *first_step.check_start(step, config))
         report.add(*first_step.check_masked(step, trainer.scoring.overlap, tokenizer), *first_step.check_spans(step))
         disk, free = disk_of(trainer), free_disk(Path("runs"))

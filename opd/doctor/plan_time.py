@@ -12,6 +12,7 @@ from opd.runs.text import format_duration
 from opd.training.evaluation import count_evaluations
 
 MIN_STEPS = 50  # fewer hardly train a model: shorter completions are better
+MOST_STEPS = 1_000_000  # that are thought of
 MIN_TOKENS = 64  # of completions that are shortened to save time
 
 
@@ -39,11 +40,12 @@ class Timing:
     def of_evaluations(self, config: Config, steps: int) -> float:
         return (self.teacher or 0.0) + count_evaluations(config.eval, steps) * (self.student or 0.0)
 
-    def steps_within(self, minutes: float | None, config: Config, scale: float) -> int:
-        """Return how many of the run's steps fit into the minutes."""
+    def steps_within(self, minutes: float | None, config: Config, scale: float, most: int | None = None) -> int:
+        """Return how many of the run's steps, or of `most`, fit into the minutes."""
+        most = most or self.steps
         if minutes is None:
-            return self.steps
-        return bisect_right(range(1, self.steps + 1), 60 * minutes, key=lambda steps: self.of_run(config, scale, steps))
+            return most
+        return bisect_right(range(1, most + 1), 60 * minutes, key=lambda steps: self.of_run(config, scale, steps))
 
 
 def fit_time(planner: Planner, config: Config, timing: Timing | None, minutes: float | None) -> Config:
@@ -83,6 +85,9 @@ def fit_time(planner: Planner, config: Config, timing: Timing | None, minutes: f
     reason = f"{scale * timing.step:.2g} s a step" + (" if time goes with length" if scale != 1 else ", measured")
     reason += ", without evaluations" if timing.student is None else f"; an evaluation {format_duration(timing.student)}"
     if possible >= timing.steps:
+        if minutes is not None:
+            longest = timing.steps_within(minutes, config, scale, MOST_STEPS)
+            reason += f"; {minutes:g} minutes are a limit, which train.max_steps={longest} would reach"
         planner.choose("time", what, reason)
         return config
     if possible < 1:

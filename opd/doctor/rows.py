@@ -8,6 +8,7 @@ from opd.data.prompts import Prompt
 from opd.data.rewards import Grader
 from opd.data.sources import Rows
 from opd.doctor.findings import Finding, fail, ok, warn
+from opd.training.checks import count_empty
 from opd.training.inputs import describe_closing
 
 MAX_GRADED = 200
@@ -39,6 +40,14 @@ def check_lengths(prompts: Sequence[Prompt], rows: int, which: str, config: Conf
         remedy = f"raise data.max_prompt_tokens={config.data.max_prompt_tokens}, unless the run can do without the long ones"
         return [warn(f"{which} prompts", what, remedy)]
     return [ok(f"{which} prompts", what)]
+
+
+def check_empty(prompts: Sequence[Prompt]) -> list[Finding]:
+    """Count prompts without text."""
+    empty = count_empty(prompts)
+    return [warn("empty prompts", f"{empty:,} of {len(prompts):,} have no text", "leave these rows out, or check data.prompt")] * (
+        empty > 0
+    )
 
 
 def check_held_out(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> list[Finding]:

@@ -11,7 +11,7 @@ from opd.config.schema import Config
 from opd.models.distributed import in_main_process
 from opd.training.evaluation import Evaluation
 from opd.training.events import Evaluated, Event, Rewound, Saved, StepDone
-from opd.training.logs import evaluation_metrics, read_history
+from opd.training.logs import evaluation_log, read_history
 
 Callback = Callable[[Event], object] | TrainerCallback | type[TrainerCallback]
 
@@ -65,6 +65,7 @@ class CallbackHandler:
     Args:
         objects: `model` and `processing_class`, as the callbacks of transformers get them.
         begun: Whether there was an event.
+        saved: The step of the last checkpoint.
     """
 
     callbacks: list[Callable[[Event], object] | TrainerCallback]
@@ -73,6 +74,7 @@ class CallbackHandler:
     state: TrainerState = field(default_factory=TrainerState)
     control: TrainerControl = field(default_factory=TrainerControl)
     begun: bool = False
+    saved: int | None = None
 
     def __call__(self, event: Event) -> bool:
         """Pass an event on. Returns whether a callback asks to stop."""
@@ -85,14 +87,17 @@ class CallbackHandler:
                 self.notify("on_step_end")
                 self.notify("on_log", logs=dict(event.metrics))
             case Evaluated():
-                metrics = evaluation_metrics(event.evaluation.to_dict())
+                metrics = evaluation_log(event.evaluation.to_dict())
                 self.state.log_history.append({"step": event.evaluation.step, **metrics})
                 self.notify("on_log", logs=dict(metrics))
-                self.notify("on_evaluate", metrics={name.replace("/", "_"): value for name, value in metrics.items()})
+                self.notify("on_evaluate", metrics=dict(metrics))
                 self.note_best(event.evaluation)
             case Saved():
-                self.notify("on_save")
+                if event.step != self.saved:  # the periodic checkpoint, and then the best one
+                    self.notify("on_save")
+                self.saved = event.step
             case Rewound():
+                self.saved = None
                 self.state.global_step = event.step
                 self.state.log_history = [line for line in self.state.log_history if line["step"] <= event.step]
         for callback in self.callbacks:
@@ -102,7 +107,7 @@ class CallbackHandler:
 
     def begin(self, event: Event) -> None:
         """Start with the history of the steps from which a run is resumed. The event itself may be in the logs already."""
-        self.begun, self.control, is_evaluation = True, TrainerControl(), isinstance(event, Evaluated)
+        self.begun, self.saved, self.control, is_evaluation = True, None, TrainerControl(), isinstance(event, Evaluated)
         step = event.evaluation.step if isinstance(event, Evaluated) else event.step
         history = read_history(Path(self.args.output_dir))
         earlier = [line for line in history if line["step"] < step or (is_evaluation and line["step"] == step and "tokens" in line)]

@@ -2,25 +2,26 @@
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
-from opd.config.options import GuardAction, SamplingDtype, naming_teacher
+from opd.config.options import GuardAction, OptimConfig, SamplingDtype, naming_teacher
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Rollout
 from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
+from opd.runs.intervals import are_shares
 from opd.runs.outcome import compared_evaluations
 from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
 from opd.training.masked import check_masses
 from opd.training.spans import scored_logps, span_problems
-from opd.training.step import NotFinite, Step
+from opd.training.step import NotFinite, Step, lr_factor
 from opd.training.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ GUARD_REMEDIES = {
     "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
 }
 MAX_REPEATED = 0.05  # share of the training prompts
+HIGH_LR = 1e-2  # also for adapters and for the smallest models
 NON_FINITE_LIMIT = 3  # steps in a row
 COMPARED = "compared teachers"  # the choice that lists the served ones whose scores of a batch were checked
 
@@ -95,14 +97,41 @@ def check_first_step(scoring: Step, metrics: Mapping[str, float], tokens: Tokens
         log.warning("teacher.alignment=spans: %s", line)
 
 
+def learning_rate_problems(config: OptimConfig, steps: int) -> list[tuple[str, str]]:
+    """Return what keeps a run of so many steps from learning by its learning rate, each with the remedy."""
+    found = []
+    if config.warmup_steps >= steps:
+        reached = 100 * lr_factor(config, steps - 1, steps)
+        what = f"optim.warmup_steps={config.warmup_steps}: the learning rate reaches only {reached:.2g} % of optim.lr in {steps} steps"
+        found.append((what, "set optim.warmup_steps=0"))
+    if config.lr >= HIGH_LR:
+        found.append((f"optim.lr={config.lr:g}: so high a rate destroys most models", "set optim.lr=1e-5, or 1e-4 for adapters"))
+    return found
+
+
+def count_empty(prompts: Sequence[Prompt]) -> int:
+    """Return how many prompts have no text."""
+    return sum(not prompt.text.strip() for prompt in prompts)
+
+
 def check_prompts(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
-    """Warn of evaluation prompts that are trained on too, and of training prompts that are many times there."""
+    """Warn of prompts without text, of evaluation prompts that are trained on too, and of training prompts that are many times there."""
+    for which, prompts in (("training", train), ("evaluation", evaluation)):
+        if empty := count_empty(prompts):
+            log.warning("%d of %d %s prompts are empty (data.prompt): leave these rows out", empty, len(prompts), which)
     count = Counter(prompt.ids for prompt in train)
     if shared := sum(prompt.ids in count for prompt in evaluation):
         log.warning("%d of %d evaluation prompts are trained on too: evaluations would reward memorisation", shared, len(evaluation))
     repeated = len(train) - len(count)
     if repeated > MAX_REPEATED * len(train):
         log.warning("%d of %d training prompts repeat others", repeated, len(train))
+
+
+def check_rewards(rewards: Iterable[float | None], name: str) -> None:
+    """Warn of rewards that are no shares of a right answer. `name`: of the configured reward."""
+    if outside := [reward for reward in rewards if not are_shares([reward])]:
+        range_of = f"{outside[0]:g} for example: no reward is then shown in percent, and intervals are wide"
+        log.warning("eval.reward=%s gives values outside 0 to 1, %s; let it return 1 for a right answer", name, range_of)
 
 
 def check_teacher(evaluations: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console, Group
@@ -125,8 +125,9 @@ class Display:
                     values = "  ".join(f"{label} {text}" for label, text in self._values().items())
                     self.note(f"step {event.step}/{self.max_steps}  {values}")
             case Evaluated():
-                self.evaluation = event.evaluation
-                self.note(describe(event.evaluation))
+                if event.evaluation.has_results:
+                    self.evaluation = event.evaluation
+                    self.note(describe(event.evaluation))
             case Rewound():
                 self.progress.update(self.task, completed=event.step)
             case Saved():
@@ -172,7 +173,8 @@ class Display:
                 table.add_row(f"reward, {label}", *reward_cells(result))
             if result["eval_kl_after"] is not None:
                 table.add_row(f"KL, {label}", *(format_number(result[f"eval_kl_{when}"]) for when in ("before", "after")), "0")
-        self.console.print(table)
+        if table.row_count:
+            self.console.print(table)
         if summary["gap_closed"] is not None:
             self.note(describe_gap(summary["gap_closed"]))
         self.note(
@@ -187,14 +189,14 @@ class Display:
 
 
 class NoteHandler(logging.Handler):
-    """Shows the log's warnings."""
+    """Shows the log's warnings. `say` puts them in the words of the command line or of Python."""
 
-    def __init__(self, display: Display) -> None:
+    def __init__(self, display: Display, say: Callable[[str], str] = str) -> None:
         super().__init__(level=logging.WARNING)
-        self.display = display
+        self.display, self.say = display, say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.display.note(f"{record.levelname.lower()}: {record.getMessage()}")
+        self.display.note(f"{record.levelname.lower()}: {self.say(record.getMessage())}")
 
 
 def describe(evaluation: Evaluation) -> str:

@@ -52,7 +52,8 @@ class Evaluation:
         example: A prompt with its answer.
         overlap: Top-k overlap on the samples of the KL: means `share` and `mass`, and `by_position` as in metrics.jsonl.
         datasets: The same of each dataset of `data.mix`; empty without.
-        unjudged: Where answers have no reward: their `count`, `of` how many, and the reference `answer` of the first; None where all have.
+        unjudged: Where answers have no reward: their `count`, `of` how many, the reference `answer` of the first, and as `missed` how
+            often the reward hit its limits, if it did; None where all have one.
         kl_interval: The KL's 95 % interval over its prompts; None for one prompt.
         answers: What was answered, which evaluations.jsonl leaves out.
     """
@@ -70,6 +71,11 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         values = asdict(replace(self, answers=()))
         return {name: value for name, value in values.items() if name != "answers" and (value or name not in ("datasets", "unjudged"))}
+
+    @property
+    def has_results(self) -> bool:
+        """Whether anything was measured: a run without evaluation prompts measures nothing."""
+        return self.rewards is not None or self.kl is not None
 
     @property
     def score(self) -> float | None:
@@ -130,14 +136,18 @@ def mean_overlap(distances: Distances, max_new_tokens: int) -> dict[str, Any] | 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Judged answers of a model."""
+    """Judged answers of a model. `missed`: how often the reward hit its limits."""
 
     rows: list[Answer]
+    missed: int = 0
 
     def unjudged(self) -> dict[str, Any] | None:
         """Return what `Evaluation.unjudged` has."""
         missing = [row for row in self.rows if row.reward is None]
-        return {"count": len(missing), "of": len(self.rows), "answer": next(iter(missing[0].references), None)} if missing else None
+        if not missing:
+            return None
+        found = {"count": len(missing), "of": len(self.rows), "answer": next(iter(missing[0].references), None)}
+        return found | ({"missed": self.missed} if self.missed else {})
 
     def rewards(self, dataset: str | None = None) -> Rewards | None:
         """Return the statistics of one dataset or, for None, of all; None without answers."""

@@ -116,6 +116,11 @@ class Evaluator:
         """All prompts of evaluations, each once."""
         return list({(prompt.dataset, prompt.sample_id): prompt for prompt in (*self.answered, *self.kl_prompts)}.values())
 
+    @property
+    def missed(self) -> int:
+        """How often the reward hit its limits so far, in this process."""
+        return 0 if self.grader is None else self.grader.not_judged
+
     def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
         """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
         for option, prompts, decoding in (
@@ -167,6 +172,7 @@ class Evaluator:
         requests = [Request(prompt, 0, attempt) for prompt in prompts for attempt in range(samples)]
         rollouts = self.sample(sampler, requests, self.decoding, "evaluation", f"evaluating the {name}")
         reader = self.as_teacher() if as_teacher else self
+        missed_before = self.missed
         with self.progress.of(f"grading the answers of the {name}"):
             rewards = reader.judge(rollouts)
         judged = zip(rewards, rollouts, map(reader.text, rollouts), strict=True)
@@ -183,7 +189,7 @@ class Evaluator:
             )
             for reward, rollout, text in judged
         ]
-        return Judged(gather_object(rows))
+        return Judged(gather_object(rows), sum(gather_object([self.missed - missed_before])))
 
     def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
         """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""
@@ -242,7 +248,9 @@ class Evaluator:
             return [None] * len(items)
         before = self.grader.not_judged
         rewards = self.grader.grade(items)
-        if missed := self.grader.not_judged - before:
+        missed = self.grader.not_judged - before
+        if missed and missed != self.grader.reported:
+            self.grader.reported = missed
             log.warning(
                 "%d of %d answers were not judged: a reward took too long or too much memory (%s)", missed, len(items), self.grader.limits
             )

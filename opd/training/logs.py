@@ -58,11 +58,16 @@ def evaluation_metrics(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
+def evaluation_log(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return what `evaluation_metrics` does under the names that transformers gives such metrics: `eval_reward`, not `eval/reward`."""
+    return {name.replace("/", "_"): value for name, value in evaluation_metrics(evaluation).items()}
+
+
 def read_history(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of each step and of each evaluation of the student that a run folder has, in order of their `step`."""
     steps = [{name: value for name, value in line.items() if name != "by_position"} for line in read_lines(folder / METRICS)]
     found = [line for line in read_lines(folder / EVALUATIONS) if line["model"] == "student"]
-    evaluations = [{"step": line["step"], **evaluation_metrics(line)} for line in found]
+    evaluations = [{"step": line["step"], **evaluation_log(line)} for line in found]
     return sorted([*steps, *evaluations], key=lambda line: int(line["step"]))
 
 

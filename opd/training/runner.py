@@ -42,14 +42,14 @@ from opd.runs.outcome import describe_unjudged, objective
 from opd.runs.reader import CHANGES, STARTED_IN
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
-from opd.training.checks import check_prompts, check_teacher
+from opd.training.checks import check_prompts, check_rewards, check_teacher, learning_rate_problems
 from opd.training.disk import warn_of_disk
 from opd.training.display import Display, NoteHandler, describe_datasets, describe_rewards, introduce
 from opd.training.events import Evaluated, Event, Rewound, StepDone
 from opd.training.finish import finish, places, read_logs
 from opd.training.identity import check_content, check_same, identity
 from opd.training.inputs import Given
-from opd.training.logs import check_tracker, evaluation_metrics, start_tracking, watchdog
+from opd.training.logs import check_tracker, evaluation_log, evaluation_metrics, start_tracking, watchdog
 from opd.training.loop import Trainer
 from opd.training.metrics import rollout_records, sample_text
 
@@ -91,7 +91,9 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
             display = Display(finished["steps"], shown=accelerator.is_main_process)
-            display.note(say(f"{folder} contains this run, finished; nothing to do (for a new run, set name=…)"))
+            early = finished["steps"] < (config.train.max_steps or 0)
+            at = f" at step {finished['steps']} of {config.train.max_steps}, where a callback stopped it" if early else ""
+            display.note(say(f"{folder} contains this run, finished{at}; nothing to do (for a new run, set name=…)"))
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
@@ -104,12 +106,12 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
 
 
 def evaluate(config: Config, folder: Path, given: Given) -> dict[str, float]:
-    """Evaluate the student without training and return the metrics as trackers get them. `folder`: for temporary files."""
+    """Evaluate the student without training and return the metrics as `evaluation_log` does. `folder`: for temporary files."""
     quiet_libraries()
     with ExitStack() as stack:
         built = build(config, make_accelerator(config, folder), Checkpoints(folder, 1, keep_best=False), given, stack, None)
         evaluations = [event.evaluation for event in built.trainer.evaluate() if isinstance(event, Evaluated)]
-        return evaluation_metrics(evaluations[0].to_dict())
+        return evaluation_log(evaluations[0].to_dict())
 
 
 def quiet_libraries() -> None:
@@ -274,7 +276,7 @@ def distil(
         )
         display.note(str(memory))
     with ExitStack() as stack:
-        handler = NoteHandler(display)  # before the data are read, which may leave rows out
+        handler = NoteHandler(display, str if given.train_rows is None else in_python)  # before the data are read, which may leave rows out
         logging.getLogger("opd").addHandler(handler)
         stack.callback(logging.getLogger("opd").removeHandler, handler)
         choices = None if start is None else resumed_choices(start.state, config)
@@ -291,6 +293,8 @@ def distil(
         introduce(display, built, start)
         if accelerator.is_main_process:
             check_prompts(trainer.prompts, trainer.evaluator.prompts)
+            for problem in learning_rate_problems(config.optim, trainer.max_steps):
+                log.warning("; ".join(problem))
         for difference in forced:
             log.warning("resume_force=true: %s", difference)
         warn_of_disk(trainer, run_folder.path)
@@ -347,6 +351,9 @@ def write_event(event: Event, built: Built, run_folder: RunFolder, display: Disp
             if event.evaluation.step == 0:
                 if event.evaluation.unjudged is not None:
                     log.warning(describe_unjudged(event.evaluation.unjudged, trainer.config.eval.reward))
+                rewards, named = event.evaluation.rewards, trainer.config.eval.reward
+                if rewards is not None and named is not None and trainer.evaluator.grader is not None:
+                    check_rewards(rewards.each, named)
                 if accelerator.is_main_process:
                     check_teacher(read_lines(run_folder.path / EVALUATIONS))
         case Rewound():
