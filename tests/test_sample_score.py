@@ -149,6 +149,20 @@ def test_the_terminal_gets_no_control_characters() -> None:
     assert "\x1b" not in shown and "\u202e" not in shown and "[red]x[/red]" in shown and "-3.000" in shown
 
 
+@pytest.mark.parametrize(("count", "named"), [(40, list(range(40))), (113, list(range(1, 21)))])
+def test_the_table_of_scores_has_all_tokens_or_those_that_differ_most_in_their_order(count: int, named: list[int]) -> None:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=100)
+    teacher = [-1.0 - (index if index <= 20 else 0) / 10 for index in range(count)]
+    for part in score_parts(ScoredText([f"t{index}." for index in range(count)], [-1.0] * count, teacher)):
+        console.print(part)
+    shown = stream.getvalue()
+    assert [int(index) for index in re.findall(r"'t(\d+)\.'", shown)] == named
+    assert ("the 20 of 113 tokens that differ most, in their order; --json has all" in shown) == (count > 40)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
