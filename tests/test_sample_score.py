@@ -15,7 +15,7 @@ from opd import errors
 from opd.cli import main as cli
 from opd.config.options import ModelConfig
 from opd.errors import DataError
-from opd.evaluation import sample_score
+from opd.evaluation import texts
 from opd.evaluation.sample_score import ScoredText
 from opd.evaluation.show import completion_table, score_page, score_parts
 from opd.models import load as models
@@ -195,14 +195,14 @@ def test_sample_and_score_mistakes_are_one_line_with_an_exit_code(
 
 def test_prompts_of_a_file_are_its_lines_whatever_other_separators_are_in_them(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("a\u2028b\x85c\r\n\nd".encode())
-    assert sample_score.read_prompts([], "prompts.txt", input) == ["a\u2028b\x85c", "d"]
+    assert texts.read_prompts([], "prompts.txt", input) == ["a\u2028b\x85c", "d"]
 
 
 def test_prompts_end_with_the_input() -> None:
     def ask() -> str:
         raise EOFError
 
-    assert sample_score.read_prompts([], None, ask) == []
-    assert sample_score.read_prompts(["a"], None, ask) == ["a"]
+    assert texts.read_prompts([], None, ask) == []
+    assert texts.read_prompts(["a"], None, ask) == ["a"]
     with pytest.raises(DataError):
-        sample_score.read_text("no/such/file")
+        texts.read_text("no/such/file")

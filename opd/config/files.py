@@ -77,6 +77,11 @@ def data_files(path: str) -> list[Path]:
     return [place] if place.exists() else []
 
 
+def eval_file(out: Path) -> Path:
+    """Return the file with the evaluation rows that belongs to the one with the teacher's completions."""
+    return out.with_name(f"{out.stem}-eval{out.suffix}")
+
+
 def looks_local(path: str) -> bool:
     """Return whether a path can be none of the hub's, which are OWNER/NAME."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1

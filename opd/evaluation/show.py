@@ -28,7 +28,7 @@ def show_models(console: Console, models: Mapping[str, str | None]) -> None:
 
 
 def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path | None) -> None:
-    """Print the result of `judge`, a table and the differences, and the file that it goes to."""
+    """Print the result of `judge`, a table and the differences, and the file that it goes to, if any."""
     for name, task in evaluation["tasks"].items():
         console.print(_evaluation_table(name, task))
         shares = task.get("reward_is_share", True)
@@ -43,6 +43,8 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path |
     if out is not None:
         answers = f"; the answers are in {file_beside(out).name}" if evaluation["tasks"]["evaluation"]["prompts"] else ""
         console.print(Text(f"written to {out}{answers}"))
+    else:
+        console.print("not written to a file; --out FILE does that")
 
 
 def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
