@@ -81,6 +81,25 @@ def test_help_explains_options_and_groups(capfd: pytest.CaptureFixture[str]) -> 
     assert "did you mean lr" in capfd.readouterr().err
 
 
+def test_help_shows_the_default_of_the_choices_beside_it_or_of_all_choices(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "data.prompt"]) == errors.OK
+    assert "(default: question; prompt with data=arithmetic|hub|jsonl|parquet)" in capfd.readouterr().out
+    assert cli.main(["train", "data=jsonl", "--help", "data.prompt", "data.source", "model.path"]) == errors.OK
+    first, second, third = capfd.readouterr().out.splitlines()
+    assert "(default: prompt)" in first and "(default: jsonl)" in second and "(default: Qwen/Qwen2.5-0.5B-Instruct)" in third
+    assert cli.main(["train", "data=jsonl", "--help"]) == errors.OK
+    assert capfd.readouterr().out.startswith("Usage: opd train")
+
+
+def test_help_explains_groups_without_options_and_the_folders_of_hydra_and_prints_no_links(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--help", "experiment"]) == errors.OK
+    assert capfd.readouterr().out.startswith("experiment=debug|") and not capfd.readouterr().err
+    assert cli.main(["train", "--help", "hydra.run.dir"]) == errors.OK
+    assert "hydra.run.dir=FOLDER" in capfd.readouterr().out
+    assert cli.main(["train", "--help", "hydra.job.name"]) == errors.USAGE and "--cfg hydra" in capfd.readouterr().err
+    assert "](" not in explain([name for name in options() if "." in name])
+
+
 def test_every_option_has_a_row_that_help_finds() -> None:
     sections = {name.rpartition(".")[0] for name in options() if "." in name}
     for name in options():

@@ -25,7 +25,7 @@ from omegaconf import DictConfig
 from opd import errors, signals
 from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import Parser, split_targets
-from opd.cli.implied import implied_data
+from opd.cli.implied import composed, implied_data
 from opd.cli.words import explain, readable, refuse_unknown
 from opd.config import compose, secrets
 from opd.config.files import local_path
@@ -255,8 +255,10 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
     parsed = parse(words, job.verb)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` must not end in a traceback
-    if parsed.help and parsed.overrides:
-        print(explain(parsed.overrides))
+    if parsed.help and (names := [word for word in parsed.overrides if "=" not in word]):
+        parsed.overrides = [word for word in parsed.overrides if "=" in word]
+        parsed.overrides = prepare(parsed)
+        print(explain(names, composed(parsed) if parsed.overrides else None))
         return
     flags = [word for word in words if word not in parsed.overrides]
     parsed.overrides = prepare(parsed)

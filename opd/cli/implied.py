@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.types import RunMode
+from omegaconf import DictConfig
 
 from opd.cli import hydra_errors
 from opd.config import compose
@@ -14,6 +15,15 @@ from opd.config.options import Source
 from opd.runs.reader import open_run
 
 FILES = frozenset({*ENDINGS.values(), *(source.value for source in ENDINGS.values())})  # of a composed and of a stored config
+
+
+def composed(parsed: argparse.Namespace) -> DictConfig:
+    """Return the config that the overrides of a command line give."""
+    folder = Path(parsed.config_dir) if parsed.config_dir is not None else None
+    mode = RunMode.MULTIRUN if parsed.multirun else RunMode.RUN
+    return hydra_errors.explained(
+        lambda: compose.loader(folder).load_configuration(parsed.config_name or "config", list(parsed.overrides), mode)
+    )
 
 
 def implied_data(parsed: argparse.Namespace, run: Path | None = None) -> list[str]:
@@ -28,11 +38,7 @@ def implied_data(parsed: argparse.Namespace, run: Path | None = None) -> list[st
     if not any("train_path" in word for word in parsed.overrides):
         return []
     words = dict(word.lstrip("+~").partition("=")[::2] for word in parsed.overrides)
-    folder = Path(parsed.config_dir) if parsed.config_dir is not None else None
-    mode = RunMode.MULTIRUN if parsed.multirun else RunMode.RUN
-    data = hydra_errors.explained(
-        lambda: compose.loader(folder).load_configuration(parsed.config_name or "config", list(parsed.overrides), mode)
-    ).data
+    data = composed(parsed).data
     is_chosen = not {"data", "data.source"}.isdisjoint(words)
     stored: Mapping[str, Any] = open_run(run).config.get("data", {}) if run is not None and "data" not in words else {}
     reads_files = (stored.get("source") if stored and "data.source" not in words else data.source) in FILES
