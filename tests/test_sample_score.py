@@ -52,6 +52,11 @@ def test_sample_reads_prompts_from_standard_input_and_may_leave_out_the_teacher(
     assert lines == [{"prompt": "11+11=", "student": ["22"]}, {"prompt": "12+12=", "student": ["42"]}], "an empty line ends"
 
 
+def test_the_temperature_of_answers_is_shown_above_them(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", *TINY, "--teacher", "none", "--prompt", "27+85=", "sampling.max_new_tokens=2"]) == errors.OK
+    assert capfd.readouterr().out.startswith("answers at sampling.temperature=0.7\n")
+
+
 def test_truncated_completions_are_marked(capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["sample", *TINY, "--prompt", "27+85=", "sampling.max_new_tokens=2", "--json"]) == errors.OK
     assert json.loads(capfd.readouterr().out)["teacher"] == ["21 […]"]

@@ -1,10 +1,13 @@
 """What people type: home folders, paths as names of models, several slips at a time, sweeps in which all members share one."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from opd import errors
+from opd.cli import hydra_errors
 from opd.cli import main as cli
 from opd.cli.words import explain, readable
 from opd.config.compose import options
@@ -47,7 +50,14 @@ def test_words_are_read_as_they_are_meant(word: str, read: str, tmp_path: Path) 
         (["train", *DEBUG, "model=./nothere"], ["model.path=./nothere", "no such folder"]),
         (["train", *DEBUG, "lrr=1", "optm.lr=3", "sampling.n=1"], ["lrr: no such", "optm.lr: no such option; did you mean optim.lr"]),
         (["train", *DEBUG, "teacher.system=You, are right"], ["'teacher.system=\"You, are right\"'"]),
+        (["train", *DEBUG, "data.system=It's brief"], ["""'data.system="It'"'"'s brief"'"""]),
+        (["train", *DEBUG, "teacher.system=Be", "brief,"], ["brief,: an argument is option=value, and a text with spaces needs quotes"]),
         (["train", *DEBUG, "optim.betas=1,2"], ["a list is [a,b]"]),
+        (["train", *DEBUG, "optim.betas=1"], ["for example [0.9,0.95]"]),
+        (["train", *DEBUG, "lora.targets=q_proj"], ["a list, for example [a,b]"]),
+        (["train", *DEBUG, "~optim.lr"], ["~optim.lr: an option cannot be taken out", "optim.lr=VALUE"]),
+        (["train", *DEBUG, "resume=yes"], ["resume=yes", "resume=auto or resume=never"]),
+        (["train", *DEBUG, "--resume"], ["the same command resumes"]),
         (["train", *DEBUG, "experiment=mine"], ["--config-dir conf"]),
         (["sample", "runs/a", "--n", "3"], ["--n: no such flag", "-n"]),
         (["sample", "runs/a", "-prompt", "x"], ["-prompt: no such flag", "--prompt"]),
@@ -60,6 +70,12 @@ def test_slips_get_one_line_with_the_remedy(words: list[str], parts: list[str], 
     assert cli.main(words) == errors.USAGE
     shown = capfd.readouterr().err
     assert shown.count("\n") == 1 and all(part in shown for part in parts), shown
+
+
+@pytest.mark.parametrize("text", ["It's brief", 'say "a"', "a, b\\", '\\"', "C:\\new $HOME `x`", "“quoted”"])
+def test_the_quoted_remedy_gives_the_text_when_pasted(text: str) -> None:
+    (word,) = shlex.split(hydra_errors.quoted("data.system", text))
+    assert OverridesParser.create().parse_override(word).value() == text
 
 
 def test_a_mistake_that_all_members_share_is_refused_once_before_the_first(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
         if not stop.code:
             raise
         reason = complaint.getvalue().strip().rpartition("error: ")[2]
+        if "--resume" in words:
+            reason = "--resume: the same command resumes a run without a flag; resume=never and resume=CHECKPOINT do otherwise"
         raise errors.ConfigError(f"{reason}; opd {verb} --help shows the flags") from None
     if parsed.experimental_rerun is not None:
         raise errors.ConfigError("--experimental-rerun reads a pickle, which can run code; give the options of that run again instead")

@@ -53,6 +53,8 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 
     runner.quiet_libraries()
     models = sample_score.load_pair(target.config, with_teacher, target.average)
+    if not flags.json:
+        console.print(f"answers at sampling.temperature={target.config.sampling.temperature:g}")
     for prompt in prompts:
         answers = sample_score.sample(models, prompt, flags.samples)
         if flags.json:

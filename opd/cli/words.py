@@ -88,12 +88,14 @@ def describe_default(option: str, documented: str, composed: DictConfig | None) 
 
 
 def refuse_unknown(words: Sequence[str], folders: Sequence[Path]) -> None:
-    """Raise `ConfigError` with all unknown options, of which Hydra would name the first."""
+    """Raise `ConfigError` with all unknown options, of which Hydra would name the first, or for an option that is taken out."""
     known, groups = options(), set(hydra_errors.choices())
     groups |= {entry.name for folder in folders if folder.is_dir() for entry in folder.iterdir() if entry.is_dir()}
     unknown = []
     for word in words:
         key, equals, _ = word.partition("=")
+        if word.startswith("~") and key[1:] in known and key[1:] not in groups:
+            raise ConfigError(f"{word}: an option cannot be taken out: leave the word out for the default, or set {key[1:]}=VALUE")
         parents = [key[: dot.start()] for dot in re.finditer(r"\.", key)]
         is_known = key in known or key in groups or any(get_origin(known.get(parent)) is dict for parent in parents)
         if equals and re.fullmatch(r"[\w.]+", key) and not is_known and not key.startswith("hydra."):
