@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from opd.errors import ConfigError, OutputError
@@ -20,7 +21,6 @@ from opd.training.checkpoint import (
     TOKENS,
     Checkpoints,
     Snapshot,
-    load_file,
     read,
     verify,
 )

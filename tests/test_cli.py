@@ -145,6 +145,33 @@ def test_help_cfg_and_completion_do_not_import_torch(words: list[str], tmp_path:
     assert not modules_after(words, tmp_path) & HEAVY
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["eval", "runs/nosuch"],
+        ["eval", "runs/killed"],
+        ["eval", "bundled:tiny-student", "--best"],
+        ["score", "bundled:tiny-student", "teacher=tiny"],
+        ["score", "bundled:tiny-student", "teacher=./nosuch", "--text", "11"],
+        ["sample", "bundled:tiny-student", "teacher=tiny"],
+        ["sample", "bundled:tiny-student", "--out", "there"],
+        ["export", "runs/killed", "--out", "new"],
+        ["export", "runs/killed", "--best", "--out", "new"],
+    ],
+)
+def test_mistakes_in_words_and_files_are_told_without_torch(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    (tmp_path / "runs/killed").mkdir(parents=True)
+    (tmp_path / "runs/killed/run.json").write_text(json.dumps({"config": {"model": {"path": "bundled:tiny-student"}}}))
+    code = (
+        f"import sys; from opd.cli import main; code = main.main({words!r}); print(code, *{{name.split('.')[0] for name in sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    result, *modules = done.stdout.splitlines()[-1].split()
+    assert int(result) in (errors.USAGE, errors.DATA, errors.OUTPUT) and done.stderr.count("\n") == 1, done.stderr
+    assert not set(modules) & HEAVY
+
+
 def test_cfg_job_prints_the_composed_config(tmp_path: Path) -> None:
     shown = run("train", "model=qwen3b", "--cfg", "job", "optim.lr=3e-5", cwd=tmp_path)
     assert shown.returncode == 0

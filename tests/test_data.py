@@ -480,6 +480,18 @@ def test_texts_of_a_csv_file_in_a_folder_are_not_taken_for_numbers(tmp_path):
         load_rows(config)
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_the_header_of_a_table_says_what_separates_its_columns(tmp_path, mark, ending):
+    file = tmp_path / f"rows.{ending}"
+    file.write_text(f'prompt{mark}answer\n"a{mark}b; c, d"{mark}1.50\n' + f"e{mark}2\n" * 19)
+    rows, _ = load_rows(DataConfig(source=Source.jsonl, path=None, train_path=str(file), prompt="prompt", answer_after=None))
+    assert rows[:2] == [{"prompt": f"a{mark}b; c, d", "answer": "1.50"}, {"prompt": "e", "answer": "2"}]
+    file.write_text("prompt\n" + "a; b\n" * 20)
+    rows, _ = load_rows(DataConfig(source=Source.jsonl, path=None, train_path=str(file), prompt="prompt", answer=None))
+    assert rows[0] == {"prompt": "a; b"}
+
+
 def test_folders_of_save_to_disk_load(tmp_path):
     rows = datasets.Dataset.from_list([{"prompt": f"p{index}", "answer": f"00{index}"} for index in range(20)])
     rows.save_to_disk(tmp_path / "one")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -97,6 +98,17 @@ def test_eval_of_a_run_in_bf16_computes_as_the_run_did(evaluate: Any, capfd: pyt
     figures = evaluate("runs/bf16")["tasks"]["evaluation"]["models"]
     assert figures["baseline"]["kl"] == pytest.approx(summary["eval_kl_before"], rel=1e-6)
     assert figures["model"]["kl"] == pytest.approx(summary["eval_kl_after"], rel=1e-6)
+
+
+def test_the_best_checkpoint_is_shown_by_its_own_path_and_no_file_is_written_without_out(
+    trained: Path, evaluate: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = trained / "runs" / "run"
+    before = tree(run)
+    assert cli.main(["eval", str(run), "--best", "eval.limit=2", "eval.kl_prompts=0"]) == errors.OK
+    shown = capfd.readouterr().out
+    assert re.search(rf"^model +{re.escape(str(run))}/checkpoints/step_\d+$", shown, re.MULTILINE) and "opd-checkpoint" not in shown
+    assert "not written to a file; --out FILE" in shown and tree(run) == before
 
 
 def test_overrides_change_only_what_they_name_in_the_config_of_a_run(trained: Path, evaluate: Any) -> None:

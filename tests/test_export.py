@@ -171,6 +171,8 @@ def test_export_overwrites_nothing_and_refuses_unfinished_runs_and_damaged_check
         (str(half), "--out", new): (65, "checkpoints instead"),
         (str(damaged), "--out", new): (65, "nor an intact checkpoint"),
         (str(tmp_path / "nowhere"), "--out", new): (65, "there is no such folder"),
+        (str(debug_run), "--out", "/proc/new"): (74, "--out /proc/new: no folder can be made in /proc"),
+        (str(half), "--best", "--out", new): (65, "no evaluation after step 0 has a checkpoint"),
         (str(debug_run),): (64, "--out"),
         (str(debug_run), "--out", new, "--dtype", "int4"): (64, "int4"),
         (str(debug_run), "--out", new, "--push", "mine"): (64, "OWNER/NAME"),
@@ -178,7 +180,7 @@ def test_export_overwrites_nothing_and_refuses_unfinished_runs_and_damaged_check
     for words, (code, part) in mistakes.items():
         assert opd(["export", *words]) == code, words
         message = capfd.readouterr().err
-        assert part in message and len(message.splitlines()) == 1, message
+        assert part in message and len(message.splitlines()) == 1 and "drop" not in message, message
     assert not Path(new).exists() and [file.name for file in full.iterdir()] == ["mine.txt"]
 
 

@@ -26,6 +26,7 @@ from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
 from opd.evaluation import completions as completions_file
 from opd.evaluation.completions import begin, why_left_out
+from opd.evaluation.texts import named_columns
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
 from opd.report.tokens import token_view_data
@@ -419,7 +420,7 @@ def test_the_file_has_the_columns_that_the_teachers_views_name_so_that_training_
 def test_a_view_of_a_column_that_the_file_has_for_something_else_is_refused(view, data):
     config = Config(data=DataConfig(**data), teacher=TeacherConfig(**view))
     with pytest.raises(ConfigError, match=rf"^teacher\.{next(iter(view))}: .*rename"):
-        completions_file.named_columns(config)
+        named_columns(config)
 
 
 def test_sample_asks_a_served_teacher(tmp_path, monkeypatch, capfd):

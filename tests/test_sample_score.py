@@ -15,7 +15,7 @@ from opd import errors
 from opd.cli import main as cli
 from opd.config.options import ModelConfig
 from opd.errors import DataError
-from opd.evaluation import sample_score
+from opd.evaluation import texts
 from opd.evaluation.sample_score import ScoredText
 from opd.evaluation.show import completion_table, score_page, score_parts
 from opd.models import load as models
@@ -50,6 +50,11 @@ def test_sample_reads_prompts_from_standard_input_and_may_leave_out_the_teacher(
     assert cli.main(["sample", "bundled:tiny-teacher", "data=arithmetic", "--teacher", "none", "device=cpu", "--json"]) == errors.OK
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
     assert lines == [{"prompt": "11+11=", "student": ["22"]}, {"prompt": "12+12=", "student": ["42"]}], "an empty line ends"
+
+
+def test_the_temperature_of_answers_is_shown_above_them(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["sample", *TINY, "--teacher", "none", "--prompt", "27+85=", "sampling.max_new_tokens=2"]) == errors.OK
+    assert capfd.readouterr().out.startswith("answers at sampling.temperature=0.7\n")
 
 
 def test_truncated_completions_are_marked(capfd: pytest.CaptureFixture[str]) -> None:
@@ -149,6 +154,20 @@ def test_the_terminal_gets_no_control_characters() -> None:
     assert "\x1b" not in shown and "\u202e" not in shown and "[red]x[/red]" in shown and "-3.000" in shown
 
 
+@pytest.mark.parametrize(("count", "named"), [(40, list(range(40))), (113, list(range(1, 21)))])
+def test_the_table_of_scores_has_all_tokens_or_those_that_differ_most_in_their_order(count: int, named: list[int]) -> None:
+    from rich.console import Console
+
+    stream = io.StringIO()
+    console = Console(file=stream, width=100)
+    teacher = [-1.0 - (index if index <= 20 else 0) / 10 for index in range(count)]
+    for part in score_parts(ScoredText([f"t{index}." for index in range(count)], [-1.0] * count, teacher)):
+        console.print(part)
+    shown = stream.getvalue()
+    assert [int(index) for index in re.findall(r"'t(\d+)\.'", shown)] == named
+    assert ("the 20 of 113 tokens that differ most, in their order; --json has all" in shown) == (count > 40)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
@@ -181,14 +200,14 @@ def test_sample_and_score_mistakes_are_one_line_with_an_exit_code(
 
 def test_prompts_of_a_file_are_its_lines_whatever_other_separators_are_in_them(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes("a\u2028b\x85c\r\n\nd".encode())
-    assert sample_score.read_prompts([], "prompts.txt", input) == ["a\u2028b\x85c", "d"]
+    assert texts.read_prompts([], "prompts.txt", input) == ["a\u2028b\x85c", "d"]
 
 
 def test_prompts_end_with_the_input() -> None:
     def ask() -> str:
         raise EOFError
 
-    assert sample_score.read_prompts([], None, ask) == []
-    assert sample_score.read_prompts(["a"], None, ask) == ["a"]
+    assert texts.read_prompts([], None, ask) == []
+    assert texts.read_prompts(["a"], None, ask) == ["a"]
     with pytest.raises(DataError):
-        sample_score.read_text("no/such/file")
+        texts.read_text("no/such/file")

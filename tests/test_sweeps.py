@@ -108,7 +108,7 @@ def test_preempted_sweep_offers_to_resume(capfd: pytest.CaptureFixture[str]) -> 
 
     assert hydra_app.run_verb(task, ["-m", "seed=0,1,2", "name=s"]) == errors.PREEMPTED, "also after a failure"
     shown = capfd.readouterr().out
-    assert "0 of 3 done" in shown and "the same command resumes" in shown and "member 3" not in shown
+    assert "0 of 3 done, 1 not begun;" in shown and "the same command resumes" in shown and "member 3" not in shown
     assert [member["status"] for member in members().values()] == ["failed", "preempted"]
 
 

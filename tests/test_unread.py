@@ -12,7 +12,9 @@ from pyarrow import parquet
 from test_config import compose, raw
 
 from opd.api import from_options
+from opd.cli import hydra_app
 from opd.cli import main as cli
+from opd.cli.implied import implied_data
 from opd.config import compose as store
 from opd.config.unread import READERS
 from opd.errors import DATA, OK, USAGE, ConfigError
@@ -144,6 +146,38 @@ def test_a_file_of_ones_own_is_trained_on_without_a_choice_of_data(folder: Path,
     data = started(f"data.train_path={path}")
     assert data["source"] == source and data["prompt"] == "prompt"
     assert json.loads((folder / "runs" / "run" / "run.json").read_text())["prompts"] == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["data.mix.a.train_path=own.jsonl"], ["data=jsonl"]),
+        (["data.mix.a.train_path=own.jsonl", "data.mix.b.train_path=own.parquet"], ["data=jsonl", "data.mix.b.source=parquet"]),
+        (["data.mix={a: {train_path: own.csv}}"], ["data=jsonl"]),
+        (["data.mix.a.train_path=own.jsonl", "data.mix.b.path=x"], ["data.mix.a.source=jsonl"]),
+        (["data=parquet", "data.mix.a.train_path=own.parquet"], []),
+        (["data.mix.a.train_path=own.jsonl", "data.mix.a.source=parquet"], []),
+        (["data=arithmetic", "data.mix.a.train_path=own.jsonl", "data.mix.a.prompt=x"], ["data.mix.a.source=jsonl"]),
+        (["data.train_path=own.jsonl", "data=parquet"], []),
+    ],
+)
+def test_the_files_of_a_mix_choose_what_reads_them(folder: Path, words: list[str], wanted: list[str]) -> None:
+    store.register()
+    assert implied_data(hydra_app.parse(words)) == wanted
+
+
+def test_a_file_is_evaluated_on_in_place_of_the_data_of_a_run(debug_run: Path, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(debug_run, "runs/run")
+    small = ["eval.limit=2", "eval.kl_prompts=0", "--json"]
+    for target in ("runs/run", f"runs/run/checkpoints/{min(path.name for path in Path('runs/run/checkpoints').glob('step_*'))}"):
+        assert cli.main(["eval", target, "data.train_path=own.csv", *small]) == OK
+        assert json.loads(capfd.readouterr().out)["tasks"]["evaluation"]["data"] == "own.csv"
+    file = Path("runs/run/run.json")
+    state = json.loads(file.read_text())
+    state["config"]["data"] = {"source": "jsonl", "train_path": "own.jsonl", "prompt": "answer", "answer": "prompt"}
+    file.write_text(json.dumps(state))
+    assert implied_data(hydra_app.parse(["data.train_path=own.csv"]), Path("runs/run")) == []
+    assert implied_data(hydra_app.parse(["data.train_path=own.parquet"]), Path("runs/run")) == []
 
 
 def test_a_file_beside_another_choice_of_data_is_refused_and_leaves_no_folder(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -18,26 +18,30 @@ def make_parser() -> FlagParser:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--teacher")
     parser.add_argument("--baseline")
+    parser.add_argument("--best", action="store_true")
     parser.add_argument("--out", type=local_path)
     return parser
 
 
 def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Evaluate the models, print the result, and store it in the run folder or in `--out`."""
+    from opd.evaluation.target import find_target, locate_models
+
+    if flags.out is not None:
+        check_output_path(flags.out)
+    target = find_target(flags.target, config, flags.teacher, flags.baseline, flags.best)
+    named = locate_models(target)
+
     from opd import signals
     from opd.evaluation import judge
     from opd.evaluation.show import WIDTH, show_evaluation, show_models
-    from opd.evaluation.target import find_target
     from opd.models import distributed
-    from opd.training import runner  # imports torch, which --help does not need
+    from opd.training import runner  # imports torch, which neither --help nor a mistake needs
 
     runner.quiet_libraries()
-    if flags.out is not None:
-        check_output_path(flags.out)
-    target = find_target(flags.target, config, flags.teacher, flags.baseline)
     console = make_console(WIDTH, soft_wrap=True)
     if not flags.json and signals.launched_as()[0] == 0:
-        show_models(console, judge.locate_models(target))
+        show_models(console, named)
     result, lines = judge.judge(target, folder, None if flags.json else progress_on(console))
     if not distributed.in_main_process():
         return

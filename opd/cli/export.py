@@ -24,10 +24,14 @@ def make_parser() -> Parser:
 
 
 def export(parsed: argparse.Namespace) -> None:
-    from opd.training import runner  # imports torch, which --help does not need
-    from opd.training.export import best_checkpoint, export_model
+    from opd.training.export_source import best_checkpoint, check_request
+
+    source = best_checkpoint(parsed.source) if parsed.best else parsed.source
+    check_request(source, parsed.out, parsed.push)
+
+    from opd.training import runner  # imports torch, which neither --help nor a mistake needs
+    from opd.training.export import export_model
 
     runner.quiet_libraries()
-    source = best_checkpoint(parsed.source) if parsed.best else parsed.source
     address = export_model(source, parsed.out, parsed.dtype, parsed.push)
     print(parsed.out if address is None else f"{parsed.out}\n{address}")

@@ -20,15 +20,15 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from opd import errors, signals
 from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import Parser, split_targets
+from opd.cli.implied import composed, implied_data
 from opd.cli.words import explain, readable, refuse_unknown
 from opd.config import compose, secrets
-from opd.config.files import ENDINGS, source_of
+from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.runs.folder import RUN
 from opd.runs.reader import is_run
@@ -58,6 +58,8 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
         if not stop.code:
             raise
         reason = complaint.getvalue().strip().rpartition("error: ")[2]
+        if "--resume" in words:
+            reason = "--resume: the same command resumes a run without a flag; resume=never and resume=CHECKPOINT do otherwise"
         raise errors.ConfigError(f"{reason}; opd {verb} --help shows the flags") from None
     if parsed.experimental_rerun is not None:
         raise errors.ConfigError("--experimental-rerun reads a pickle, which can run code; give the options of that run again instead")
@@ -84,10 +86,10 @@ def log_files() -> list[Path]:
 class Job:
     """One command: its task, its verb, this process's rank, and the exit codes of its runs so far (a sweep has several)."""
 
-    def __init__(self, task: Task, verb: str, has_own_config: bool = False) -> None:
+    def __init__(self, task: Task, verb: str, own_config: Path | None = None) -> None:
         self.task = task
         self.verb = verb
-        self.has_own_config = has_own_config
+        self.own_config = own_config
         self.rank = signals.launched_as()[0]
         self.codes: list[int] = []
         self.reason = ""  # the last error message
@@ -173,7 +175,7 @@ class Job:
 
     def to_config(self, composed: DictConfig) -> Config:
         """Return the typed config. Overrides of a run's config are checked where they are applied."""
-        if self.has_own_config:
+        if self.own_config is not None:
             return compose.to_unchecked_config(composed)
         swept = frozenset() if self.sweep is None else self.sweep.swept
         return compose.to_config(composed, HydraConfig.get().overrides.task, swept)
@@ -249,34 +251,20 @@ def prepare(parsed: argparse.Namespace) -> list[str]:
     return overrides
 
 
-def implied_data(parsed: argparse.Namespace) -> list[str]:
-    """Return the choice of data that reads the file of `data.train_path`, where none was made: by the file's ending."""
-    words = dict(word.lstrip("+~").partition("=")[::2] for word in parsed.overrides)
-    path = words.get("data.train_path", "").split(",")[0].strip("'\"")
-    source = source_of(path) if path and {"data", "data.source"}.isdisjoint(words) else None
-    if source is None:
-        return []
-    folder = Path(parsed.config_dir) if parsed.config_dir is not None else None
-    mode = RunMode.MULTIRUN if parsed.multirun else RunMode.RUN
-    composed = hydra_errors.explained(
-        lambda: compose.loader(folder).load_configuration(parsed.config_name or "config", list(parsed.overrides), mode)
-    )
-    return [] if composed.data.source in ENDINGS.values() or composed.data.mix else [f"data={source.value}"]
-
-
 def compose_and_run(job: Job, words: Sequence[str]) -> None:
     """Let Hydra compose the config and call `job.run` once, or `job.run_member` for each member of a sweep."""
     secrets.refuse_in_words(words)
     parsed = parse(words, job.verb)
     if parsed.cfg or parsed.help or parsed.info:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--cfg job | head -1` must not end in a traceback
-    if parsed.help and parsed.overrides:
-        print(explain(parsed.overrides))
+    if parsed.help and (names := [word for word in parsed.overrides if "=" not in word]):
+        parsed.overrides = [word for word in parsed.overrides if "=" in word]
+        parsed.overrides = prepare(parsed)
+        print(explain(names, composed(parsed) if parsed.overrides else None))
         return
     flags = [word for word in words if word not in parsed.overrides]
     parsed.overrides = prepare(parsed)
-    if not job.has_own_config:
-        parsed.overrides += implied_data(parsed)
+    parsed.overrides += implied_data(parsed, job.own_config)
     overrides = [*parsed.overrides, *(WITHOUT_FILES if job.rank else ())]
     if job.verb != "train":
         if parsed.multirun:
@@ -296,15 +284,15 @@ def compose_and_run(job: Job, words: Sequence[str]) -> None:
         hydra_errors.explained(hydra_main(job.run))
 
 
-def run_verb(task: Task, words: Sequence[str], verb: str = "train", has_own_config: bool = False) -> int:
+def run_verb(task: Task, words: Sequence[str], verb: str = "train", own_config: Path | None = None) -> int:
     """Compose the config that the command line `words` asks for, call `task` with it and the run folder, and return the exit code.
 
     Verbs other than `train` get no run folder and leave no files of Hydra's.
 
     Args:
-        has_own_config: Whether the target is a run, to whose config the overrides apply (`evaluation.target`).
+        own_config: The run to whose config the overrides apply: the target, or that of a checkpoint (`evaluation.target`).
     """
-    job = Job(task, verb, has_own_config)
+    job = Job(task, verb, own_config)
     logging.raiseExceptions = False  # a log on a full disk must not fill the screen with tracebacks
     try:
         signals.follow_launcher()
@@ -342,5 +330,8 @@ class FlagParser(Parser):
                 flags.target = targets[0] if targets else None
         except errors.ConfigError as error:
             return Job(lambda config, folder: None, self.verb).report(error)
-        has_own_config = self.second_target is not None and flags.target is not None and is_run(Path(flags.target))
-        return run_verb(lambda config, folder: self.task(config, folder, flags), hydra_words, self.verb, has_own_config)
+        own_config = None
+        if self.second_target is not None and flags.target is not None:
+            target = local_path(flags.target)
+            own_config = next((path for path in (target, target.absolute().parent.parent) if is_run(path)), None)
+        return run_verb(lambda config, folder: self.task(config, folder, flags), hydra_words, self.verb, own_config)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -99,8 +100,16 @@ def unreadable_override(word: str) -> str:
             return f"{word}: an argument is option=value; did you mean {group}={word}?"
     key, equals, value = word.partition("=")
     if not equals:
-        return f"{word}: an argument is option=value, for example {word}=VALUE"
-    return f"{word}: cannot be parsed; put a value with special characters in two pairs of quotes: '{key}=\"{value}\"'"
+        text = "and a text with spaces needs quotes: 'option=\"A TEXT\"'"
+        example = f"for example {word}=VALUE" if re.fullmatch(r"[\w.]+", word) else text
+        return f"{word}: an argument is option=value, {example}"
+    return f"{word}: cannot be parsed; put a value with special characters in two pairs of quotes: {quoted(key, value)}"
+
+
+def quoted(key: str, text: str) -> str:
+    """Return how an option with a text is typed in a shell, whatever is in the text."""
+    escaped = re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), text)  # by the rules of Hydra's grammar
+    return shlex.quote(f'{key}="{escaped}"')
 
 
 def wrong_value(error: omegaconf_errors.ValidationError, override: str | None) -> str:
@@ -158,7 +167,7 @@ def explain(error: Exception) -> OpdError | None:
                 word = re.search(r"'(.+)'", str(link).splitlines()[0])
                 key, _, value = (word[1] if word else "an option").partition("=")
                 is_text = options().get(key) in (str, str | None)
-                other = f"a text with a comma needs two pairs of quotes: '{key}=\"{value}\"'" if is_text else "a list is [a,b]"
+                other = f"a text with a comma needs two pairs of quotes: {quoted(key, value)}" if is_text else "a list is [a,b]"
                 return ConfigError(f"{word[1] if word else key}: several values make a sweep, add -m; {other}")
             case HydraException() | omegaconf_errors.OmegaConfBaseException() | ValueError():
                 cause = first_line(links[-1])

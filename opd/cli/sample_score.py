@@ -34,21 +34,27 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     if flags.out is not None or flags.only_right:
         write_teacher(config, folder, flags)
         return
-    from opd.evaluation import sample_score
-    from opd.evaluation.show import completion_table
-    from opd.evaluation.target import NONE, find_target
-    from opd.training import runner  # imports torch, which --help does not need
+    from opd.evaluation.target import NONE, find_pair, find_target
+    from opd.evaluation.texts import read_prompts
 
-    runner.quiet_libraries()
     target = find_target(flags.target, config, flags.teacher)
     with_teacher = target.has_teacher if flags.teacher is None else flags.teacher != NONE
-    models = sample_score.load_pair(target.config, with_teacher, target.average)
+    find_pair(target.config, with_teacher)
     console = make_console(80)
     if not flags.prompt and flags.file is None and sys.stdin.isatty():
         console.print("one prompt per line; an empty line ends")
-    prompts = sample_score.read_prompts(flags.prompt, flags.file, input)
+    prompts = read_prompts(flags.prompt, flags.file, input)
     if not prompts:
         raise errors.DataError("no prompt was given: add --prompt TEXT or --file FILE")
+
+    from opd.evaluation import sample_score
+    from opd.evaluation.show import completion_table
+    from opd.training import runner  # imports torch, which neither --help nor a mistake needs
+
+    runner.quiet_libraries()
+    models = sample_score.load_pair(target.config, with_teacher, target.average)
+    if not flags.json:
+        console.print(f"answers at sampling.temperature={target.config.sampling.temperature:g}")
     for prompt in prompts:
         answers = sample_score.sample(models, prompt, flags.samples)
         if flags.json:
@@ -59,12 +65,9 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
 
 def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Write the teacher's completions of the training data to `--out`, and print how to train on them."""
-    from opd.data.given import warm_start
-    from opd.evaluation.completions import describe, write_completions
     from opd.evaluation.target import NONE, find_target
-    from opd.training import runner  # imports torch, which --help does not need
+    from opd.evaluation.texts import check_request
 
-    runner.quiet_libraries()
     if flags.out is None:
         raise errors.ConfigError("--only-right: chooses the rows of a file: add --out FILE.jsonl")
     if flags.prompt or flags.file is not None or flags.teacher == NONE:
@@ -72,6 +75,13 @@ def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> No
             "--out: takes the teacher's completions of the configured data: leave out --prompt, --file and --teacher none"
         )
     target = find_target(flags.target, config, flags.teacher)
+    check_request(target.config, flags.out, flags.only_right)
+
+    from opd.data.given import warm_start
+    from opd.evaluation.completions import describe, write_completions
+    from opd.training import runner  # imports torch, which neither --help nor a mistake needs
+
+    runner.quiet_libraries()
     written = write_completions(target.config, folder, flags.out, flags.samples, flags.only_right, target.average)
     options = warm_start(target.config, flags.out)
     if flags.json:
@@ -96,18 +106,22 @@ def make_score_parser() -> FlagParser:
 
 def score(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     """Print the log-probs of a text's tokens under both models, as coloured text, JSON or a page."""
-    from opd.evaluation import sample_score
-    from opd.evaluation.show import score_page, score_parts
-    from opd.evaluation.target import find_target
-    from opd.training import runner  # imports torch, which --help does not need
+    from opd.evaluation.target import find_pair, find_target
+    from opd.evaluation.texts import read_text
 
-    runner.quiet_libraries()
     if (flags.text is None) == (flags.file is None):
         raise errors.ConfigError("give one text: --text TEXT or --file FILE (- reads standard input)")
     if flags.html is not None:
         check_output_path(flags.html)
-    text = flags.text if flags.text is not None else sample_score.read_text("/dev/stdin" if flags.file == "-" else flags.file)
+    text = flags.text if flags.text is not None else read_text("/dev/stdin" if flags.file == "-" else flags.file)
     target = find_target(flags.target, config, flags.teacher)
+    find_pair(target.config, with_teacher=True)
+
+    from opd.evaluation import sample_score
+    from opd.evaluation.show import score_page, score_parts
+    from opd.training import runner  # imports torch, which neither --help nor a mistake needs
+
+    runner.quiet_libraries()
     scores = sample_score.score(sample_score.load_pair(target.config, average=target.average), text, flags.prompt)
     if flags.html is not None:
         write_output(flags.html, score_page(scores, f"{target.name} and {target.config.teacher.path}"))

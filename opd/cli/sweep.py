@@ -212,7 +212,9 @@ def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
     console.print(table)
     done = sum(member.status == Status.done.value for member in members)
     total = f" of {sweep.members}" if sweep.members is not None else ""
-    console.print(Text(f"{done}{total} done; each member's folder is in {sweep.folder}"), soft_wrap=True)
+    waiting = (sweep.members or 0) - len(members)
+    begun = f", {waiting} not begun" if waiting > 0 else ""
+    console.print(Text(f"{done}{total} done{begun}; each member's folder is in {sweep.folder}"), soft_wrap=True)
     if best is not None:
         better = "highest" if sweep.config.direction is Direction.maximize else "lowest"
         ties = sum(member.objective == best.objective for member in members) - 1

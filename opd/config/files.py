@@ -77,6 +77,11 @@ def data_files(path: str) -> list[Path]:
     return [place] if place.exists() else []
 
 
+def eval_file(out: Path) -> Path:
+    """Return the file with the evaluation rows that belongs to the one with the teacher's completions."""
+    return out.with_name(f"{out.stem}-eval{out.suffix}")
+
+
 def looks_local(path: str) -> bool:
     """Return whether a path can be none of the hub's, which are OWNER/NAME."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
@@ -101,7 +106,7 @@ def missing(path: Path, kind: str) -> str:
 def check_files(config: Config) -> None:
     """Raise `DataError` or `ConfigError` for the first file or folder that an option names and that is not there."""
     if config.resume not in ("auto", "never") and not local_path(config.resume).exists():
-        raise ConfigError(f"resume={config.resume}: {missing(local_path(config.resume), 'checkpoint')}")
+        raise ConfigError(f"resume={config.resume}: {missing(local_path(config.resume), 'checkpoint')}; or set resume=auto or resume=never")
     for label, part in config.parts.items():
         data, models = part.data, (part.model, part.teacher_files)
         named: list[tuple[Section, str, str]] = [(model, "path", "folder") for model in models if is_folder_name(model.path)]

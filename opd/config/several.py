@@ -24,7 +24,7 @@ def describe_type(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return f"one of {', '.join(member.name for member in kind)}"
     if get_origin(kind) is list:
-        return "a list, for example [0.9,0.95]"
+        return f"a list, for example {'[a,b]' if str in get_args(kind) else '[0.9,0.95]'}"
     if get_origin(kind) is dict:
         return "a mapping, for example '{a: 1}'"
     return TYPE_NAMES.get(kind, "a section; give the options in it one by one")

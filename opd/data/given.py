@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from opd.config.files import eval_file
 from opd.config.options import Truncated, naming_dataset
 from opd.config.schema import Config
 from opd.data.order import derive_seed
@@ -70,11 +71,6 @@ def check_given(prompts: Sequence[Prompt], config: Config, label: str = "") -> N
         log.warning(f"{option}: {long} of {len(given)} texts have more than sampling.max_new_tokens={limit} tokens and {what[handling]}")
     if not config.train.takes_given:
         log.warning(f"{option}: is not used with train.given_share=0; set a share, such as train.given_share=0.25")
-
-
-def eval_file(out: Path) -> Path:
-    """Return the file with the evaluation rows that belongs to the one with the teacher's completions."""
-    return out.with_name(f"{out.stem}-eval{out.suffix}")
 
 
 def warm_start(config: Config, out: Path) -> list[str]:

@@ -231,6 +231,10 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_csv(text: str, delimiter: str) -> list[Row]:
+    """Return the rows of a table. Where the header has one column with `delimiter`, another one that gives it several is the table's."""
+    headers = {mark: next(csv.reader(io.StringIO(text, newline=""), delimiter=mark), []) for mark in (delimiter, ",", ";", "\t")}
+    if len(headers[delimiter]) < 2:
+        delimiter = next((mark for mark, names in headers.items() if len(names) > 1), delimiter)
     rows: list[Row] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():

@@ -17,21 +17,21 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opd.config.files import eval_file
 from opd.config.schema import Config
-from opd.config.templates import columns_of
 from opd.data.chat_template import ChatTemplate
-from opd.data.given import eval_file
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
 from opd.data.rows import DataRow
 from opd.data.sources import Row, Rows, load_rows
 from opd.errors import ConfigError, DataError
 from opd.evaluation.sample_score import load_teacher
+from opd.evaluation.texts import named_columns
 from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.policy import check_positions
 from opd.models.shared_ids import SharedIds
-from opd.runs.folder import check_output_path, write_output
+from opd.runs.folder import write_output
 from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
 from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import ServedTeacher, canary_ids
@@ -67,7 +67,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     """Let the teacher answer all training prompts at the config's sampling settings, and write `out` and its evaluation rows.
 
     Args:
-        config: with the teacher and the data.
+        config: with the teacher and the data; `texts.check_request` accepts it with `out` and `only_right`.
         folder: for the accelerator, which writes nothing to it.
         samples: completions of each prompt; above 1 `completion` is a list, as is `reward`.
         only_right: keep those with a reward of 1 only.
@@ -79,16 +79,6 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         OutputError: `out` is not writable.
     """
     part = out.with_name(f"{out.name}.part")
-    for file in (out, eval_file(out)):
-        check_output_path(file)
-        if file.exists():
-            raise ConfigError(f"--out {out}: {file} exists already; remove it, or name another file")
-    if config.data.mix:
-        labels = ", ".join(config.data.mix)
-        raise ConfigError(f"data.mix: --out takes one dataset: leave it out, and set the options of one of {labels} as data.OPTION")
-    named_columns(config)  # checked before the teacher takes its time
-    if only_right and config.eval.reward is None:
-        raise ConfigError("--only-right: nothing is judged with eval.reward=null; set eval.reward=NAME")
     accelerator = make_accelerator(config, folder)
     # A teacher with tokens of its own writes text that the student's tokenizer need not know.
     writer, role = (config.teacher, "teacher") if config.teacher.has_own_tokens else (config.model, "model")
@@ -246,20 +236,6 @@ def columns(prompt: Prompt, source: Rows, config: Config) -> Row:
     text, system = own.value("prompt"), {} if config.data.system is None else {"system": own.value("system")}
     answer = {} if config.data.answer is None and "answer" in named else {"answer": answers[0] if len(answers) == 1 else answers or None}
     return {**named, "prompt": text if isinstance(text, str) else own.turns()[0], **system, **answer}
-
-
-def named_columns(config: Config) -> list[str]:
-    """Return the columns that the teacher's views name, which training on the file needs too.
-
-    Raises `ConfigError` where the file has something else in a column of that name.
-    """
-    own = ["completion", "reward", *(["system"] if config.data.system not in (None, "system") else [])]
-    names = []
-    for option, template in (("teacher.prompt", config.teacher.prompt), ("teacher.contrast", config.teacher.contrast)):
-        names += columns_of(template)
-        if taken := [name for name in columns_of(template) if name in own]:
-            raise ConfigError(f"{option}: --out FILE has something else in the column {taken[0]}; rename it in the data and in {option}")
-    return names
 
 
 def lines(records: Any) -> str:

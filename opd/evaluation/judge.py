@@ -18,7 +18,7 @@ from torch import Tensor
 from opd.config.options import naming_teacher
 from opd.config.schema import Config
 from opd.evaluation.sample_score import load, load_teacher, share_ids
-from opd.evaluation.target import Target
+from opd.evaluation.target import Target, locate_models
 from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
@@ -36,26 +36,6 @@ from opd.training.inputs import Given, load_prompts, make_run_grader
 DRAWS = 10_000
 MAX_INDICES = 2**22  # in memory at a time
 LOW, HIGH = 0.025, 0.975
-
-
-def locate_models(target: Target) -> dict[str, str | None]:
-    """Return the path of each model by role, before any is loaded; None for a baseline that is left out.
-
-    Raises `ConfigError` where a model is missing.
-    """
-    parts = target.config.parts_by_teacher
-    for label, part in parts.items():
-        with naming_teacher(label):
-            models.locate(part.teacher, "teacher")
-    models.locate(target.config.model, "model")
-    if target.baseline is not None:
-        models.locate(target.baseline, "baseline")
-    teachers = (part.teacher.path + " (loaded here, not served)" * (part.teacher.url is not None) for part in parts.values())
-    return {
-        "model": target.config.model.path,
-        "baseline": None if target.baseline is None else target.baseline.path,
-        "teacher": ", ".join(teachers),
-    }
 
 
 def judge(target: Target, folder: Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -1,22 +1,21 @@
 """Student and teacher on the user's own texts, without a trainer: their completions, and their log-probs of each token."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.files import local_path
 from opd.config.options import ModelConfig, SamplingDtype
 from opd.config.schema import Config
 from opd.data.chat_template import tokenize_plain
 from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request, Rollout, collate
 from opd.errors import ConfigError, DataError
+from opd.evaluation.target import find_pair
 from opd.models import load as models
 from opd.models.adapters import trained_adapters
+from opd.models.locate import locate
 from opd.models.policy import check_positions, is_quantized, output_head, predicting_hidden, prepare_student, prepare_teacher
 from opd.models.shared_ids import SharedIds
 from opd.objective import TeacherStates
@@ -116,7 +115,7 @@ def load_teacher(config: Config, device: torch.device, average: Path | None = No
 
     Raises `ConfigError` where a server has the weights, and `teacher.path` only the tokenizer.
     """
-    folder = Path(models.locate(config.teacher, "teacher"))
+    folder = Path(locate(config.teacher, "teacher"))
     if config.teacher.url is not None and folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise ConfigError(
             f"teacher.url: no server is asked here, and teacher.path={config.teacher.path} has no weights; name the teacher with "
@@ -149,14 +148,7 @@ def share_ids(config: Config, student: LoadedModel, teacher: LoadedModel) -> Sha
 def load_pair(config: Config, with_teacher: bool = True, average: Path | None = None) -> ModelPair:
     """Load both models. `average`: as in `load_teacher`. Raises `ConfigError` where one is missing or their tokenizers differ."""
     device = models.find_device(config.device)
-    parts = config.parts_by_teacher
-    if with_teacher and "" not in parts:
-        paths = " or ".join(f"--teacher {part.teacher.path}" for part in parts.values())
-        raise ConfigError(f"teachers: each dataset has one of its own; choose one with {paths}")
-    config = parts.get("", next(iter(parts.values())))  # a text belongs to no dataset: as for rows that `teacher` scores
-    models.locate(config.model, "model")
-    if with_teacher:
-        models.locate(config.teacher, "teacher")  # before the student takes its time to load
+    config = find_pair(config, with_teacher)
     loaded = {"student": load(config.model, "model", device, config.sampling.dtype)}
     if with_teacher:
         loaded["teacher"] = load_teacher(config, device, average)
@@ -229,26 +221,3 @@ def _encode(pair: ModelPair, text: str) -> Prompt:
     if pair.teacher_tokenizer is None:
         models.check_known([prompt], pair.tokenizer, pair.ids.vocabulary, pair.ids.overlap)
     return prompt
-
-
-def read_prompts(texts: Sequence[str], file: str | None, ask: Callable[[], str]) -> Sequence[str]:
-    """Return the prompts of the command line and the lines of a file; without either, `ask` until an empty answer or the end of input."""
-    prompts = list(texts)
-    if file is not None:
-        prompts += [line for line in read_text(file).split("\n") if line.strip()]
-    if not texts and file is None:
-        with suppress(EOFError):
-            while line := ask():
-                prompts.append(line)
-    return prompts
-
-
-def read_text(file: str) -> str:
-    """Return the content of a text file. Raises `DataError` where it is not one."""
-    try:
-        with open(local_path(file), encoding="utf-8") as stream:  # noqa: PTH123 - "/dev/stdin" too
-            return stream.read()
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not a text in UTF-8") from None

@@ -15,7 +15,8 @@ from opd.runs.answers import file_beside
 from opd.runs.text import format_kl, format_number, format_percent, format_reward, harmless
 
 WIDTH = 130  # characters, where the output is not a terminal
-MAX_DISAGREEMENTS = 5
+MAX_ROWS = 40  # of tokens in a table
+MAX_DISAGREEMENTS = 20  # of the rows of a longer text
 FULL_COLOUR = 3.0  # nats of disagreement
 
 
@@ -27,7 +28,7 @@ def show_models(console: Console, models: Mapping[str, str | None]) -> None:
 
 
 def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path | None) -> None:
-    """Print the result of `judge`, a table and the differences, and the file that it goes to."""
+    """Print the result of `judge`, a table and the differences, and the file that it goes to, if any."""
     for name, task in evaluation["tasks"].items():
         console.print(_evaluation_table(name, task))
         shares = task.get("reward_is_share", True)
@@ -42,6 +43,8 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path |
     if out is not None:
         answers = f"; the answers are in {file_beside(out).name}" if evaluation["tasks"]["evaluation"]["prompts"] else ""
         console.print(Text(f"written to {out}{answers}"))
+    else:
+        console.print("not written to a file; --out FILE does that")
 
 
 def _evaluation_table(name: str, task: Mapping[str, Any]) -> Table:
@@ -74,7 +77,10 @@ def completion_table(prompt: str, completions: Mapping[str, Sequence[str]]) -> T
 
 
 def score_parts(scored: ScoredText) -> Iterator[Any]:
-    """Yield what to print: the text, blue where the teacher finds a token more likely, the largest disagreements, the means."""
+    """Yield what to print: the text, blue where the teacher finds a token more likely, a table of tokens in their order, the means.
+
+    The table of a long text has the tokens that differ most.
+    """
     rows = list(zip(scored.tokens, scored.student, scored.teacher, strict=True))
     text = Text(harmless(scored.first), style="dim")
     for token, student, teacher in rows:
@@ -83,7 +89,12 @@ def score_parts(scored: ScoredText) -> Iterator[Any]:
     table = Table(show_edge=False)
     for name in ("token", "student, nats", "teacher, nats", "teacher − student"):
         table.add_column(name, justify="left" if name == "token" else "right")
-    for token, student, teacher in sorted(rows, key=lambda row: -abs(row[2] - row[1]))[:MAX_DISAGREEMENTS]:
+    shown = rows
+    if len(rows) > MAX_ROWS:
+        differing = sorted(range(len(rows)), key=lambda index: -abs(rows[index][2] - rows[index][1]))
+        shown = [rows[index] for index in sorted(differing[:MAX_DISAGREEMENTS])]
+        yield Text(f"the {len(shown)} of {len(rows)} tokens that differ most, in their order; --json has all:")
+    for token, student, teacher in shown:
         table.add_row(Text(repr(harmless(token))), f"{student:.3f}", f"{teacher:.3f}", f"{teacher - student:+.3f}")
     yield table
     if scored.first:

@@ -1,4 +1,7 @@
-"""What `opd eval`, `sample` and `score` look at: a run folder, a checkpoint, a model folder, a hub id, or a model named by options."""
+"""What `opd eval`, `sample` and `score` look at: a run folder, a checkpoint, a model folder, a hub id, or a model named by options.
+
+Imports torch for a checkpoint only, so that a mistake is reported at once.
+"""
 
 import atexit
 import shutil
@@ -15,15 +18,17 @@ from omegaconf.errors import OmegaConfBaseException
 
 from opd.config import compose
 from opd.config.files import absolute_paths, is_folder_name, local_path, missing
-from opd.config.options import Control, ModelConfig, TeacherConfig, TeacherWeights
+from opd.config.options import Control, ModelConfig, TeacherConfig, TeacherWeights, naming_teacher
 from opd.config.schema import Config
 from opd.errors import ConfigError, DataError
+from opd.models.locate import locate
 from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.runs.reader import is_run, open_run
 from opd.training.checkpoint import NAME, STATE, Checkpoints, read, verify
-from opd.training.export import checkpoint_config, export_model
+from opd.training.export_source import best_checkpoint, check_source, checkpoint_config
 
 NONE = "none"
+_checkpoints: dict[str, str] = {}  # as they were named, by the folder that their model was written to
 OPTIONS = tuple(item.name for item in fields(ModelConfig))
 FILES = ("gguf_file", "revision", "trust_remote_code", "adapter", "quantization")  # options of a model at `path`, not of one that is named
 
@@ -51,7 +56,7 @@ class Target:
     has_teacher: bool = True
 
 
-def find_target(word: str | None, composed: Config, teacher: str | None = None, baseline: str | None = None) -> Target:
+def find_target(word: str | None, composed: Config, teacher: str | None = None, baseline: str | None = None, best: bool = False) -> Target:
     """Find what a verb's arguments name. A run brings its config, to which overrides apply; a model goes into the composed config.
 
     Args:
@@ -59,12 +64,17 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         composed: the config that Hydra composed for the verb.
         teacher: replaces the teacher; the same kinds of word, or "none".
         baseline: replaces the baseline; likewise.
+        best: take the checkpoint with the best evaluation of the run `word`.
 
     Raises:
         ConfigError: the words do not go together.
         DataError: a run has no config or no model.
     """
     overrides = tuple(HydraConfig.get().overrides.task)
+    if best and word is None:
+        raise ConfigError("--best: takes the folder of a run, such as runs/NAME: name one")
+    if best and word is not None:
+        word = str(best_checkpoint(local_path(word)))
     run = local_path(word) if word is not None and is_run(local_path(word)) else None
     checkpoint = local_path(word) if word is not None and is_checkpoint(local_path(word)) else None
     config, before = composed, None
@@ -192,7 +202,9 @@ def _model(word: str, like: ModelConfig) -> ModelConfig:
     """Return the model that a word names, a finished run's, a checkpoint's, a folder or a hub id, with dtype and attention as in `like`."""
     run = local_path(word)
     if is_checkpoint(run):
-        word = str(checkpoint_model(run.resolve()))
+        folder = str(checkpoint_model(run.resolve()))
+        _checkpoints[folder] = word
+        word = folder
     elif is_run(run):
         if not (run / FINAL).is_dir():
             raise DataError(f"{run}: there is no {FINAL}/ in it: the run is {open_run(run).status}; resume it, or name a model folder")
@@ -205,5 +217,48 @@ def checkpoint_model(checkpoint: Path) -> Path:
     """Write a checkpoint's model to a temporary folder, which is removed when the process ends, and return the folder."""
     folder = Path(tempfile.mkdtemp(prefix="opd-checkpoint-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    check_source(checkpoint)
+    from opd.training import runner
+    from opd.training.export import export_model
+
+    runner.quiet_libraries()
     export_model(checkpoint, folder / "model")
     return folder / "model"
+
+
+def shown_path(model: ModelConfig) -> str:
+    """Return the path to show for a model: a checkpoint's own, not that of the temporary folder its model is in."""
+    return _checkpoints.get(model.path, model.path)
+
+
+def locate_models(target: Target) -> dict[str, str | None]:
+    """Return the path of each model by role, before any is loaded; None for a baseline that is left out.
+
+    Raises `ConfigError` where a model is missing.
+    """
+    parts = target.config.parts_by_teacher
+    for label, part in parts.items():
+        with naming_teacher(label):
+            locate(part.teacher, "teacher")
+    locate(target.config.model, "model")
+    if target.baseline is not None:
+        locate(target.baseline, "baseline")
+    teachers = (shown_path(part.teacher) + " (loaded here, not served)" * (part.teacher.url is not None) for part in parts.values())
+    return {
+        "model": shown_path(target.config.model),
+        "baseline": None if target.baseline is None else shown_path(target.baseline),
+        "teacher": ", ".join(teachers),
+    }
+
+
+def find_pair(config: Config, with_teacher: bool) -> Config:
+    """Return the config of the models that `opd sample` and `opd score` compare. Raises `ConfigError` where one is missing."""
+    parts = config.parts_by_teacher
+    if with_teacher and "" not in parts:
+        paths = " or ".join(f"--teacher {part.teacher.path}" for part in parts.values())
+        raise ConfigError(f"teachers: each dataset has one of its own; choose one with {paths}")
+    config = parts.get("", next(iter(parts.values())))  # a text belongs to no dataset: as for rows that `teacher` scores
+    locate(config.model, "model")
+    if with_teacher:
+        locate(config.teacher, "teacher")
+    return config

@@ -20,19 +20,17 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from opd.config.compose import PACKAGE
-from opd.config.files import is_folder_name, local_path, missing
 from opd.config.options import Device, Dtype, ModelConfig, Quantization, SamplingDtype, TrainConfig
 from opd.data import hub
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError, DataError
 from opd.models.adapters import load_adapter
+from opd.models.locate import adapter_remedy, locate
 from opd.models.overlap import Overlap, compare_tokenizers
 from opd.models.policy import output_head
 
 log = logging.getLogger(__name__)
 
-BUNDLED = "bundled:"
 OTHER_HEADS = ("Classification", "ForMaskedLM", "ForPreTraining", "QuestionAnswering", "MultipleChoice", "RewardModel")
 
 
@@ -74,31 +72,6 @@ def uses_bf16_copy(dtype: SamplingDtype, device: torch.device, is_bf16: bool) ->
 def computes_in_bf16(dtype: Dtype, device: torch.device) -> bool:
     """Return whether the student's matrix products run in bf16: as configured, else where the device computes bf16 natively."""
     return dtype is Dtype.bfloat16 or (dtype is Dtype.auto and is_fast_in_bf16(device))
-
-
-def locate(config: ModelConfig, role: str) -> str:
-    """Return the folder or hub id to load from. Raises `ConfigError` for a local folder that does not exist or has no model of its own."""
-    if config.path.startswith(BUNDLED):
-        folder = PACKAGE / "assets" / config.path.removeprefix(BUNDLED)
-        if not folder.is_dir():
-            raise ConfigError(
-                f"{role}.path={config.path}: bundled are {', '.join(sorted(BUNDLED + p.name for p in folder.parent.glob('*/')))}"
-            )
-        return str(folder)
-    path = local_path(config.path)
-    if path.is_file():
-        raise ConfigError(f"{role}.path={config.path}: a file; name its folder (for a GGUF file, with {role}.gguf_file={path.name})")
-    if is_folder_name(config.path) and not path.is_dir():
-        raise ConfigError(f"{role}.path={config.path}: {missing(path, 'folder')}")
-    if (path / "adapter_config.json").is_file():
-        raise ConfigError(f"{role}.path={config.path}: contains an adapter (adapter_config.json); {adapter_remedy(config, role)}")
-    if (path / "final" / "config.json").is_file() and not (path / "config.json").is_file():
-        raise ConfigError(f"{role}.path={config.path}: a run folder; its model is {role}.path={path / 'final'}")
-    return str(path) if path.is_dir() else config.path
-
-
-def adapter_remedy(config: ModelConfig, role: str) -> str:
-    return f"name its base model as {role}.path and the adapter's folder as {role}.adapter={config.path}, or remove the adapter's files"
 
 
 def load_with(load: Callable[..., Any], config: ModelConfig, role: str, **kwargs: Any) -> Any:

@@ -15,7 +15,8 @@ from opd.config.options import Dtype, TeacherConfig
 from opd.data.rollouts import MicroBatch, Rollout, collate
 from opd.errors import EngineError
 from opd.models.device import free_memory
-from opd.models.load import load_config, load_model, locate
+from opd.models.load import load_config, load_model
+from opd.models.locate import locate
 from opd.models.memory import FLOAT32, count, empty_model
 from opd.models.policy import output_head
 from opd.teachers.base import Scored

@@ -16,14 +16,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from opd.errors import ConfigError, OutputError
 from opd.runs import folder as files
+
+if TYPE_CHECKING:  # reading what is there needs no torch
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,10 @@ class Checkpoint:
     def moment(self) -> Moment:
         return self.step, int(self.state["inner"])
 
-    def tensors(self, name: str) -> dict[str, Tensor] | None:
+    def tensors(self, name: str) -> "dict[str, Tensor] | None":
         """Return the tensors of `TOKENS`, `AHEAD` or `AVERAGE`; None where the checkpoint has no such file."""
+        from safetensors.torch import load_file
+
         return load_file(self.path / name) if (self.path / name).is_file() else None
 
 
@@ -63,7 +66,7 @@ class Checkpoint:
 class Snapshot:
     """The contents of a checkpoint. `files`: tensors by file name. `state`: JSON, with the moment in it."""
 
-    files: dict[str, dict[str, Tensor]]
+    files: "dict[str, dict[str, Tensor]]"
     state: dict[str, Any]
 
     @property
@@ -192,6 +195,8 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot, work: Path, target: Path) -> None:
         """Write all files to `work` and rename it into place only when all of it would survive a power cut."""
+        from safetensors.torch import save_file
+
         free, needed = shutil.disk_usage(self.folder).free, snapshot.size()
         if free < needed:
             raise OSError(f"{needed / 2**20:,.0f} MiB are needed, {free / 2**20:,.0f} MiB are free")

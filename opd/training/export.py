@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,20 +13,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_unchecked_config
-from opd.config.files import absolute_paths
 from opd.config.schema import Config
 from opd.data import hub
 from opd.data.prompts import Prompt
-from opd.errors import ConfigError, DataError, OpdError, OutputError
+from opd.errors import OpdError, OutputError
 from opd.models import load as models
 from opd.models.adapters import trained_adapters
 from opd.models.masters import MasterWeights
 from opd.models.policy import is_quantized
-from opd.runs.folder import CHECKPOINTS, FINAL
+from opd.runs.folder import FINAL
 from opd.runs.outcome import summarised
 from opd.runs.reader import Run, is_run, open_run
 from opd.samplers.weights import merged_copy
-from opd.training.checkpoint import Checkpoint, Checkpoints, read, verify
+from opd.training.checkpoint import read
+from opd.training.export_source import checkpoint_config
 from opd.training.inputs import Given, load_prompts
 from opd.training.model_card import model_card
 from opd.training.tensors import model_tensors, restore_weights
@@ -35,7 +34,6 @@ from opd.training.tensors import model_tensors, restore_weights
 log = logging.getLogger(__name__)
 
 MERGE_PROMPTS = 8  # prompts on which a merged model is compared with the quantised one
-NEW_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -129,24 +127,11 @@ def generation_config(config: Config, eos: tuple[int, ...], tokenizer: PreTraine
     )
 
 
-def best_checkpoint(run: Path) -> Path:
-    """Return a run's checkpoint with the best evaluation. Raises `DataError` where there is none."""
-    if not is_run(run):
-        raise DataError(f"{run}: --best takes the folder of a run, such as runs/NAME")
-    checkpoints = Checkpoints(run / CHECKPOINTS, 1, keep_best=True)
-    best = checkpoints.best()
-    if best is None:
-        kept = ", ".join(checkpoints.path(*moment).name for moment in checkpoints.moments())
-        reason = "no evaluation after step 0 has a checkpoint (checkpoint.best=drop keeps none for it)"
-        raise DataError(f"{run}: {reason}" + (f"; name one of {kept}, as {run}/{CHECKPOINTS}/NAME" if kept else ""))
-    return checkpoints.path(int(best["step"]))
-
-
 def export_model(source: Path, out: Path, dtype: str = "float32", repository: str | None = None) -> str | None:
     """Write the model of a run or checkpoint to a folder, and upload it where a repository is named.
 
     Args:
-        source: a run folder or a checkpoint.
+        source: a run folder or a checkpoint, as `export_source.check_request` accepts them with the other arguments.
         out: a new or empty folder.
         dtype: of the weights, one of `DTYPES`.
         repository: OWNER/NAME on the hub.
@@ -155,14 +140,8 @@ def export_model(source: Path, out: Path, dtype: str = "float32", repository: st
         The address of the upload.
 
     Raises:
-        ConfigError: the repository's name is not one.
-        OutputError: `out` is not empty, or the upload failed.
-        DataError: `source` is neither a finished run nor an intact checkpoint.
+        OutputError: the disk refuses it, or the upload failed.
     """
-    if repository is not None and NEW_REPOSITORY.fullmatch(repository) is None:
-        raise ConfigError(f"--push {repository}: must be OWNER/NAME")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"--out {out}: exists and is not empty; name a new folder")
     config, model, tokenizer, summary = _load_run(source) if is_run(source) else _load_checkpoint(source, DTYPES[dtype])
     save_model(out, model.to(DTYPES[dtype]), tokenizer, models.eos_ids(model, tokenizer), config, summary)
     return None if repository is None else hub.push(out, repository)
@@ -170,21 +149,12 @@ def export_model(source: Path, out: Path, dtype: str = "float32", repository: st
 
 def _load_run(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
     run, final = open_run(folder), folder / FINAL
-    if run.summary is None or not (final / "config.json").is_file():
-        raise DataError(f"{folder}: the run is {run.status}, not done, or {FINAL}/ is missing; name one of its checkpoints instead")
+    assert run.summary is not None
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
     return to_unchecked_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
-    if not folder.is_dir():
-        others = ", ".join(sorted(path.name for path in folder.parent.glob("step_*")))
-        raise DataError(f"{folder}: there is no such folder" + (f"; there are {others}" if others else ""))
-    problem = verify(folder)
-    if problem is not None:
-        raise DataError(
-            f"{folder}: not a run folder, nor an intact checkpoint ({problem}); name runs/NAME or runs/NAME/checkpoints/step_NUMBER"
-        )
     checkpoint = read(folder)
     config = checkpoint_config(checkpoint)
     base = replace(config.model, adapter=None) if config.lora.rank else config.model
@@ -201,13 +171,6 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, Pre
             log.warning("adapters merged: %.1e nats per token from the quantised model", summary["merge_gap"])
         return config, merged, tokenizer, summary
     return config, model if adapters is None else adapters.merge_and_unload(), tokenizer, summary
-
-
-def checkpoint_config(checkpoint: Checkpoint) -> Config:
-    """Return the config of a checkpoint's run, with paths as they are from here."""
-    run = checkpoint.path.resolve().parent.parent
-    started_in = open_run(run).started_in if is_run(run) else None
-    return to_unchecked_config(restore_config(absolute_paths(checkpoint.state["config"], started_in)))
 
 
 def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

@@ -12,7 +12,7 @@ from opd.config.compose import to_dict
 from opd.config.options import Control, ModelConfig, Source
 from opd.config.schema import Config
 from opd.data import hub
-from opd.models.load import BUNDLED
+from opd.models.locate import BUNDLED
 from opd.runs.text import describe_gap, format_number, format_reward, one_line
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
