@@ -192,6 +192,14 @@ def test_thinking_switch_of_one_model_warns(doctor: Any, tmp_path: Path) -> None
     assert found["thinking"]["status"] == "warn" and "enable_thinking=True" in found["thinking"]["what"]
 
 
+def test_models_that_think_by_default_need_room_for_it() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "assets" / "tiny-student")
+    tokenizer.chat_template += "{% if enable_thinking %}{% endif %}"
+    for kwargs, length, status in (({}, 256, Status.warn), ({}, 4096, Status.ok), ({"enable_thinking": False}, 256, Status.ok)):
+        [found] = tokens.check_switches(tokenizer, tokenizer, kwargs, length)
+        assert found.status is status and (status is Status.ok or "enable_thinking=false" in found.remedy)
+
+
 def test_an_open_turn_unused_options_and_a_dropped_system_message_are_told() -> None:
     tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "assets" / "tiny-student")
     messages = [{"role": "user", "content": "1", "name": "n"}, {"role": "assistant", "content": "2"}]

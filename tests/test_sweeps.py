@@ -63,12 +63,12 @@ def succeed(config: Config, folder: Path) -> float:
 def test_a_sweep_whose_members_all_got_worse_does_not_choose_one(capfd: pytest.CaptureFixture[str]) -> None:
     def task(config: Config, folder: Path) -> float | None:
         warnings = ["reward 50.0% → 0.0%: worse than before training; …"] if config.seed < 2 else []
-        (folder / "summary.json").write_text(json.dumps({"warnings": warnings}))
+        (folder / "summary.json").write_text(json.dumps({"warnings": warnings, "reward_after": 0.25}))
         return 0.25
 
     assert hydra_app.run_verb(task, ["-m", "seed=0,1", "name=s"]) == errors.OK
     shown = capfd.readouterr().out
-    assert "best: seed=0 (highest objective; 1 more with the same)" in shown and "none is to be chosen" in shown
+    assert "best: seed=0 (highest reward; 1 more with the same)" in shown and "none is to be chosen" in shown
     assert hydra_app.run_verb(task, ["-m", "seed=1,2", "name=other"]) == errors.OK
     assert "none is to be chosen" not in capfd.readouterr().out
 

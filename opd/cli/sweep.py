@@ -188,6 +188,15 @@ def best_member(config: SweepConfig, members: Sequence[Member]) -> Member | None
     return max(measured)[2] if measured else None
 
 
+def name_metric(sweep: Sweep) -> str:
+    """Return what the members' objective is: with `sweep.metric=auto` the reward, or minus the KL where there are no rewards."""
+    if sweep.config.metric != AUTO:
+        return sweep.config.metric
+    summaries = [read_json(file.parent / SUMMARY) or {} for file in sweep.folder.glob(f"*/{MEMBER}")]
+    measured = {name for summary in summaries for name, value in summary.items() if value is not None}
+    return "reward" if "reward_after" in measured else "-KL" if "eval_kl_after" in measured else "objective"
+
+
 def find_worse(sweep: Sweep) -> set[int]:
     """Return the numbers of the members of this call that made the student worse than it was before training."""
     worse = set()
@@ -202,7 +211,7 @@ def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:
     """Print a table with the outcome of each member, the best member, and how to resume."""
     console = make_console()
     best = best_member(sweep.config, members)
-    metric = "objective" if sweep.config.metric == AUTO else sweep.config.metric
+    metric = name_metric(sweep)
     table = Table(title="sweep", title_justify="left", show_edge=False)
     for column in ("member", "status", metric, "reason"):
         table.add_column(column, justify="right" if column == metric else "left", overflow="fold")

@@ -26,6 +26,7 @@ PROCESSORS: Mapping[str, Any] = {
 DECODING: Mapping[str, Any] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
 }  # fmt: skip
+THOUGHTS = 2048  # tokens that thinking takes easily
 SWITCHES = ("enable_thinking", "thinking", "reasoning_effort", "thinking_budget")
 # Fields that need no notice: templates leave out earlier thoughts, and have many names for them.
 READ = {"role", "content", "reasoning_content", "reasoning", "thinking"}
@@ -136,7 +137,7 @@ def check_templates(
             what = f"the chat template of the {whose} leaves it out"
             findings.append(fail("teacher.system", what, "take a chat template with system messages, or set teacher.system=null"))
     findings += check_options(student, messages, kwargs, config.teacher.chat_template_kwargs)
-    return findings + check_switches(student, teacher, kwargs), rendered
+    return findings + check_switches(student, teacher, kwargs, config.sampling.max_new_tokens), rendered
 
 
 def contains(text: str, part: str) -> bool:
@@ -184,12 +185,18 @@ def check_options(
     return findings
 
 
-def check_switches(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, kwargs: Mapping[str, Any]) -> list[Finding]:
-    """Compare the thinking switches of the two chat templates."""
+def check_switches(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, kwargs: Mapping[str, Any], max_new_tokens: int
+) -> list[Finding]:
+    """Compare the thinking switches of the two chat templates, and look whether there is room for thoughts."""
     of_student, of_teacher = ([switch for switch in SWITCHES if switch in str(tokenizer.chat_template)] for tokenizer in (student, teacher))
     if not of_student and not of_teacher:
         return []
     settings = ", ".join(f"{switch}={kwargs.get(switch, 'the default')}" for switch in sorted({*of_student, *of_teacher}))
+    if of_student == of_teacher and not kwargs.keys() & {*of_student} and max_new_tokens < THOUGHTS:
+        what = f"both templates may think by default, and sampling.max_new_tokens={max_new_tokens} cuts most thoughts off"
+        remedy = f"set data.chat_template_kwargs.{of_student[0]}=false, or sampling.max_new_tokens={THOUGHTS}"
+        return [warn("thinking", what, remedy if of_student[0] == SWITCHES[0] else f"set sampling.max_new_tokens={THOUGHTS}")]
     if of_student == of_teacher:
         return [ok("thinking", f"both templates have {', '.join(of_student)}: {settings}; set by data.chat_template_kwargs")]
     what = (

@@ -86,7 +86,7 @@ def differing_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def chosen(run: Run) -> dict[str, Any]:
-    """Return what `sampling.dtype=auto` stood for, which depends on the machine."""
+    """Return the precision that a run samples in, which `sampling.dtype=auto` chooses by the machine."""
     return {"sampling.dtype, chosen": "bf16 copy" if run.choices["bf16_copy"] else "trainer"} if "bf16_copy" in run.choices else {}
 
 

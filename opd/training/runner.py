@@ -220,7 +220,7 @@ def refuse_finished(run_folder: RunFolder, trainer: Trainer) -> None:
     if summary is not None and summary["steps"] == trainer.step and trainer.step >= trainer.max_steps:
         raise ConfigError(
             f"{run_folder.path}: its {trainer.step} steps are done, so other options change nothing; set train.max_steps above "
-            f"{trainer.step} to train longer, another name=… to train anew, or evaluate it with opd eval {run_folder.path}"
+            f"{trainer.step} to train longer, another name=… to train again, or evaluate it with opd eval {run_folder.path}"
         )
 
 
