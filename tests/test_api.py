@@ -523,11 +523,21 @@ def test_mistakes_in_options_are_named_as_they_are_passed(tmp_path, options, mes
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"max_step": 3}, "no argument max_step; did you mean max_steps"), ({"bf16": True}, "no argument bf16; other options are passed in")],
+    [
+        ({"max_step": 3}, "no argument max_step; did you mean max_steps"),
+        ({"bf16": True}, "no argument bf16; other options are passed in"),
+        ({"tokenizer": None}, "no argument tokenizer; it is processing_class"),
+        ({"num_train_epochs": 1}, 'no argument num_train_epochs; it is options={"train.epochs": NUMBER}'),
+    ],
 )
 def test_an_argument_that_does_not_exist_is_refused_with_the_one_that_was_meant(tmp_path, arguments, message):
     with pytest.raises(TypeError, match=message):
         make_trainer(tmp_path / "out", **arguments)
+
+
+def test_rows_that_are_none_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"train_dataset=None: must be a list of rows"):
+        OnPolicyDistillationTrainer(str(STUDENT), str(TEACHER), None, output_dir=tmp_path / "out")
 
 
 def test_a_run_without_evaluation_rows_shows_no_empty_results(tmp_path, capfd):

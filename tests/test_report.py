@@ -197,6 +197,9 @@ def test_report_writes_one_file_without_importing_torch(debug_run, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
     assert "<h1><bdi>run</bdi></h1>" in out.read_text(encoding="utf-8")  # named twice, it is one run
+    assert cli.main(words) == 0, "a report may be replaced"
+    out.write_text("mine")
+    assert cli.main(words) == errors.OUTPUT and out.read_text() == "mine"
 
 
 def test_report_mistakes_are_one_line_with_an_exit_code(debug_run, tmp_path, capfd):

@@ -9,6 +9,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -60,6 +61,10 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
         reason = complaint.getvalue().strip().rpartition("error: ")[2]
         if "--resume" in words:
             reason = "--resume: the same command resumes a run without a flag; resume=never and resume=CHECKPOINT do otherwise"
+        elif dashed := re.search(r"unrecognized arguments: --([\w.-]+)", reason):
+            word = dashed[1].replace("-", "_")
+            meant = next((option for option in compose.options() if f".{option}".endswith(f".{word}")), None)
+            reason += "" if meant is None else f": an option has no dashes: {meant}=VALUE"
         raise errors.ConfigError(f"{reason}; opd {verb} --help shows the flags") from None
     if parsed.experimental_rerun is not None:
         raise errors.ConfigError("--experimental-rerun reads a pickle, which can run code; give the options of that run again instead")

@@ -7,7 +7,9 @@ from pathlib import Path
 from opd.cli.arguments import Parser
 from opd.config.files import local_path
 from opd.config.options import Direction
+from opd.errors import OutputError
 from opd.report import compare, render_report
+from opd.report.page import GENERATOR
 from opd.runs.folder import REPORT, check_output_path, write_output
 from opd.runs.reader import find_runs
 from opd.runs.text import make_console
@@ -20,6 +22,8 @@ COMPARE_DESCRIPTION = "Rank runs by a metric, with the options that differ betwe
 COMPARE_EXAMPLES = """opd compare sweeps/first
 opd compare runs/a runs/b --metric eval_kl_after
 opd compare runs --csv > runs.csv"""
+
+HEAD = 1000  # letters of a page, where its generator stands
 
 
 def make_report_parser() -> Parser:
@@ -35,6 +39,9 @@ def write_report(parsed: argparse.Namespace) -> None:
     runs = find_runs(parsed.runs)
     out: Path = parsed.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
     check_output_path(out)
+    is_own = len(runs) == 1 and out == runs[0].path / REPORT
+    if out.is_file() and not is_own and GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:HEAD]:
+        raise OutputError(f"{out}: exists and is no report of opd; nothing was overwritten: name another file with --out FILE")
     write_output(out, render_report(runs))
     print(out)
 

@@ -45,7 +45,7 @@ def sample(config: Config, folder: Path, flags: argparse.Namespace) -> None:
         console.print("one prompt per line; an empty line ends")
     prompts = read_prompts(flags.prompt, flags.file, input)
     if not prompts:
-        raise errors.DataError("no prompt was given: add --prompt TEXT or --file FILE")
+        raise (errors.DataError if flags.file else errors.ConfigError)("no prompt was given: add --prompt TEXT or --file FILE")
 
     from opd.evaluation import sample_score
     from opd.evaluation.show import completion_table

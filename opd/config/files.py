@@ -106,7 +106,9 @@ def missing(path: Path, kind: str) -> str:
 def check_files(config: Config) -> None:
     """Raise `DataError` or `ConfigError` for the first file or folder that an option names and that is not there."""
     if config.resume not in ("auto", "never") and not local_path(config.resume).exists():
-        raise ConfigError(f"resume={config.resume}: {missing(local_path(config.resume), 'checkpoint')}; or set resume=auto or resume=never")
+        raise ConfigError(
+            f"resume={config.resume}: {missing(local_path(config.resume), 'checkpoint')}; set resume=auto or resume=never, or name one"
+        )
     for label, part in config.parts.items():
         data, models = part.data, (part.model, part.teacher_files)
         named: list[tuple[Section, str, str]] = [(model, "path", "folder") for model in models if is_folder_name(model.path)]

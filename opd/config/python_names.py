@@ -40,6 +40,21 @@ PHRASES = {
     "eval=kl": "reward_funcs=None",
     "experiment=tiny": 'model="bundled:tiny-student"',
 }
+# What arguments of transformers' and TRL's trainers and their configs are called here.
+OF_TRAINERS = {
+    "args": "pass its fields as arguments, such as max_steps and learning_rate",
+    "tokenizer": "it is processing_class",
+    "ref_model": "it is teacher_model",
+    "num_train_epochs": 'it is options={"train.epochs": NUMBER}',
+    "per_device_train_batch_size": "it is batch_size",
+    "num_generations": "it is samples_per_prompt",
+    "max_completion_length": "it is max_new_tokens",
+    "temperature": "it is sampling_temperature",
+    "beta": 'it is options={"ppo.divergence": NAME}',
+    "warmup_steps": 'it is options={"optim.warmup_steps": NUMBER}',
+    "report_to": 'it is options={"track.tool": NAME}',
+    "seed": 'it is options={"seed": NUMBER}',
+}
 LITERALS = {"null": "None", "true": "True", "false": "False"}
 # An option, with its value where there is one. Words of one part, such as `name`, are options only with a value.
 OPTION = re.compile(
@@ -69,7 +84,7 @@ def naming_unknown(init: Callable[P, None]) -> Callable[P, None]:
     @wraps(init)
     def checked(*args: P.args, **arguments: P.kwargs) -> None:
         for name in arguments.keys() - known.keys():
-            meant = did_you_mean(name, known).strip()
+            meant = OF_TRAINERS.get(name) or did_you_mean(name, known).strip()
             raise TypeError(f"there is no argument {name}; {meant or 'other options are passed in options={NAME: VALUE}'}")
         init(*args, **arguments)
 

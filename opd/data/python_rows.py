@@ -28,6 +28,8 @@ def as_rows(
         named: Attributes of objects that are columns too.
         argument: The dataset's name, for messages.
     """
+    if not isinstance(dataset, Iterable):
+        raise ConfigError(f"{argument}={dataset!r}: must be a list of rows, or another iterable of them")
     rows: list[Mapping[str, Any]] = []
     for index, item in enumerate(dataset):
         is_mapping = isinstance(item, Mapping)

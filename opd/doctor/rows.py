@@ -8,6 +8,7 @@ from opd.data.prompts import Prompt
 from opd.data.rewards import Grader
 from opd.data.sources import Rows
 from opd.doctor.findings import Finding, fail, ok, warn
+from opd.runs.reader import format_value
 from opd.training.checks import count_empty
 from opd.training.inputs import describe_closing
 
@@ -67,7 +68,8 @@ def check_answers(prompts: Sequence[Prompt], config: Config) -> list[Finding]:
     answered = sum(bool(prompt.answers) or prompt.get_reward is not None for prompt in prompts)
     what = f"{answered:,} of {len(prompts):,} evaluation prompts have an answer"
     if answered < len(prompts):
-        return [warn("answers", what, f"check data.answer={config.data.answer} and data.answer_after={config.data.answer_after}")]
+        options = f"data.answer={config.data.answer} and data.answer_after={format_value(config.data.answer_after)}"
+        return [warn("answers", what, f"check {options}")]
     if answered < FEW:
         return [warn("answers", f"{what}: intervals of the reward will be wide", f"set data.eval_path=FILE, with {FEW} prompts or more")]
     return [ok("answers", what)]

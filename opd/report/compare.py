@@ -67,7 +67,8 @@ def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction
     numbers = [(read_json(run.path / MEMBER) or {}).get("number", 0) for run in runs]
     order = sorted((each[metric] is None, sign * (each[metric] or 0.0), numbers[index], index) for index, each in enumerate(values))
     options = differing_options(runs)
-    ranks = [(None if missing else rank, index) for rank, (missing, *_, index) in enumerate(order, 1)]
+    are_ranked = not incomparable(runs)
+    ranks = [(rank if are_ranked and not missing else None, index) for rank, (missing, *_, index) in enumerate(order, 1)]
     rows = [Row(runs[index], rank, options[index], values[index]) for rank, index in ranks]
     return Comparison(metric, direction, rows, effects(runs))
 
@@ -122,12 +123,12 @@ def show(comparison: Comparison, console: Console) -> None:
         table.add_column(column, justify="left" if column in ("run", "options that differ", "status") else "right", overflow="fold")
     for cells in rows:
         table.add_row(*(Text(cell) for cell in cells.values()))
+    if note := incomparable([row.run for row in comparison.rows]):
+        console.print(Text(f"warning: {note}"), soft_wrap=True)
     console.print(table)
     for row, cells in zip(comparison.rows, rows, strict=True):
         ending = f": {row.run.status}: {row.run.reason}" if row.run.reason else ""
         console.print(Text(f"{cells['']:>3}  {row.run.path}{ending}"), soft_wrap=True)
-    if note := incomparable([row.run for row in comparison.rows]):
-        console.print(Text(f"warning: {note}"), soft_wrap=True)
     for effect in comparison.effects:
         console.print(Text(effect.sentence()), soft_wrap=True)
 

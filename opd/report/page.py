@@ -16,6 +16,7 @@ from opd.runs.outcome import achieved
 from opd.runs.reader import MEMBER, Run, find_runs
 
 HERE = Path(__file__).parent
+GENERATOR = '<meta name="generator" content="opd">'
 
 
 def render_report(runs: Sequence[Run]) -> str:
@@ -83,6 +84,7 @@ def document(title: str, body: str, data: Any = None) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{sections.text(title)}</title>
+{GENERATOR}
 <style>{style}{_line_colours()}</style>
 </head>
 <body>
