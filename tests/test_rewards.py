@@ -322,7 +322,7 @@ def test_exact_and_number_start_no_process(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("numbr", "did you mean `number`?"),
+        ("numbr", "did you mean number?"),
         ("nonsense", "use exact, number, math, or module:function"),
         ("", "use exact, number, math, or module:function"),
         ("scores:", "use exact, number, math, or module:function"),
@@ -347,7 +347,7 @@ def test_a_reward_that_cannot_be_used_is_refused_in_one_line(folder: Path, name:
     with pytest.raises(ConfigError) as refusal:
         make_grader(name)
     assert wanted in str(refusal.value)
-    assert f"`{name}`" in str(refusal.value)
+    assert name in str(refusal.value)
     assert "\n" not in str(refusal.value)
     assert not (folder / "called").exists()
 

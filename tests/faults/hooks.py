@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hydra
+import safetensors.torch
 import torch
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.hydra_config import HydraConfig
@@ -163,7 +164,7 @@ def snapshot_of(step: int) -> Snapshot:
 
 # Every call by which a save changes the disk.
 OPERATIONS: tuple[tuple[Any, str], ...] = (
-    (checkpoint, "save_file"), (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (Path, "replace"),
+    (safetensors.torch, "save_file"), (Path, "write_text"), (Path, "mkdir"), (Path, "rename"), (Path, "replace"),
     (os, "fsync"), (os, "unlink"), (os, "rmdir"),
 )  # fmt: skip
 Act = Callable[[str, Callable[[], Any], tuple[Any, ...]], Any]  # gets the name, the original call and its arguments
