@@ -59,6 +59,7 @@ def test_words_are_read_as_they_are_meant(word: str, read: str, tmp_path: Path) 
         (["train", *DEBUG, "resume=yes"], ["resume=yes", "resume=auto or resume=never"]),
         (["train", *DEBUG, "--resume"], ["the same command resumes"]),
         (["train", *DEBUG, "--max-steps", "3"], ["an option has no dashes: train.max_steps=VALUE"]),
+        (["train", *DEBUG, "--seed", "3"], ["an option has no dashes: seed=VALUE;"]),
         (["train", *DEBUG, "experiment=mine"], ["--config-dir conf"]),
         (["sample", "runs/a", "--n", "3"], ["--n: no such flag", "-n"]),
         (["sample", "runs/a", "-prompt", "x"], ["-prompt: no such flag", "--prompt"]),

@@ -63,8 +63,9 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
             reason = "--resume: the same command resumes a run without a flag; resume=never and resume=CHECKPOINT do otherwise"
         elif dashed := re.search(r"unrecognized arguments: --([\w.-]+)", reason):
             word = dashed[1].replace("-", "_")
-            meant = next((option for option in compose.options() if f".{option}".endswith(f".{word}")), None)
-            reason += "" if meant is None else f": an option has no dashes: {meant}=VALUE"
+            known = compose.options()
+            meant = [word] if word in known else [option for option in known if option.endswith(f".{word}")]
+            reason += f": an option has no dashes: {' or '.join(f'{option}=VALUE' for option in meant)}" if meant else ""
         raise errors.ConfigError(f"{reason}; opd {verb} --help shows the flags") from None
     if parsed.experimental_rerun is not None:
         raise errors.ConfigError("--experimental-rerun reads a pickle, which can run code; give the options of that run again instead")

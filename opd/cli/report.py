@@ -23,8 +23,6 @@ COMPARE_EXAMPLES = """opd compare sweeps/first
 opd compare runs/a runs/b --metric eval_kl_after
 opd compare runs --csv > runs.csv"""
 
-HEAD = 1000  # letters of a page, where its generator stands
-
 
 def make_report_parser() -> Parser:
     parser = Parser("report", write_report, REPORT_DESCRIPTION, REPORT_EXAMPLES)
@@ -40,7 +38,7 @@ def write_report(parsed: argparse.Namespace) -> None:
     out: Path = parsed.out or (runs[0].path / REPORT if len(runs) == 1 else Path(REPORT))
     check_output_path(out)
     is_own = len(runs) == 1 and out == runs[0].path / REPORT
-    if out.is_file() and not is_own and GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:HEAD]:
+    if out.is_file() and not is_own and GENERATOR.encode() not in out.read_bytes():
         raise OutputError(f"{out}: exists and is no report of opd; nothing was overwritten: name another file with --out FILE")
     write_output(out, render_report(runs))
     print(out)

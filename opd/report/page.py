@@ -80,11 +80,11 @@ def document(title: str, body: str, data: Any = None) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{GENERATOR}
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <title>{sections.text(title)}</title>
-{GENERATOR}
 <style>{style}{_line_colours()}</style>
 </head>
 <body>
