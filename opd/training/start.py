@@ -1,0 +1,101 @@
+"""Where a run starts: nowhere, because it is finished; at nothing; or at a checkpoint, with logs and counters as they were there."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.config.files import local_path
+from opd.config.schema import Config
+from opd.errors import ConfigError, OutputError
+from opd.models.distributed import on_main_process
+from opd.runs.folder import CHECKPOINTS, FINAL, RUN, SUMMARY, RunFolder, Status, read_json
+from opd.runs.reader import CHANGES, STARTED_IN
+from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
+from opd.training.finish import read_logs
+from opd.training.identity import check_same
+from opd.training.loop import Trainer
+
+Lines = list[dict[str, Any]]
+
+
+def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the summary of this very run, if it is finished. Raises `ConfigError` when the folder holds another run."""
+    stored = read_json(run_folder.path / RUN)
+    if stored is None:
+        return None
+    is_done = run_folder.status() is Status.done
+    has_results = is_done or any((run_folder.path / CHECKPOINTS).glob("*step_*"))
+    if config.resume == "never" and has_results:
+        raise ConfigError(f"resume=never: {run_folder.path} already contains a run; set another name=…, or resume=auto to resume it")
+    if not has_results or config.resume != "auto":
+        return None
+    changed = check_same(stored, wanted, run_folder.path, config.resume_force)
+    return read_json(run_folder.path / SUMMARY) if is_done and not changed else None
+
+
+def find_start(
+    config: Config, run_folder: RunFolder, checkpoints: Checkpoints, wanted: Mapping[str, Any]
+) -> tuple[Checkpoint | None, list[str]]:
+    """Return the checkpoint to resume from, and the differences of its run that `resume_force` accepts.
+
+    Raises `ConfigError` when it is another run's, `OutputError` when it is unusable.
+    """
+    if config.resume == "never":
+        return None, []
+    if config.resume == "auto":
+        start = checkpoints.newest()
+        if start is None and run_folder.status() is Status.done:
+            raise ConfigError(
+                f"{run_folder.path}: is done and kept no checkpoint to resume from (checkpoint.keep_last): set another name=…, and "
+                f"model.path={run_folder.path / FINAL} to train its model further"
+            )
+    else:
+        problem = verify(local_path(config.resume))
+        if problem is not None:
+            raise OutputError(
+                f"resume={config.resume}: not a usable checkpoint: {problem}; name a folder such as "
+                "runs/NAME/checkpoints/step_000100, or set resume=auto or resume=never"
+            )
+        start = read(local_path(config.resume))
+    return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
+
+
+def refuse_finished(run_folder: RunFolder, trainer: Trainer) -> None:
+    """Raise `ConfigError` where a finished run is resumed with other options and has no steps left that they could apply to."""
+    summary = read_json(run_folder.path / SUMMARY)
+    if summary is not None and summary["steps"] == trainer.step and trainer.step >= trainer.max_steps:
+        raise ConfigError(
+            f"{run_folder.path}: its {trainer.step} steps are done, so other options change nothing; set train.max_steps above "
+            f"{trainer.step} to train longer, another name=… to train again, or evaluate it with opd eval {run_folder.path}"
+        )
+
+
+def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer, start: Checkpoint | None, forced: list[str]) -> None:
+    """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from, whose options differ by `forced`."""
+    run_folder.begun = True
+    changes = [*forced]
+    if start is None:
+        run_folder.rewind(-1)
+    else:
+        source = start.path.parent.parent
+        changes = [*(read_json(source / RUN) or {}).get(CHANGES, ()), *forced]
+        run_folder.copy_logs(source)
+        cut_logs(start.moment, run_folder, checkpoints)
+    run_folder.write(RUN, trainer.saved_state | {STARTED_IN: str(Path.cwd()), CHANGES: changes})
+
+
+def cut_logs(moment: Moment, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
+    """Cut logs and checkpoints at a moment: the run takes another way from there."""
+    run_folder.rewind(moment[0])
+    checkpoints.set_aside(moment)
+
+
+def restore_counters(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> Lines:
+    """Set the trainer's counters from the logs, and return the evaluations. Collective."""
+    (metrics, evaluations), best = on_main_process(trainer.accelerator, lambda: (read_logs(run_folder), checkpoints.best()))
+    trainer.trained_tokens = int(sum(line["tokens"] for line in metrics))
+    if any(line["model"] == "student" and line["step"] == trainer.step for line in evaluations):
+        trainer.evaluated = trainer.step
+    if best is not None and best["step"] <= trainer.step:
+        trainer.best = best["score"]
+    return evaluations
