@@ -77,22 +77,20 @@ def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> No
     target = find_target(flags.target, config, flags.teacher)
     check_request(target.config, flags.out, flags.only_right)
 
-    from opd.data.given import warm_start
     from opd.evaluation.completions import describe, write_completions
     from opd.training import runner  # imports torch, which neither --help nor a mistake needs
 
     runner.quiet_libraries()
     written = write_completions(target.config, folder, flags.out, flags.samples, flags.only_right, target.average)
-    options = warm_start(target.config, flags.out)
     if flags.json:
-        print(json.dumps({"file": str(flags.out), **asdict(written), "options": options}))
+        print(json.dumps({"file": str(flags.out), **asdict(written)}))
         return
     reward = "not judged" if written.reward is None else f"mean reward {written.reward:.1%}"
     console = make_console(80)
     console.print(f"{flags.out}: {written.kept:,} of {written.prompts:,} prompts; {reward}, {written.truncated:.1%} cut off and left out")
     if written.left_out:
         console.print(f"prompts without a completion to keep: {describe(written.left_out)}")
-    console.print(f"to train on it: opd train … {shlex.join(options)}", soft_wrap=True)
+    console.print(f"to train on it: opd train … {shlex.join(written.options)}", soft_wrap=True)
 
 
 def make_score_parser() -> FlagParser:

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from opd.config.files import eval_file
 from opd.config.schema import Config
 from opd.data.chat_template import ChatTemplate
+from opd.data.given import warm_start
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Request
 from opd.data.rows import DataRow
@@ -54,6 +55,7 @@ class Written:
         truncated: share of completions that reached the limit, which are left out.
         left_out: why the other prompts have none, with their number by reason.
         reward: mean over all completions; None without rewards.
+        options: of a run that starts on the file.
     """
 
     prompts: int
@@ -61,6 +63,7 @@ class Written:
     truncated: float
     reward: float | None
     left_out: dict[str, int]
+    options: list[str]
 
 
 def write_completions(config: Config, folder: Path, out: Path, samples: int, only_right: bool, average: Path | None = None) -> Written:
@@ -125,7 +128,7 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     all_texts = [text for line in done.values() for text in line["texts"]]
     judged = [reward for line in done.values() for reward in line["rewards"] if reward is not None]
     mean = sum(judged) / len(judged) if judged else None
-    return Written(len(prompts), len(written), all_texts.count(None) / len(all_texts), mean, dict(reasons))
+    return Written(len(prompts), len(written), all_texts.count(None) / len(all_texts), mean, dict(reasons), warm_start(config, out))
 
 
 def teacher_sampler(
