@@ -283,6 +283,12 @@ def test_what_keeps_a_run_from_learning_by_its_options_warns(doctor: Any) -> Non
     assert finding.status is Status.warn and finding.what == "1 of 2 have no text"
 
 
+def test_more_tokens_than_the_vocabulary_has_fail(doctor: Any) -> None:
+    code, found, _ = doctor("--prompts", "0", "ppo.estimator=topk", "ppo.k=262")
+    assert code == errors.NOT_READY and found["models"]["status"] == "fail"
+    assert "ppo.k=262: there are only 261 tokens" in found["models"]["what"] and "set ppo.k" in found["models"]["remedy"]
+
+
 def test_too_little_memory_fails_before_models_are_loaded(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("opd.doctor.free_memory", lambda device: 20 * 2**20)
     monkeypatch.setattr("opd.models.load.load_model", lambda *_: pytest.fail("a model was loaded"))

@@ -219,6 +219,7 @@ def test_run_with_damaged_checkpoints_only_is_refused_and_nothing_is_deleted(fin
         (["data.max_prompt_tokens=2"], 65, "data.max_prompt_tokens=2"),
         (["eval.reward=os:system"], 64, "opd.reward"),
         (["eval.reward=nmber"], 64, "number"),
+        (["ppo.estimator=topk", "ppo.k=262"], 64, "ppo.k=262: there are only 261 tokens in the vocabulary; set ppo.k"),
         (["track=wandb"], 64, "pip install 'opd[track]'"),
         (["resume=no/such/checkpoint"], 64, "there is no such checkpoint"),
         (["resume=."], 74, "not a usable checkpoint"),

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from opd.config.options import Estimator, ModelConfig, OptimizerName, Placement, Quantization, TeacherWeights, naming_teacher
+from opd.config.options import Estimator, ModelConfig, OptimizerName, Placement, PPOConfig, Quantization, TeacherWeights, naming_teacher
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
@@ -177,7 +177,7 @@ def match_ids(
     """Return the ids that the models share, and note which end the teachers' completions.
 
     Raises:
-        ConfigError: A head is too narrow for its tokenizer.
+        ConfigError: A head is too narrow for its tokenizer, or `ppo.k` too large.
         DataError: A prompt has a token that its reader does not know.
     """
     eos = load.eos_ids(student, tokenizer)
@@ -193,9 +193,16 @@ def match_ids(
         load.check_known(views, teacher.tokenizer, ids.teacher_vocabulary)
         return ids
     vocabulary = min(load.shared_vocabulary(tokenizer, student, teacher.model) for teacher in teachers)
+    check_k(config.ppo, vocabulary)
     load.check_known(prompts, tokenizer, vocabulary, overlap)
     pairs = [(tokenizer, eos), *((teacher.tokenizer, teacher.eos) for teacher in teachers)]
     return SharedIds.of(vocabulary, overlap, pairs, config.data.chat_template_kwargs, student.device)
+
+
+def check_k(config: PPOConfig, vocabulary: int) -> None:
+    """Raise `ConfigError` where `topk` asks for more tokens than there are."""
+    if config.estimator is Estimator.topk and config.k > vocabulary:
+        raise ConfigError(f"ppo.k={config.k}: there are only {vocabulary} tokens in the vocabulary; set ppo.k to fewer, such as 64")
 
 
 def own_vocabulary(teacher: TeacherParts) -> int:
