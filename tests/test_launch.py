@@ -69,6 +69,7 @@ def test_sweep_launches_each_member_once_with_its_own_overrides(tmp_path):
     output, complaints = running.communicate(timeout=300)
     assert running.returncode == 0, complaints
     assert output.count("each step:") == output.count("× 2 processes") == 1
+    assert output.count("starting 2 processes\n") == 1 and output.index("starting") < output.index("each step:")
     (member,) = (tmp_path / "sweeps" / "run").glob("*=x")
     assert "launch.processes=2" in (member / ".hydra" / "overrides.yaml").read_text()
     assert "teacher.system='a, b=c'" in (member / ".hydra" / "overrides.yaml").read_text()
@@ -198,7 +199,8 @@ def test_accelerate_understands_the_shipped_config_files(name, strategy, machine
     assert (parsed.num_machines, parsed.num_processes, parsed.use_cpu) == (machines, processes, "cpu" in name)
     if strategy == "use_fsdp":
         assert (parsed.fsdp_version, parsed.fsdp_cpu_ram_efficient_loading) == (2, False)
-    arguments = launch.launch_arguments(LaunchConfig(config_file=file), "")
+    options = LaunchConfig(config_file=file)
+    arguments = launch.launch_arguments(options, launch.read_config_file(options), "")
     assert arguments == ["--config_file", file, *([] if machines > 1 else ["--main_process_port", "0"])]
 
 

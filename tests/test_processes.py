@@ -371,6 +371,7 @@ def test_two_nodes_train_as_one_process_with_one_folder_and_one_display(one, nod
     assert [node.returncode for node in running] == [0, 0], outputs
     assert distance(weights(one), weights(tmp_path)) < 1e-6
     assert outputs[0][0].count("1 prompts × 4 processes × 2 completions = 8 rollouts") == 1 and outputs[1][0] == ""
+    assert outputs[0][0].startswith("starting 4 processes\n")
     assert len((tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()) == 6
     assert sorted(path.name for path in (tmp_path / "runs/run/.hydra").iterdir()) == ["config.yaml", "hydra.yaml", "overrides.yaml"]
 

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import yaml
@@ -53,8 +54,12 @@ def run(config: Config, folder: Path) -> float | None:
         child.send_signal(number)
 
     with tempfile.TemporaryDirectory(prefix="opd-launch-") as place:
-        words = [config.device.value, *launch_arguments(config.launch, place), "-m", "opd.train", *overrides(folder)]
-        sys.stdout.flush()
+        content = read_config_file(config.launch)
+        words = [config.device.value, *launch_arguments(config.launch, content, place), "-m", "opd.train", *overrides(folder)]
+        processes = config.launch.processes or content.get("num_processes", "several")
+        if content.get("machine_rank", 0) == 0:  # of several nodes one prints
+            with suppress(OSError):  # a closed terminal or pipe ends no run
+                print(f"starting {processes} {'process' if processes == 1 else 'processes'}", flush=True)  # which import for seconds
         signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)  # inherited by child and workers, until they can handle the signals
         try:
             # In a session of its own, or Ctrl-C in the terminal would reach it twice.
@@ -72,18 +77,29 @@ def run(config: Config, folder: Path) -> float | None:
     return objective(config.sweep, json.loads(summary.read_text())) if summary.is_file() else None
 
 
-def launch_arguments(launch: LaunchConfig, place: str) -> list[str]:
-    """Return the arguments of `accelerate launch`. Without a config file, `launch_workers` writes one in the folder `place`."""
-    file, content = launch.config_file and str(local_path(launch.config_file)), {}
-    if file is not None:
-        try:
-            content = dict(yaml.safe_load(Path(file).read_text()))
-        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split()) if Path(file).exists() else missing(Path(file), "file")
-            raise ConfigError(f"launch.config_file={file}: {reason}; use one from scripts/accelerate/ or `accelerate config`") from None
+def read_config_file(launch: LaunchConfig) -> dict[str, Any]:
+    """Return the content of Accelerate's config file, empty without one. Raises `ConfigError` where it cannot be used."""
+    if launch.config_file is None:
+        return {}
+    file = local_path(launch.config_file)
+    try:
+        content = dict(yaml.safe_load(file.read_text()))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) if file.exists() else missing(file, "file")
+        raise ConfigError(f"launch.config_file={file}: {reason}; use one from scripts/accelerate/ or `accelerate config`") from None
     if content.get("distributed_type") == "DEEPSPEED":
         raise ConfigError(f"launch.config_file={file}: DeepSpeed is not supported; use FSDP2, as in scripts/accelerate/fsdp2_gpu8.yaml")
-    arguments = ["--config_file", file or f"{place}/accelerate.yaml"]
+    return content
+
+
+def launch_arguments(launch: LaunchConfig, content: Mapping[str, Any], place: str) -> list[str]:
+    """Return the arguments of `accelerate launch`.
+
+    Args:
+        content: Of the config file. Without one, `launch_workers` writes one in the folder `place`.
+    """
+    file = f"{place}/accelerate.yaml" if launch.config_file is None else str(local_path(launch.config_file))
+    arguments = ["--config_file", file]
     if launch.processes is not None:
         arguments += ["--num_processes", str(launch.processes)]
     if not content.get("main_process_port") and content.get("num_machines", 1) == 1:
