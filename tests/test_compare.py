@@ -84,6 +84,22 @@ def test_without_rewards_runs_are_ranked_by_the_smaller_kl(tmp_path: Path) -> No
     assert ranked(tmp_path) == [(1, "b"), (2, "a")]
 
 
+def test_of_many_options_that_differ_the_typed_and_the_most_telling_are_below_the_table(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("a", 1), ("b", 2)):
+        data = {f"option_{number:02}": value for number in range(17)}
+        folder = make(tmp_path / name, rewards=(0.5, 0.6), data=data, model={"path": f"student-{name}"}, optim={"lr": value / 10})
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra/overrides.yaml").write_text(f"- data.option_16={value}\n")
+    assert cli.main(["compare", str(tmp_path)]) == errors.OK
+    table, _, below = capfd.readouterr().out.partition(f"{tmp_path / 'a'}\n")
+    assert "options that differ" not in table
+    options = below.splitlines()[0].split()
+    assert options[:4] == ["data.option_16=1", "model.path=student-a", "optim.lr=0.1", "data.option_00=1"] and len(options) == 12
+    assert below.splitlines()[-1].startswith("and 7 more options differ") and "--csv" in below
+
+
 def test_an_unfinished_run_is_ranked_by_its_logs(tmp_path: Path) -> None:
     [row] = compare.compare(find_runs([make(tmp_path / "a", "running", rewards=(0.5, 0.9, 0.7), kl=(2.0, 1.0, 1.5))])).rows
     assert {name: row.values[name] for name in ("reward_before", "reward_after", "reward_best", "reward_best_step", "reward_teacher")} == {

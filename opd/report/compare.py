@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,10 @@ from opd.runs.text import MISSING, format_duration, format_number, format_reward
 RANKS: dict[str, Direction] = {name: better or Direction.maximize for name, better in METRICS.items()} | {"reward_best": Direction.maximize}
 UNTRAINED_OPTIONS = ("name", "resume", "resume_force", "sweep.")  # they do not affect training
 SHOWN = ("reward_after", "reward_best", "eval_kl_before", "eval_kl_after", "reverse_kl_last", "steps", "graded_tokens", "seconds")
+MAX_IN_TABLE = 4  # options that differ, as a column; more are in lines below the table
+MAX_OPTIONS = 12  # in such a line
+# What tells runs apart best, after what was typed.
+TELLING = ("model.path", "teacher.path", "data.path", "data.train_path", "ppo.estimator", "optim.lr", "lora.rank", "train.max_steps")
 MAX_NAME = 30  # letters of a run's name in the table; the paths are below it
 WIDTH = 200  # columns of the table where there is no terminal
 
@@ -116,8 +120,13 @@ def _overrides(run: Run, names: set[str]) -> dict[str, Any]:
 
 
 def show(comparison: Comparison, console: Console) -> None:
-    """Print the table, each run's folder and how it ended, and what the teacher accounts for where there are control arms."""
-    rows = [_cells(row, comparison.metric) for row in comparison.rows]
+    """Print the table, each run's folder and how it ended, and what the teacher accounts for where there are control arms.
+
+    Of many options that differ, the most telling are below each run's folder.
+    """
+    names = most_telling(comparison.rows)
+    in_table = len(names) <= MAX_IN_TABLE
+    rows = [_cells(row, comparison.metric, in_table) for row in comparison.rows]
     table = Table(title=f"by {comparison.metric}, {comparison.direction.value}d", title_justify="left", show_edge=False)
     for column in rows[0]:
         table.add_column(column, justify="left" if column in ("run", "options that differ", "status") else "right", overflow="fold")
@@ -129,18 +138,35 @@ def show(comparison: Comparison, console: Console) -> None:
     for row, cells in zip(comparison.rows, rows, strict=True):
         ending = f": {row.run.status}: {row.run.reason}" if row.run.reason else ""
         console.print(Text(f"{cells['']:>3}  {row.run.path}{ending}"), soft_wrap=True)
+        if not in_table:
+            shown = {name: row.options[name] for name in names[:MAX_OPTIONS] if name in row.options}
+            console.print(Text(f"     {_words(shown)}"), soft_wrap=True)
+    if len(names) > MAX_OPTIONS:
+        console.print(f"and {len(names) - MAX_OPTIONS} more options differ: --csv and --json have all")
     for effect in comparison.effects:
         console.print(Text(effect.sentence()), soft_wrap=True)
 
 
-def _cells(row: Row, metric: str) -> dict[str, str]:
+def most_telling(rows: Sequence[Row]) -> list[str]:
+    """Return the options that differ: first those that were typed for one of the runs, last those that only follow from a choice."""
+    typed = {word.lstrip("+").partition("=")[0] for row in rows for word in row.run.overrides}
+    order = {name: place for place, name in enumerate(TELLING)}
+    differing = {name for row in rows for name in row.options}
+    return sorted(differing, key=lambda name: (name not in typed, order.get(name, len(order)), name))
+
+
+def _words(options: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={format_value(value)}" for name, value in options.items())
+
+
+def _cells(row: Row, metric: str, with_options: bool) -> dict[str, str]:
     values, shares = row.values, row.values["reward_is_share"]
     ranked_by = {} if metric in SHOWN else {metric: format_number(values[metric], ".6g")}
     first, last = (format_number(values[f"eval_kl_{when}"]) for when in ("before", "after"))
     return {
         "": MISSING if row.rank is None else str(row.rank),
         "run": row.run.name if len(row.run.name) <= MAX_NAME else f"{row.run.name[: MAX_NAME - 1]}…",
-        "options that differ": " ".join(f"{name}={format_value(value)}" for name, value in row.options.items()) or MISSING,
+        **({"options that differ": _words(row.options) or MISSING} if with_options else {}),
         "status": row.run.status,
         **ranked_by,
         "reward": format_reward(values["reward_after"], values["reward_after_interval"], digits=0, shares=shares),
