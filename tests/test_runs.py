@@ -124,7 +124,7 @@ def evaluation(step: int, each: list[float | None] | None, kl: float | None = No
         ([evaluation(0, [0] * 16), evaluation(10, [1] * 16)], ""),
         ([evaluation(0, None, 1.0), evaluation(10, None, 1.2)], "KL to the teacher 1.0000 → 1.2000: worse"),
         ([evaluation(0, None, 1.0), evaluation(10, None, 1.05)], ""),
-        ([evaluation(0, [0, 1] * 8, 1.0), evaluation(10, [1] * 16, 9.0)], ""),  # the KL may rise while the reward does
+        ([evaluation(0, [0, 1] * 8, 1.0), evaluation(10, [1] * 16, 1.05)], ""),
         ([evaluation(0, [1] * 16)], ""),
         ([], ""),
     ],
@@ -132,6 +132,14 @@ def evaluation(step: int, each: list[float | None] | None, kl: float | None = No
 def test_a_run_that_made_the_student_worse_has_a_warning(lines: list[dict[str, Any]], words: str) -> None:
     found = outcome.find_warnings(lines, {"eval": {"reward": "number"}})
     assert words in found[0] and "optim.lr" in found[0] if words else found == []
+
+
+def test_a_kl_that_rose_with_the_reward_is_told_but_not_as_worse() -> None:
+    before, after = evaluation(0, [0, 1] * 8, 1.0), evaluation(10, [1] * 16, 1.2)
+    [found] = outcome.find_warnings([before, after], {})
+    assert found.startswith("KL to the teacher 1.0000 → 1.2000 although the reward rose") and "report.html" in found
+    assert outcome.WORSE not in found  # which a sweep would not choose
+    assert outcome.find_warnings([before, {**after, "rewards": before["rewards"]}], {}) == []
 
 
 def test_answers_without_a_reward_are_a_warning() -> None:

@@ -54,7 +54,7 @@ def rewards_are_shares(evaluations: Lines) -> bool:
 
 
 def find_warnings(evaluations: Lines, options: Mapping[str, Any], changes: Sequence[str] = ()) -> list[str]:
-    """Return what is wrong with a run's result: its options changed on the way, the student got worse, or answers have no reward.
+    """Return what to know of a run's result: options changed on the way, the student got worse or its KL rose, answers have no reward.
 
     Args:
         evaluations: the lines of evaluations.jsonl.
@@ -68,6 +68,9 @@ def find_warnings(evaluations: Lines, options: Mapping[str, Any], changes: Seque
     if before is not None and after is not None and best is not None and (change := _worse(before, after)):
         where = "" if best["step"] == 0 else " (opd export RUN --best)"
         found.append(f"{change}: {WORSE}; the best was step {best['step']}{where}: lower optim.lr")
+    elif before is not None and after is not None and (rise := _kl_rise(before, after)) and _reward_rose(before, after):
+        meaning = "the student's own answers are less like the teacher's than at the start, as is common in a short run"
+        found.append(f"{rise} although the reward rose: {meaning}; if the curve in report.html still rises, lower optim.lr")
     unjudged = next((line["unjudged"] for line in evaluations if line.get("model") == "student" and line.get("unjudged")), None)
     if unjudged is not None:
         found.append(describe_unjudged(unjudged, (options.get("eval") or {}).get("reward")))
@@ -95,10 +98,20 @@ def _worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         high = paired_interval([differences])[1] if differences else last["high"] - first["low"]
         shares = rewards_are_shares([before, after])
         return f"reward {format_amount(first['mean'], shares)} → {format_amount(last['mean'], shares)}" if high < 0 else ""
+    return _kl_rise(before, after)
+
+
+def _kl_rise(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """Return how far the student moved away from the teacher; empty where it did not."""
     first, last = before.get("kl"), after.get("kl")
     if first is None or last is None or last <= KL_RISE * first:
         return ""
     return f"KL to the teacher {format_number(first)} → {format_number(last)}"
+
+
+def _reward_rose(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    first, last = before.get("rewards"), after.get("rewards")
+    return bool(first and last and last["mean"] > first["mean"])
 
 
 def achieved(metrics: Lines, evaluations: Lines, step: int | None = None) -> dict[str, Any]:
