@@ -74,7 +74,7 @@ def test_without_a_terminal_the_first_and_last_steps_and_every_evaluation_get_a_
     display.end()
     first, last, evaluation = screen.getvalue().splitlines()
     assert first == "step 1/3  reverse KL 1.5000  truncated 25.0%  MFU 41.0%" and last.startswith("step 3/3  reverse KL 0.5000")
-    assert "step 3" in evaluation and "50.0% [25.0, 75.0] of 16" in evaluation and "0.1235 nats/token" in evaluation
+    assert "step 3" in evaluation and "50.0% [25.0, 75.0] over 16 answers" in evaluation and "0.1235 nats/token" in evaluation
     assert "100% of the probability, 88% of the ids" in evaluation
 
 

@@ -224,7 +224,7 @@ def describe_datasets(evaluation: Evaluation) -> str:
 def describe_rewards(rewards: Rewards) -> str:
     missed = sum(reward is None for reward in rewards.each)
     shown = format_reward(rewards.mean, (rewards.low, rewards.high), shares=are_shares(rewards.each))
-    return f"{shown} of {rewards.count}" + (f" ({missed} of {rewards.count + missed} not judged)" if missed else "")
+    return f"{shown} over {rewards.count} answers" + (f" ({missed} of {rewards.count + missed} not judged)" if missed else "")
 
 
 def reward_cells(result: Mapping[str, Any]) -> list[str]:
