@@ -44,6 +44,7 @@ def test_a_loaded_model_is_trained_in_place_and_the_summary_is_returned(tmp_path
     model, tokenizer = loaded_student()
     before = model.get_input_embeddings().weight.detach().clone()
     trainer = make_trainer(tmp_path / "out", model, processing_class=tokenizer)
+    assert trainer.model is model, "also before training"
     summary = trainer.train()
     assert summary["steps"] == 2 and summary["reward_after"] is not None
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
@@ -325,6 +326,8 @@ def test_the_trained_model_is_there_and_can_be_saved(tmp_path):
     trainer = make_trainer(tmp_path / "out")
     with pytest.raises(ConfigError, match=r"output_dir=.*call train\(\) first"):
         trainer.save_model(tmp_path / "early")
+    with pytest.raises(ConfigError, match=r"call train\(\) first"):  # a path names weights that are not those to come
+        _ = trainer.model
     trainer.train()
     trainer.save_model(tmp_path / "saved")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
