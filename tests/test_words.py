@@ -44,6 +44,17 @@ def test_words_are_read_as_they_are_meant(word: str, read: str, tmp_path: Path) 
     assert readable(word, [tmp_path / "conf"]) == read
 
 
+@pytest.mark.parametrize("verb", ["train", "doctor", "eval"])
+def test_of_an_option_given_twice_the_last_counts_and_it_is_said(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [verb, *DEBUG, "optim.lr=1e-4", "model=A/B", "seed=1", "seed=1", "optim.lr=-1", "model.path=C/D"]
+    assert cli.main(words) == errors.USAGE
+    shown = capsys.readouterr().err
+    assert "warning: optim.lr=-1 counts, not optim.lr=1e-4" in shown
+    assert "warning: model.path=C/D counts, not model.path=A/B" in shown
+    assert "seed" not in shown
+    assert "must be above 0" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
@@ -60,7 +71,7 @@ def test_words_are_read_as_they_are_meant(word: str, read: str, tmp_path: Path) 
         (["train", *DEBUG, "--resume"], ["the same command resumes"]),
         (["train", *DEBUG, "--max-steps", "3"], ["an option has no dashes: train.max_steps=VALUE"]),
         (["train", *DEBUG, "--seed", "3"], ["an option has no dashes: seed=VALUE;"]),
-        (["train", *DEBUG, "experiment=mine"], ["--config-dir conf"]),
+        (["train", "experiment=mine"], ["--config-dir conf"]),
         (["sample", "runs/a", "--n", "3"], ["--n: no such flag", "-n"]),
         (["sample", "runs/a", "-prompt", "x"], ["-prompt: no such flag", "--prompt"]),
         (["report", "-out", "x"], ["--out"]),

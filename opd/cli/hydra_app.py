@@ -27,7 +27,7 @@ from opd import errors, signals
 from opd.cli import hydra_errors, sweep
 from opd.cli.arguments import Parser, split_targets
 from opd.cli.implied import composed, implied_data
-from opd.cli.words import explain, readable, refuse_unknown
+from opd.cli.words import explain, last_of_each, readable, refuse_unknown
 from opd.config import compose, secrets
 from opd.config.files import local_path
 from opd.config.schema import Config
@@ -89,6 +89,13 @@ def log_files() -> list[Path]:
     return [Path(handler.baseFilename) for handler in logging.getLogger().handlers if isinstance(handler, logging.FileHandler)]
 
 
+def say(text: str) -> None:
+    """Print a line for this process: with its rank, unless it is the first."""
+    rank = signals.launched_as()[0]
+    with contextlib.suppress(OSError):
+        print(f"opd: {f'[rank {rank}] ' if rank else ''}{text}", file=sys.stderr, flush=True)
+
+
 class Job:
     """One command: its task, its verb, this process's rank, and the exit codes of its runs so far (a sweep has several)."""
 
@@ -114,11 +121,6 @@ class Job:
         file = folder / RUN
         return file.is_file() and file.stat().st_mtime < self.began
 
-    def say(self, text: str) -> None:
-        where = f"[rank {self.rank}] " if self.rank else ""
-        with contextlib.suppress(OSError):
-            print(f"opd: {where}{text}", file=sys.stderr, flush=True)
-
     def report(self, error: Exception) -> int:
         """Print and log `error` and return its exit code. Rank 0 alone prints what fails in the same way on all ranks."""
         files = log_files()
@@ -129,17 +131,17 @@ class Job:
             if files and not (error.exit_code in REFUSALS and self.holds_earlier_run(files[0].parent)):
                 log.error(self.reason)
             if self.rank == 0 or type(error) not in SAME_ON_ALL_RANKS:
-                self.say(self.reason if isinstance(error, errors.Preempted) else f"error: {self.reason}")
+                say(self.reason if isinstance(error, errors.Preempted) else f"error: {self.reason}")
             if error.exit_code in REFUSALS:
                 remove_if_alone(files)
             return error.exit_code
         self.reason = one_line(f"internal error: {type(error).__name__}: {error}")
         if files:
             log.error("internal error", exc_info=error)
-            self.say(f"{self.reason}; the traceback is in {', '.join(map(str, files))}")
+            say(f"{self.reason}; the traceback is in {', '.join(map(str, files))}")
         else:
             traceback.print_exception(error)
-            self.say(self.reason)
+            say(self.reason)
         return errors.INTERNAL
 
     def report_stop(self, stop: SystemExit | KeyboardInterrupt) -> int:
@@ -148,7 +150,7 @@ class Job:
             self.reason = "interrupted"
             remove_if_alone(log_files(), if_empty=True)
             if self.rank == 0:
-                self.say(self.reason)
+                say(self.reason)
             return errors.INTERRUPTED
         if isinstance(stop.__cause__, errors.Preempted):  # from `signals.raised`
             return self.report(stop.__cause__)
@@ -254,6 +256,9 @@ def prepare(parsed: argparse.Namespace) -> list[str]:
     overrides = [readable(word, folders) for word in parsed.overrides]
     hydra_errors.refuse_lists_of_choices(overrides)
     refuse_unknown(overrides, folders)
+    overrides, replaced = last_of_each(overrides)
+    for text in replaced if signals.launched_as()[0] == 0 else ():
+        say(f"warning: {text}")
     return overrides
 
 

@@ -1,4 +1,4 @@
-"""What people type for an option and Hydra would not take: a home folder, the path of a model as its name."""
+"""What people type for an option and Hydra would not take, or not as it is meant: a home folder, a path as a name, one option twice."""
 
 import re
 from collections.abc import Sequence
@@ -103,3 +103,16 @@ def refuse_unknown(words: Sequence[str], folders: Sequence[Path]) -> None:
             unknown.append(gone or hydra_errors.unknown_option(key))
     if unknown:
         raise ConfigError("; ".join(unknown))
+
+
+def last_of_each(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the words without those that a later one of the same option or group replaces, and what to say of each that is replaced."""
+    kept: dict[str, str] = {}
+    replaced = []
+    for word in words:
+        key = word.partition("=")[0]
+        earlier = kept.pop(key, word)
+        if earlier != word:
+            replaced.append(f"{word} counts, not {earlier}, which was given too")
+        kept[key] = word
+    return list(kept.values()), replaced

@@ -245,4 +245,4 @@ def compose_config(words: Sequence[str]) -> None:
 
 def command(words: Sequence[str]) -> int:
     """Run the whole command `opd train` with a task that does nothing; return its exit code."""
-    return hydra_app.launch(lambda config, folder: None, words)
+    return hydra_app.run_verb(lambda config, folder: None, words)

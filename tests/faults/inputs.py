@@ -85,7 +85,7 @@ def command_lines(times: int, root: Path) -> Tries:
     os.chdir(root)
     with hooks.cached_yaml():
         for number, words in zip(range(times), random_command_lines(random.Random(4)), strict=False):
-            problem, is_composed = through_the_command(words) if number % 50 == 49 else compose(words)
+            problem, is_composed = through_the_command(words) if number % 50 == 0 else compose(words)
             composed += is_composed
             yield Try(" ".join(words), True, problem)
     return f"{composed} composed"
