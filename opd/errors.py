@@ -64,6 +64,10 @@ class EngineError(OpdError):
     exit_code = ENGINE
 
 
+class SamplerError(EngineError):
+    """A sampling engine that fails in a run. All processes of the run raise it, so that it can be saved."""
+
+
 class TeacherError(EngineError):
     """A served teacher that stays away or gives an impossible answer. All processes of the run raise it, so that it can be saved."""
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,28 @@ def test_the_last_few_and_the_best_checkpoint_are_kept(tmp_path):
     assert checkpoints.moments() == [(2, 0), (4, 0), (5, 0)]
     assert checkpoints.best() == {"step": 2, "score": 0.5}
     assert not [path.name for path in tmp_path.iterdir() if path.name not in (BEST, "step_000002", "step_000004", "step_000005")]
+
+
+def test_a_checkpoint_of_steps_that_were_not_finite_deletes_none_that_a_rewind_needs(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, keep_best=True)
+    checkpoints.save(make_snapshot(1))
+    troubled = make_snapshot(2)
+    checkpoints.save(replace(troubled, state=troubled.state | {"trouble": {"steps": 2}}), best=0.5)
+    assert checkpoints.moments() == [(1, 0), (2, 0)]
+    checkpoints.save(make_snapshot(3))
+    assert checkpoints.moments() == [(2, 0), (3, 0)]
+
+
+def test_a_best_checkpoint_that_is_set_aside_is_the_best_no_more(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=2, keep_best=True)
+    checkpoints.save(make_snapshot(1))
+    checkpoints.save(make_snapshot(2), best=0.9)
+    checkpoints.set_aside((1, 0))
+    checkpoints.save(make_snapshot(2))
+    assert checkpoints.best() is None
+    assert (tmp_path / "old_step_000002").is_dir()
+    checkpoints.finish()
+    assert not (tmp_path / "old_step_000002").exists() and checkpoints.moments() == [(1, 0), (2, 0)]
 
 
 def test_a_full_disk_is_survived_twice_and_the_old_checkpoint_stays(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The loop: events, order of data, learning rate, saving, resume, rewind, preemption, sampling ahead, and runs with one trajectory."""
 
+import math
 import signal
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from training_helpers import (
 from opd import signals
 from opd.config.options import OptimConfig, Schedule
 from opd.data.order import nth_position, take
-from opd.errors import ConfigError, NumericError, Preempted
+from opd.errors import ConfigError, EngineError, NumericError, Preempted, SamplerError
 from opd.training.build import resumed_choices
 from opd.training.checkpoint import read
 from opd.training.checks import check_copy
@@ -58,8 +59,42 @@ def test_events_are_steps_evaluations_every_so_many_steps_and_checkpoints(tmp_pa
 
 def test_a_run_beyond_its_last_step_only_evaluates(tmp_path):
     trainer = make_trainer(tmp_path, train__max_steps=2)
-    trainer.step = 5
+    trainer.step = trainer.saved = 5
     assert [type(event) for event in trainer.run()] == [Evaluated]
+
+
+def test_a_run_that_is_stopped_at_an_evaluation_saves_its_last_step(tmp_path):
+    trainer = make_trainer(tmp_path, eval__steps=1, checkpoint__every=2)
+    for event in trainer.run():
+        if isinstance(event, Evaluated) and event.evaluation.step == 3:
+            trainer.stop()
+    assert trainer.step == 3 and trainer.checkpoints.moments() == [(2, 0), (3, 0)]
+
+
+def test_a_run_is_saved_when_the_sampling_engine_fails(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, checkpoint__every=9)
+    sample = trainer.sampler.sample
+
+    def fail(*arguments):
+        if trainer.step == 2:
+            raise EngineError("the server is gone")
+        return sample(*arguments)
+
+    monkeypatch.setattr(trainer.sampler, "sample", fail)
+    with pytest.raises(SamplerError, match="the server is gone"):
+        list(trainer.run())
+    assert trainer.checkpoints.moments() == [(2, 0)]
+
+
+def test_a_score_that_is_no_number_is_not_the_best(tmp_path):
+    class Scores(NoEvaluator):
+        def student(self, step, *_):
+            return Evaluation(step, None, [0.1, math.nan, 0.7, 0.3, 0.4][step])
+
+    trainer = make_trainer(tmp_path, eval__steps=1, checkpoint__every=9)
+    trainer.evaluator = Scores()
+    list(trainer.run())
+    assert trainer.checkpoints.best() == {"step": 3, "score": -0.3}
 
 
 def test_each_best_evaluation_is_saved(tmp_path):

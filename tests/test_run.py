@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opd.errors import DataError
 from opd.models.policy import Policy
+from opd.runs.folder import RunFolder
 from opd.train import main
+from opd.training.checkpoint import Checkpoints
+from opd.training.start import cut_logs
 
 DEBUG = ("experiment=debug", "device=cpu")
 SUMMARY = {
@@ -170,6 +173,62 @@ def test_changed_number_of_prompts_per_step_is_refused(finished, monkeypatch, ca
     assert main([*DEBUG, "name=run", "train.batch_size=8"]) == 64
     error = capfd.readouterr().err
     assert "prompts per step were 4, are 8" in error and "train.batch_size" in error
+
+
+def test_a_run_that_was_killed_before_it_was_called_done_finishes(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    run = tmp_path / "runs" / "run"
+    (run / "status.json").write_text(json.dumps({"status": "running", "reason": "", "exit_code": None}))
+    (run / "report.html").unlink()
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run"]) == 0
+    assert json.loads((run / "status.json").read_text())["status"] == "done"
+    assert (run / "report.html").is_file() and same(final_weights(run), final_weights(finished))
+
+
+def test_a_checkpoint_of_another_run_replaces_no_run(finished, tmp_path, monkeypatch, capfd):
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "runs/run/metrics.jsonl").read_text()
+    assert main([*DEBUG, "name=run", f"resume={finished}/checkpoints/step_000006"]) == 64
+    assert "runs/run already contains another run; set another name" in capfd.readouterr().err
+    assert main([*DEBUG, "name=run", "resume=runs/run/checkpoints/step_000006", "train.max_steps=7", "resume_force=true"]) == 0
+    assert (tmp_path / "runs/run/metrics.jsonl").read_text().startswith(before)
+
+
+def test_an_interruption_between_cutting_checkpoints_and_logs_leaves_no_checkpoint_beyond_its_log(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2, keep_best=False)
+    for step in (2, 4):
+        checkpoints.path(step).mkdir(parents=True)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "rewind", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cut_logs((2, 0), RunFolder(tmp_path), checkpoints)
+    assert checkpoints.moments() == [(2, 0)]
+
+
+def test_lines_that_a_full_disk_refused_are_cut_like_the_others(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.append("metrics.jsonl", {"step": 1})
+    folder.unwritten = {"metrics.jsonl": '{"step": 2}\n{"step": 3}\n'}
+    folder.rewind(2)
+    folder.append("metrics.jsonl", {"step": 3, "again": True})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    folder.unwritten = {"metrics.jsonl": '{"step": 4}\n'}
+    folder.append_unwritten()
+    assert lines(tmp_path / "metrics.jsonl")[-1] == {"step": 4} and not folder.unwritten
+
+
+def test_another_teacher_is_evaluated_again(finished, tmp_path, monkeypatch, capfd):
+    shutil.copytree(finished, tmp_path / "runs" / "run")
+    monkeypatch.chdir(tmp_path)
+    assert main([*DEBUG, "name=run", "teacher.path=bundled:tiny-student", "train.max_steps=7", "resume_force=true"]) == 0
+    summary = json.loads((tmp_path / "runs/run/summary.json").read_text())
+    assert summary["reward_teacher"] < 0.9 < json.loads((finished / "summary.json").read_text())["reward_teacher"]
+    assert summary["reward_teacher"] == pytest.approx(summary["reward_before"], abs=0.01), "it is the student before training"
 
 
 def test_run_resumes_from_a_named_checkpoint(finished, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from opd import signals
 from opd.data.rollouts import Inputs
-from opd.errors import OpdError, Preempted
+from opd.errors import EngineError, OpdError, Preempted, SamplerError
 from opd.models.masters import MasterWeights
 from opd.models.policy import Policy
 
@@ -80,13 +80,23 @@ def stop_all_processes(accelerator: Accelerator) -> None:
 
 
 def run_stoppable(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Return the result of `work`, which watches for signals and uses no collectives; or raise `Preempted` in all processes."""
+    """Return the result of `work`, which lets an engine sample, watches for signals and uses no collectives.
+
+    Raises in all processes:
+        Preempted: One was asked to stop.
+        SamplerError: The engine of one failed.
+    """
     results: list[T] = []
+    failure: OpdError | None = None
     try:
         results.append(work())
     except Preempted:
         assert signals.requested()
+    except EngineError as error:
+        failure = SamplerError(str(error))
     stop_all_processes(accelerator)
+    if any_process(accelerator, failure is not None):
+        share_failure(accelerator, failure)
     return results[0]
 
 

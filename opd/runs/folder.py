@@ -154,7 +154,16 @@ class RunFolder:
         if not self.writes:
             return
         plain = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()}
-        text = self.unwritten.pop(name, "") + json.dumps(plain) + "\n"
+        self.append_text(name, json.dumps(plain) + "\n")
+
+    def append_unwritten(self) -> None:
+        """Try once more to append what a full disk did not take."""
+        for name in list(self.unwritten):
+            self.append_text(name, "")
+
+    def append_text(self, name: str, text: str) -> None:
+        """Append lines to a log. Those that the disk refuses come with the next ones."""
+        text = self.unwritten.pop(name, "") + text
         file = self.path / name
         size = file.stat().st_size if file.is_file() else 0
         try:
@@ -185,6 +194,8 @@ class RunFolder:
         """Delete from the logs what came after `step`; -1 deletes everything."""
         if not self.writes:
             return
+        self.append_unwritten()
+        self.unwritten.clear()
         for file in (self.path / METRICS, self.path / EVALUATIONS, self.path / ANSWERS):
             if file.is_file():
                 lines = [line for line in read_lines(file) if line["step"] <= step]

@@ -34,7 +34,7 @@ def compared_evaluations(evaluations: Lines, step: int | None = None) -> dict[st
     return {
         "before": next((line for line in student if line["step"] == 0), None),
         "after": next((line for line in reversed(student) if line["step"] == step or (step is None and line["step"] > 0)), None),
-        "teacher": next((line for line in evaluations if line.get("model") == "teacher"), None),
+        "teacher": next((line for line in reversed(evaluations) if line.get("model") == "teacher"), None),
     }
 
 

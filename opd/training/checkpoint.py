@@ -187,7 +187,8 @@ class Checkpoints:
             if best is not None and self.keep_best:
                 files.write_json(self.folder / BEST, {"step": snapshot.moment[0], "score": best})
                 files.flush(self.folder)
-            self._delete_old(max(self.keep_last, 1))
+            if not snapshot.state.get("trouble", {}).get("steps"):  # a rewind may need those from before steps that were not finite
+                self._delete_old(max(self.keep_last, 1))
         except (OSError, SafetensorError) as error:
             shutil.rmtree(work, ignore_errors=True)
             raise OutputError(f"{target}: the checkpoint could not be saved ({error}); make room and run the same command again") from error
@@ -217,7 +218,10 @@ class Checkpoints:
         return best if best is not None and (int(best["step"]), 0) in self.moments() else None
 
     def set_aside(self, moment: Moment) -> None:
-        """Rename the checkpoints after `moment`: the run takes another way from there."""
+        """Rename the checkpoints after `moment`, which the run does not continue from. The best of them is the best no more."""
+        best = files.read_json(self.folder / BEST)
+        if best is not None and (int(best["step"]), 0) > moment:
+            (self.folder / BEST).unlink()
         for later in self.moments():
             if later > moment:
                 shutil.rmtree(self.folder / f"old_{self.path(*later).name}", ignore_errors=True)
@@ -226,6 +230,8 @@ class Checkpoints:
     def finish(self) -> None:
         """Delete what is not kept of a run that is done. A disk that refuses it is only logged."""
         try:
+            for old in self.folder.glob("old_step_*"):
+                shutil.rmtree(old)
             if self.keep_last == 0:
                 self._delete_old(0)
         except OSError as error:

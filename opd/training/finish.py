@@ -37,6 +37,7 @@ def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, A
     """Export the model, write summary and report, and return the summary."""
     trainer, config, accelerator, checkpoints = built.trainer, built.trainer.config, built.trainer.accelerator, built.trainer.checkpoints
     costs = run_costs(accelerator, trainer.step, trainer.grown, config.seed)
+    run_folder.append_unwritten()
     metrics, evaluations = on_main_process(accelerator, lambda: read_logs(run_folder))
     summary = summarised(metrics, evaluations) | costs
     changes = on_main_process(accelerator, lambda: open_run(run_folder.path).changes)

@@ -3,6 +3,7 @@
 `Trainer.train_step` is a whole step; `opd.training.step` has its formulas.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,7 +21,7 @@ from opd.config.schema import Config
 from opd.data.order import Order, nth_position, prompt_order
 from opd.data.prompts import Prompt
 from opd.data.rollouts import Rollout
-from opd.errors import EngineError, NumericError, Preempted, TeacherError
+from opd.errors import EngineError, NumericError, Preempted, SamplerError, TeacherError
 from opd.models.device import peak_memory
 from opd.models.distributed import Strategy, on_main_process, run_stoppable, stop_all_processes
 from opd.runs.outcome import is_detailed_step
@@ -50,6 +51,7 @@ class Trainer:
         student: The student as a transformers model; `strategy.policy` is the module that is trained.
         saved_state: What identifies the run, stored with every checkpoint.
         step: Steps done.
+        saved, evaluated: The step of the last checkpoint and of the last evaluation.
         tokens: The table of the step that has begun.
         best: The best evaluation's score so far.
         ahead: The next step's rollouts, sampled in the background.
@@ -70,6 +72,7 @@ class Trainer:
     max_steps: int
     saved_state: dict[str, Any]
     step: int = 0
+    saved: int | None = None
     evaluated: int | None = None
     best: float | None = None
     trained_tokens: int = 0
@@ -109,11 +112,12 @@ class Trainer:
     def run(self) -> Iterator[Event]:
         """Train until `max_steps`, evaluate every `eval.steps` and before and after, save every `checkpoint.every` steps.
 
-        Saves and raises `Preempted` when a signal asks it to stop, or `TeacherError` when a served teacher stays away.
+        Saves and raises `Preempted` when a signal asks it to stop, `TeacherError` when a served teacher stays away, or `SamplerError` when
+        the sampling engine fails.
         """
         try:
             yield from self.loop()
-        except (Preempted, TeacherError):
+        except (Preempted, TeacherError, SamplerError):
             yield self.save(needed=True)
             raise
 
@@ -123,6 +127,8 @@ class Trainer:
             if self.evaluation_due():
                 yield from self.evaluate()
             if self.step >= self.max_steps:
+                if self.saved != self.step:  # a callback ended it at its evaluation
+                    yield self.save()
                 return
             done = self.train_step()
             yield done
@@ -159,7 +165,7 @@ class Trainer:
         self.note_memory("evaluation")
         self.evaluated = self.step
         score = evaluation.score
-        if score is not None and self.step > 0 and (self.best is None or score > self.best):
+        if score is not None and math.isfinite(score) and self.step > 0 and (self.best is None or score > self.best):
             self.best = score
             if self.config.checkpoint.best is not Best.drop:
                 yield self.save(best=score)
@@ -298,7 +304,10 @@ class Trainer:
 
     def sync_weights(self) -> None:
         """Give the current weights to an engine with weights of its own, before any process asks it."""
-        self.sampler.sync_weights(partial(on_main_process, self.accelerator))
+        try:
+            self.sampler.sync_weights(partial(on_main_process, self.accelerator))
+        except EngineError as error:
+            raise SamplerError(str(error)) from error
 
     def sampler_ready(self) -> AbstractContextManager[None]:
         """Let the sampler work without collectives for the block. vLLM has weights of its own."""
@@ -334,6 +343,7 @@ class Trainer:
         weights = model_tensors(self.student, self.strategy.masters)
         taken = snapshot(weights, self.strategy.optimizer, state, tables, self.accelerator.is_main_process)
         on_main_process(self.accelerator, lambda: self.checkpoints.save(taken, best, needed))
+        self.saved = self.step
         return Saved(self.step)
 
     def sampled_ahead(self) -> dict[str, Tensor] | None:
@@ -352,7 +362,7 @@ class Trainer:
         if self.average is not None:  # another run's checkpoint, accepted with resume_force, may have none
             self.average.restore(checkpoint.tensors(AVERAGE) or trained_tensors(self.student, self.strategy.masters))
         self.sampler.refresh()
-        self.step = checkpoint.step
+        self.step = self.saved = checkpoint.step
         self.trouble = Trouble(**checkpoint.state["trouble"])
         self.tokens = None
         if restart_step:

@@ -38,7 +38,7 @@ from opd.training.identity import check_content, identity
 from opd.training.inputs import Given
 from opd.training.logs import check_tracker, evaluation_log, evaluation_metrics, start_tracking, watchdog
 from opd.training.metrics import rollout_records, sample_text
-from opd.training.start import begin_logs, cut_logs, find_finished, find_start, refuse_finished, restore_counters
+from opd.training.start import begin_logs, changes_teacher, cut_logs, find_finished, find_start, refuse_finished, restore_counters
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,8 @@ def distil(
         if start is not None:
             forced = forced + check_content(start.state, trainer.saved_state, start.path, config.resume_force)
             trainer.resume(start, restart_step=bool(forced))
-            on_main_process(accelerator, lambda: refuse_finished(run_folder, trainer))
+            if forced:
+                on_main_process(accelerator, lambda: refuse_finished(run_folder, trainer))
         on_main_process(accelerator, lambda: begin_logs(run_folder, checkpoints, trainer, start, forced))
         write_composed_config(config, run_folder)
         evaluations = restore_counters(run_folder, checkpoints, trainer)
@@ -202,7 +203,7 @@ def distil(
         display.watch(trainer.evaluator.progress)
         stack.callback(display.end)
         display.begin(trainer.step)
-        if not any(line["model"] == "teacher" for line in evaluations):
+        if changes_teacher(forced) or not any(line["model"] == "teacher" for line in evaluations):
             evaluate_teacher(built, run_folder, display)
         for event in trainer.run():
             beat()

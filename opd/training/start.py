@@ -1,6 +1,6 @@
-"""Where a run starts: nowhere, because it is finished; at nothing; or at a checkpoint, with logs and counters as they were there."""
+"""Where a run starts: not at all (already finished), from scratch, or from a checkpoint with the logs and counters of its moment."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,10 @@ def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, An
     has_results = is_done or any((run_folder.path / CHECKPOINTS).glob("*step_*"))
     if config.resume == "never" and has_results:
         raise ConfigError(f"resume=never: {run_folder.path} already contains a run; set another name=…, or resume=auto to resume it")
+    if has_results and config.resume != "auto" and run_of(local_path(config.resume)) != run_folder.path.resolve():
+        raise ConfigError(
+            f"resume={config.resume}: {run_folder.path} already contains another run; set another name=…, or resume=auto to resume it"
+        )
     if not has_results or config.resume != "auto":
         return None
     changed = check_same(stored, wanted, run_folder.path, config.resume_force)
@@ -60,8 +64,13 @@ def find_start(
     return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
 
 
+def run_of(checkpoint: Path) -> Path:
+    """Return the folder of the run that a checkpoint belongs to."""
+    return checkpoint.resolve().parent.parent
+
+
 def refuse_finished(run_folder: RunFolder, trainer: Trainer) -> None:
-    """Raise `ConfigError` where a finished run is resumed with other options and has no steps left that they could apply to."""
+    """Raise `ConfigError` where a finished run has no steps left that other options could apply to."""
     summary = read_json(run_folder.path / SUMMARY)
     if summary is not None and summary["steps"] == trainer.step and trainer.step >= trainer.max_steps:
         raise ConfigError(
@@ -74,20 +83,18 @@ def begin_logs(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer
     """Cut the logs where the run starts: at nothing, or at the checkpoint it resumes from, whose options differ by `forced`."""
     run_folder.begun = True
     changes = [*forced]
-    if start is None:
-        run_folder.rewind(-1)
-    else:
-        source = start.path.parent.parent
+    if start is not None:
+        source = run_of(start.path)
         changes = [*(read_json(source / RUN) or {}).get(CHANGES, ()), *forced]
         run_folder.copy_logs(source)
-        cut_logs(start.moment, run_folder, checkpoints)
+    cut_logs((-1, 0) if start is None else start.moment, run_folder, checkpoints)
     run_folder.write(RUN, trainer.saved_state | {STARTED_IN: str(Path.cwd()), CHANGES: changes})
 
 
 def cut_logs(moment: Moment, run_folder: RunFolder, checkpoints: Checkpoints) -> None:
-    """Cut logs and checkpoints at a moment: the run takes another way from there."""
-    run_folder.rewind(moment[0])
+    """Cut checkpoints and logs at a moment. Checkpoints first: logs without their last lines would not fit a checkpoint from after them."""
     checkpoints.set_aside(moment)
+    run_folder.rewind(moment[0])
 
 
 def restore_counters(run_folder: RunFolder, checkpoints: Checkpoints, trainer: Trainer) -> Lines:
@@ -96,6 +103,10 @@ def restore_counters(run_folder: RunFolder, checkpoints: Checkpoints, trainer: T
     trainer.trained_tokens = int(sum(line["tokens"] for line in metrics))
     if any(line["model"] == "student" and line["step"] == trainer.step for line in evaluations):
         trainer.evaluated = trainer.step
-    if best is not None and best["step"] <= trainer.step:
-        trainer.best = best["score"]
+    trainer.best = None if best is None or best["step"] > trainer.step else best["score"]
     return evaluations
+
+
+def changes_teacher(forced: Sequence[str]) -> bool:
+    """Return whether accepted differences concern the teacher's evaluation: what answers, and which prompts and rewards."""
+    return any(difference.startswith(("teacher", "eval", "data")) for difference in forced)
