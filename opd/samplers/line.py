@@ -240,6 +240,7 @@ class DecodeLines:
         buffers.mask.fill_(-torch.inf)
         buffers.mask[:, 0, 0, 0] = 0.0  # a dead row attends to something, or its softmax is NaN
         buffers.mask[:rows, 0, 0, :width] = torch.where(mask_BT.bool(), 0.0, -torch.inf).to(buffers.mask.dtype)
+        buffers.position.zero_()  # of dead rows too, or they count on from batch to batch, beyond a table of positions
         buffers.position[:rows].copy_(mask_BT.sum(-1, keepdim=True))
         buffers.uniform[:rows].copy_(uniforms_BT)
         buffers.logits[:rows].copy_(logits_BV)
