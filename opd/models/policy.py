@@ -101,12 +101,14 @@ def keeping_family(model: PreTrainedModel) -> Iterator[None]:
     """
     files = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
     before = [(file, dict(vars(file))) for file in files]
-    yield
-    for file, values in before:
-        for name, value in values.items():
-            replaced = getattr(file, name)
-            if replaced is not value:
-                setattr(file, name, value if isinstance(value, type) else fused_on_gpu(replaced, value))
+    try:
+        yield
+    finally:
+        for file, values in before:
+            for name, value in values.items():
+                replaced = getattr(file, name)
+                if replaced is not value:
+                    setattr(file, name, value if isinstance(value, type) else fused_on_gpu(replaced, value))
 
 
 def fused_on_gpu(fused: Any, plain: Any) -> Any:
