@@ -29,7 +29,7 @@ def main(guard: str) -> None:
     from training_helpers import VOCABULARY, config, rollout_of
 
     from opd.models.policy import output_head, predicting_hidden
-    from opd.objective import logp
+    from opd.objective import logp, masked_stats
     from opd.samplers import Decoding, GenerateSampler, SamplerSpec
     from opd.samplers.generate import choose
     from opd.samplers.line import DecodeLines, grouped, keys_and_values
@@ -81,6 +81,21 @@ def main(guard: str) -> None:
             loss_N, stats = step.token_loss(tokens, part)(logits_NV, slice(0, 5))
         assert {tensor.device for tensor in (loss_N, *stats.values())} == {CUDA}
         print("update", options)
+
+    masked = torch.tensor([3, 7])  # on a teacher's own device, and on the student's
+    for where in (torch.device("cpu"), CUDA):
+        with mode, where:
+            torch.set_default_dtype(torch.bfloat16)
+            teacher = random_model(VOCABULARY, seed=2, hidden=24).requires_grad_(False)
+            torch.set_default_dtype(torch.float32)
+        with mode, torch.no_grad():
+            scorer = LocalTeacher(teacher, VOCABULARY - 2, device=CUDA, masked=masked.to(CUDA))
+            columns = scorer.columns(part.batch.inputs, part.batch.ids_N, 0.7)
+            head = output_head(student, VOCABULARY - 2, masked=masked.to(CUDA))
+            hidden_NH = predicting_hidden(student.base_model, part.batch.inputs)
+            columns |= masked_stats("student", hidden_NH, head, part.batch.ids_N, columns["teacher_logp"], 0.7)
+        assert len(columns) == 5 and {tensor.device for tensor in columns.values()} == {CUDA}
+        print("masked", where)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from opd.training.metrics import (
     step_metrics,
     take_by_position,
 )
-from opd.training.speed import Speed, measure_speed
+from opd.training.speed import CALLS, RUNS, Speed, fastest, measure_speed
 from opd.training.tokens import Means, Tokens
 
 CPU = torch.device("cpu")
@@ -126,6 +126,15 @@ def test_shares_of_the_device_count_operations_and_bytes_by_hand():
     assert alone["perf/decode_bandwidth"] == pytest.approx(((4 + 2) * 400 + cached * 10) / 2 / 1e4)
     served = replace(speed, weight_bytes=0).metrics(tokens)
     assert served == {"perf/mfu": pytest.approx(2 * (7 + 3) * (300 + 2 * 3 * 100) / 4 / 1e5)}
+
+
+def test_gpu_is_waited_for_after_several_calls_which_share_the_time(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
+    monkeypatch.setattr("time.perf_counter", iter(range(100)).__next__)
+    count = CALLS["cuda"]
+    assert fastest(lambda: calls.append("work"), torch.device("cuda")) == 1 / count
+    assert calls == ([*["work"] * count, "wait"] * RUNS)
 
 
 def test_speed_of_a_model_counts_the_weights_in_its_products():

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import sys
 from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from conftest import random_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -19,11 +23,13 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
     Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen2ForSequenceClassification,
     Qwen2Model,
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.qwen2 import modeling_qwen2
 
 from opd.config.compose import PACKAGE
 from opd.config.options import Device, Dtype, ModelConfig
@@ -275,3 +281,40 @@ def test_student_weights_are_float32_and_teacher_weights_follow_dtype(monkeypatc
     for is_fast in (True, False):
         monkeypatch.setattr(models, "is_fast_in_bf16", lambda device, is_fast=is_fast: is_fast)
         assert models.computes_in_bf16(Dtype.auto, cpu) is is_fast
+
+
+def test_liger_changes_the_model_and_no_other_one_of_its_family(monkeypatch):
+    """Which may be on a CPU, or without storage."""
+
+    def not_here(*args):
+        raise AssertionError("a kernel without a GPU")
+
+    class FusedNorm(nn.Module):
+        forward = not_here
+
+    def apply(model, rope, rms_norm, **others):
+        modeling_qwen2.apply_rotary_pos_emb, modeling_qwen2.Qwen2RMSNorm = not_here, FusedNorm
+        model.model.norm.eps = "fused"
+
+    package = ModuleType("liger_kernel.transformers")
+    package.monkey_patch = SimpleNamespace(MODEL_TYPE_TO_APPLY_LIGER_FN={"qwen2": apply}, _apply_liger_kernel_to_instance=apply)
+    monkeypatch.setattr(policy, "find_spec", lambda name: object())
+    for name, module in (("liger_kernel", ModuleType("liger_kernel")), (package.__name__, package)):
+        monkeypatch.setitem(sys.modules, name, module)
+    before = {name: getattr(modeling_qwen2, name) for name in ("apply_rotary_pos_emb", "Qwen2RMSNorm")}
+    ids = torch.arange(5)[None]
+    expected = random_model()(ids).logits
+    model = random_model()
+    try:
+        for _ in range(2):
+            with monkeypatch.context() as patched:
+                patched.setattr(Qwen2ForCausalLM, "device", torch.device("cuda"))
+                assert policy.fuse_layers(model)
+        assert model.model.norm.eps == "fused"
+        assert torch.equal(random_model()(ids).logits, expected)
+        rotary = modeling_qwen2.apply_rotary_pos_emb
+        with pytest.raises(AssertionError, match="a kernel"):
+            rotary(SimpleNamespace(is_cuda=True))
+        assert rotary.plain is before["apply_rotary_pos_emb"]
+    finally:
+        vars(modeling_qwen2).update(before)

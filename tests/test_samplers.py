@@ -1,7 +1,9 @@
 """The guarantees of every sampling engine in one suite; then tests of `generate`, and of the rule that picks an engine."""
 
+import gc
 import math
 import signal
+import weakref
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
@@ -11,7 +13,7 @@ import pytest
 import torch
 from conftest import Waits
 from fake_vllm import ModelServer, running
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from opd import signals
 from opd.api import from_options
@@ -25,7 +27,7 @@ from opd.objective import behaviour_logp, chunked_stats, draw
 from opd.objective.logp import token_logp
 from opd.samplers import Decoding, GenerateSampler, SamplerSpec, make_sampler
 from opd.samplers.bf16_copy import Bf16Copy, PackedLinear, can_pack
-from opd.samplers.line import LOOK, can_capture
+from opd.samplers.line import LOOK, DecodeLines, can_capture
 from opd.samplers.vllm import VllmSampler
 from opd.samplers.vllm_server import VllmServerSampler
 
@@ -380,6 +382,36 @@ def test_steps_of_the_line_wait_for_the_device_only_at_a_look(model):
             sampler.sample(requests(), Decoding(1.0, tokens), "train")
         counts.append(waits.count)
     assert counts[1] - counts[0] == counts[2] - counts[1] == 1
+
+
+def test_lines_of_an_evaluation_serve_all_its_batches_and_free_their_memory_after_it(model, monkeypatch):
+    """Without waiting for Python to look for garbage: on a GPU that is the cache of all rows."""
+    made = []
+
+    class Noted(DecodeLines):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append((weakref.ref(self), weakref.ref(self.buffers.logits)))
+
+    monkeypatch.setattr("opd.samplers.generate.DecodeLines", Noted)
+    growing, captured = GenerateSampler(spec_of(model)), GenerateSampler(spec_of(model))
+    captured.captures = True
+    gc.disable()
+    try:
+        for stream in ("evaluation", "other"):
+            expected, rollouts = (sampler.sample(requests(4), replace(DECODING, batch_size=5), stream) for sampler in (growing, captured))
+            assert completions(rollouts) == completions(expected)
+        assert len(made) == 2 and not any(reference() for references in made for reference in references)
+    finally:
+        gc.enable()
+
+
+def test_rows_of_the_line_that_are_dead_stay_within_a_table_of_positions():
+    settings = GPT2Config(vocab_size=V, n_positions=20, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1)
+    sampler = GenerateSampler(spec_of(GPT2LMHeadModel(settings).eval(), eos=NO_END))
+    sampler.captures = True
+    for _ in range(3):
+        sampler.sample(requests(1)[:3], replace(DECODING, batch_size=8), "train")  # five rows are dead
 
 
 def test_decode_step_is_captured_on_a_gpu_where_all_layers_attend_to_the_whole_past(model, make_model):

@@ -4,6 +4,7 @@ Shapes: `B` sequences, `T` positions, `N` trained tokens, `V` vocabulary, `H` hi
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -74,8 +75,8 @@ def prepare_teacher(model: PreTrainedModel, device: torch.device) -> PreTrainedM
 def fuse_layers(model: PreTrainedModel) -> bool:
     """Replace norms, rotary embedding and SwiGLU of a model on a GPU by Liger's kernels; return whether that was done.
 
-    It is done where the package liger-kernel is installed and knows the architecture. The rotary embedding is replaced for all models of
-    the family in this process, so that none of them may compute on a CPU.
+    It is done where the package liger-kernel is installed and knows the architecture. Other models of the family stay as they are, but for
+    the rotary embedding of those on a GPU.
     """
     if model.device.type != "cuda" or find_spec("liger_kernel") is None:
         return False
@@ -83,10 +84,42 @@ def fuse_layers(model: PreTrainedModel) -> bool:
 
     if model.config.model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         return False
-    monkey_patch._apply_liger_kernel_to_instance(
-        model=model, rope=True, rms_norm=True, swiglu=True, geglu=True, cross_entropy=False, fused_linear_cross_entropy=False
-    )
+    with keeping_family(model):
+        monkey_patch._apply_liger_kernel_to_instance(
+            model=model, rope=True, rms_norm=True, swiglu=True, geglu=True, cross_entropy=False, fused_linear_cross_entropy=False
+        )
     return True
+
+
+@contextmanager
+def keeping_family(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what the block replaces in the files of the model's classes, which all models of the family in this process share.
+
+    Liger replaces classes, and the rotary embedding, which is a function. The latter stays replaced for tensors on a GPU. With kernels in
+    them a teacher in main memory fails; a copy without storage, on which caches are measured, has them read at address 0, and no later
+    operation on the GPU succeeds.
+    """
+    files = [sys.modules[name] for name in {type(part).__module__ for part in model.modules()}]
+    before = [(file, dict(vars(file))) for file in files]
+    try:
+        yield
+    finally:
+        for file, values in before:
+            for name, value in values.items():
+                replaced = getattr(file, name)
+                if replaced is not value:
+                    setattr(file, name, value if isinstance(value, type) else fused_on_gpu(replaced, value))
+
+
+def fused_on_gpu(fused: Any, plain: Any) -> Any:
+    """Return a function that is `fused` for a first argument on a GPU, else `plain`, or what that one is for others."""
+    plain = getattr(plain, "plain", plain)
+
+    def either(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (fused if first.is_cuda else plain)(first, *args, **kwargs)
+
+    vars(either)["plain"] = plain
+    return either
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig) -> Any:

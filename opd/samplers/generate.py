@@ -53,6 +53,7 @@ class GenerateSampler:
         self.cache_argument = cache_argument(spec.model.base_model)
         self.captures = can_capture(spec.model) and not spec.sharded
         self.lines: DecodeLines | None = None  # those of training, kept for the run
+        self.passing: DecodeLines | None = None  # those of any other use, kept for one call
         self.eos = torch.tensor(list(spec.eos), device=spec.model.device)
 
     def refresh(self) -> None:
@@ -113,22 +114,31 @@ class GenerateSampler:
     def sample(self, requests: Sequence[Request], decoding: Decoding, stream: str, on_done: OnDone = unchanged) -> list[Rollout]:
         rollouts: dict[int, Rollout] = {}
         bf16 = self.spec.bf16 and self.copy is None
-        with self.copy or nullcontext(self.spec.model) as self.model, autocast(self.spec.model.device, bf16):
-            for batch in decoding_batches(requests, decoding.batch_size):
-                sampled = self.sample_batch([requests[index] for index in batch], decoding, stream)
-                rollouts |= zip(batch, on_done(sampled), strict=True)
+        batches = decoding_batches(requests, decoding.batch_size)
+        largest = max(map(len, batches), default=0), max((len(request.prompt.ids) for request in requests), default=0)
+        try:
+            with self.copy or nullcontext(self.spec.model) as self.model, autocast(self.spec.model.device, bf16):
+                for batch in batches:
+                    sampled = self.sample_batch([requests[index] for index in batch], decoding, stream, largest)
+                    rollouts |= zip(batch, on_done(sampled), strict=True)
+        finally:
+            self.passing = None
         return [rollouts[index] for index in range(len(requests))]
 
     @torch.inference_mode()
-    def sample_batch(self, requests: list[Request], decoding: Decoding, stream: str) -> list[Rollout]:
-        """Sample requests that are sorted by prompt: each prompt is prefilled once."""
+    def sample_batch(self, requests: list[Request], decoding: Decoding, stream: str, largest: tuple[int, int]) -> list[Rollout]:
+        """Sample requests that are sorted by prompt: each prompt is prefilled once.
+
+        Args:
+            largest: Rows of the largest batch of the call, and tokens of its longest prompt.
+        """
         groups = [list(group) for _, group in groupby(requests, key=lambda request: request.prompt.ids)]
         cache, logits_PV, mask_PT = self.prefill([group[0].prompt for group in groups])
         copies = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=self.model.device)
         select_rows(cache, copies)
         batch = (mask_PT[copies], logits_PV[copies], self.uniforms(requests, decoding, stream))
         if self.captures:
-            lines = self.decode_lines(cache, batch[1], batch[0].shape[1], decoding, stream)
+            lines = self.decode_lines(cache, batch[1], decoding, stream, *largest)
             ids_BT, logp_BT = lines.generate(keys_and_values(cache), *batch)
         else:
             ids_BT, logp_BT = self.decode(cache, *batch, decoding)
@@ -171,16 +181,21 @@ class GenerateSampler:
             rows.append(torch.rand(decoding.max_new_tokens, generator=generator, dtype=torch.float64))
         return torch.stack(rows).to(self.model.device)
 
-    def decode_lines(self, cache: DynamicCache, logits_BV: Tensor, width: int, decoding: Decoding, stream: str) -> DecodeLines:
-        """Return lines that hold the batch; those of training stay for the run, others for one call."""
-        rows = max(len(logits_BV), decoding.batch_size if stream == TRAIN else 0)
-        width = max(width, self.spec.longest - decoding.max_new_tokens if stream == TRAIN else 0)
-        if self.lines is not None and stream == TRAIN and self.lines.decoding == decoding and self.lines.fits(rows, width):
-            return self.lines
-        lines = DecodeLines(self.model, self.next_logits, decoding, self.eos, keys_and_values(cache), logits_BV, rows, width)
-        if stream == TRAIN:
-            self.lines = lines
-        return lines
+    def decode_lines(self, cache: DynamicCache, logits_BV: Tensor, decoding: Decoding, stream: str, rows: int, width: int) -> DecodeLines:
+        """Return lines that hold any batch of the call; those of training stay for the run, others for the call.
+
+        Args:
+            rows, width: Rows of the largest batch, and tokens of the longest prompt.
+        """
+        if stream != TRAIN:
+            if self.passing is None:
+                self.passing = DecodeLines(self.model, self.next_logits, decoding, self.eos, keys_and_values(cache), logits_BV, rows, width)
+            return self.passing
+        rows, width = max(rows, decoding.batch_size), max(width, self.spec.longest - decoding.max_new_tokens)
+        if self.lines is None or self.lines.decoding != decoding or not self.lines.fits(rows, width):
+            self.lines = None  # frees its buffers first
+            self.lines = DecodeLines(self.model, self.next_logits, decoding, self.eos, keys_and_values(cache), logits_BV, rows, width)
+        return self.lines
 
     def decode(
         self, cache: DynamicCache, mask_BT: Tensor, logits_BV: Tensor, uniforms_BT: Tensor, decoding: Decoding

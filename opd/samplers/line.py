@@ -10,7 +10,9 @@ Shapes: `B` rows, `L` positions of the cache, `T` new tokens, `V` vocabulary, `K
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
+from weakref import proxy
 
 import torch
 from torch import Tensor
@@ -103,7 +105,7 @@ class DecodeLine:
     """The step for `rows` rows of the buffers. On a CPU it is computed, on a GPU captured at its first use and replayed."""
 
     def __init__(self, lines: "DecodeLines", rows: int) -> None:
-        self.lines = lines
+        self.lines: DecodeLines = proxy(lines)  # in a cycle, the buffers would take memory until Python looks for garbage
         shared = lines.buffers
         names = ("mask", "position", "uniform", "logits", "ids", "logp", "live")
         views = {name: getattr(shared, name)[:rows] for name in names}
@@ -147,21 +149,22 @@ class DecodeLine:
         """Return the step as a graph, not yet run. The state is the same before and after."""
         changed = [getattr(self.own, name) for name in CHANGED]
         saved = [tensor.clone() for tensor in changed]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, own_stream = capturing_stream(self.own.logits.device), torch.cuda.current_stream()
+        stream.wait_stream(own_stream)
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries initialise at their first calls, which cannot be captured
                 self.compute()
-        torch.cuda.current_stream().wait_stream(stream)
+        own_stream.wait_stream(stream)
         for tensor, value in zip(changed, saved, strict=True):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.lines.pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.lines.pool, stream=stream, capture_error_mode="thread_local"):
                 self.compute()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            torch.cuda.set_stream(own_stream)  # torch stays on the other one when a capture fails
             raise EngineError(f"sampling.engine=generate: a decode step cannot be captured: {str(error).splitlines()[0]}") from error
         return graph
 
@@ -240,6 +243,7 @@ class DecodeLines:
         buffers.mask.fill_(-torch.inf)
         buffers.mask[:, 0, 0, 0] = 0.0  # a dead row attends to something, or its softmax is NaN
         buffers.mask[:rows, 0, 0, :width] = torch.where(mask_BT.bool(), 0.0, -torch.inf).to(buffers.mask.dtype)
+        buffers.position.zero_()  # of dead rows too, or they count on from batch to batch, beyond a table of positions
         buffers.position[:rows].copy_(mask_BT.sum(-1, keepdim=True))
         buffers.uniform[:rows].copy_(uniforms_BT)
         buffers.logits[:rows].copy_(logits_BV)
@@ -291,6 +295,12 @@ class DecodeLines:
         for tensor in self.buffers.rows():
             tensor[:size].copy_(tensor[chosen])
         self.buffers.live[len(live) : size] = False
+
+
+@cache
+def capturing_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of all captures: cuBLAS keeps 32 MiB on an H100 for each stream that it was called in."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

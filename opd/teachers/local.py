@@ -53,7 +53,8 @@ class LocalTeacher:
         """Return the output head in full and on the student's device: the objective reads it outside of `ready`, with the student's own."""
         head = output_head(self.model, self.vocabulary, self.rows, torch.bfloat16 if self.bf16 else self.model.dtype, self.masked)
         bias_V = None if head.bias_V is None else full_tensor(head.bias_V).to(self.device)
-        return replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V)
+        masked = None if head.masked is None else head.masked.to(self.device)
+        return replace(head, weight_VH=full_tensor(head.weight_VH).to(self.device), bias_V=bias_V, masked=masked)
 
     @torch.no_grad()
     def states(self, inputs: Inputs) -> TeacherStates:
