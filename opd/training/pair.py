@@ -1,5 +1,6 @@
 """Student and teachers of a run as they are loaded: tokenizers, modules, and the token ids that they share."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,8 @@ from opd.training.checks import COMPARED
 from opd.training.inputs import Given
 from opd.training.spans import Spans, make_spans
 from opd.training.tensors import trained_tensors
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -114,6 +117,8 @@ def load_student(config: Config, given: Given, device: torch.device, bf16: bool)
     model = given.student or load.load_model(source, "model", device, frozen)
     if given.student is None and not frozen:
         model.requires_grad_(True)  # peft leaves the weights that it merged an adapter into frozen
+    if given.student is not None and frozen and bf16 and any(weight.dtype == torch.float32 for weight in model.parameters()):
+        log.warning("model: its weights are rounded to bf16, and stay so after the run; set model.dtype=float32 to keep them")
     student = prepare_student(model, device, bf16, frozen)
     if not frozen and not any(weight.requires_grad for weight in student.parameters()):
         raise ConfigError("model: all of its parameters have requires_grad=False; set it to True on those to train, or pass peft_config")
