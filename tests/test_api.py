@@ -155,6 +155,7 @@ def test_evaluate_leaves_a_loaded_model_as_it_is(tmp_path, dtype, low_rank):
 @pytest.mark.parametrize(("dtype", "low_rank", "said"), [("bfloat16", True, True), ("bfloat16", False, False), ("float32", True, False)])
 def test_a_loaded_model_whose_weights_stay_rounded_is_told(tmp_path, caplog, dtype, low_rank, said):
     model, tokenizer = loaded_student()
+    model.float()
     settings = {"options": {**OPTIONS, "model.dtype": dtype}, "peft_config": adapters() if low_rank else None}
     make_trainer(tmp_path / "out", model, processing_class=tokenizer, max_steps=1, **settings).train()
     assert ("rounded to bf16" in caplog.text) is said
