@@ -1,5 +1,6 @@
 """On-policy distillation from Python, on the same runner as the command line."""
 
+import inspect
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from opd.config.compose import options as option_types
 from opd.config.compose import refuse_unread, removed, to_unchecked_config
 from opd.config.options import Quantization, TeacherWeights, naming_teacher
-from opd.config.python_names import naming_arguments, naming_unknown
+from opd.config.python_names import ARGUMENTS, naming_arguments, naming_unknown
 from opd.config.schema import Config
 from opd.config.several import describe_type, did_you_mean
 from opd.config.templates import columns_of
@@ -109,29 +110,33 @@ class OnPolicyDistillationTrainer:
             train_rows=as_rows(train_dataset, rewards, named, "train_dataset"),
             eval_rows=as_rows([] if eval_dataset is None else eval_dataset, rewards, named, "eval_dataset"),
         )
+        arguments = {
+            "model.path": path_of(model, "model"),
+            "teacher.path": path_of(teacher_model, "teacher_model"),
+            "eval.steps": eval_steps,
+            "eval.reward": "exact" if rewards else reward_funcs,
+            "ppo.steps": ppo_steps,
+            "ppo.clip_eps": clip_eps,
+            "sampling.temperature": sampling_temperature,
+            "sampling.max_new_tokens": max_new_tokens,
+            "sampling.n": samples_per_prompt,
+            "train.batch_size": batch_size,
+            "train.max_steps": max_steps,
+            "optim.max_grad_norm": max_grad_norm,
+            "optim.lr": learning_rate,
+        }
+        refuse_contradictions(arguments, options or {})
         config = from_options(
             {
                 "name": Path(output_dir or DEFAULT_FOLDER).name,
-                "model.path": path_of(model, "model"),
-                "teacher.path": path_of(teacher_model, "teacher_model"),
                 "data.source": "python",
                 "data.path": None,
                 "data.subset": None,
                 "data.prompt": "prompt",
                 "data.answer": "answer",
                 "data.answer_after": None,
-                "eval.steps": eval_steps,
-                "eval.reward": "exact" if rewards else reward_funcs,
                 "eval.max_new_tokens": max_new_tokens,
-                "ppo.steps": ppo_steps,
-                "ppo.clip_eps": clip_eps,
-                "sampling.temperature": sampling_temperature,
-                "sampling.max_new_tokens": max_new_tokens,
-                "sampling.n": samples_per_prompt,
-                "train.batch_size": batch_size,
-                "train.max_steps": max_steps,
-                "optim.max_grad_norm": max_grad_norm,
-                "optim.lr": learning_rate,
+                **arguments,
                 **({} if peft_config is None else peft_options(peft_config)),
                 **(options or {}),
             },
@@ -342,6 +347,15 @@ def path_of(model: Model, argument: str) -> str:
     """Return the hub id or folder of a model that was named or loaded; of one from nowhere its class and the argument."""
     nowhere = f"{type(model).__name__} passed as {argument}"  # model and teacher_model are not the same one
     return str(model.name_or_path or nowhere) if isinstance(model, PreTrainedModel) else str(model)
+
+
+def refuse_contradictions(arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where an argument that is not at its default says other than `options`. `arguments`: by the option's name."""
+    parameters = inspect.signature(OnPolicyDistillationTrainer).parameters
+    for option in arguments.keys() & options.keys():
+        value, argument = arguments[option], ARGUMENTS[option]
+        if value not in (parameters[argument].default, options[option]):
+            raise ConfigError(f"{argument}={value!r}: options has {options[option]!r} for it; leave one out")
 
 
 def from_options(options: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> Config:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -540,12 +541,33 @@ def test_mistakes_in_options_are_named_as_they_are_passed(tmp_path, options, mes
         ({"max_step": 3}, "no argument max_step; did you mean max_steps"),
         ({"bf16": True}, "no argument bf16; other options are passed in"),
         ({"tokenizer": None}, "no argument tokenizer; it is processing_class"),
+        (r"^learning_rate=0\.0005: options has 0\.001 for it; leave one of them out",),
         ({"num_train_epochs": 1}, 'no argument num_train_epochs; it is options={"train.epochs": NUMBER}'),
     ],
 )
 def test_an_argument_that_does_not_exist_is_refused_with_the_one_that_was_meant(tmp_path, arguments, message):
     with pytest.raises(TypeError, match=message):
         make_trainer(tmp_path / "out", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learning_rate": 5e-4, "options": {"optim.lr": 1e-3}}, r"^learning_rate=0\.0005: options has 0\.001 for it; leave one out"),
+        ({"reward_funcs": len, "options": {"eval.reward": "number"}}, "^reward_funcs="),
+        ({"rows": "rows.jsonl"}, r"^train_dataset='rows\.jsonl': must be rows, .*load_dataset\('json', data_files='rows\.jsonl'"),
+        ({"eval_dataset": Path("rows.jsonl")}, r"^eval_dataset='rows\.jsonl': must be rows"),
+    ],
+)
+def test_arguments_that_say_two_things_or_name_a_file_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(tmp_path / "out", **arguments)
+
+
+def test_an_option_may_say_what_the_argument_says_or_refine_it(tmp_path):
+    options = {**OPTIONS, "optim.lr": 1e-3, "train.max_steps": 2, "eval.max_new_tokens": 16}
+    config = make_trainer(tmp_path / "out", max_steps=2, options=options).config
+    assert (config.optim.lr, config.train.max_steps, config.eval.max_new_tokens, config.sampling.max_new_tokens) == (1e-3, 2, 16, 8)
 
 
 def test_rows_that_are_none_are_named(tmp_path):

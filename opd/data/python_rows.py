@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from opd.data.grading import Item, Reward, RewardFunction
@@ -28,6 +29,9 @@ def as_rows(
         named: Attributes of objects that are columns too.
         argument: The dataset's name, for messages.
     """
+    if isinstance(dataset, str | Path):
+        of_file = f"datasets.load_dataset('json', data_files={str(dataset)!r})['train']"
+        raise ConfigError(f"{argument}={str(dataset)!r}: must be rows, of a JSON file for example {of_file}")
     if not isinstance(dataset, Iterable):
         raise ConfigError(f"{argument}={dataset!r}: must be a list of rows, or another iterable of them")
     rows: list[Mapping[str, Any]] = []
