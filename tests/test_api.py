@@ -575,8 +575,12 @@ def test_rows_that_are_none_are_named(tmp_path):
 
 
 def test_a_run_without_evaluation_rows_shows_no_empty_results(tmp_path, capfd):
-    trainer = make_trainer(tmp_path / "out", eval_dataset=None)
+    recorder = Recorder()
+    trainer = make_trainer(tmp_path / "out", eval_dataset=None, callbacks=[recorder])
     assert trainer.train()["reward_after"] is None and trainer.evaluate() == {}
+    assert [line["step"] for line in trainer.state.log_history] == [1, 2]
+    assert {call[0] for call in recorder.calls} == {"begin", "step", "log", "save", "end"} and ("log", False) not in recorder.calls
+    assert make_trainer(tmp_path / "out", eval_dataset=None).train() and len(trainer.state.log_history) == 2
     shown = capfd.readouterr().out
     assert 'reaches only 18 % of learning_rate in 2 steps; set options={"optim.warmup_steps": 0}' in shown
     assert "nothing is evaluated" in shown and "step 2/2" in shown and "evaluation after" not in shown and "result" not in shown

@@ -178,7 +178,8 @@ def test_the_table_of_an_evaluation(trained: Path, capfd: pytest.CaptureFixture[
         (["eval.samples=2"], 64, "eval.temperature"),
         (["--teacher"], 64, "expected one argument"),
         (["-m", "seed=0,1"], 64, "one config at a time"),
-        (["broken"], 65, "there is no final/ in it: the run is failed"),
+        (["broken"], 65, "there is no final/ in it: the run is failed; resume it, or name its checkpoint broken/checkpoints/step_000002"),
+        (["."], 64, ".: a folder of runs: name one, such as broken"),
         (["broken/final"], 64, "is a part of the run broken"),
         (["broken/final", "teacher=tiny"], 64, "broken/final: there is no such folder"),
         (["x", "model.adapter=y"], 64, "model.adapter='y': does not apply to x"),
@@ -193,6 +194,7 @@ def test_eval_mistakes_are_one_line_with_an_exit_code(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "status.json").write_text('{"status": "failed", "reason": "", "exit_code": 70}')
     (tmp_path / "broken" / "run.json").write_text('{"config": {"seed": 0}}')
+    (tmp_path / "broken" / "checkpoints" / "step_000002").mkdir(parents=True)
     assert cli.main(["eval", *words]) == code
     shown = capfd.readouterr()
     assert part in shown.err and shown.err.count("\n") == 1 and shown.out == ""

@@ -207,8 +207,13 @@ def _model(word: str, like: ModelConfig) -> ModelConfig:
         word = folder
     elif is_run(run):
         if not (run / FINAL).is_dir():
-            raise DataError(f"{run}: there is no {FINAL}/ in it: the run is {open_run(run).status}; resume it, or name a model folder")
+            checkpoints = Checkpoints(run / CHECKPOINTS, 1, keep_best=False)
+            moments = checkpoints.moments()
+            own = f"its checkpoint {checkpoints.path(*moments[-1])}" if moments else "a model folder"
+            raise DataError(f"{run}: there is no {FINAL}/ in it: the run is {open_run(run).status}; resume it, or name {own}")
         word = str((run / FINAL).resolve())
+    elif run.is_dir() and (runs := sorted(path.name for path in run.iterdir() if is_run(path))) and not (run / "config.json").is_file():
+        raise ConfigError(f"{word}: a folder of runs: name one, such as {run / runs[0]}")
     return ModelConfig(path=word, dtype=like.dtype, attn_implementation=like.attn_implementation)
 
 

@@ -87,10 +87,10 @@ class CallbackHandler:
                 self.notify("on_step_end")
                 self.notify("on_log", logs=dict(event.metrics))
             case Evaluated():
-                metrics = evaluation_log(event.evaluation.to_dict())
-                self.state.log_history.append({"step": event.evaluation.step, **metrics})
-                self.notify("on_log", logs=dict(metrics))
-                self.notify("on_evaluate", metrics=dict(metrics))
+                if metrics := evaluation_log(event.evaluation.to_dict()):  # none without evaluation prompts
+                    self.state.log_history.append({"step": event.evaluation.step, **metrics})
+                    self.notify("on_log", logs=dict(metrics))
+                    self.notify("on_evaluate", metrics=dict(metrics))
                 self.note_best(event.evaluation)
             case Saved():
                 if event.step != self.saved:  # the periodic checkpoint, and then the best one

@@ -67,7 +67,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics of each step and of each evaluation of the student that a run folder has, in order of their `step`."""
     steps = [{name: value for name, value in line.items() if name != "by_position"} for line in read_lines(folder / METRICS)]
     found = [line for line in read_lines(folder / EVALUATIONS) if line["model"] == "student"]
-    evaluations = [{"step": line["step"], **evaluation_log(line)} for line in found]
+    evaluations = [{"step": line["step"], **metrics} for line in found if (metrics := evaluation_log(line))]
     return sorted([*steps, *evaluations], key=lambda line: int(line["step"]))
 
 
