@@ -270,6 +270,22 @@ def test_intervals_are_over_prompts_not_over_answers() -> None:
     assert statistics["pass"]["50"] == 0.5 and result["against"]["teacher"] == {"mean": 0, "low": -1, "high": 1}
 
 
+def test_a_model_without_a_judged_answer_is_compared_with_none() -> None:
+    judged = [judge.Answer("", 1.0, 3, False, "", prompt) for prompt in (0, 1)]
+    for answers in ({"model": judged, "teacher": []}, {"model": [], "baseline": judged, "teacher": judged}, {"model": [], "teacher": []}):
+        result = judge.compare_answers(answers, {"model": 0.5}, Config())
+        assert result["prompts"] == 0 and "against" not in result
+        assert result["models"] == {name: {"kl": 0.5 if name == "model" else None} for name in answers}
+
+
+def test_all_statistics_are_over_the_prompts_that_all_models_have_a_judged_answer_to() -> None:
+    model = [judge.Answer("", 1.0, 3, False, "", 0), judge.Answer("", 0.0, 9, True, "", 1)]
+    result = judge.compare_answers({"model": model, "teacher": model[:1]}, {}, Config())
+    statistics = result["models"]["model"]
+    assert result["prompts"] == 1 and statistics == result["models"]["teacher"]
+    assert (statistics["mean"], statistics["length"], statistics["truncated"]) == (1, 3, 0)
+
+
 def test_several_greedy_answers_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"samples.*temperature"):
         EvalConfig(samples=2)

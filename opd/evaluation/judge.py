@@ -1,6 +1,6 @@
 """`opd eval`: a model, its baseline and its teacher answer the same prompts, decoded alike, and are compared prompt by prompt.
 
-One model is in memory at a time, next to the teacher. With several processes each answers its share of the prompts.
+One model is in memory at a time, next to all teachers. With several processes each answers its share of the prompts.
 """
 
 import math
@@ -125,19 +125,19 @@ def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, role: str, lin
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:
-    """Return the statistics of each model, and of `model` against the others on the prompts that all answered.
+    """Return the statistics of each model, and of `model` against the others on the prompts of which all have a judged answer.
 
     Args:
-        answers: by model: `model`, `baseline` (unless left out) and `teacher`.
+        answers: the judged ones by model: `model`, `baseline` (unless left out) and `teacher`.
         kl: the exact KL to the teacher, by model, where it was measured.
         config: of the evaluation.
     """
-    rewards: dict[str, dict[int, list[float]]] = {}
+    rewards: dict[str, dict[int, list[float]]] = {name: {} for name in answers}  # also of a model none of whose answers was judged
     for name, given in answers.items():
         for answer in given:
             assert answer.reward is not None
-            rewards.setdefault(name, {}).setdefault(answer.sample_id, []).append(answer.reward)
-    common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values()))) if rewards else []
+            rewards[name].setdefault(answer.sample_id, []).append(answer.reward)
+    common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values())))
     means = {name: torch.tensor([fmean(by_prompt[i]) for i in common], dtype=torch.float64) for name, by_prompt in rewards.items()}
     result: dict[str, Any] = {
         "data": config.data.evaluated,
@@ -149,8 +149,10 @@ def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float 
         "models": {name: {"kl": kl.get(name)} for name in answers},
     }
     if common:
+        shared = set(common)
         for name, statistics in result["models"].items():
-            statistics |= _statistics(answers[name], [rewards[name][i] for i in common], means[name])
+            compared = [answer for answer in answers[name] if answer.sample_id in shared]
+            statistics |= _statistics(compared, [rewards[name][i] for i in common], means[name])
         draws = dict(zip(means, resampled_means(torch.stack(list(means.values())), seed=config.seed).unbind(1), strict=True))
         result |= _comparison(means, draws)
     return result
