@@ -1,6 +1,7 @@
 """The data of the token view: stored completions of some steps, made harmless and cut so that the page stays small."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -69,7 +70,11 @@ def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
         *((record.get(name) or [])[:MAX_TOKENS] for name in COLUMNS), texts[:MAX_TOKENS]
     ):
         flags = CLIPPED * bool(clipped) + ADVANTAGE_CLIPPED * bool(advantage_clipped)
-        others = [[visible(each["text"], MAX_TOKEN_LETTERS), _rounded(each["logp"]), each["id"] == token] for each in alternatives or ()]
+        others = [
+            [visible(each["text"], MAX_TOKEN_LETTERS), logp, each["id"] == token]
+            for each in alternatives or ()
+            if (logp := _rounded(each["logp"])) is not None
+        ]
         logps = _rounded(student), _rounded(teacher), _rounded(entropy)
         tokens.append(
             [visible(text, MAX_TOKEN_LETTERS), token, *logps, flags, others, *([] if span is None else [visible(span, MAX_TOKEN_LETTERS)])]
@@ -102,7 +107,7 @@ def by_span(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str | No
             span = slice(start, index + 1)
             size = index + 1 - start
             if size > 1:
-                student[span] = [sum(student[span])] * size
+                student[span] = [None if None in student[span] else sum(student[span])] * size
                 teacher[span] = [teacher[index]] * size
                 texts[span] = ["".join(record["tokens"][span])] * size
             start = index + 1
@@ -110,4 +115,5 @@ def by_span(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str | No
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    """Return a stored number as page.js reads it: None for one that is not finite, which earlier versions stored as NaN."""
+    return None if value is None or not math.isfinite(value) else round(value, 3)
