@@ -80,6 +80,14 @@ def test_a_teacher_that_is_never_right_or_worse_is_reported(
     assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
+def test_a_worse_teachers_reward_is_no_percentage_where_rewards_are_no_shares(caplog: pytest.LogCaptureFixture) -> None:
+    check_teacher([{"model": model, "step": 0, "rewards": {"mean": mean}} for model, mean in (("student", 2.5), ("teacher", 1.5))])
+    assert "reward, 1.5, is below the student's, 2.5;" in caplog.text
+    caplog.clear()
+    check_teacher([{"model": model, "step": 0, "rewards": {"mean": mean}} for model, mean in (("student", -1.0), ("teacher", 0.0))])
+    assert caplog.text == "", "0 is a good reward where others are negative"
+
+
 def test_a_run_says_that_prompts_are_plain_text(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["train", "experiment=debug", "device=cpu", "train.max_steps=1", "eval.limit=2", "eval.kl_prompts=0"]

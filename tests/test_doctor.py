@@ -23,7 +23,7 @@ from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader
 from opd.doctor import candidates, first_step, machine, rows, tokens
-from opd.doctor.findings import Finding, Status
+from opd.doctor.findings import Finding, Report, Status
 from opd.doctor.machine import REMEDIES
 from opd.models.memory import Memory
 from opd.training.evaluation import count_evaluations
@@ -316,6 +316,15 @@ def test_a_worse_teacher_is_not_ranked_higher_for_a_smaller_overlap() -> None:
     assert score(None, 0.9) > score(None, 0.1)
 
 
+def test_candidates_with_rewards_that_are_no_shares_have_gaps_without_percent(capfd: pytest.CaptureFixture[str]) -> None:
+    reports = {name: Report(figures={"rewards": {"student": [0.0, 1.0], "teacher": [1.0, best]}}) for name, best in (("a", 1.0), ("b", 4.0))}
+    candidates.show(reports)
+    table = capfd.readouterr().out
+    assert "+2" in table and "+0.5" in table and "%" not in table
+    candidates.show({"a": reports["a"]})
+    assert "+50.0%" in capfd.readouterr().out
+
+
 def test_missing_package_of_the_tracker_fails(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.util import find_spec
 
@@ -371,6 +380,7 @@ def test_rewards_of_student_and_teacher_decide() -> None:
     assert "+25.0% [-96.5, +100.0]" in finding([1.0, 1.0, 1.0, 0.0], [1.0] * 4).what, "a difference of 1 in one of four may be chance"
     assert "+0.0% [-" in finding([0.0] * 6, [0.0] * 6).what, "six prompts that agree leave an interval"
     assert first_step.check_rewards([None], [1.0])[0].status is Status.fail
+    assert finding([-2.0] * 20, [-1.0] * 20).status is Status.ok, "negative rewards say nothing of how often the student is right"
 
 
 def test_kl_entropy_and_truncation_of_the_first_step_decide() -> None:

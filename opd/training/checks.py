@@ -16,7 +16,8 @@ from opd.data.rollouts import Rollout
 from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
 from opd.runs.intervals import are_shares
-from opd.runs.outcome import compared_evaluations
+from opd.runs.outcome import compared_evaluations, rewards_are_shares
+from opd.runs.text import format_amount
 from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
 from opd.training.masked import check_masses
@@ -140,11 +141,12 @@ def check_teacher(evaluations: Sequence[Mapping[str, Any]]) -> None:
     before, teacher = (((found[who] or {}).get("rewards") or {}).get("mean") for who in ("before", "teacher"))
     if before is None or teacher is None:
         return
-    check = "check eval.max_new_tokens, eval.reward and data.answer with opd doctor"
-    if teacher == 0:
+    check, shares = "check eval.max_new_tokens, eval.reward and data.answer with opd doctor", rewards_are_shares(evaluations)
+    if teacher == 0 and shares:
         log.warning("the teacher's reward is 0: it is never right; %s", check)
     elif teacher < before:
-        log.warning("the teacher's reward, %.1f %%, is below the student's, %.1f %%; %s", 100 * teacher, 100 * before, check)
+        theirs, ours = (format_amount(mean, shares) for mean in (teacher, before))
+        log.warning("the teacher's reward, %s, is below the student's, %s; %s", theirs, ours, check)
 
 
 def check_distance(config: Config, tokens: Tokens) -> None:
