@@ -22,7 +22,7 @@ from opd.config.options import PPOConfig, Truncated
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader
-from opd.doctor import candidates, first_step, machine, rows, tokens
+from opd.doctor import candidates, check_models, first_step, machine, rows, tokens
 from opd.doctor.findings import Finding, Report, Status
 from opd.doctor.machine import REMEDIES
 from opd.models.memory import Memory
@@ -349,6 +349,21 @@ def test_trial_step_leaves_weights_gradients_and_optimizer_as_they_were(doctor: 
     monkeypatch.setattr(first_step, "trial_step", watched)
     assert doctor("--prompts", "0")[0] == errors.OK
     assert rates == [0.0, 0.0], "a short step is repeated"
+
+
+def test_the_trial_step_samples_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step's sampling at the same time would slow what is timed, and would still run when the trial is over."""
+    built: list[Config] = []
+
+    def build(config: Config, *rest: Any) -> None:
+        built.append(config)
+        raise errors.OpdError("far enough")
+
+    monkeypatch.setattr("opd.doctor.build", build)
+    lagging = {"sampling.engine": "vllm", "sampling.vllm.url": "http://127.0.0.1:9", "sampling.lag": 1, "device": "cpu"}
+    with pytest.raises(errors.OpdError, match="far enough"):
+        check_models(from_options(lagging), AutoTokenizer.from_pretrained(PACKAGE / "assets/tiny-student"), ([], []), 0, Report())
+    assert [config.sampling.lag for config in built] == [0]
 
 
 def test_commands_of_a_warm_start_replace_the_data_and_keep_the_rest(doctor: Any, tmp_path: Path) -> None:

@@ -190,7 +190,8 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         accelerator = make_accelerator(config, Path(folder))
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
-        samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
+        # The student is judged by its own completions, and nothing is sampled ahead while the parts of the step are timed.
+        samples = replace(config, train=replace(config.train, given_share=0.0), sampling=replace(config.sampling, lag=0))
         with report.progress.of("loading the models"):
             built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, replace(built.trainer.evaluator, progress=report.progress)
