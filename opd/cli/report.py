@@ -56,7 +56,7 @@ def make_compare_parser() -> Parser:
 
 
 def print_comparison(parsed: argparse.Namespace) -> None:
-    comparison = compare.compare(find_runs(parsed.folders), parsed.metric, parsed.direction and Direction[parsed.direction])
+    comparison = compare.compare(find_runs(parsed.folders), parsed.metric, parsed.direction)
     if parsed.json:
         print(compare.as_json(comparison))
     elif parsed.csv:
