@@ -22,8 +22,10 @@ from opd.config.options import DataConfig, EvalConfig, LoraConfig, ModelConfig, 
 from opd.config.schema import Config
 from opd.errors import ConfigError
 from opd.evaluation import judge
+from opd.evaluation.show import show_evaluation
 from opd.evaluation.target import with_quantized_base
 from opd.runs.intervals import interval
+from opd.runs.text import make_console
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
 
@@ -168,6 +170,14 @@ def test_the_table_of_an_evaluation(trained: Path, capfd: pytest.CaptureFixture[
     shown = capfd.readouterr().out
     for part in ("16 prompts of arithmetic, greedy", "reward", "against the baseline:", "written to x.json", "KL to teacher"):
         assert part in shown
+
+
+def test_a_gap_that_grew_is_told_in_the_words_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    rewards = {"model": [0.0] * 40, "baseline": [0.0, 1.0] * 20, "teacher": [1.0] * 40}
+    answers = {name: [judge.Answer("", reward, 3, False, "", prompt) for prompt, reward in enumerate(of)] for name, of in rewards.items()}
+    show_evaluation(make_console(), {"tasks": {"evaluation": judge.compare_answers(answers, {}, Config())}}, None)
+    shown = capfd.readouterr().out
+    assert re.search(r"the gap to the teacher grew by 100\.0% \[\d+\.\d, \d+\.\d\]\n", shown) and "closed" not in shown
 
 
 @pytest.mark.parametrize(

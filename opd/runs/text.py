@@ -77,10 +77,17 @@ def format_reward(mean: float | None, interval: Sequence[float] | None, *, digit
     return f"{amount} [{low}, {high}]"
 
 
-def describe_gap(closed: float) -> str:
-    """Return the sentence about the share of the student's distance to the teacher that training closed."""
-    share = format_percent(abs(closed))
-    return f"{share} of the gap to the teacher closed" if closed >= 0 else f"the gap to the teacher grew by {share}"
+def gap_label(closed: float) -> str:
+    """Return what is shown with the share of the student's distance to the teacher that training closed; below 0 it grew."""
+    return "of the gap to the teacher closed" if closed >= 0 else "the gap to the teacher grew by"
+
+
+def describe_gap(closed: float, interval: Sequence[float] | None = None) -> str:
+    """Return the sentence about that share, with its interval where there is one."""
+    if closed >= 0:
+        return f"{format_reward(closed, interval)} {gap_label(closed)}"
+    grown = None if interval is None else (-interval[1], -interval[0])
+    return f"{gap_label(closed)} {format_reward(-closed, grown)}"
 
 
 def format_duration(seconds: float | None) -> str:
