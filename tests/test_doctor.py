@@ -317,7 +317,8 @@ def test_a_worse_teacher_is_not_ranked_higher_for_a_smaller_overlap() -> None:
 
 
 def test_candidates_with_rewards_that_are_no_shares_have_gaps_without_percent(capfd: pytest.CaptureFixture[str]) -> None:
-    reports = {name: Report(figures={"rewards": {"student": [0.0, 1.0], "teacher": [1.0, best]}}) for name, best in (("a", 1.0), ("b", 4.0))}
+    best = {"a": 1.0, "b": 4.0}
+    reports = {name: Report(figures={"rewards": {"student": [0.0, 1.0], "teacher": [1.0, value]}}) for name, value in best.items()}
     candidates.show(reports)
     table = capfd.readouterr().out
     assert "+2" in table and "+0.5" in table and "%" not in table

@@ -185,9 +185,7 @@ def undeclared(composed: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from undeclared(value, f"{prefix}{key}.")
 
 
-def to_config(
-    composed: DictConfig, words: Collection[str] = (), swept: frozenset[str] = frozenset(), verb: str = "train"
-) -> Config:
+def to_config(composed: DictConfig, words: Collection[str] = (), swept: frozenset[str] = frozenset(), verb: str = "train") -> Config:
     """Return the typed config of what Hydra composed.
 
     Args:

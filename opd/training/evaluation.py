@@ -113,7 +113,10 @@ def add_kl_squares(means: Means, sums: Sequence[float], tokens: Sequence[int]) -
 
 
 def kl_interval(distances: Distances) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean KL of a token over prompts: of a ratio of sums, linearised. None for fewer than two prompts, or where it is not finite."""
+    """Return the 95 % interval of the mean KL of a token over prompts: of a ratio of sums, linearised.
+
+    None for fewer than two prompts, or where it is not finite.
+    """
     whole = added(distances.values())
     count = whole.counts.get(KL_SQUARES[0], 0.0)
     if count < 2 or not math.isfinite(whole.sums[KL]):
