@@ -24,7 +24,7 @@ from opd.runs.text import (
 )
 
 HERE = Path(__file__).parent
-MAX_LETTERS = 300  # of a name or a value
+MAX_CHARACTERS = 300  # of a name or a value
 PHASES = {
     "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
 }  # fmt: skip
@@ -42,7 +42,7 @@ Outcome = Mapping[str, Any]
 
 def text(value: object) -> str:
     """Return any text as HTML, on one line, escaped and cut, with marks for invisible characters."""
-    return escape(visible(str(value), MAX_LETTERS).replace("↵\n", "↵"))
+    return escape(visible(str(value), MAX_CHARACTERS).replace("↵\n", "↵"))
 
 
 def _named(run: Run) -> str:

@@ -12,8 +12,8 @@ from opd.runs.text import visible
 
 MAX_BYTES = 6_000_000  # of completions in a page, over all runs
 MAX_TOKENS = 1_500  # per completion
-MAX_TOKEN_LETTERS = 60
-MAX_PROMPT_LETTERS = 2_000
+MAX_TOKEN_CHARACTERS = 60
+MAX_PROMPT_CHARACTERS = 2_000
 CLIPPED, ADVANTAGE_CLIPPED = 1, 2  # flags, as in page.js
 COLUMNS = ("tokens", "ids", "student_logp", "teacher_logp", "entropy", "clipped", "cut", "alternatives")
 
@@ -71,19 +71,26 @@ def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
     ):
         flags = CLIPPED * bool(clipped) + ADVANTAGE_CLIPPED * bool(advantage_clipped)
         others = [
-            [visible(each["text"], MAX_TOKEN_LETTERS), logp, each["id"] == token]
+            [visible(each["text"], MAX_TOKEN_CHARACTERS), logp, each["id"] == token]
             for each in alternatives or ()
             if (logp := _rounded(each["logp"])) is not None
         ]
         logps = _rounded(student), _rounded(teacher), _rounded(entropy)
         tokens.append(
-            [visible(text, MAX_TOKEN_LETTERS), token, *logps, flags, others, *([] if span is None else [visible(span, MAX_TOKEN_LETTERS)])]
+            [
+                visible(text, MAX_TOKEN_CHARACTERS),
+                token,
+                *logps,
+                flags,
+                others,
+                *([] if span is None else [visible(span, MAX_TOKEN_CHARACTERS)]),
+            ]
         )
     return {
         "step": step,
         "sample": record.get("sample_id"),
         "attempt": record.get("attempt"),
-        "prompt": visible(str(record.get("prompt", "")), MAX_PROMPT_LETTERS),
+        "prompt": visible(str(record.get("prompt", "")), MAX_PROMPT_CHARACTERS),
         "truncated": record.get("finish_reason") == "length",
         "trained": record.get("learnt"),
         "more": max(0, len(record["tokens"]) - MAX_TOKENS),

@@ -173,9 +173,11 @@ def take_by_position(means: Means, max_new_tokens: int) -> ByPosition:
 
 def has_teacher_states(scoring: Step, is_updated: bool = False) -> bool:
     """Return whether all teachers' whole distributions can be computed: not by a server, nor by the student itself once it `is_updated`."""
-    parts, has_changed = scoring.config.parts_by_teacher.values(), is_updated or scoring.strategy.is_sharded  # the head that scored is gone
-    is_other = has_changed and any(part.teacher_weights is TeacherWeights.current for part in parts)
-    return not (scoring.config.is_served or scoring.spans is not None or is_other)
+    # The student's own output head is another one after an update, and with sharding it is there only while the student computes.
+    lacks_head = is_updated or scoring.strategy.is_sharded
+    parts = scoring.config.parts_by_teacher.values()
+    is_lost = lacks_head and any(part.teacher_weights is TeacherWeights.current for part in parts)
+    return not (scoring.config.is_served or scoring.spans is not None or is_lost)
 
 
 def teacher_alternatives(scoring: Step, rollouts: Sequence[Rollout]) -> Alternatives:
