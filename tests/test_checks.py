@@ -30,7 +30,7 @@ def test_evaluation_prompts_that_are_trained_on_and_repeated_ones_are_counted(ca
 
 def test_prompts_without_text_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     check_prompts([*prompts(1, 2), Prompt(2, (1, 3), " ")], prompts(4))
-    assert caplog.messages == ["1 of 3 training prompts are empty (data.prompt): leave these rows out"]
+    assert caplog.messages == ["1 of 3 training prompts have no text: leave these rows out, or check data.prompt"]
 
 
 def test_rewards_that_are_no_shares_are_told(caplog: pytest.LogCaptureFixture) -> None:

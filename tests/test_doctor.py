@@ -279,8 +279,8 @@ def test_what_keeps_a_run_from_learning_by_its_options_warns(doctor: Any) -> Non
     code, found, _ = doctor("--prompts", "0", "optim.warmup_steps=1000")
     assert code == errors.OK and found["learning rate"]["status"] == "warn"
     assert found["learning rate"]["remedy"] == "set optim.warmup_steps=0"
-    [finding] = rows.check_empty([Prompt(0, (1,), "1+1="), Prompt(1, (1,), "")])
-    assert finding.status is Status.warn and finding.what == "1 of 2 have no text"
+    finding, *_ = rows.check_prompts([Prompt(0, (1,), "1+1="), Prompt(1, (1,), "")], [])
+    assert finding.status is Status.warn and finding.what == "1 of 2 training prompts have no text"
 
 
 def test_more_tokens_than_the_vocabulary_has_fail(doctor: Any) -> None:

@@ -343,7 +343,7 @@ def test_a_view_that_changes_nothing_is_logged(tmp_path, caplog, monkeypatch, we
     run = built(config(weights, **REWARDED, **options), tmp_path)
     tokens = run.trainer.train_step().tokens
     check_distance(run.trainer.config, tokens)
-    assert ("changes nothing" in caplog.text) == logged and "they are the same model" not in caplog.text
+    assert ("changes none of its scores" in caplog.text) == logged and "they are the same model" not in caplog.text
 
 
 # Looking at such a run.

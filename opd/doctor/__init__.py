@@ -130,7 +130,7 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
-    report.add(*rows.check_empty([*train, *evaluation]), *rows.check_held_out(train, evaluation))
+    report.add(*rows.check_prompts(train, evaluation))
     return student, Loaded((train_rows, eval_rows), (train, evaluation))
 
 

@@ -96,10 +96,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         grader = make_run_grader(config, prompts, stack)
         evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, SharedIds(vocabulary))
         done = begin(part, settings(config, prompts, samples))
-        sampling = config.sampling
-        decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
+        decoding = Decoding.of(config.sampling)
         missing = [prompt for prompt in prompts if prompt.sample_id not in done]
-        size, shown_at = max(1, sampling.batch_size // samples), time.monotonic()
+        size, shown_at = max(1, decoding.batch_size // samples), time.monotonic()
         with part.open("a", encoding="utf-8") as stream:
             for start in range(0, len(missing), size):
                 chosen = missing[start : start + size]

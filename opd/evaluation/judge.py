@@ -18,7 +18,7 @@ from torch import Tensor
 from opd.config.options import naming_teacher
 from opd.config.schema import Config
 from opd.evaluation.sample_score import load, load_teacher, share_ids
-from opd.evaluation.target import Target, locate_models
+from opd.evaluation.target import Target
 from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
@@ -38,11 +38,14 @@ MAX_INDICES = 2**22  # in memory at a time
 LOW, HIGH = 0.025, 0.975
 
 
-def judge(target: Target, folder: Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def judge(
+    target: Target, named: Mapping[str, str | None], folder: Path, progress: Progress | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a target's model, its baseline and its teacher.
 
     Args:
         target: what to evaluate.
+        named: the models' paths by role, as `locate_models` returns them.
         folder: for the accelerator, which writes nothing to it.
         progress: shows how far it is.
 
@@ -54,7 +57,6 @@ def judge(target: Target, folder: Path, progress: Progress | None = None) -> tup
     progress = progress if progress is not None and accelerator.is_main_process else Progress()
     candidates = {"model": config.model} if target.baseline is None else {"model": config.model, "baseline": target.baseline}
     parts = config.parts_by_teacher
-    named = locate_models(target)
     answers: dict[str, list[Answer]] = {}
     lines: list[dict[str, Any]] = []
     distances: dict[str, Distances] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_unchecked_config
+from opd.config.options import EXPORT_DTYPES
 from opd.config.schema import Config
 from opd.data import hub
 from opd.data.prompts import Prompt
@@ -34,7 +35,7 @@ from opd.training.tensors import model_tensors, restore_weights
 log = logging.getLogger(__name__)
 
 MERGE_PROMPTS = 8  # prompts on which a merged model is compared with the quantised one
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in EXPORT_DTYPES}
 
 
 def save_model(
