@@ -80,8 +80,8 @@ def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequenc
     ]
     with evaluator.precision():
         teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16, masked=evaluator.masked)
-        pad_id = evaluator.tokenizer.pad_token_id
-        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, evaluator.max_tokens, pad_id, evaluator.masked)
+        pad_id, max_tokens = evaluator.tokenizer.pad_token_id, evaluator.choices["max_tokens"]
+        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, max_tokens, pad_id, evaluator.masked)
     kl = total / tokens
     what = f"KL {kl:.1e} nats/token on {len(chosen)} prompts"
     if abs(kl) > MAX_SELF_KL[bf16]:
