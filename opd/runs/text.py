@@ -78,7 +78,7 @@ def format_reward(mean: float | None, interval: Sequence[float] | None, *, digit
 
 
 def gap_label(closed: float) -> str:
-    """Return what is shown with the share of the student's distance to the teacher that training closed; below 0 it grew."""
+    """Return the words for the share of the student's distance to the teacher that training closed; below 0 it grew."""
     return "of the gap to the teacher closed" if closed >= 0 else "the gap to the teacher grew by"
 
 

@@ -65,13 +65,13 @@ def digest_files(path: str) -> str | None:
 
 
 def stamp(file: Path) -> tuple[int, int]:
-    """Return what changes with a file's content: its size and when it was written."""
+    """Return a file's size and modification time, which change with its content."""
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 @cache
-def digest_file(file: Path, size: int, written: int) -> str:
+def digest_file(file: Path, size: int, modified: int) -> str:
     """Return the sha256 of a file. A start asks several times, and data may be large: one with the same `stamp` is read once a process."""
     with file.open("rb") as stream:
         return file_digest(stream, "sha256").hexdigest()
