@@ -10,7 +10,7 @@ import pytest
 from opd import errors
 from opd.cli import main as cli
 from opd.report import sections
-from opd.runs.answers import LETTERS, MOST, Answer, as_text, lines_of, store
+from opd.runs.answers import CHARACTERS, MOST, Answer, as_text, lines_of, store
 from opd.runs.folder import ANSWERS, EVALUATIONS, RunFolder, read_lines
 from opd.runs.intervals import Z95
 from opd.runs.reader import Run, open_run
@@ -61,9 +61,9 @@ def test_eval_writes_its_answers_beside_its_result(trained: Path, capfd: pytest.
 
 
 def test_files_of_answers_are_bounded(tmp_path: Path) -> None:
-    lines = lines_of([answer(row, 1.0, "x" * (LETTERS + 5)) for row in range(MOST + 1)][::-1], model="teacher")
+    lines = lines_of([answer(row, 1.0, "x" * (CHARACTERS + 5)) for row in range(MOST + 1)][::-1], model="teacher")
     assert len(lines) == MOST and lines[0]["sample_id"] == 0
-    assert lines[0]["completion"] == "x" * LETTERS + " … (+5 characters)"
+    assert lines[0]["completion"] == "x" * CHARACTERS + " … (+5 characters)"
     folder = RunFolder(tmp_path)
     for step in (0, 5, 10, 15):
         store(folder, [answer(1, 1.0)], "student", step)

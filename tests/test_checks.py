@@ -30,7 +30,7 @@ def test_evaluation_prompts_that_are_trained_on_and_repeated_ones_are_counted(ca
 
 def test_prompts_without_text_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     check_prompts([*prompts(1, 2), Prompt(2, (1, 3), " ")], prompts(4))
-    assert caplog.messages == ["1 of 3 training prompts are empty (data.prompt): leave these rows out"]
+    assert caplog.messages == ["1 of 3 training prompts have no text: leave these rows out, or check data.prompt"]
 
 
 def test_rewards_that_are_no_shares_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -78,6 +78,14 @@ def test_a_teacher_that_is_never_right_or_worse_is_reported(
 
     check_teacher([line("teacher", teacher), line("student", before)])
     assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def test_a_worse_teachers_reward_is_no_percentage_where_rewards_are_no_shares(caplog: pytest.LogCaptureFixture) -> None:
+    check_teacher([{"model": model, "step": 0, "rewards": {"mean": mean}} for model, mean in (("student", 2.5), ("teacher", 1.5))])
+    assert "reward, 1.5, is below the student's, 2.5;" in caplog.text
+    caplog.clear()
+    check_teacher([{"model": model, "step": 0, "rewards": {"mean": mean}} for model, mean in (("student", -1.0), ("teacher", 0.0))])
+    assert caplog.text == "", "0 is a good reward where others are negative"
 
 
 def test_a_run_says_that_prompts_are_plain_text(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,8 @@ def test_json_and_csv_hold_every_number(tmp_path: Path, capsys: pytest.CaptureFi
         (["nowhere"], errors.DATA, "nowhere: there is no such folder"),
         ([], errors.USAGE, "DIR"),
         (["runs", "--metric", "reward"], errors.USAGE, "reward_after"),
+        (["runs", "--metric", "seed"], errors.USAGE, "reward_after"),
+        (["runs", "--metric", "best_step"], errors.USAGE, "reward_after"),
         (["runs", "--json", "--csv"], errors.USAGE, "not allowed with"),
     ],
 )

@@ -237,6 +237,15 @@ def test_the_sentence_says_where_the_control_made_it_worse() -> None:
     assert "worse" not in better
 
 
+def test_rewards_that_are_no_shares_have_no_points(tmp_path: Path) -> None:
+    stored(tmp_path / "taught", {0: BEFORE, 5: [20, 10, 10, 0]})
+    stored(tmp_path / "arm", {0: BEFORE, 5: [10, 10, 0, 0]}, "constant")
+    [effect] = effects(find_runs([tmp_path]))
+    assert not effect.to_dict()["reward_is_share"]
+    interval = f"[{effect.low:.4g}, {effect.high:.4g}]"
+    assert f"accounts for 5 of 9.75 {interval}: reward 0.25 before, 10 after 5 steps, 5 with" in effect.sentence()
+
+
 def test_compare_ends_in_one_sentence_per_arm_and_so_does_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stored(tmp_path / "taught", {0: BEFORE, 5: TAUGHT})
     for arm in ARMS:

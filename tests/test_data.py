@@ -33,7 +33,7 @@ from opd.doctor.rows import check_columns
 from opd.errors import ConfigError, DataError
 from opd.models.load import load_tokenizer
 from opd.training.evaluator import Evaluator
-from opd.training.identity import check_same, digest, identity
+from opd.training.identity import check_same, digest, digest_files, identity
 from opd.training.identity import rows as identifying_parts
 from opd.training.inputs import encode_dataset
 
@@ -576,6 +576,17 @@ def test_reasoning_gym_questions_depend_on_the_seed_and_the_sets_are_disjoint():
         load_rows(DataConfig(source=Source.gym, path="no_such_task"))
 
 
+def test_data_files_are_read_once_a_process_for_their_digest(tmp_path, monkeypatch):
+    file, opened, opens = tmp_path / "a.jsonl", [], Path.open
+    file.write_bytes(LINE)
+    monkeypatch.setattr(Path, "open", lambda self, *how, **more: opened.append(self.name) or opens(self, *how, **more))
+    digests = [digest_files(str(file)) for _ in range(2)]
+    assert digests[0] == digests[1] is not None and opened == ["a.jsonl"]
+    file.write_bytes(LINE * 2)
+    assert digest_files(str(file)) not in (None, digests[0])
+    assert digest_files(str(tmp_path / "missing.jsonl")) is digest_files(str(tmp_path / "*.csv")) is None
+
+
 def test_the_same_files_under_another_path_are_the_same_run(tmp_path):
     def identify(**paths: str | Path) -> dict:
         options = {"data.source": "jsonl", "data.path": None, **{f"data.{name}": str(path) for name, path in paths.items()}}
@@ -592,6 +603,15 @@ def test_the_same_files_under_another_path_are_the_same_run(tmp_path):
             check_same(stored, identify(train_path=changed), tmp_path, force=False)
     with pytest.raises(ConfigError, match=r"data\.eval_path was null"):
         check_same(stored, identify(train_path=same, eval_path=other), tmp_path, force=False)
+    parts = [tmp_path / name for name in ("p", "q")]
+    for folder in parts:
+        folder.mkdir()
+        for name, content in (("part-1.jsonl", LINE), ("part-2.jsonl", LINE * 2)):
+            (folder / name).write_bytes(content)
+    first = identify(train_path=parts[0] / "part-*.jsonl")
+    assert check_same(first, identify(train_path=parts[1] / "part-*.jsonl"), tmp_path, force=False) == []
+    (parts[1] / "part-2.jsonl").write_bytes(LINE * 3)
+    assert check_same(first, identify(train_path=parts[1] / "part-*.jsonl"), tmp_path, force=True) != []
     del stored["files"]  # of a run from before there were digests of files
     with pytest.raises(ConfigError, match=r"data\.train_path was"):
         check_same(stored, identify(train_path=same), tmp_path, force=False)

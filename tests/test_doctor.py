@@ -22,8 +22,8 @@ from opd.config.options import PPOConfig, Truncated
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.data.rewards import make_grader
-from opd.doctor import candidates, first_step, machine, rows, tokens
-from opd.doctor.findings import Finding, Status
+from opd.doctor import candidates, check_models, first_step, machine, rows, tokens
+from opd.doctor.findings import Finding, Report, Status
 from opd.doctor.machine import REMEDIES
 from opd.models.memory import Memory
 from opd.training.evaluation import count_evaluations
@@ -279,8 +279,8 @@ def test_what_keeps_a_run_from_learning_by_its_options_warns(doctor: Any) -> Non
     code, found, _ = doctor("--prompts", "0", "optim.warmup_steps=1000")
     assert code == errors.OK and found["learning rate"]["status"] == "warn"
     assert found["learning rate"]["remedy"] == "set optim.warmup_steps=0"
-    [finding] = rows.check_empty([Prompt(0, (1,), "1+1="), Prompt(1, (1,), "")])
-    assert finding.status is Status.warn and finding.what == "1 of 2 have no text"
+    finding, *_ = rows.check_prompts([Prompt(0, (1,), "1+1="), Prompt(1, (1,), "")], [])
+    assert finding.status is Status.warn and finding.what == "1 of 2 training prompts have no text"
 
 
 def test_more_tokens_than_the_vocabulary_has_fail(doctor: Any) -> None:
@@ -316,6 +316,16 @@ def test_a_worse_teacher_is_not_ranked_higher_for_a_smaller_overlap() -> None:
     assert score(None, 0.9) > score(None, 0.1)
 
 
+def test_candidates_with_rewards_that_are_no_shares_have_gaps_without_percent(capfd: pytest.CaptureFixture[str]) -> None:
+    best = {"a": 1.0, "b": 4.0}
+    reports = {name: Report(figures={"rewards": {"student": [0.0, 1.0], "teacher": [1.0, value]}}) for name, value in best.items()}
+    candidates.show(reports)
+    table = capfd.readouterr().out
+    assert "+2" in table and "+0.5" in table and "%" not in table
+    candidates.show({"a": reports["a"]})
+    assert "+50.0%" in capfd.readouterr().out
+
+
 def test_missing_package_of_the_tracker_fails(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.util import find_spec
 
@@ -340,6 +350,21 @@ def test_trial_step_leaves_weights_gradients_and_optimizer_as_they_were(doctor: 
     monkeypatch.setattr(first_step, "trial_step", watched)
     assert doctor("--prompts", "0")[0] == errors.OK
     assert rates == [0.0, 0.0], "a short step is repeated"
+
+
+def test_the_trial_step_samples_nothing_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next step's sampling at the same time would slow what is timed, and would still run when the trial is over."""
+    built: list[Config] = []
+
+    def build(config: Config, *rest: Any) -> None:
+        built.append(config)
+        raise errors.OpdError("far enough")
+
+    monkeypatch.setattr("opd.doctor.build", build)
+    lagging = {"sampling.engine": "vllm", "sampling.vllm.url": "http://127.0.0.1:9", "sampling.lag": 1, "device": "cpu"}
+    with pytest.raises(errors.OpdError, match="far enough"):
+        check_models(from_options(lagging), AutoTokenizer.from_pretrained(PACKAGE / "assets/tiny-student"), ([], []), 0, Report())
+    assert [config.sampling.lag for config in built] == [0]
 
 
 def test_commands_of_a_warm_start_replace_the_data_and_keep_the_rest(doctor: Any, tmp_path: Path) -> None:
@@ -371,6 +396,7 @@ def test_rewards_of_student_and_teacher_decide() -> None:
     assert "+25.0% [-96.5, +100.0]" in finding([1.0, 1.0, 1.0, 0.0], [1.0] * 4).what, "a difference of 1 in one of four may be chance"
     assert "+0.0% [-" in finding([0.0] * 6, [0.0] * 6).what, "six prompts that agree leave an interval"
     assert first_step.check_rewards([None], [1.0])[0].status is Status.fail
+    assert finding([-2.0] * 20, [-1.0] * 20).status is Status.ok, "negative rewards say nothing of how often the student is right"
 
 
 def test_kl_entropy_and_truncation_of_the_first_step_decide() -> None:

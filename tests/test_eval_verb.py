@@ -22,8 +22,10 @@ from opd.config.options import DataConfig, EvalConfig, LoraConfig, ModelConfig, 
 from opd.config.schema import Config
 from opd.errors import ConfigError
 from opd.evaluation import judge
+from opd.evaluation.show import show_evaluation
 from opd.evaluation.target import with_quantized_base
 from opd.runs.intervals import interval
+from opd.runs.text import make_console
 
 SMALL = ["eval.limit=40", "eval.kl_prompts=8"]
 
@@ -170,6 +172,14 @@ def test_the_table_of_an_evaluation(trained: Path, capfd: pytest.CaptureFixture[
         assert part in shown
 
 
+def test_a_gap_that_grew_is_told_in_the_words_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    rewards = {"model": [0.0] * 40, "baseline": [0.0, 1.0] * 20, "teacher": [1.0] * 40}
+    answers = {name: [judge.Answer("", reward, 3, False, "", prompt) for prompt, reward in enumerate(of)] for name, of in rewards.items()}
+    show_evaluation(make_console(), {"tasks": {"evaluation": judge.compare_answers(answers, {}, Config())}}, None)
+    shown = capfd.readouterr().out
+    assert re.search(r"the gap to the teacher grew by 100\.0% \[\d+\.\d, \d+\.\d\]\n", shown) and "closed" not in shown
+
+
 @pytest.mark.parametrize(
     ("words", "code", "part"),
     [
@@ -270,6 +280,22 @@ def test_intervals_are_over_prompts_not_over_answers() -> None:
     statistics = result["models"]["model"]
     assert statistics["mean"] == 0.5 and (statistics["low"], statistics["high"]) == (0, 1), "two prompts"
     assert statistics["pass"]["50"] == 0.5 and result["against"]["teacher"] == {"mean": 0, "low": -1, "high": 1}
+
+
+def test_a_model_without_a_judged_answer_is_compared_with_none() -> None:
+    judged = [judge.Answer("", 1.0, 3, False, "", prompt) for prompt in (0, 1)]
+    for answers in ({"model": judged, "teacher": []}, {"model": [], "baseline": judged, "teacher": judged}, {"model": [], "teacher": []}):
+        result = judge.compare_answers(answers, {"model": 0.5}, Config())
+        assert result["prompts"] == 0 and "against" not in result
+        assert result["models"] == {name: {"kl": 0.5 if name == "model" else None} for name in answers}
+
+
+def test_all_statistics_are_over_the_prompts_that_all_models_have_a_judged_answer_to() -> None:
+    model = [judge.Answer("", 1.0, 3, False, "", 0), judge.Answer("", 0.0, 9, True, "", 1)]
+    result = judge.compare_answers({"model": model, "teacher": model[:1]}, {}, Config())
+    statistics = result["models"]["model"]
+    assert result["prompts"] == 1 and statistics == result["models"]["teacher"]
+    assert (statistics["mean"], statistics["length"], statistics["truncated"]) == (1, 3, 0)
 
 
 def test_several_greedy_answers_are_refused() -> None:

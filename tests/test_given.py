@@ -25,7 +25,7 @@ from opd.data.prompts import Encoder, Prompt, encode_rows
 from opd.data.rollouts import FinishReason, Request
 from opd.errors import ConfigError, DataError
 from opd.evaluation import completions as completions_file
-from opd.evaluation.completions import begin, why_left_out
+from opd.evaluation.completions import Written, begin, why_left_out
 from opd.evaluation.texts import named_columns
 from opd.models.load import load_tokenizer
 from opd.objective import forward_kl, jsd, reverse_kl
@@ -492,6 +492,15 @@ def killed_at_the_third(monkeypatch):
         return judge(self, rollouts)
 
     return judge_or_die
+
+
+@pytest.mark.parametrize(("shares", "shown"), [(True, "mean reward 50.0%"), (False, "mean reward 2.5")])
+def test_the_mean_reward_of_completions_is_a_percentage_only_of_shares(shares, shown, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    written = Written(4, 4, 0.0, 0.5 if shares else 2.5, shares, {}, [])
+    monkeypatch.setattr("opd.evaluation.completions.write_completions", lambda *given: written)
+    assert cli.main(["sample", "experiment=debug", "device=cpu", "--out", "all.jsonl"]) == errors.OK
+    assert f"{shown}, 0.0%" in " ".join(capfd.readouterr().out.split())
 
 
 def test_only_right_completions_are_kept_and_more_than_one_is_a_list(tmp_path, monkeypatch, capfd):

@@ -47,7 +47,7 @@ def by_position(rollouts: list[Rollout], values: torch.Tensor, max_new_tokens: i
 def scored(rollouts: list[Rollout], **columns: list[float]) -> Tokens:
     """Return a table with all columns of a first pass; values in the order of the rollouts, 0 where they are not given."""
     tokens = Tokens(rollouts, CPU)
-    for name in ("logp", "teacher_logp", "entropy", "reverse_kl", "advantage", "clipped", "cut"):
+    for name in dict.fromkeys(("logp", "teacher_logp", "entropy", "reverse_kl", "advantage", "clipped", "cut", *columns)):
         tokens.columns[name] = torch.zeros(len(tokens.rollout_N))
         tokens.columns[name][tokens.sampling_order_N] = torch.tensor(columns.get(name, [0.0] * len(tokens.rollout_N))).float()
     return tokens
@@ -214,6 +214,19 @@ def test_a_stored_rollout_has_a_value_for_each_trained_token_and_null_for_the_ot
     assert holes["entropy"] == [0.5, None, 0.25, None]
     assert holes["clipped"] == [True, None, False, None] and holes["cut"] == [False, None, True, None]
     assert full["student_logp"] == [-3.5] and full["clipped"] == [True] and full["learnt"] == 1
+
+
+def test_a_stored_rollout_has_null_for_a_number_that_is_not_finite():
+    columns = {"logp": [math.nan, -2.0, -1.0], "teacher_logp": [-1.0, -math.inf, -1.0], "entropy": [math.nan, 1.0, 1.0]}
+    alternatives = torch.tensor([[5]] * 3), torch.tensor([[-0.5], [-math.inf], [math.nan]])
+    tokens = scored([rollout_of((3,), (5, 6, 1), logp=[-1.0, math.nan, -1.0])], **columns)
+    (record,) = rollout_records(TOKENIZER, tokens, 1, [1.0], {0: alternatives})
+    assert record["student_logp"] == [None, -2.0, -1.0] and record["teacher_logp"] == [-1.0, None, -1.0]
+    assert record["entropy"] == [None, 1.0, 1.0] and record["behaviour_logp"] == [-1.0, None, -1.0]
+    assert [best["logp"] for (best,) in record["alternatives"]] == [-0.5, None, None]
+    spans = scored([rollout_of((3,), (5, 6, 1))], logp=[-1.0] * 3, reverse_kl=[0.5, math.nan, 0.25], span=[1, 0, 0])
+    (record,) = rollout_records(TOKENIZER, spans, 1, [1.0], {})
+    assert record["teacher_logp"] == [None, None, -1.25]
 
 
 def test_a_stored_rollout_of_weight_zero_has_scores_and_no_trained_token():

@@ -151,6 +151,26 @@ def test_report_of_damaged_logs_is_a_data_error_that_names_the_run(tmp_path):
             read(tmp_path / name / "damaged", **{name: '{"step": \n'})
 
 
+@pytest.mark.parametrize("bad", ["NaN", "-Infinity", "null"])
+def test_report_of_a_run_with_numbers_that_are_not_finite(tmp_path, bad):
+    best = f'[{{"id": 5, "text": "a", "logp": -0.5}}, {{"id": 6, "text": "b", "logp": {bad}}}]'
+    record = (
+        f'{{"tokens": ["a", "b", "c"], "ids": [5, 6, 7], "student_logp": [{bad}, -1.0, {bad}], "teacher_logp": [-2.0, {bad}, -3.0], '
+        f'"entropy": [{bad}, 1.0, 1.0], "alternatives": [{best}, null, null], "span": SPAN}}\n'
+    )
+    kl = ['"kl": 1.5, "kl_interval": [1.0, 2.0]', f'"kl": null, "kl_interval": {"null" if bad == "null" else f"[{bad}, {bad}]"}']
+    files = {
+        "rollouts__step_000001.jsonl": record.replace("SPAN", "null") + record.replace("SPAN", "[0, 1, 0]"),
+        "evaluations.jsonl": "".join(f'{{"model": "student", "step": {step}, {each}}}\n' for step, each in enumerate(kl)),
+    }
+    page = read(tmp_path / "run", **files)
+    (run,) = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    plain, spans = (rollout["tokens"] for rollout in run["rollouts"])
+    assert [token[2:5] for token in plain] == [[None, -2.0, None], [-1.0, None, 1.0], [None, -3.0, 1.0]]
+    assert plain[0][6] == [["a", -0.5, True]], "without the one that has no number"
+    assert [token[2:4] for token in spans] == [[None, -2.0], [None, -3.0], [None, -3.0]] and "nan" not in page
+
+
 @pytest.mark.parametrize("letter", [*"<>&\u2028\u2029"])
 def test_embedded_json_has_no_character_of_markup(letter):
     text = f"a{letter}/script{letter}"

@@ -101,6 +101,12 @@ def test_final_has_the_weights_of_the_best_evaluation(ruined: Path, tmp_path: Pa
     assert f"step_{best:06d}" in (run / "final/README.md").read_text()
     assert cli.main(["export", str(run), "--best", "--out", str(tmp_path / "best")]) == errors.OK
     assert (tmp_path / "best/model.safetensors").read_bytes() == (run / "final/model.safetensors").read_bytes()
+    assert cli.main(["export", str(run), "--out", str(tmp_path / "whole")]) == errors.OK
+    cards = [(folder / "README.md").read_text() for folder in (run / "final", tmp_path / "best", tmp_path / "whole")]
+    results = {card[card.index("## Result") : card.index("The weights are those")] for card in cards}
+    assert "The gap to the teacher grew by" in cards[0]
+    assert "the gap to the teacher grew by" in (run / "report.html").read_text(), "in the same words"
+    assert len(results) == 1 and f"\n{best} steps, " in results.pop()
     assert cli.main(["export", str(run / "final"), "--best", "--out", str(tmp_path / "other")]) == errors.DATA
 
 

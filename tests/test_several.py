@@ -109,6 +109,9 @@ def test_an_entry_has_the_options_of_data_that_it_does_not_set_and_a_teacher_the
     assert (add.teacher.system, more.teacher.system) == ("s", None)
     assert config.data.datasets["add"].weight == 2 and config.data.datasets["more"].weight == 1
     assert list(from_options(MODELS).parts) == [""]
+    assert config.parts is config.parts and config == replace(config) == copy.deepcopy(config), "made once, and no part of the options"
+    other = replace(config, seed=config.seed + 1)
+    assert {part.seed for part in other.parts.values()} == {config.seed + 1} and to_dict(other) == {**to_dict(config), "seed": other.seed}
 
 
 def test_the_command_line_and_an_experiment_set_single_options_and_whole_mappings(tmp_path):

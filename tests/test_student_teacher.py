@@ -35,6 +35,7 @@ from opd.train import main
 from opd.training.build import Built, build
 from opd.training.checkpoint import AVERAGE, MODEL, Checkpoints, read
 from opd.training.checks import Trouble, check_distance
+from opd.training.evaluator import exact_kl
 from opd.training.inputs import Given
 from opd.training.tensors import trained_tensors
 
@@ -334,6 +335,15 @@ def test_sharded_present_weights_are_refused_where_the_update_needs_their_head()
         teaching_module(config("current", ppo__estimator="exact", ppo__steps=1), random_model(), sharded=True)
 
 
+def test_an_evaluation_has_the_micro_batches_that_the_step_came_to(tmp_path, monkeypatch):
+    run, sizes = built(config("base", eval__kl_prompts=2), tmp_path), []
+    monkeypatch.setattr("opd.training.evaluator.exact_kl", lambda *given: sizes.append(given[4]) or exact_kl(*given))
+    for halved in (False, True):
+        run.trainer.scoring.choices["max_tokens"] //= 1 + halved
+        list(run.trainer.evaluate())
+    assert sizes[0] == 2 * sizes[1] == run.trainer.config.train.max_tokens_per_micro_batch
+
+
 @pytest.mark.parametrize(
     ("weights", "options", "logged"), [("ema", {}, False), ("current", {}, True), ("ema", {"teacher__system": None}, False)]
 )
@@ -343,7 +353,7 @@ def test_a_view_that_changes_nothing_is_logged(tmp_path, caplog, monkeypatch, we
     run = built(config(weights, **REWARDED, **options), tmp_path)
     tokens = run.trainer.train_step().tokens
     check_distance(run.trainer.config, tokens)
-    assert ("changes nothing" in caplog.text) == logged and "they are the same model" not in caplog.text
+    assert ("changes none of its scores" in caplog.text) == logged and "they are the same model" not in caplog.text
 
 
 # Looking at such a run.

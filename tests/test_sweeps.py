@@ -160,6 +160,16 @@ def test_members_of_an_earlier_call_are_not_counted(capfd: pytest.CaptureFixture
     assert "2 of 2 done" in capfd.readouterr().out.rpartition("member 1")[2]
 
 
+def test_the_name_of_the_metric_is_that_of_this_calls_members() -> None:
+    plans = [sweep.Sweep(Path("sweeps/s"), 1, frozenset(["seed"]), SweepConfig()) for _ in range(2)]
+    for number, (plan, measured) in enumerate(zip(plans, ("reward_after", "eval_kl_after"), strict=True), 1):
+        folder = Path(f"sweeps/s/{number}")
+        folder.mkdir(parents=True)
+        sweep.write_member(folder, sweep.Member(plan.key, number, []))
+        (folder / "summary.json").write_text(json.dumps({measured: 0.5}))
+    assert [sweep.name_metric(plan) for plan in plans] == ["reward", "-KL"]
+
+
 def test_member_without_an_outcome_has_failed() -> None:
     plan = sweep.Sweep(Path("sweeps/s"), 2, frozenset(["seed"]), SweepConfig())
     Path("sweeps/s/a").mkdir(parents=True)

@@ -60,7 +60,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "ppo.reward_coef": (NOTHING, EXACT, 0.5),
     "eval.limit": (NOTHING, NO_REWARD, 5),
     "eval.max_new_tokens": (NOTHING, NO_REWARD, 5),
-    "eval.samples": ({"eval.temperature": 1.0}, {**NO_REWARD, "eval.temperature": 1.0}, 2),
     "eval.reward_seconds": ({"eval.reward": "math"}, {"eval.reward": "exact"}, 1.0),
     "eval.reward_memory": ({"eval.reward": "a:b"}, NO_REWARD, 10),
     "eval.batch_size": (NO_REWARD, {**NO_REWARD, **NO_KL}, 5),
@@ -69,7 +68,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("key", [key for key in store.options() if key in READERS])
+@pytest.mark.parametrize("key", [key for key in store.options() if key in CASES])
 def test_each_conditional_option_is_accepted_where_it_is_read_and_refused_where_it_is_not(key: str) -> None:
     read, unread, value = CASES[key]
     assert attrgetter(key)(from_options({**read, key: value})) == value
@@ -79,7 +78,23 @@ def test_each_conditional_option_is_accepted_where_it_is_read_and_refused_where_
 
 
 def test_every_conditional_option_is_an_option_and_has_a_case() -> None:
-    assert READERS.keys() == CASES.keys() <= store.options().keys()
+    assert READERS.keys() == CASES.keys() | {"eval.samples"} <= store.options().keys()
+
+
+def test_answers_per_prompt_are_read_by_opd_eval_alone(tmp_path: Path, monkeypatch: Any, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["experiment=debug", "device=cpu", "eval.samples=2", "eval.temperature=0.7"]
+    for verb in ("train", "doctor"):
+        assert cli.main([verb, *words]) == USAGE
+        shown = capfd.readouterr()
+        assert "eval.samples=2: is only read by opd eval: remove it" in shown.err + shown.out
+    assert cli.main(["eval", *words, "eval.reward=null"]) == USAGE
+    assert "eval.samples=2: is only read with eval.reward: set that" in capfd.readouterr().err
+    assert store.to_config(raw(*words), words, verb="eval").eval.samples == 2
+    with pytest.raises(ConfigError, match=r"eval\.samples=2: .*opd eval"):
+        from_options({"eval.samples": 2, "eval.temperature": 0.7})
+    stored = store.to_dict(store.to_config(raw(*words), words, verb="eval"))
+    assert store.to_unchecked_config(store.restore_config(stored)).eval.samples == 2, "of runs that were begun with it"
 
 
 def test_values_of_shipped_files_that_another_choice_leaves_unread_are_accepted_unless_they_are_typed() -> None:

@@ -42,7 +42,7 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     console = make_console(WIDTH, soft_wrap=True)
     if not flags.json and signals.launched_as()[0] == 0:
         show_models(console, named)
-    result, lines = judge.judge(target, folder, None if flags.json else progress_on(console))
+    result, lines = judge.judge(target, named, folder, None if flags.json else progress_on(console))
     if not distributed.in_main_process():
         return
     out = flags.out or (judge.unused_result_file(target.run) if target.run is not None else None)

@@ -4,8 +4,8 @@ import argparse
 
 from opd.cli.arguments import Parser
 from opd.config.files import local_path
+from opd.config.options import EXPORT_DTYPES
 
-DTYPES = ("float32", "bfloat16", "float16")
 EXAMPLES = """opd export runs/first --out first --dtype bfloat16
 opd export runs/first --best --out best
 opd export runs/first/checkpoints/step_000150 --out at-150
@@ -18,7 +18,9 @@ def make_parser() -> Parser:
     parser.add_argument("source", type=local_path, metavar="RUN_OR_CHECKPOINT", help="runs/NAME, or a folder in its checkpoints/")
     parser.add_argument("--out", type=local_path, metavar="FOLDER", required=True, help="a new folder")
     parser.add_argument("--best", action="store_true", help="of a run, the checkpoint with the best evaluation instead of final/")
-    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="dtype of the weights (float32, as they were trained)")
+    parser.add_argument(
+        "--dtype", choices=EXPORT_DTYPES, default=EXPORT_DTYPES[0], help="dtype of the weights (float32, as they were trained)"
+    )
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload it to the hub; a new repository is private")
     return parser
 

@@ -186,7 +186,7 @@ class Job:
         if self.own_config is not None:
             return compose.to_unchecked_config(composed)
         swept = frozenset() if self.sweep is None else self.sweep.swept
-        return compose.to_config(composed, HydraConfig.get().overrides.task, swept)
+        return compose.to_config(composed, HydraConfig.get().overrides.task, swept, self.verb)
 
     def run_member(self, composed: DictConfig) -> float | None:
         """Run one member of a sweep and store its outcome in its folder. In a process of its own, its screen output goes to a file."""

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `opd --help | head -1` must not end in a traceback
         print(f"opd {__version__}" if first == "--version" else usage())
         return errors.OK
-    if any("\udc80" <= letter <= "\udcff" for word in words for letter in word):  # bytes that are no text here
+    if any("\udc80" <= character <= "\udcff" for word in words for character in word):  # bytes that are no text here
         print(f"opd: error: {' '.join(words)!a} is not text in the encoding of this locale: set PYTHONUTF8=1", file=sys.stderr)
         return errors.USAGE
     if first in VERBS:

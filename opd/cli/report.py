@@ -11,6 +11,7 @@ from opd.errors import OutputError
 from opd.report import compare, render_report
 from opd.report.page import GENERATOR
 from opd.runs.folder import REPORT, check_output_path, write_output
+from opd.runs.outcome import RANKS
 from opd.runs.reader import find_runs
 from opd.runs.text import make_console
 
@@ -47,7 +48,7 @@ def write_report(parsed: argparse.Namespace) -> None:
 def make_compare_parser() -> Parser:
     parser = Parser("compare", print_comparison, COMPARE_DESCRIPTION, COMPARE_EXAMPLES)
     parser.add_argument("folders", metavar="DIR", nargs="+", type=local_path, help="a run folder, or a folder of several (runs/, a sweep)")
-    parser.add_argument("--metric", choices=sorted(compare.RANKS), help="default: reward_after, or eval_kl_after for runs without rewards")
+    parser.add_argument("--metric", choices=sorted(RANKS), help="default: reward_after, or eval_kl_after for runs without rewards")
     parser.add_argument("--direction", choices=[direction.value for direction in Direction], help="default: the metric's better direction")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -56,7 +57,7 @@ def make_compare_parser() -> Parser:
 
 
 def print_comparison(parsed: argparse.Namespace) -> None:
-    comparison = compare.compare(find_runs(parsed.folders), parsed.metric, parsed.direction and Direction[parsed.direction])
+    comparison = compare.compare(find_runs(parsed.folders), parsed.metric, parsed.direction)
     if parsed.json:
         print(compare.as_json(comparison))
     elif parsed.csv:

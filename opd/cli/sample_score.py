@@ -14,7 +14,7 @@ from opd.cli.hydra_app import FlagParser
 from opd.config.files import local_path
 from opd.config.schema import Config
 from opd.runs.folder import check_output_path, write_output
-from opd.runs.text import make_console
+from opd.runs.text import format_amount, make_console
 
 
 def make_sample_parser() -> FlagParser:
@@ -85,7 +85,7 @@ def write_teacher(config: Config, folder: Path, flags: argparse.Namespace) -> No
     if flags.json:
         print(json.dumps({"file": str(flags.out), **asdict(written)}))
         return
-    reward = "not judged" if written.reward is None else f"mean reward {written.reward:.1%}"
+    reward = "not judged" if written.reward is None else f"mean reward {format_amount(written.reward, written.reward_is_share)}"
     console = make_console(80)
     console.print(f"{flags.out}: {written.kept:,} of {written.prompts:,} prompts; {reward}, {written.truncated:.1%} cut off and left out")
     if written.left_out:

@@ -4,13 +4,13 @@ Members may run in other processes or on other machines (joblib, submitit), so e
 """
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -169,14 +169,21 @@ def write_member(folder: Path, member: Member) -> None:
         log.error("cannot write %s: %s", folder / MEMBER, error)
 
 
+def read_stored(sweep: Sweep) -> list[tuple[Member, dict[str, Any]]]:
+    """Return the members of this call that are stored, each with the summary of its run; an empty one where it has none."""
+    found = []
+    for file in sweep.folder.glob(f"*/{MEMBER}"):
+        stored = read_json(file) or {}
+        if stored.get("sweep") == sweep.key:
+            found.append((Member(**stored), read_json(file.parent / SUMMARY) or {}))
+    return found
+
+
 def read_members(sweep: Sweep, known: Sequence[Member]) -> list[Member]:
     """Return the members of this call in order: those `known`, which ran in this process, and those stored by other processes."""
     members: dict[int, Member] = {}
-    for file in sweep.folder.glob(f"*/{MEMBER}"):
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored.get("sweep") == sweep.key:
-            member = Member(**stored)
-            members[member.number] = member if member.exit_code is not None else member.ended(INTERNAL, NO_OUTCOME, None)
+    for member, _ in read_stored(sweep):
+        members[member.number] = member if member.exit_code is not None else member.ended(INTERNAL, NO_OUTCOME, None)
     members |= {member.number: member for member in known}
     return [members[number] for number in sorted(members)]
 
@@ -192,19 +199,13 @@ def name_metric(sweep: Sweep) -> str:
     """Return what the members' objective is: with `sweep.metric=auto` the reward, or minus the KL where there are no rewards."""
     if sweep.config.metric != AUTO:
         return sweep.config.metric
-    summaries = [read_json(file.parent / SUMMARY) or {} for file in sweep.folder.glob(f"*/{MEMBER}")]
-    measured = {name for summary in summaries for name, value in summary.items() if value is not None}
+    measured = {name for _, summary in read_stored(sweep) for name, value in summary.items() if value is not None}
     return "reward" if "reward_after" in measured else "-KL" if "eval_kl_after" in measured else "objective"
 
 
 def find_worse(sweep: Sweep) -> set[int]:
     """Return the numbers of the members of this call that made the student worse than it was before training."""
-    worse = set()
-    for file in sweep.folder.glob(f"*/{MEMBER}"):
-        stored, summary = read_json(file) or {}, read_json(file.parent / SUMMARY) or {}
-        if stored.get("sweep") == sweep.key and any(WORSE in warning for warning in summary.get("warnings", ())):
-            worse.add(stored["number"])
-    return worse
+    return {member.number for member, summary in read_stored(sweep) if any(WORSE in warning for warning in summary.get("warnings", ()))}
 
 
 def print_summary(sweep: Sweep, members: Sequence[Member]) -> None:

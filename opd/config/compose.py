@@ -185,18 +185,19 @@ def undeclared(composed: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from undeclared(value, f"{prefix}{key}.")
 
 
-def to_config(composed: DictConfig, words: Collection[str] = (), swept: frozenset[str] = frozenset()) -> Config:
+def to_config(composed: DictConfig, words: Collection[str] = (), swept: frozenset[str] = frozenset(), verb: str = "train") -> Config:
     """Return the typed config of what Hydra composed.
 
     Args:
         words: The command line's overrides.
         swept: The options in which the members of a sweep differ.
+        verb: What the config is for.
 
     Raises:
         ConfigError: Options are wrong, do not fit together, or are not read.
     """
     config = to_unchecked_config(composed)
-    refuse_unread(config, words, swept)
+    refuse_unread(config, words, swept, verb=verb)
     return config
 
 
@@ -224,7 +225,9 @@ def shipped_values() -> dict[str, list[Any]]:
     return values
 
 
-def refuse_unread(config: Config, words: Collection[str], swept: frozenset[str] = frozenset(), only_typed: bool = False) -> None:
+def refuse_unread(
+    config: Config, words: Collection[str], swept: frozenset[str] = frozenset(), only_typed: bool = False, verb: str = "train"
+) -> None:
     """Raise `ConfigError` for the first value that differs from the default and that nothing reads.
 
     A shipped file may have such a value: another option on the command line can make it one. So may the members of a sweep that has others
@@ -234,10 +237,11 @@ def refuse_unread(config: Config, words: Collection[str], swept: frozenset[str] 
         words: The command line's overrides.
         swept: The options in which the members of a sweep differ.
         only_typed: Look for none but these overrides.
+        verb: What the config is for.
     """
     keys = {word.lstrip("+~").partition("=")[0] for word in words}
     typed = {key for key in keys if "." in key or key == "teachers"}  # the others are choices of files
-    for unread in find_unread(config):
+    for unread in find_unread(config, verb):
         is_typed = any(f"{unread.key}.".startswith(f"{key}.") for key in typed)
         is_shipped = only_typed or unread.value in shipped_values().get(unread.key, [])
         if (is_typed or not is_shipped) and not unread.is_decided_by(swept):

@@ -20,6 +20,7 @@ Device = StrEnum("Device", "auto cpu cuda")
 Control = StrEnum("Control", "none constant shuffled self")
 
 Dtype = StrEnum("Dtype", "auto float32 bfloat16")
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
 Quantization = StrEnum("Quantization", "none int8 nf4")
 
 

@@ -30,8 +30,15 @@ from opd.config.several import overlay
 from opd.errors import ConfigError
 
 
+class _KeepsParts(Section):
+    """A place for `Settings.parts` that is no option: it is neither compared nor stored, and `replace` leaves it out."""
+
+    __slots__ = ("_parts",)
+    _parts: dict[str, Any]
+
+
 @dataclass(kw_only=True, slots=True)
-class Settings(Section):
+class Settings(_KeepsParts):
     """The options of a run, without the rules between them, which `Config` adds."""
 
     seed: int = bounded(0, at_least=0, at_most=2**32 - 1)
@@ -120,9 +127,17 @@ class Settings(Section):
 
     @property
     def parts(self) -> dict[str, Self]:
-        """The run on each dataset of `data.mix` alone, by label, with the teacher of its rows as `teacher`; without any {"": this run}."""
+        """The run on each dataset of `data.mix` alone, by label, with the teacher of its rows as `teacher`; without any {"": this run}.
+
+        They are made once, of the options as they are then: entries are parsed and checked.
+        """
         if not self.data.mix:
             return {"": self}
+        if not hasattr(self, "_parts"):
+            self._parts = self._make_parts()  # type: ignore[misc]  # a slot of the base class
+        return self._parts
+
+    def _make_parts(self) -> dict[str, Self]:
         parts, ppo = {}, replace(self.ppo, temperature=self.temperature)
         for label, data in self.data.datasets.items():
             train = self.train if data.completion is not None else replace(self.train, given_share=0.0)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -17,10 +17,12 @@ class Reader:
     Args:
         choice: The other options with which it is read, as they are typed.
         holds: Whether a config has them; for `data` and `teacher` one of `Settings.parts`.
+        verb: The only verb that reads the option; empty for all.
     """
 
     choice: str
     holds: Callable[[Settings], bool]
+    verb: str = ""
 
 
 def from_source(*sources: Source) -> Reader:
@@ -75,7 +77,7 @@ READERS: Mapping[str, Reader] = {
     "ppo.reward_coef": SAMPLED,
     "eval.limit": REWARD,
     "eval.max_new_tokens": REWARD,
-    "eval.samples": REWARD,
+    "eval.samples": replace(REWARD, verb="eval"),
     "eval.reward_seconds": OWN_PROCESS,
     "eval.reward_memory": OWN_PROCESS,
     "eval.batch_size": Reader(
@@ -88,23 +90,26 @@ READERS: Mapping[str, Reader] = {
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """A value that differs from the default and that nothing reads."""
+    """A value that differs from the default and that nothing reads. `verb`: the one that would read it, where the present one does not."""
 
     key: str
     value: Any
     choice: str
+    verb: str = ""
 
     def is_decided_by(self, options: frozenset[str]) -> bool:
         """Return whether one of these options, or of these groups of options, decides what reads the value."""
-        return "experiment" in options or any(option in self.choice for option in options)
+        return not self.verb and ("experiment" in options or any(option in self.choice for option in options))
 
     def __str__(self) -> str:
         shown = repr(self.value) if type(self.value) is str else self.value
+        if self.verb:
+            return f"{self.key}={shown}: is only read by opd {self.verb}: remove it"
         return f"{self.key}={shown}: is only read with {self.choice}: set that, or remove it"
 
 
-def find_unread(config: Settings) -> Iterator[Unread]:
-    """Yield the values that nothing reads: of the options in `READERS`, and of those in the entries of `data.mix` and `teachers`."""
+def find_unread(config: Settings, verb: str = "train") -> Iterator[Unread]:
+    """Yield the values that `opd VERB` does not read: of options in `READERS`, and of those in the entries of `data.mix` and `teachers`."""
     parts, by_teacher, defaults = config.parts, config.parts_by_teacher, Settings()
     entries = [
         *((f"data.mix.{label}", "data", entry, parts[label]) for label, entry in config.data.mix.items()),
@@ -113,7 +118,9 @@ def find_unread(config: Settings) -> Iterator[Unread]:
     for key, reader in READERS.items():
         value_of, (section, _, name) = attrgetter(key), key.partition(".")
         usual = value_of(defaults)
-        usual = (usual, None) if isinstance(usual, str) else (usual,)  # no text asks for nothing
+        usual = (usual, None) if isinstance(usual, str) else (usual,)  # null in place of a text asks for nothing, and is accepted
+        if reader.verb not in ("", verb) and value_of(config) not in usual:
+            yield Unread(key, value_of(config), reader.choice, reader.verb)
         readers = [config]
         if section == "data":  # by the datasets that have no value of their own
             readers = [part for label, part in parts.items() if name not in config.data.mix.get(label, {})]

@@ -130,7 +130,7 @@ def check_dataset(config: Config, report: Report, label: str) -> tuple[PreTraine
         return None
     report.add(*rows.check_lengths(train, len(train_rows), "training", config))
     report.add(*rows.check_lengths(evaluation, len(eval_rows), "evaluation", config))
-    report.add(*rows.check_empty([*train, *evaluation]), *rows.check_held_out(train, evaluation))
+    report.add(*rows.check_prompts(train, evaluation))
     return student, Loaded((train_rows, eval_rows), (train, evaluation))
 
 
@@ -190,7 +190,8 @@ def check_models(config: Config, tokenizer: PreTrainedTokenizerBase, data: Promp
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         accelerator = make_accelerator(config, Path(folder))
         checkpoints = Checkpoints(Path(folder), 1, keep_best=False)
-        samples = replace(config, train=replace(config.train, given_share=0.0))  # the student is judged by its own completions
+        # The student is judged by its own completions, and nothing is sampled ahead while the parts of the step are timed.
+        samples = replace(config, train=replace(config.train, given_share=0.0), sampling=replace(config.sampling, lag=0))
         with report.progress.of("loading the models"):
             built = build(samples, accelerator, checkpoints, Given(tokenizer=tokenizer, prompts=data), stack, None)
         trainer, evaluator = built.trainer, replace(built.trainer.evaluator, progress=report.progress)

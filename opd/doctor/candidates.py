@@ -10,7 +10,8 @@ from rich.text import Text
 
 from opd.doctor.findings import WIDTH, Report, Status
 from opd.objective.overlap import MASS, OVERLAP_K, SHARE
-from opd.runs.text import MISSING, format_bytes, format_number, format_percent, make_console
+from opd.runs.intervals import are_shares
+from opd.runs.text import MISSING, format_amount, format_bytes, format_number, format_percent, make_console
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Candidate:
         overlap_share, overlap_mass: of the first step.
         tokens_per_second: of the first step.
         memory: bytes, estimated.
+        reward_is_share: whether all rewards are within 0 and 1.
     """
 
     teacher: str
@@ -37,6 +39,7 @@ class Candidate:
     overlap_mass: float | None
     tokens_per_second: float | None
     memory: float | None
+    reward_is_share: bool = True
 
     @property
     def score(self) -> float:
@@ -66,6 +69,7 @@ def candidate(teacher: str, report: Report) -> Candidate:
         step.get(MASS),
         step.get("tokens_per_second"),
         memory.get("peak"),
+        are_shares(reward for pair in pairs for reward in pair),
     )
 
 
@@ -86,11 +90,13 @@ def show(reports: Mapping[str, Report]) -> None:
     columns = ("", "teacher", "reward gap", f"top-{OVERLAP_K} overlap", "of ids", "reverse KL", "tokens/s", "memory", "")
     for column in columns:
         table.add_column(column, justify="left" if column in ("", "teacher") else "right", overflow="fold")
-    for rank, found in enumerate(ranked(reports), 1):
+    ranking = ranked(reports)
+    shares = all(found.reward_is_share for found in ranking)
+    for rank, found in enumerate(ranking, 1):
         cells = (
             str(rank) if found.ready else MISSING,
             found.teacher,
-            format_percent(found.reward_gap, "+.1f"),
+            format_amount(found.reward_gap, shares, "+"),
             *(format_percent(value, ".0f") for value in (found.overlap_mass, found.overlap_share)),
             format_number(found.reverse_kl, ".3f"),
             format_number(found.tokens_per_second, ",.0f"),

@@ -80,8 +80,8 @@ def check_self(evaluator: Evaluator, student: PreTrainedModel, rollouts: Sequenc
     ]
     with evaluator.precision():
         teacher = LocalTeacher(student, evaluator.vocabulary, bf16=bf16, masked=evaluator.masked)
-        pad_id = evaluator.tokenizer.pad_token_id
-        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, evaluator.max_tokens, pad_id, evaluator.masked)
+        pad_id, max_tokens = evaluator.tokenizer.pad_token_id, evaluator.choices["max_tokens"]
+        total, tokens = exact_kl(student, teacher, chosen, evaluator.vocabulary, max_tokens, pad_id, evaluator.masked)
     kl = total / tokens
     what = f"KL {kl:.1e} nats/token on {len(chosen)} prompts"
     if abs(kl) > MAX_SELF_KL[bf16]:
@@ -204,16 +204,16 @@ def check_rewards(
     low, high = paired_interval([[theirs - ours for ours, theirs in pairs]], shares)
     difference = format_reward(theirs - ours, (low, high), sign="+", shares=shares)
     what = f"student {format_amount(ours, shares)}, teacher {format_amount(theirs, shares)} of {count} prompts; the difference {difference}"
-    if ours == theirs == 0:
+    if ours == theirs == 0 and shares:
         remedy = "neither is ever right: check eval.max_new_tokens and eval.reward, and whether the teacher can do this task"
         return [warn(check, what, remedy)]
     if high < 0:
         return [fail(check, what, "the teacher is worse than the student: take a better teacher, or another task")]
     if theirs <= ours:
         return [warn(check, what, "the teacher is not better than the student here: try more --prompts, or take a better teacher")]
-    if ours <= NEAR_ZERO and takes_given:
+    if ours > NEAR_ZERO or not shares:
+        return [ok(check, what)]
+    if takes_given:
         return [ok(check, f"{what}; the run takes given completions (train.given_share)")]
-    if ours <= NEAR_ZERO:
-        remedy = f"the student is hardly ever right and learns little from its own completions: start on the teacher's: {commands}"
-        return [warn(check, what, remedy)]
-    return [ok(check, what)]
+    remedy = f"the student is hardly ever right and learns little from its own completions: start on the teacher's: {commands}"
+    return [warn(check, what, remedy)]

@@ -13,7 +13,7 @@ from opd.runs.text import format_bytes, format_duration
 from opd.training.disk import REMEDY, Disk
 from opd.training.logs import check_tracker
 
-MIN_EVALUATION = 60.0  # seconds of all evaluations, up to which nobody minds
+MIN_EVALUATION = 60.0  # seconds; evaluations that take less in all are no reason to warn
 TIGHT = 0.85  # share of the free memory: measured peaks were up to 15 % above the estimate
 EXTRAS = {"peft": "lora", "bitsandbytes": "quantized", "gguf": "gguf", "math_verify": "math"}  # by package
 REMEDIES = {

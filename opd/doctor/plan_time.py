@@ -12,7 +12,7 @@ from opd.runs.text import format_duration
 from opd.training.evaluation import count_evaluations
 
 MIN_STEPS = 50  # fewer hardly train a model: shorter completions are better
-MOST_STEPS = 1_000_000  # that are thought of
+MOST_STEPS = 1_000_000  # that a plan has
 MIN_TOKENS = 64  # of completions that are shortened to save time
 
 
@@ -69,7 +69,7 @@ def fit_time(planner: Planner, config: Config, timing: Timing | None, minutes: f
     if not is_fixed and minutes is not None and config.sampling.truncated is Truncated.keep:
         while chosen // 2 >= MIN_TOKENS and timing.steps_within(minutes, config, chosen / limit) < enough:
             chosen //= 2
-            reason = f"with {limit} fewer than {MIN_STEPS} steps fit into the time, and each token has a lesson of its own"
+            reason = f"with {limit} fewer than {MIN_STEPS} steps fit into the time; shorter completions leave time for more steps"
     if not is_fixed and chosen == limit and timing.truncated > MAX_TRUNCATED:  # the limit is doubled where that fits
         longer = planner.changed(config, {option: 2 * limit})
         in_time = timing.steps_within(minutes, config, 2.0) >= enough

@@ -9,8 +9,8 @@ from opd.data.rewards import Grader
 from opd.data.sources import Rows
 from opd.doctor.findings import Finding, fail, ok, warn
 from opd.runs.reader import format_value
-from opd.training.checks import count_empty
-from opd.training.inputs import describe_closing
+from opd.training.checks import HELD_OUT, prompt_problems
+from opd.training.inputs import can_judge, describe_closing
 
 MAX_GRADED = 200
 FEW = 50  # answers: the 95 % interval of a share is then up to 27 points wide
@@ -43,29 +43,18 @@ def check_lengths(prompts: Sequence[Prompt], rows: int, which: str, config: Conf
     return [ok(f"{which} prompts", what)]
 
 
-def check_empty(prompts: Sequence[Prompt]) -> list[Finding]:
-    """Count prompts without text."""
-    empty = count_empty(prompts)
-    return [warn("empty prompts", f"{empty:,} of {len(prompts):,} have no text", "leave these rows out, or check data.prompt")] * (
-        empty > 0
-    )
-
-
-def check_held_out(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> list[Finding]:
-    """Count evaluation prompts that are trained on."""
-    trained = {prompt.ids for prompt in train}
-    shared = sum(prompt.ids in trained for prompt in evaluation)
-    if shared:
-        what = f"{shared:,} of {len(evaluation):,} evaluation prompts are trained on too"
-        return [warn("held out", what, "the evaluation would reward memorisation: remove them from the training data")]
-    return [ok("held out", "no evaluation prompt is trained on")]
+def check_prompts(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> list[Finding]:
+    """Report what a run would warn of before training."""
+    found = [warn(*problem) for problem in prompt_problems(train, evaluation)]
+    shares_none = all(finding.check != HELD_OUT for finding in found)
+    return [*found, ok(HELD_OUT, "no evaluation prompt is trained on")] if shares_none else found
 
 
 def check_answers(prompts: Sequence[Prompt], config: Config) -> list[Finding]:
     """Count evaluation prompts with an answer to judge by."""
     if config.eval.reward is None:
         return [ok("answers", "eval.reward=null: nothing is judged, only the KL is measured")]
-    answered = sum(bool(prompt.answers) or prompt.get_reward is not None for prompt in prompts)
+    answered = sum(map(can_judge, prompts))
     what = f"{answered:,} of {len(prompts):,} evaluation prompts have an answer"
     if answered < len(prompts):
         options = f"data.answer={config.data.answer} and data.answer_after={format_value(config.data.answer_after)}"

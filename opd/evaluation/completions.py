@@ -33,6 +33,7 @@ from opd.models.accelerator import make_accelerator
 from opd.models.policy import check_positions
 from opd.models.shared_ids import SharedIds
 from opd.runs.folder import write_output
+from opd.runs.intervals import are_shares
 from opd.samplers import Decoding, Sampler, SamplerSpec, longest_sequence
 from opd.samplers.vllm_server import ServedSampler
 from opd.teachers import ServedTeacher, canary_ids
@@ -55,6 +56,7 @@ class Written:
         truncated: share of completions that reached the limit, which are left out.
         left_out: why the other prompts have none, with their number by reason.
         reward: mean over all completions; None without rewards.
+        reward_is_share: whether all rewards are within 0 and 1.
         options: of a run that starts on the file.
     """
 
@@ -62,6 +64,7 @@ class Written:
     kept: int
     truncated: float
     reward: float | None
+    reward_is_share: bool
     left_out: dict[str, int]
     options: list[str]
 
@@ -93,10 +96,9 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
         grader = make_run_grader(config, prompts, stack)
         evaluator = make_evaluator(config, accelerator, tokenizer, [], grader, SharedIds(vocabulary))
         done = begin(part, settings(config, prompts, samples))
-        sampling = config.sampling
-        decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
+        decoding = Decoding.of(config.sampling)
         missing = [prompt for prompt in prompts if prompt.sample_id not in done]
-        size, shown_at = max(1, sampling.batch_size // samples), time.monotonic()
+        size, shown_at = max(1, decoding.batch_size // samples), time.monotonic()
         with part.open("a", encoding="utf-8") as stream:
             for start in range(0, len(missing), size):
                 chosen = missing[start : start + size]
@@ -128,7 +130,8 @@ def write_completions(config: Config, folder: Path, out: Path, samples: int, onl
     all_texts = [text for line in done.values() for text in line["texts"]]
     judged = [reward for line in done.values() for reward in line["rewards"] if reward is not None]
     mean = sum(judged) / len(judged) if judged else None
-    return Written(len(prompts), len(written), all_texts.count(None) / len(all_texts), mean, dict(reasons), warm_start(config, out))
+    truncated = all_texts.count(None) / len(all_texts)
+    return Written(len(prompts), len(written), truncated, mean, are_shares(judged), dict(reasons), warm_start(config, out))
 
 
 def teacher_sampler(

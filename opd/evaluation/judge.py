@@ -1,6 +1,6 @@
 """`opd eval`: a model, its baseline and its teacher answer the same prompts, decoded alike, and are compared prompt by prompt.
 
-One model is in memory at a time, next to the teacher. With several processes each answers its share of the prompts.
+One model is in memory at a time, next to all teachers. With several processes each answers its share of the prompts.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from opd.config.options import naming_teacher
 from opd.config.schema import Config
 from opd.evaluation.sample_score import load, load_teacher, share_ids
-from opd.evaluation.target import Target, locate_models
+from opd.evaluation.target import Target
 from opd.models import load as models
 from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
@@ -38,11 +38,14 @@ MAX_INDICES = 2**22  # in memory at a time
 LOW, HIGH = 0.025, 0.975
 
 
-def judge(target: Target, folder: Path, progress: Progress | None = None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def judge(
+    target: Target, named: Mapping[str, str | None], folder: Path, progress: Progress | None = None
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Evaluate a target's model, its baseline and its teacher.
 
     Args:
         target: what to evaluate.
+        named: the models' paths by role, as `locate_models` returns them.
         folder: for the accelerator, which writes nothing to it.
         progress: shows how far it is.
 
@@ -54,7 +57,6 @@ def judge(target: Target, folder: Path, progress: Progress | None = None) -> tup
     progress = progress if progress is not None and accelerator.is_main_process else Progress()
     candidates = {"model": config.model} if target.baseline is None else {"model": config.model, "baseline": target.baseline}
     parts = config.parts_by_teacher
-    named = locate_models(target)
     answers: dict[str, list[Answer]] = {}
     lines: list[dict[str, Any]] = []
     distances: dict[str, Distances] = {}
@@ -125,19 +127,19 @@ def _answer(evaluator: Evaluator, sampler: Sampler, samples: int, role: str, lin
 
 
 def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float | None], config: Config) -> dict[str, Any]:
-    """Return the statistics of each model, and of `model` against the others on the prompts that all answered.
+    """Return the statistics of each model, and of `model` against the others on the prompts of which all have a judged answer.
 
     Args:
-        answers: by model: `model`, `baseline` (unless left out) and `teacher`.
+        answers: the judged ones by model: `model`, `baseline` (unless left out) and `teacher`.
         kl: the exact KL to the teacher, by model, where it was measured.
         config: of the evaluation.
     """
-    rewards: dict[str, dict[int, list[float]]] = {}
+    rewards: dict[str, dict[int, list[float]]] = {name: {} for name in answers}  # also of a model none of whose answers was judged
     for name, given in answers.items():
         for answer in given:
             assert answer.reward is not None
-            rewards.setdefault(name, {}).setdefault(answer.sample_id, []).append(answer.reward)
-    common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values()))) if rewards else []
+            rewards[name].setdefault(answer.sample_id, []).append(answer.reward)
+    common = sorted(set.intersection(*(set(by_prompt) for by_prompt in rewards.values())))
     means = {name: torch.tensor([fmean(by_prompt[i]) for i in common], dtype=torch.float64) for name, by_prompt in rewards.items()}
     result: dict[str, Any] = {
         "data": config.data.evaluated,
@@ -149,8 +151,10 @@ def compare_answers(answers: Mapping[str, list[Answer]], kl: Mapping[str, float 
         "models": {name: {"kl": kl.get(name)} for name in answers},
     }
     if common:
+        shared = set(common)
         for name, statistics in result["models"].items():
-            statistics |= _statistics(answers[name], [rewards[name][i] for i in common], means[name])
+            compared = [answer for answer in answers[name] if answer.sample_id in shared]
+            statistics |= _statistics(compared, [rewards[name][i] for i in common], means[name])
         draws = dict(zip(means, resampled_means(torch.stack(list(means.values())), seed=config.seed).unbind(1), strict=True))
         result |= _comparison(means, draws)
     return result

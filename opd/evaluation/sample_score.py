@@ -157,8 +157,7 @@ def load_pair(config: Config, with_teacher: bool = True, average: Path | None = 
 
 def sample(pair: ModelPair, text: str, samples: int = 1) -> dict[str, list[str]]:
     """Return `samples` completions of the prompt by each model, at the config's sampling settings."""
-    options = pair.config.sampling
-    decoding = Decoding(options.temperature, options.max_new_tokens, options.top_p, options.top_k, options.batch_size)
+    decoding = Decoding.of(pair.config.sampling)
     prompt = _encode(pair, text)
     completions: dict[str, list[str]] = {}
     for role, loaded in pair.loaded.items():

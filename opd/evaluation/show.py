@@ -12,7 +12,7 @@ from rich.text import Text
 from opd.evaluation.sample_score import ScoredText
 from opd.report.page import document
 from opd.runs.answers import file_beside
-from opd.runs.text import format_kl, format_number, format_percent, format_reward, harmless
+from opd.runs.text import describe_gap, format_kl, format_number, format_percent, format_reward, harmless
 
 WIDTH = 130  # characters, where the output is not a terminal
 MAX_ROWS = 40  # of tokens in a table
@@ -35,11 +35,8 @@ def show_evaluation(console: Console, evaluation: Mapping[str, Any], out: Path |
         for other, value in task.get("against", {}).items():
             difference = format_reward(value["mean"], (value["low"], value["high"]), sign="+", shares=shares)
             console.print(Text(f"against the {other}: {difference}"))
-        share = task.get("gap_closed")
-        if share is not None and share < 0:
-            console.print("further from the teacher than the baseline is")
-        elif share is not None:
-            console.print(Text(f"{format_reward(share, task['gap_closed_interval'])} of the gap to the teacher closed"))
+        if (share := task.get("gap_closed")) is not None:
+            console.print(Text(describe_gap(share, task["gap_closed_interval"])))
     if out is not None:
         answers = f"; the answers are in {file_beside(out).name}" if evaluation["tasks"]["evaluation"]["prompts"] else ""
         console.print(Text(f"written to {out}{answers}"))

@@ -194,7 +194,7 @@ def _apply_overrides(stored: Mapping[str, Any], composed: Config, overrides: Seq
     # Nothing is trained here, and other data need not have the column.
     merged.train.given_share, merged.data.completion = 0.0, None
     config = compose.to_unchecked_config(merged)
-    compose.refuse_unread(config, overrides, only_typed=True)
+    compose.refuse_unread(config, overrides, only_typed=True, verb="eval")
     return config
 
 

@@ -46,10 +46,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """An interval at each x: (x, low, high)."""
+    """An interval at each x: (x, low, high); one that is not finite is left out."""
 
     points: Sequence[tuple[float, float, float]]
     colour: int = 0
+
+    def finite(self) -> list[tuple[float, float, float]]:
+        return [point for point in self.points if all(map(math.isfinite, point))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +95,13 @@ def chart(
     if not points:
         return f'<figure class="chart">{caption}<p class="none">nothing was measured</p></figure>'
     xs = [point[0] for point in points]
-    ys = [point[1] for point in points] + [y for band in bands for _, low, high in band.points for y in (low, high)]
+    ys = [point[1] for point in points] + [y for band in bands for _, low, high in band.finite() for y in (low, high)]
     y_ticks = _y_ticks(ys, percent, floor)
     across = Scale(min(xs) - 0.5, max(xs) + 0.5, LEFT, RIGHT) if bars else Scale(min(xs), max(max(xs), min(xs) + 1), LEFT, RIGHT)
     down = Scale(y_ticks[0], y_ticks[-1], BOTTOM, TOP)
     body = _grid(y_ticks, down, percent) + _x_axis(across, x)
     for band in bands:
-        outline = [(x, high) for x, _, high in band.points] + [(x, low) for x, low, _ in reversed(band.points)]
+        outline = [(x, high) for x, _, high in band.finite()] + [(x, low) for x, low, _ in reversed(band.finite())]
         body.append(f'<polygon class="band c{band.colour}" points="{_path(outline, across, down)}"/>')
     for number, line in enumerate(lines):
         body.append(f'<g class="{line.kind} c{line.colour}"><title>{escape(one_line(line.name))}</title>')

@@ -12,21 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opd.config.options import METRICS, Direction
 from opd.report.controls import Effect, effects
 from opd.runs.folder import read_json
-from opd.runs.outcome import run_outcome
+from opd.runs.outcome import MAXIMIZE, RANKS, run_outcome
 from opd.runs.reader import MEMBER, Run, flatten, format_value
 from opd.runs.text import MISSING, format_duration, format_number, format_reward
 
-RANKS: dict[str, Direction] = {name: better or Direction.maximize for name, better in METRICS.items()} | {"reward_best": Direction.maximize}
 UNTRAINED_OPTIONS = ("name", "resume", "resume_force", "sweep.")  # they do not affect training
 SHOWN = ("reward_after", "reward_best", "eval_kl_before", "eval_kl_after", "reverse_kl_last", "steps", "graded_tokens", "seconds")
 MAX_IN_TABLE = 4  # options that differ, as a column; more are in lines below the table
 MAX_OPTIONS = 12  # in such a line
 # What tells runs apart best, after what was typed.
 TELLING = ("model.path", "teacher.path", "data.path", "data.train_path", "ppo.estimator", "optim.lr", "lora.rank", "train.max_steps")
-MAX_NAME = 30  # letters of a run's name in the table; the paths are below it
+MAX_NAME = 30  # characters of a run's name in the table; the paths are below it
 WIDTH = 200  # columns of the table where there is no terminal
 
 
@@ -49,24 +47,24 @@ class Row:
 @dataclass(frozen=True, slots=True)
 class Comparison:
     metric: str
-    direction: Direction
+    direction: str
     rows: list[Row]
     effects: list[Effect]
 
 
-def compare(runs: Sequence[Run], metric: str | None = None, direction: Direction | None = None) -> Comparison:
+def compare(runs: Sequence[Run], metric: str | None = None, direction: str | None = None) -> Comparison:
     """Rank runs, best first, those without a value last.
 
     Args:
         runs: at least one.
         metric: one of `RANKS`; None for the last reward, or the last KL where there are no rewards.
-        direction: None for the better one.
+        direction: `maximize` or `minimize`; None for the metric's better one.
     """
     values = [run_outcome(run) for run in runs]
     if metric is None:
         metric = "reward_after" if any(each["reward_after"] is not None for each in values) else "eval_kl_after"
     direction = direction or RANKS[metric]
-    sign = -1.0 if direction is Direction.maximize else 1.0
+    sign = -1.0 if direction == MAXIMIZE else 1.0
     # Of equal members of a sweep the one that was proposed first is first, as in the sweep's own table.
     numbers = [(read_json(run.path / MEMBER) or {}).get("number", 0) for run in runs]
     order = sorted((each[metric] is None, sign * (each[metric] or 0.0), numbers[index], index) for index, each in enumerate(values))
@@ -127,7 +125,7 @@ def show(comparison: Comparison, console: Console) -> None:
     names = most_telling(comparison.rows)
     in_table = len(names) <= MAX_IN_TABLE
     rows = [_cells(row, comparison.metric, in_table) for row in comparison.rows]
-    table = Table(title=f"by {comparison.metric}, {comparison.direction.value}d", title_justify="left", show_edge=False)
+    table = Table(title=f"by {comparison.metric}, {comparison.direction}d", title_justify="left", show_edge=False)
     for column in rows[0]:
         table.add_column(column, justify="left" if column in ("run", "options that differ", "status") else "right", overflow="fold")
     for cells in rows:
@@ -193,7 +191,7 @@ def as_json(comparison: Comparison) -> str:
         for row in comparison.rows
     ]
     effects = [effect.to_dict() for effect in comparison.effects]
-    return json.dumps({"metric": comparison.metric, "direction": comparison.direction.value, "runs": runs, "controls": effects}, indent=2)
+    return json.dumps({"metric": comparison.metric, "direction": comparison.direction, "runs": runs, "controls": effects}, indent=2)
 
 
 def as_csv(comparison: Comparison) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from opd.runs.intervals import MIN_SEEDS, are_shares, paired_interval
 from opd.runs.reader import Run, flatten
-from opd.runs.text import format_percent
+from opd.runs.text import format_amount
 
 NONE = "none"
 # Runs are compared where all options are the same but these: they do not affect training, or tell arms and seeds apart.
@@ -17,7 +17,7 @@ OTHER_OPTIONS = ("control", "seed", "name", "resume", "resume_force", "sweep.", 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """What the teacher accounts for, in shares of reward.
+    """What the teacher accounts for, in reward.
 
     Attributes:
         control: the arm without the teacher.
@@ -29,6 +29,7 @@ class Effect:
         without: mean reward of the arm.
         low, high: 95% interval of `after - without`.
         runs: folders of the compared runs.
+        reward_is_share: whether all compared rewards are within 0 and 1.
     """
 
     control: str
@@ -41,20 +42,25 @@ class Effect:
     low: float
     high: float
     runs: list[str]
+    reward_is_share: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "gain": self.after - self.before, "of_the_teacher": self.after - self.without}
 
     def sentence(self) -> str:
-        """Return "the teacher accounts for x of y points [low, high]", with what was compared; points are hundredths of reward."""
-        part, gain, low, high = (
-            f"{100 * value:.1f}" for value in (self.after - self.without, self.after - self.before, self.low, self.high)
-        )
+        """Return "the teacher accounts for x of y points [low, high]", with what was compared.
+
+        Points are hundredths of reward. Rewards that are not all within 0 and 1 have none and are shown as they are.
+        """
+        shares = self.reward_is_share
+        differences = (self.after - self.without, self.after - self.before, self.low, self.high)
+        part, gain, low, high = (f"{100 * value:.1f}" if shares else f"{value:.4g}" for value in differences)
+        before, after, without = (format_amount(value, shares) for value in (self.before, self.after, self.without))
         count = len(self.seeds)
         seeds = f" and {count} seeds" if count >= MIN_SEEDS else f"; from {MIN_SEEDS} seeds on their variation counts too"
         return (
-            f"the teacher accounts for {part} of {gain} points [{low}, {high}]: reward {format_percent(self.before)} before, "
-            f"{format_percent(self.after)} after {self.step:,} steps, {format_percent(self.without)} with control={self.control}"
+            f"the teacher accounts for {part} of {gain}{' points' * shares} [{low}, {high}]: reward {before} before, "
+            f"{after} after {self.step:,} steps, {without} with control={self.control}"
             f"{', which made it worse' * (self.without < self.before)} "
             f"(95% interval, paired over {self.prompts:,} prompts{seeds})"
         )
@@ -97,12 +103,14 @@ def _effect(control: str, seeds: list[int], pairs: Sequence[tuple[Run, Run]]) ->
         return None
     rewards = [tuple({at: [one[at][place] for place in common] for at in (0, step)} for one in pair) for pair in rewards]
     differences = [[ours - other for ours, other in zip(taught[step], arm[step], strict=True)] for taught, arm in rewards]
-    low, high = paired_interval(differences, are_shares(reward for pair in rewards for one in pair for reward in one[step]))
+    shares = are_shares(reward for pair in rewards for one in pair for each in one.values() for reward in each)
+    low, high = paired_interval(differences, shares)
     before, after, without = (
         fmean(fmean(one) for one in each)
         for each in ([taught[0] for taught, _ in rewards], [taught[step] for taught, _ in rewards], [arm[step] for _, arm in rewards])
     )
-    return Effect(control, seeds, step, len(common), before, after, without, low, high, [str(run.path) for pair in pairs for run in pair])
+    folders = [str(run.path) for pair in pairs for run in pair]
+    return Effect(control, seeds, step, len(common), before, after, without, low, high, folders, shares)
 
 
 def _rewards(run: Run) -> dict[int, list[Any]]:

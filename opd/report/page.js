@@ -102,7 +102,7 @@
     const difference = gap(node.token);
     const parts = [make("p", "word", text === "" ? "∅" : text), make("p", "where", `id ${id} · position ${node.index + 1}`)];
     if (difference === null) {
-      parts.push(make("p", "", "Not scored."));
+      parts.push(make("p", "", "Not scored, or the score is not finite."));
     } else {
       if (span) parts.push(make("p", "", `One span for both tokenizers: ${span}`));
       parts.push(prob("student", student, "student"), prob("teacher", teacher, "teacher"));

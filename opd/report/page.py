@@ -100,8 +100,8 @@ def document(title: str, body: str, data: Any = None) -> str:
 def inert_json(data: Any) -> str:
     """Return JSON that no browser takes for markup."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for letter in "<>&\u2028\u2029":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 

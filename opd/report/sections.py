@@ -11,10 +11,20 @@ from opd.report.compare import incomparable
 from opd.report.controls import Effect
 from opd.runs.outcome import by_dataset, compared_evaluations, find_warnings, rewards_are_shares
 from opd.runs.reader import Run, flatten, format_value
-from opd.runs.text import MISSING, format_amount, format_bytes, format_duration, format_number, format_percent, format_reward, visible
+from opd.runs.text import (
+    MISSING,
+    format_amount,
+    format_bytes,
+    format_duration,
+    format_number,
+    format_percent,
+    format_reward,
+    gap_label,
+    visible,
+)
 
 HERE = Path(__file__).parent
-MAX_LETTERS = 300  # of a name or a value
+MAX_CHARACTERS = 300  # of a name or a value
 PHASES = {
     "sampling": "time/sample", "waiting for other processes": "time/wait", "teacher’s scores": "time/score", "update": "time/update",
 }  # fmt: skip
@@ -32,7 +42,7 @@ Outcome = Mapping[str, Any]
 
 def text(value: object) -> str:
     """Return any text as HTML, on one line, escaped and cut, with marks for invisible characters."""
-    return escape(visible(str(value), MAX_LETTERS).replace("↵\n", "↵"))
+    return escape(visible(str(value), MAX_CHARACTERS).replace("↵\n", "↵"))
 
 
 def _named(run: Run) -> str:
@@ -145,8 +155,7 @@ def _result_of_one(run: Run, outcome: Outcome) -> str:
     if outcome["gap_closed"] is not None:
         shown = max(0.0, min(1.0, outcome["gap_closed"]))
         bar = f'<span class="gauge"><span style="width:{100 * shown:.1f}%"></span></span>'
-        label = "of the gap to the teacher closed" if outcome["gap_closed"] >= 0 else "wider is the gap to the teacher"
-        tiles.append(tile(label, format_percent(abs(outcome["gap_closed"])), extra=bar))
+        tiles.append(tile(gap_label(outcome["gap_closed"]), format_percent(abs(outcome["gap_closed"])), extra=bar))
     if outcome["eval_kl_after"] is not None:
         after, before = (format_number(outcome[f"eval_kl_{when}"], ".2f") for when in ("after", "before"))
         tiles.append(tile("KL to the teacher, nats/token", after, before))

@@ -1,6 +1,7 @@
 """The data of the token view: stored completions of some steps, made harmless and cut so that the page stays small."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -11,8 +12,8 @@ from opd.runs.text import visible
 
 MAX_BYTES = 6_000_000  # of completions in a page, over all runs
 MAX_TOKENS = 1_500  # per completion
-MAX_TOKEN_LETTERS = 60
-MAX_PROMPT_LETTERS = 2_000
+MAX_TOKEN_CHARACTERS = 60
+MAX_PROMPT_CHARACTERS = 2_000
 CLIPPED, ADVANTAGE_CLIPPED = 1, 2  # flags, as in page.js
 COLUMNS = ("tokens", "ids", "student_logp", "teacher_logp", "entropy", "clipped", "cut", "alternatives")
 
@@ -69,16 +70,27 @@ def _rollout(step: int, record: Mapping[str, Any]) -> dict[str, Any]:
         *((record.get(name) or [])[:MAX_TOKENS] for name in COLUMNS), texts[:MAX_TOKENS]
     ):
         flags = CLIPPED * bool(clipped) + ADVANTAGE_CLIPPED * bool(advantage_clipped)
-        others = [[visible(each["text"], MAX_TOKEN_LETTERS), _rounded(each["logp"]), each["id"] == token] for each in alternatives or ()]
+        others = [
+            [visible(each["text"], MAX_TOKEN_CHARACTERS), logp, each["id"] == token]
+            for each in alternatives or ()
+            if (logp := _rounded(each["logp"])) is not None
+        ]
         logps = _rounded(student), _rounded(teacher), _rounded(entropy)
         tokens.append(
-            [visible(text, MAX_TOKEN_LETTERS), token, *logps, flags, others, *([] if span is None else [visible(span, MAX_TOKEN_LETTERS)])]
+            [
+                visible(text, MAX_TOKEN_CHARACTERS),
+                token,
+                *logps,
+                flags,
+                others,
+                *([] if span is None else [visible(span, MAX_TOKEN_CHARACTERS)]),
+            ]
         )
     return {
         "step": step,
         "sample": record.get("sample_id"),
         "attempt": record.get("attempt"),
-        "prompt": visible(str(record.get("prompt", "")), MAX_PROMPT_LETTERS),
+        "prompt": visible(str(record.get("prompt", "")), MAX_PROMPT_CHARACTERS),
         "truncated": record.get("finish_reason") == "length",
         "trained": record.get("learnt"),
         "more": max(0, len(record["tokens"]) - MAX_TOKENS),
@@ -102,7 +114,7 @@ def by_span(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str | No
             span = slice(start, index + 1)
             size = index + 1 - start
             if size > 1:
-                student[span] = [sum(student[span])] * size
+                student[span] = [None if None in student[span] else sum(student[span])] * size
                 teacher[span] = [teacher[index]] * size
                 texts[span] = ["".join(record["tokens"][span])] * size
             start = index + 1
@@ -110,4 +122,5 @@ def by_span(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str | No
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+    """Return a stored number as page.js reads it: None for one that is not finite, which earlier versions stored as NaN."""
+    return None if value is None or not math.isfinite(value) else round(value, 3)

@@ -9,7 +9,7 @@ from opd.runs.folder import ANSWERS, RunFolder, log, read_lines, write_text
 from opd.runs.text import cut
 
 MOST = 1000  # answers of each model that are stored
-LETTERS = 4000  # of a text that are stored
+CHARACTERS = 4000  # of a text that are stored
 
 
 class Answer(NamedTuple):
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 def lines_of(answers: Iterable[Answer], **about: Any) -> list[dict[str, Any]]:
-    """Return the lines of a file, in the order of the prompts: the first `MOST` answers, each text cut to `LETTERS`.
+    """Return the lines of a file, in the order of the prompts: the first `MOST` answers, each text cut to `CHARACTERS`.
 
     Args:
         about: What all lines have, such as the model.
@@ -54,9 +54,9 @@ def lines_of(answers: Iterable[Answer], **about: Any) -> list[dict[str, Any]]:
             "sample_id": answer.sample_id,
             "reward": answer.reward,
             "truncated": answer.truncated,
-            "prompt": cut(answer.prompt, LETTERS),
-            "answer": [cut(reference, LETTERS) for reference in answer.references],
-            "completion": cut(answer.completion, LETTERS),
+            "prompt": cut(answer.prompt, CHARACTERS),
+            "answer": [cut(reference, CHARACTERS) for reference in answer.references],
+            "completion": cut(answer.completion, CHARACTERS),
         }
         for answer in ordered
     ]

@@ -22,8 +22,7 @@ def interval(rewards: Sequence[float]) -> tuple[float, float]:
         spread = Z95 * math.sqrt(mean * (1 - mean) / count + Z95**2 / (4 * count**2))
         low, high = (centre - spread) / (1 + Z95**2 / count), (centre + spread) / (1 + Z95**2 / count)
         return max(low, 0.0), min(high, 1.0)  # rounding
-    variance = sum((reward - mean) ** 2 for reward in rewards) / max(count - 1, 1)
-    spread = Z95 * math.sqrt(variance / count)
+    spread = Z95 * math.sqrt((variance(rewards) if count > 1 else 0.0) / count)
     return mean - spread, mean + spread
 
 
@@ -53,5 +52,8 @@ def paired_interval(difference_SP: Sequence[Sequence[float]], of_shares: bool = 
 
 
 def t95(freedom: float) -> float:
-    """Return the two-sided 95% quantile of Student's t, that of the next smaller whole number of degrees of freedom up to 10."""
+    """Return the two-sided 95% quantile of Student's t.
+
+    Below 11 degrees of freedom that of the next smaller whole number of them; from there on 1.96 + 2.8 / freedom, which is at most 1 % off.
+    """
     return T95[int(freedom) - 1] if freedom < len(T95) + 1 else 1.96 + 2.8 / freedom

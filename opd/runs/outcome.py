@@ -5,15 +5,18 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from opd.config.options import AUTO, METRICS, SweepConfig
+from opd.config.options import AUTO, METRICS, Direction, SweepConfig
 from opd.runs.intervals import are_shares, paired_interval
 from opd.runs.reader import Run
 from opd.runs.text import format_amount, format_number, one_line, visible
 
 Lines = Sequence[Mapping[str, Any]]
 
+MAXIMIZE = Direction.maximize.value
+# What runs are ranked by, each with its better direction.
+RANKS: dict[str, str] = {name: better.value for name, better in METRICS.items() if better is not None} | {"reward_best": MAXIMIZE}
 DETAILED_STEPS = 50  # per run, about
-SHOWN = 60  # letters of an answer in a warning
+SHOWN = 60  # characters of an answer in a warning
 WORSE = "worse than before training"
 KL_RISE = 1.1  # a KL that rose by less may have been measured on luckier samples
 

@@ -14,7 +14,7 @@ HIDDEN_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 def harmless(text: str) -> str:
     """Replace characters that are invisible or affect the text around them by visible marks; keep line feeds and tabs."""
-    return "".join(letter if letter in "\n\t" else _mark(letter) for letter in text)
+    return "".join(character if character in "\n\t" else _mark(character) for character in text)
 
 
 def one_line(text: str) -> str:
@@ -24,7 +24,7 @@ def one_line(text: str) -> str:
 
 def visible(text: str, limit: int) -> str:
     """Return the first `limit` characters with a mark for each invisible one; line feeds get a mark and stay."""
-    shown = "".join(_mark(letter) for letter in text[:limit])
+    shown = "".join(_mark(character) for character in text[:limit])
     return shown + cut(text, limit)[len(text[:limit]) :]
 
 
@@ -33,12 +33,12 @@ def cut(text: str, limit: int) -> str:
     return text if len(text) <= limit else f"{text[:limit]} … (+{len(text) - limit:,} characters)"
 
 
-def _mark(letter: str) -> str:
-    if letter in "\n\t":
-        return "↵\n" if letter == "\n" else "⇥"
-    if ord(letter) < 0x20:
-        return chr(0x2400 + ord(letter))  # Unicode's control pictures
-    return f"⟨U+{ord(letter):04X}⟩" if unicodedata.category(letter) in HIDDEN_CATEGORIES else letter
+def _mark(character: str) -> str:
+    if character in "\n\t":
+        return "↵\n" if character == "\n" else "⇥"
+    if ord(character) < 0x20:
+        return chr(0x2400 + ord(character))  # Unicode's control pictures
+    return f"⟨U+{ord(character):04X}⟩" if unicodedata.category(character) in HIDDEN_CATEGORIES else character
 
 
 def format_number(value: float | None, spec: str = ".4f") -> str:
@@ -77,10 +77,17 @@ def format_reward(mean: float | None, interval: Sequence[float] | None, *, digit
     return f"{amount} [{low}, {high}]"
 
 
-def describe_gap(closed: float) -> str:
-    """Return the sentence about the share of the student's distance to the teacher that training closed."""
-    share = format_percent(abs(closed))
-    return f"{share} of the gap to the teacher closed" if closed >= 0 else f"the gap to the teacher grew by {share}"
+def gap_label(closed: float) -> str:
+    """Return the words for the share of the student's distance to the teacher that training closed; below 0 it grew."""
+    return "of the gap to the teacher closed" if closed >= 0 else "the gap to the teacher grew by"
+
+
+def describe_gap(closed: float, interval: Sequence[float] | None = None) -> str:
+    """Return the sentence about that share, with its interval where there is one."""
+    if closed >= 0:
+        return f"{format_reward(closed, interval)} {gap_label(closed)}"
+    grown = None if interval is None else (-interval[1], -interval[0])
+    return f"{gap_label(closed)} {format_reward(-closed, grown)}"
 
 
 def format_duration(seconds: float | None) -> str:

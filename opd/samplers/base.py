@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from opd.config.options import SamplingConfig
 from opd.data.rollouts import Request, Rollout
 
 OnMain = Callable[[Callable[[], Any]], Any]
@@ -42,6 +43,11 @@ class Decoding:
     top_k: int = 0
     batch_size: int = 64
     ended: Callable[[int], None] = field(default=ignore, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, config: SamplingConfig) -> Self:
+        """Return the decoding of training, and of commands that sample as training does."""
+        return cls(config.temperature, config.max_new_tokens, config.top_p, config.top_k, config.batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -203,7 +203,7 @@ def build(
         strategy=strategy,
         student=student,
         sampler=sampler,
-        evaluator=evaluator,
+        evaluator=replace(evaluator, choices=choices),
         checkpoints=checkpoints,
         prompts=train_prompts,
         scoring=Step(

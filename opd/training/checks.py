@@ -1,4 +1,7 @@
-"""What is checked once a step is done, before it is saved: some of it warns, some ends the run; and updates that were not finite."""
+"""Checks of a run: of prompts, rewards, teacher and learning rate before training, then of each step before it is saved.
+
+Some warn, some end the run. `Trouble` counts updates that were not finite.
+"""
 
 import logging
 from collections import Counter
@@ -16,7 +19,8 @@ from opd.data.rollouts import Rollout
 from opd.errors import ConfigError, NumericError
 from opd.models.distributed import on_main_process
 from opd.runs.intervals import are_shares
-from opd.runs.outcome import compared_evaluations
+from opd.runs.outcome import compared_evaluations, rewards_are_shares
+from opd.runs.text import format_amount
 from opd.samplers import GenerateSampler, Sampler
 from opd.teachers import Scored
 from opd.training.masked import check_masses
@@ -33,6 +37,7 @@ GUARD_REMEDIES = {
     "truncated": "raise sampling.max_new_tokens, lower optim.lr, or leave them out of the loss with sampling.truncated=mask",
     "repetition": "lower optim.lr, set ppo.advantage_clip, or lower sampling.max_new_tokens",
 }
+HELD_OUT = "held out"
 MAX_REPEATED = 0.05  # share of the training prompts
 HIGH_LR = 1e-2  # also for adapters and for the smallest models
 NON_FINITE_LIMIT = 3  # steps in a row
@@ -109,22 +114,28 @@ def learning_rate_problems(config: OptimConfig, steps: int) -> list[tuple[str, s
     return found
 
 
-def count_empty(prompts: Sequence[Prompt]) -> int:
-    """Return how many prompts have no text."""
-    return sum(not prompt.text.strip() for prompt in prompts)
+def prompt_problems(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> list[tuple[str, str, str]]:
+    """Return prompts without text, evaluation prompts that are trained on, and many repeated training prompts: name, what, and remedy."""
+    found = []
+    for which, prompts in (("training", train), ("evaluation", evaluation)):
+        if empty := sum(not prompt.text.strip() for prompt in prompts):
+            what = f"{empty:,} of {len(prompts):,} {which} prompts have no text"
+            found.append(("empty prompts", what, "leave these rows out, or check data.prompt"))
+    count = Counter(prompt.ids for prompt in train)
+    if shared := sum(prompt.ids in count for prompt in evaluation):
+        what = f"{shared:,} of {len(evaluation):,} evaluation prompts are trained on too"
+        found.append((HELD_OUT, what, "the evaluation would reward memorisation: remove them from the training data"))
+    repeated = len(train) - len(count)
+    if repeated > MAX_REPEATED * len(train):
+        what = f"{repeated:,} of {len(train):,} training prompts repeat others"
+        found.append(("repeated prompts", what, "leave the repeated rows out, unless they should count as often"))
+    return found
 
 
 def check_prompts(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> None:
-    """Warn of prompts without text, of evaluation prompts that are trained on too, and of training prompts that are many times there."""
-    for which, prompts in (("training", train), ("evaluation", evaluation)):
-        if empty := count_empty(prompts):
-            log.warning("%d of %d %s prompts are empty (data.prompt): leave these rows out", empty, len(prompts), which)
-    count = Counter(prompt.ids for prompt in train)
-    if shared := sum(prompt.ids in count for prompt in evaluation):
-        log.warning("%d of %d evaluation prompts are trained on too: evaluations would reward memorisation", shared, len(evaluation))
-    repeated = len(train) - len(count)
-    if repeated > MAX_REPEATED * len(train):
-        log.warning("%d of %d training prompts repeat others", repeated, len(train))
+    """Warn of `prompt_problems`."""
+    for _, what, remedy in prompt_problems(train, evaluation):
+        log.warning("%s: %s", what, remedy)
 
 
 def check_rewards(rewards: Iterable[float | None], name: str) -> None:
@@ -140,11 +151,12 @@ def check_teacher(evaluations: Sequence[Mapping[str, Any]]) -> None:
     before, teacher = (((found[who] or {}).get("rewards") or {}).get("mean") for who in ("before", "teacher"))
     if before is None or teacher is None:
         return
-    check = "check eval.max_new_tokens, eval.reward and data.answer with opd doctor"
-    if teacher == 0:
+    check, shares = "check eval.max_new_tokens, eval.reward and data.answer with opd doctor", rewards_are_shares(evaluations)
+    if teacher == 0 and shares:
         log.warning("the teacher's reward is 0: it is never right; %s", check)
     elif teacher < before:
-        log.warning("the teacher's reward, %.1f %%, is below the student's, %.1f %%; %s", 100 * teacher, 100 * before, check)
+        theirs, ours = (format_amount(mean, shares) for mean in (teacher, before))
+        log.warning("the teacher's reward, %s, is below the student's, %s; %s", theirs, ours, check)
 
 
 def check_distance(config: Config, tokens: Tokens) -> None:
@@ -165,7 +177,7 @@ def check_distance(config: Config, tokens: Tokens) -> None:
         name = f"teachers.{label}" if label else "teacher.url" if part.teacher.url else "teacher.path"
         problem = "the two agree, so there is nothing to learn; unless both were certain, they are the same model"
         if part.teaches_itself:
-            name, problem = naming_teacher(label)(part.weights_option), "what it reads besides changes nothing"
+            name, problem = naming_teacher(label)(part.weights_option), "its own prompt changes none of its scores"
         log.warning("%s: its log-probs are the student's up to %.1e nats: %s", name, float(gap_N.mean()), problem)
 
 

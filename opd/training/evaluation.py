@@ -113,10 +113,13 @@ def add_kl_squares(means: Means, sums: Sequence[float], tokens: Sequence[int]) -
 
 
 def kl_interval(distances: Distances) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean KL of a token over prompts: of a ratio of sums, linearised. None for fewer than two prompts."""
+    """Return the 95 % interval of the mean KL of a token over prompts: of a ratio of sums, linearised.
+
+    None for fewer than two prompts, or where it is not finite.
+    """
     whole = added(distances.values())
     count = whole.counts.get(KL_SQUARES[0], 0.0)
-    if count < 2:
+    if count < 2 or not math.isfinite(whole.sums[KL]):
         return None
     mean, tokens = whole.sums[KL] / whole.counts[KL], whole.counts[KL]
     sum_sum, sum_tokens, tokens_tokens = (whole.sums[name] for name in KL_SQUARES)

@@ -3,7 +3,7 @@
 import logging
 import math
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -91,6 +91,7 @@ class Evaluator:
     Args:
         answered: Prompts that are answered and judged.
         kl_prompts: Prompts on whose samples the KL is measured.
+        choices: The run's, with `max_tokens` of a micro-batch, which a step that runs out of memory halves.
         precision: Context in which the student computes.
         masked: As in `Head`.
         teacher_tokenizer: Of a teacher with tokens of its own.
@@ -104,7 +105,7 @@ class Evaluator:
     decoding: Decoding
     kl_decoding: Decoding
     grader: Grader | None
-    max_tokens: int
+    choices: Mapping[str, Any]
     vocabulary: int
     precision: Callable[[], Any]
     masked: Tensor | None = None
@@ -217,8 +218,8 @@ class Evaluator:
             add_by_position(means, stats, rollouts, self.kl_decoding.max_new_tokens)
 
         pad_id = self.tokenizer.pad_token_id
-        squares = partial(add_kl_squares, means)
-        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, self.max_tokens, pad_id, self.masked, overlaps, squares))
+        squares, max_tokens = partial(add_kl_squares, means), self.choices["max_tokens"]
+        means.add(KL, *exact_kl(model, teacher, rollouts, self.vocabulary, max_tokens, pad_id, self.masked, overlaps, squares))
         return means
 
     def _share(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
@@ -302,7 +303,7 @@ def make_evaluator(
         decoding=Decoding(config.eval.temperature, config.eval.max_new_tokens, batch_size=config.eval.batch_size),
         kl_decoding=Decoding(1.0, config.eval.kl_max_new_tokens, batch_size=config.eval.batch_size),
         grader=grader,
-        max_tokens=config.train.max_tokens_per_micro_batch,
+        choices={"max_tokens": config.train.max_tokens_per_micro_batch},
         vocabulary=ids.vocabulary,
         precision=partial(autocast, accelerator.device, bf16),
         masked=ids.masked,

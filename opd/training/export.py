@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opd.config.compose import restore_config, to_unchecked_config
+from opd.config.options import EXPORT_DTYPES
 from opd.config.schema import Config
 from opd.data import hub
 from opd.data.prompts import Prompt
@@ -22,10 +23,10 @@ from opd.models.adapters import trained_adapters
 from opd.models.masters import MasterWeights
 from opd.models.policy import is_quantized
 from opd.runs.folder import FINAL
-from opd.runs.outcome import summarised
+from opd.runs.outcome import Lines, summarised
 from opd.runs.reader import Run, is_run, open_run
 from opd.samplers.weights import merged_copy
-from opd.training.checkpoint import read
+from opd.training.checkpoint import NAME, read
 from opd.training.export_source import checkpoint_config
 from opd.training.inputs import Given, load_prompts
 from opd.training.model_card import model_card
@@ -34,7 +35,7 @@ from opd.training.tensors import model_tensors, restore_weights
 log = logging.getLogger(__name__)
 
 MERGE_PROMPTS = 8  # prompts on which a merged model is compared with the quantised one
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in EXPORT_DTYPES}
 
 
 def save_model(
@@ -147,11 +148,28 @@ def export_model(source: Path, out: Path, dtype: str = "float32", repository: st
     return None if repository is None else hub.push(out, repository)
 
 
+def checkpoint_summary(name: str, metrics: Lines, evaluations: Lines) -> dict[str, Any]:
+    """Return what a run had achieved at a checkpoint, for its model card.
+
+    Args:
+        name: of the checkpoint's folder.
+        metrics, evaluations: all lines of the run's logs.
+    """
+    found = NAME.fullmatch(name)
+    assert found is not None
+    step = int(found[1])
+    before = [line for line in metrics if line["step"] <= step]
+    return summarised(before, evaluations, step) | {"steps": step, "checkpoint": name}
+
+
 def _load_run(folder: Path) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
     run, final = open_run(folder), folder / FINAL
     assert run.summary is not None
+    summary = dict(run.summary)
+    if "checkpoint" in summary:  # that final/ was made from
+        summary |= checkpoint_summary(summary["checkpoint"], run.metrics, run.evaluations)
     model = AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
-    return to_unchecked_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), run.summary
+    return to_unchecked_config(restore_config(run.config)), model, AutoTokenizer.from_pretrained(final), summary
 
 
 def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, PreTrainedTokenizerBase, dict[str, Any]]:
@@ -163,8 +181,7 @@ def _load_checkpoint(folder: Path, dtype: torch.dtype) -> tuple[Config, Any, Pre
     restore_weights(checkpoint, model_tensors(model))
     tokenizer = models.load_tokenizer(config.model, "model")
     run = Run(checkpoint.path.parent.parent)
-    metrics = [line for line in run.metrics if line["step"] <= checkpoint.step]
-    summary = summarised(metrics, run.evaluations, checkpoint.step) | {"steps": checkpoint.step, "checkpoint": checkpoint.path.name}
+    summary = checkpoint_summary(checkpoint.path.name, run.metrics, run.evaluations)
     if is_quantized(model):
         merged = merge_quantized(model, None, config, _prompts(config, tokenizer), summary, dtype)
         if "merge_gap" in summary:

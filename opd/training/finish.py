@@ -19,7 +19,7 @@ from opd.runs.reader import open_run
 from opd.training.build import Built
 from opd.training.checkpoint import Checkpoint, Checkpoints, read, verify
 from opd.training.display import Display
-from opd.training.export import merge_quantized, save_model
+from opd.training.export import checkpoint_summary, merge_quantized, save_model
 from opd.training.metrics import run_costs
 from opd.training.tensors import model_tensors, restore_weights
 
@@ -48,7 +48,7 @@ def finish(run_folder: RunFolder, built: Built, display: Display) -> dict[str, A
     if best is not None:
         restore_weights(best, model_tensors(trainer.student, trainer.strategy.masters))
         trainer.strategy.update_module()
-        card = summary | summarised(metrics, evaluations, best.step) | {"checkpoint": best.path.name}
+        card = summary | checkpoint_summary(best.path.name, metrics, evaluations)
         display.note(f"{FINAL}/ has the weights of step {best.step}, the best evaluation (checkpoint.best=final)")
     if is_quantized(trainer.student) and accelerator.is_main_process:
         student, weights = merge_quantized(trainer.student, trainer.strategy.masters, config, trainer.prompts, card), None

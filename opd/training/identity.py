@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.compose import REMOVED, to_dict
-from opd.config.files import local_path
+from opd.config.files import data_files, local_path
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
@@ -42,22 +43,38 @@ def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
     return {
         "config": options,
         "prompts_per_step": config.train.batch_size * accelerator.num_processes,
-        "files": {option: digest_files(local_path(path)) for option, path in paths.items() if path is not None},
+        "files": {option: digest_files(path) for option, path in paths.items() if path is not None},
     }
 
 
-def digest_files(path: Path) -> str | None:
-    """Return the sha256 of a file, or of the files in a folder, wherever it is; None if it cannot be read."""
-    files = []
+def digest_files(path: str) -> str | None:
+    """Return the sha256 of the files that an option names, wherever they are: one, all in a folder, or those of a pattern.
+
+    None where there are none, or one cannot be read.
+    """
+    place = local_path(path)
+    files = [file for file in sorted(place.rglob("*")) if not file.is_dir()] if place.is_dir() else data_files(path)
+    parts = []
     try:
-        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-            if file.is_dir():
-                continue
-            with file.open("rb") as stream:
-                files.append([str(file.relative_to(path)), file_digest(stream, "sha256").hexdigest()])
+        for file in files:
+            name = file.relative_to(place) if file.is_relative_to(place) else file.name
+            parts.append([str(name), digest_file(file.resolve(), *stamp(file))])
     except OSError:  # loading says what is wrong
         return None
-    return digest(files)
+    return digest(parts) if parts else None
+
+
+def stamp(file: Path) -> tuple[int, int]:
+    """Return a file's size and modification time, which change with its content."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+@cache
+def digest_file(file: Path, size: int, modified: int) -> str:
+    """Return the sha256 of a file. A start asks several times, and data may be large: one with the same `stamp` is read once a process."""
+    with file.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
 
 
 def content(

@@ -173,9 +173,11 @@ def take_by_position(means: Means, max_new_tokens: int) -> ByPosition:
 
 def has_teacher_states(scoring: Step, is_updated: bool = False) -> bool:
     """Return whether all teachers' whole distributions can be computed: not by a server, nor by the student itself once it `is_updated`."""
-    parts, has_changed = scoring.config.parts_by_teacher.values(), is_updated or scoring.strategy.is_sharded  # the head that scored is gone
-    is_other = has_changed and any(part.teacher_weights is TeacherWeights.current for part in parts)
-    return not (scoring.config.is_served or scoring.spans is not None or is_other)
+    # The student's own output head is another one after an update, and with sharding it is there only while the student computes.
+    lacks_head = is_updated or scoring.strategy.is_sharded
+    parts = scoring.config.parts_by_teacher.values()
+    is_lost = lacks_head and any(part.teacher_weights is TeacherWeights.current for part in parts)
+    return not (scoring.config.is_served or scoring.spans is not None or is_lost)
 
 
 def teacher_alternatives(scoring: Step, rollouts: Sequence[Rollout]) -> Alternatives:
@@ -223,18 +225,18 @@ def record(
             spread_out[offset] = value
         return spread_out
 
-    teacher_logp: list[float | None] = [*rounded(columns["teacher_logp"])]
+    teacher_logp = rounded(columns["teacher_logp"].tolist())
     spans: dict[str, Any] = {}
     if "span" in columns:
         following = columns["span"].tolist()
         spans["span"] = spread(following)
         # At the last token of a span, and such that the difference to the student's is the span's advantage.
         sums = sums_at_ends((columns["logp"] - columns["reverse_kl"]).tolist(), following)
-        teacher_logp = [round(sums[index], 5) if index in sums else None for index in range(len(following))]
+        teacher_logp = rounded([sums.get(index, math.nan) for index in range(len(following))])
     flags = {name: columns[name].bool().tolist() if name in columns else None for name in ("clipped", "cut")}
     choices = None
     if alternatives is not None:
-        ids, logps = alternatives[0].tolist(), [rounded(row) for row in alternatives[1]]
+        ids, logps = alternatives[0].tolist(), [rounded(row) for row in alternatives[1].tolist()]
         texts = {token: decode(tokenizer, [token]) for row in ids for token in row}
         choices = [
             [{"id": token, "text": texts[token], "logp": logp} for token, logp in zip(row, values, strict=True)]
@@ -253,11 +255,11 @@ def record(
         "finish_reason": rollout.finish_reason.value,
         "given": rollout.given,
         "learnt": len(rollout.trained) if weight > 0 else 0,
-        "behaviour_logp": rounded(rollout.behaviour_logp),
-        "student_logp": spread(rounded(columns["logp"])),
+        "behaviour_logp": rounded(rollout.behaviour_logp.tolist()),
+        "student_logp": spread(rounded(columns["logp"].tolist())),
         "teacher_logp": spread(teacher_logp),
-        **({"contrast_logp": spread(rounded(columns["contrast_logp"]))} if "contrast_logp" in columns else {}),
-        "entropy": spread(rounded(columns["entropy"])),
+        **({"contrast_logp": spread(rounded(columns["contrast_logp"].tolist()))} if "contrast_logp" in columns else {}),
+        "entropy": spread(rounded(columns["entropy"].tolist())),
         "clipped": spread(flags["clipped"]),
         "cut": spread(flags["cut"]),
         **spans,
@@ -265,8 +267,9 @@ def record(
     }
 
 
-def rounded(values: Tensor) -> list[float]:
-    return [round(value, 5) for value in values.tolist()]
+def rounded(values: Sequence[float]) -> list[float | None]:
+    """Return the values as they are stored: None for one that is not finite, as JSON has none."""
+    return [round(value, 5) if math.isfinite(value) else None for value in values]
 
 
 def sample_text(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> str:

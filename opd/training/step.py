@@ -367,7 +367,7 @@ class Step:
 
 
 def lr_factor(config: OptimConfig, step: int, total: int) -> float:
-    """Return the factor on `optim.lr` at a step (0-based) of `total`: linear warm-up, then the schedule, which ends at 0."""
+    """Return the factor on `optim.lr` at a step (0-based) of `total`: linear warm-up, then `constant` stays at 1, others fall to 0."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(1, total - config.warmup_steps)
