@@ -109,6 +109,7 @@ class OnPolicyDistillationTrainer:
             tokenizer=processing_class,
             train_rows=as_rows(train_dataset, rewards, named, "train_dataset"),
             eval_rows=as_rows([] if eval_dataset is None else eval_dataset, rewards, named, "eval_dataset"),
+            rewards=rewards,
         )
         arguments = {
             "model.path": path_of(model, "model"),

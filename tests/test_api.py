@@ -31,8 +31,10 @@ STUDENT, TEACHER = (PACKAGE / "assets" / f"tiny-{role}" for role in ("student", 
 OPTIONS = {"device": "cpu", "eval.kl_prompts": 4}
 
 
-def make_trainer(folder, model=STUDENT, rows=None, **arguments):
-    rows = rows or [{"prompt": f"{i}+27=", "answer": str(i + 27)[::-1]} for i in range(10, 40)]
+ROWS = [{"prompt": f"{i}+27=", "answer": str(i + 27)[::-1]} for i in range(10, 40)]
+
+
+def make_trainer(folder, model=STUDENT, rows=ROWS, **arguments):
     settings = {"eval_steps": 0, "max_steps": 2, "batch_size": 2, "max_new_tokens": 8, "options": OPTIONS, "eval_dataset": rows[:4]}
     return OnPolicyDistillationTrainer(model, str(TEACHER), rows, output_dir=folder, **{**settings, **arguments})
 
@@ -567,6 +569,17 @@ def test_an_option_may_say_what_the_argument_says_or_refine_it(tmp_path):
     options = {**OPTIONS, "optim.lr": 1e-3, "train.max_steps": 2, "eval.max_new_tokens": 16}
     config = make_trainer(tmp_path / "out", max_steps=2, options=options).config
     assert (config.optim.lr, config.train.max_steps, config.eval.max_new_tokens, config.sampling.max_new_tokens) == (1e-3, 2, 16, 8)
+
+
+def test_a_finished_run_is_not_that_of_other_rows_or_rewards(tmp_path):
+    def finish(rows=ROWS, reward=lambda completion, answer: float(completion == answer)):
+        return make_trainer(tmp_path / "out", rows=rows, eval_dataset=ROWS[:4], reward_funcs=reward, max_steps=1).train()
+
+    assert finish() == finish()
+    with pytest.raises(ConfigError, match=r"contains another run: train_dataset has other content than it had\. Set another output_dir"):
+        finish(rows=ROWS[:20])
+    with pytest.raises(ConfigError, match="reward_funcs has other content than it had"):
+        finish(reward=lambda completion, answer: float(completion != answer))
 
 
 def test_rows_that_are_none_are_named(tmp_path):

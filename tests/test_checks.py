@@ -28,9 +28,14 @@ def test_evaluation_prompts_that_are_trained_on_and_repeated_ones_are_counted(ca
     assert shared.startswith("2 of 3 evaluation prompts") and repeated.startswith("1 of 4 training prompts")
 
 
-def test_prompts_without_text_are_counted(caplog: pytest.LogCaptureFixture) -> None:
-    check_prompts([*prompts(1, 2), Prompt(2, (1, 3), " ")], prompts(4))
-    assert caplog.messages == ["1 of 3 training prompts have no text: leave these rows out, or check data.prompt"]
+def test_prompts_without_text_are_counted_and_no_other_complaint_is_about_them(caplog: pytest.LogCaptureFixture) -> None:
+    empty = [Prompt(number, (1, 3), " ") for number in range(3)]
+    check_prompts([*prompts(1, 2), *empty], [*prompts(4), *empty[:1]])
+    remedy = "remove these rows from the file, or check data.prompt"
+    assert caplog.messages == [
+        f"3 of 5 training prompts have no text and are trained on all the same: {remedy}",
+        f"1 of 2 evaluation prompts have no text and are evaluated all the same: {remedy}",
+    ]
 
 
 def test_rewards_that_are_no_shares_are_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,7 +35,7 @@ from opd.models.load import load_tokenizer
 from opd.training.evaluator import Evaluator
 from opd.training.identity import check_same, digest, digest_files, identity
 from opd.training.identity import rows as identifying_parts
-from opd.training.inputs import encode_dataset
+from opd.training.inputs import Given, encode_dataset
 
 
 @pytest.fixture(scope="module")
@@ -590,7 +590,7 @@ def test_data_files_are_read_once_a_process_for_their_digest(tmp_path, monkeypat
 def test_the_same_files_under_another_path_are_the_same_run(tmp_path):
     def identify(**paths: str | Path) -> dict:
         options = {"data.source": "jsonl", "data.path": None, **{f"data.{name}": str(path) for name, path in paths.items()}}
-        return identity(from_options(options), SimpleNamespace(num_processes=1))
+        return identity(from_options(options), SimpleNamespace(num_processes=1), Given())
 
     one, same, other = (tmp_path / name for name in ("one.jsonl", "b.jsonl", "other.jsonl"))
     for path, content in ((one, LINE), (same, LINE), (other, LINE * 2)):

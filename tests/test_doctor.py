@@ -280,7 +280,7 @@ def test_what_keeps_a_run_from_learning_by_its_options_warns(doctor: Any) -> Non
     assert code == errors.OK and found["learning rate"]["status"] == "warn"
     assert found["learning rate"]["remedy"] == "set optim.warmup_steps=0"
     finding, *_ = rows.check_prompts([Prompt(0, (1,), "1+1="), Prompt(1, (1,), "")], [])
-    assert finding.status is Status.warn and finding.what == "1 of 2 training prompts have no text"
+    assert finding.status is Status.warn and finding.what == "1 of 2 training prompts have no text and are trained on all the same"
 
 
 def test_more_tokens_than_the_vocabulary_has_fail(doctor: Any) -> None:

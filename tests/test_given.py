@@ -34,6 +34,7 @@ from opd.runs.reader import open_run
 from opd.teachers import LocalTeacher
 from opd.training.checkpoint import read
 from opd.training.identity import check_same, identity
+from opd.training.inputs import Given
 
 TINY = ["experiment=debug", "device=cpu", "eval.kl_prompts=0", "eval.limit=4"]
 GIVEN = ((5, 6, 7, 1), (8, 1))
@@ -308,13 +309,13 @@ def test_resume_between_inner_steps_keeps_given_rows(tmp_path):
 
 def test_a_checkpoint_from_before_there_were_given_completions_is_of_the_same_run(tmp_path):
     config = given_trainer(tmp_path, 0.0).config
-    now = identity(config, SimpleNamespace(num_processes=1))
+    now = identity(config, SimpleNamespace(num_processes=1), Given())
     old = copy.deepcopy(now)
     del old["config"]["train"]["given_share"], old["config"]["ppo"]["reference_coef"]
     assert check_same(old, now, tmp_path, force=False) == []
     config.train.given_share = 0.5
     with pytest.raises(ConfigError, match=r"train\.given_share was 0"):
-        check_same(old, identity(config, SimpleNamespace(num_processes=1)), tmp_path, force=False)
+        check_same(old, identity(config, SimpleNamespace(num_processes=1), Given()), tmp_path, force=False)
 
 
 def test_with_lag_1_given_rows_are_sampled_ahead_and_stored(tmp_path):
@@ -536,6 +537,6 @@ def test_a_student_that_is_never_right_learns_with_a_warm_start_and_not_alone(tm
     assert cli.main(["train", *words, *files, "train.given_share={0: 1.0, 150: 0.25, 250: 0}", "name=warm"]) == errors.OK
     assert cli.main(["train", *words, "name=alone"]) == errors.OK  # as many steps, which take longer
     warm, alone = (open_run(Path("runs") / name).summary for name in ("warm", "alone"))
-    assert warm["reward_before"] == alone["reward_before"] == 0
+    assert warm["reward_before"] == alone["reward_before"] < 0.01
     assert warm["seconds"] < alone["seconds"]
     assert warm["gap_closed"] >= 0.8 > 0.1 > alone["gap_closed"]

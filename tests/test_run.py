@@ -175,6 +175,27 @@ def test_changed_number_of_prompts_per_step_is_refused(finished, monkeypatch, ca
     assert "prompts per step were 4, are 8" in error and "train.batch_size" in error
 
 
+def test_a_finished_run_is_not_that_of_other_data_or_another_reward(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{number}+27=", "answer": "1"} for number in range(10, 40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = "import opd\n\n@opd.reward\ndef judge(completion, answer):\n    return float(answer in completion)\n"
+    Path("judging.py").write_text(code)
+    words = [*DEBUG, "name=run", "data.train_path=rows.jsonl", "eval.reward=judging:judge", "train.max_steps=1", "eval.limit=4"]
+    assert main(words) == 0
+    assert main(words) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    Path("judging.py").write_text(code.replace("in completion", "not in completion"))
+    assert main(words) == 64
+    assert "runs/run contains another run: eval.reward has other content than it had. Set another name" in capfd.readouterr().err
+    assert main([*words, "resume_force=true"]) == 64
+    assert "its 1 steps are done, so other options change nothing" in capfd.readouterr().err
+    Path("judging.py").write_text(code)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
+    assert main(words) == 64
+    assert "data.train_path has other content than it had" in capfd.readouterr().err
+
+
 def test_a_run_that_was_killed_before_it_was_called_done_finishes(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "runs" / "run")
     run = tmp_path / "runs" / "run"

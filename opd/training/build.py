@@ -221,7 +221,7 @@ def build(
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         average=average,
-        saved_state={**identity(config, accelerator), "prompts": len(train_prompts), "content": digests, "choices": choices},
+        saved_state={**identity(config, accelerator, given), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     differences = [] if own_reader is not None else pair_differences(tokenizer, eos, teachers, ids)

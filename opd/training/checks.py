@@ -119,8 +119,10 @@ def prompt_problems(train: Sequence[Prompt], evaluation: Sequence[Prompt]) -> li
     found = []
     for which, prompts in (("training", train), ("evaluation", evaluation)):
         if empty := sum(not prompt.text.strip() for prompt in prompts):
-            what = f"{empty:,} of {len(prompts):,} {which} prompts have no text"
-            found.append(("empty prompts", what, "leave these rows out, or check data.prompt"))
+            used = {"training": "trained on", "evaluation": "evaluated"}[which]
+            what = f"{empty:,} of {len(prompts):,} {which} prompts have no text and are {used} all the same"
+            found.append(("empty prompts", what, "remove these rows from the file, or check data.prompt"))
+    train, evaluation = ([prompt for prompt in prompts if prompt.text.strip()] for prompts in (train, evaluation))
     count = Counter(prompt.ids for prompt in train)
     if shared := sum(prompt.ids in count for prompt in evaluation):
         what = f"{shared:,} of {len(evaluation):,} evaluation prompts are trained on too"

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
 from opd.runs.reader import format_value
+from opd.training.inputs import Given
 
 log = logging.getLogger(__name__)
 
@@ -35,16 +37,43 @@ MAY_CHANGE = (
 CHUNK = 2**24  # numbers that are summed at a time
 
 
-def identity(config: Config, accelerator: Accelerator) -> dict[str, Any]:
+def identity(config: Config, accelerator: Accelerator, given: Given) -> dict[str, Any]:
     """Return what identifies a run before anything is loaded."""
     options = to_dict(config)
     datasets = {"data": config.data, **{f"data.mix.{label}": dataset for label, dataset in config.data.datasets.items()}}
     paths = {f"{key}.{name}": getattr(data, name) for key, data in datasets.items() for name in ("path", "train_path", "eval_path")}
+    files = {option: digest_files(path) for option, path in paths.items() if path is not None}
     return {
         "config": options,
         "prompts_per_step": config.train.batch_size * accelerator.num_processes,
-        "files": {option: digest_files(path) for option, path in paths.items() if path is not None},
+        "files": files | digest_code(config) | digest_given(given),
     }
+
+
+def digest_code(config: Config) -> dict[str, str | None]:
+    """Return the digest of the module that has the user's reward, if it is in the working folder."""
+    module, colon, _ = (config.eval.reward or "").partition(":")
+    name = module.replace(".", "/")
+    files = [file for file in (f"{name}.py", f"{name}/__init__.py") if colon and Path(file).is_file()]
+    return {"eval.reward": digest_files(files[0])} if files else {}
+
+
+def digest_given(given: Given) -> dict[str, str]:
+    """Return the digests of the rows and reward functions that were passed, by the argument."""
+    parts = {"train_dataset": given.train_rows, "eval_dataset": given.eval_rows, "reward_funcs": given.rewards}
+    return {argument: digest(map(as_plain, part)) for argument, part in parts.items() if part}
+
+
+def as_plain(value: Any) -> Any:
+    """Return what identifies a value: itself where it is JSON, a function by its code, any other object by its type."""
+    if isinstance(value, Mapping):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
+    if code is not None:
+        return [code.co_code.hex(), code.co_names, as_plain(code.co_consts)]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__
 
 
 def digest_files(path: str) -> str | None:
@@ -152,6 +181,13 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
             "train.batch_size × processes is what it was"
         )
     return refuse(changed, where, force)
+
+
+def check_files(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
+    """Do what `check_same` does, for data files, rows and rewards, without loading anything."""
+    old = stored.get("files", {})
+    names = [name for name, now in wanted["files"].items() if now is not None and old.get(name) not in (None, now)]
+    return refuse([f"{name} has other content than it had" for name in names], where, force)
 
 
 def with_defaults(stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a run learns from: objects that a caller passes, and the prompts of its datasets with what judges their answers."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from opd.config.options import DataConfig, naming_dataset, naming_teacher
 from opd.config.schema import Config
 from opd.data.chat_template import CONTINUE, KWARGS
 from opd.data.given import check_given
+from opd.data.grading import RewardFunction
 from opd.data.prompts import Encoder, Prompt, encode_rows, labelled
 from opd.data.rewards import Grader, make_grader
 from opd.data.rows import closing_answers
@@ -25,13 +26,18 @@ Prompts = tuple[list[Prompt], list[Prompt]]  # to train and to evaluate on
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """Objects that a caller passes instead of names: modules, a tokenizer, rows, or prompts to train and to evaluate on."""
+    """Objects that a caller passes instead of names: modules, a tokenizer, rows, or prompts to train and to evaluate on.
+
+    Args:
+        rewards: The functions that judge the rows.
+    """
 
     student: PreTrainedModel | None = None
     teacher: PreTrainedModel | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     train_rows: Rows | None = None
     eval_rows: Rows | None = None
+    rewards: Sequence[RewardFunction] = ()
     prompts: Prompts | None = None
 
 

@@ -73,7 +73,7 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
         background = accelerator.device.type == "cuda" if config.checkpoint.background is None else config.checkpoint.background
         keeps_best = config.checkpoint.best is not Best.drop
         checkpoints = Checkpoints(run_folder.path / CHECKPOINTS, config.checkpoint.keep_last, keeps_best, background)
-        wanted = identity(config, accelerator)
+        wanted = identity(config, accelerator, given or Given())
         finished = on_main_process(accelerator, lambda: find_finished(config, run_folder, wanted))
         if finished is not None:
             display = Display(finished["steps"], shown=accelerator.is_main_process)

@@ -12,7 +12,7 @@ from opd.runs.folder import CHECKPOINTS, FINAL, RUN, SUMMARY, RunFolder, Status,
 from opd.runs.reader import CHANGES, STARTED_IN
 from opd.training.checkpoint import Checkpoint, Checkpoints, Moment, read, verify
 from opd.training.finish import read_logs
-from opd.training.identity import check_same
+from opd.training.identity import check_files, check_same
 from opd.training.loop import Trainer
 
 Lines = list[dict[str, Any]]
@@ -34,7 +34,10 @@ def find_finished(config: Config, run_folder: RunFolder, wanted: Mapping[str, An
     if not has_results or config.resume != "auto":
         return None
     changed = check_same(stored, wanted, run_folder.path, config.resume_force)
-    return read_json(run_folder.path / SUMMARY) if is_done and not changed else None
+    if not is_done:
+        return None
+    changed += check_files(stored, wanted, run_folder.path, config.resume_force)  # of other runs once they are loaded
+    return None if changed else read_json(run_folder.path / SUMMARY)
 
 
 def find_start(
@@ -61,7 +64,12 @@ def find_start(
                 "runs/NAME/checkpoints/step_000100, or set resume=auto or resume=never"
             )
         start = read(local_path(config.resume))
-    return start, [] if start is None else check_same(start.state, wanted, start.path, config.resume_force)
+    if start is None:
+        return None, []
+    forced = check_same(start.state, wanted, start.path, config.resume_force)
+    if run_folder.status() is Status.done:
+        forced += check_files(start.state, wanted, start.path, config.resume_force)
+    return start, forced
 
 
 def run_of(checkpoint: Path) -> Path:
