@@ -190,6 +190,7 @@ def test_a_gap_that_grew_is_told_in_the_words_of_a_run(capfd: pytest.CaptureFixt
         (["-m", "seed=0,1"], 64, "one config at a time"),
         (["broken"], 65, "there is no final/ in it: the run is failed; resume it, or name its checkpoint broken/checkpoints/step_000002"),
         (["."], 64, ".: a folder of runs: name one, such as broken"),
+        (["broken", "optim.lr=1e-3"], 64, "optim.lr=1e-3: is only read by opd train: remove it"),
         (["broken/final"], 64, "is a part of the run broken"),
         (["broken/final", "teacher=tiny"], 64, "broken/final: there is no such folder"),
         (["x", "model.adapter=y"], 64, "model.adapter='y': does not apply to x"),

@@ -210,14 +210,15 @@ def test_steps_of_the_token_view_are_spread_over_the_run():
     assert spread([]) == [] and spread([4]) == [4]
 
 
-def test_report_writes_one_file_without_importing_torch(debug_run, tmp_path):
+def test_report_writes_one_file_without_importing_torch(debug_run, tmp_path, capfd):
     out = tmp_path / "both.html"
     words = ["report", str(debug_run), str(debug_run.parent), "--out", str(out)]
     code = f"import sys; from opd.cli.main import main; assert main({words}) == 0; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == f"{out}\n", done.stderr
     assert "<h1><bdi>run</bdi></h1>" in out.read_text(encoding="utf-8")  # named twice, it is one run
-    assert cli.main(words) == 0, "a report may be replaced"
+    assert cli.main(words) == 0
+    assert capfd.readouterr().out == f"{out} (replaced)\n"
     out.write_text("mine")
     assert cli.main(words) == errors.OUTPUT and out.read_text() == "mine"
 

@@ -124,8 +124,9 @@ class Page(HTMLParser):
         self.shown += data
 
 
-def test_the_score_page_is_self_contained_and_text_is_never_markup(tmp_path: Path) -> None:
+def test_the_score_page_is_self_contained_and_text_is_never_markup(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["score", *TINY, "--text", HOSTILE, "--html", "page.html"]) == errors.OK
+    assert capfd.readouterr().out.endswith("\nwritten to page.html\n")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     page = Page(text)
     assert {tag for tag, _ in page.tags} <= {*DOCUMENT_TAGS, "header", "h1", "bdi", "p"}

@@ -41,8 +41,9 @@ def write_report(parsed: argparse.Namespace) -> None:
     is_own = len(runs) == 1 and out == runs[0].path / REPORT
     if out.is_file() and not is_own and GENERATOR.encode() not in out.read_bytes():
         raise OutputError(f"{out}: exists and is no report of opd; nothing was overwritten: name another file with --out FILE")
+    replaced = out.is_file() and not is_own
     write_output(out, render_report(runs))
-    print(out)
+    print(f"{out} (replaced)" if replaced else out)
 
 
 def make_compare_parser() -> Parser:

@@ -129,3 +129,5 @@ def score(config: Config, folder: Path, flags: argparse.Namespace) -> None:
         console = make_console(80, soft_wrap=True)
         for part in score_parts(scores):
             console.print(part)
+        if flags.html is not None:
+            console.print(f"written to {flags.html}")

@@ -148,7 +148,8 @@ class Reward:
             named |= dict(zip(missing, [item[name] for name in ("completion", "answer") if name not in named], strict=False))
             missing = [name for name in missing if name not in named]
         if missing:
-            raise ConfigError(f"reward `{self.name}` takes {', '.join(missing)}, but a row has only {', '.join(sorted(item))}")
+            taken, there = ", ".join(missing), ", ".join(sorted(item))
+            raise ConfigError(f"reward `{self.name}` takes {taken}, but a row has only {there}: name these, or give {taken} a default")
         return self.function(**named)
 
     def grade(self, items: Sequence[Item], seconds: float) -> dict[str, Any]:

@@ -60,8 +60,9 @@ def check_rows(train: Rows, evaluation: Rows, config: DataConfig) -> tuple[Rows,
                     continue
                 hint, column = did_you_mean(lacking[0], rows[0]), f"{{{lacking[0]}}}"
             kinds = {"prompt": ", or a text with {COLUMN} in it", "system": ", a text of several words, or data.system=null for none"}
+            there = ", ".join(sorted({*rows[0]} - {"get_reward"}))
             raise DataError(
-                f"data.{option}={column}: the {which} set has no such column; it has {', '.join(sorted(rows[0]))}: {hint}set "
+                f"data.{option}={column}: the {which} set has no such column; it has {there}: {hint}set "
                 f"data.{option}=COLUMN" + kinds.get(option, f", or data.{option}=null for none")
             )
     return train, evaluation

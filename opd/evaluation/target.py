@@ -30,6 +30,7 @@ from opd.training.export_source import best_checkpoint, check_source, checkpoint
 NONE = "none"
 _checkpoints: dict[str, str] = {}  # as they were named, by the folder that their model was written to
 OPTIONS = tuple(item.name for item in fields(ModelConfig))
+OF_TRAINING = ("optim", "checkpoint", "track", "launch", "sweep")  # groups
 FILES = ("gguf_file", "revision", "trust_remote_code", "adapter", "quantization")  # options of a model at `path`, not of one that is named
 
 
@@ -71,6 +72,9 @@ def find_target(word: str | None, composed: Config, teacher: str | None = None, 
         DataError: a run has no config or no model.
     """
     overrides = tuple(HydraConfig.get().overrides.task)
+    for override in overrides:
+        if override.lstrip("+~").replace("=", ".").partition(".")[0] in OF_TRAINING:
+            raise ConfigError(f"{override}: is only read by opd train: remove it")
     if best and word is None:
         raise ConfigError("--best: takes the folder of a run, such as runs/NAME: name one")
     if best and word is not None:
