@@ -1,12 +1,15 @@
 """What was answered in evaluations: `answers.jsonl` of a run, and the file next to the result of `opd eval`."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from opd.runs.folder import ANSWERS, RunFolder, log, read_lines, write_text
+from opd.runs.folder import ANSWERS, RunFolder, read_lines, write_text
 from opd.runs.text import cut
+
+log = logging.getLogger(__name__)
 
 MOST = 1000  # answers of each model that are stored
 CHARACTERS = 4000  # of a text that are stored

@@ -276,8 +276,8 @@ class Trainer:
             self.ahead = self.background.submit(self.sample_step, self.step + 1)
 
     def sample_step(self, step: int) -> list[Rollout]:
-        sampling, (requests, given) = self.config.sampling, self.batch(step)
-        decoding = Decoding(sampling.temperature, sampling.max_new_tokens, sampling.top_p, sampling.top_k, sampling.batch_size)
+        requests, given = self.batch(step)
+        decoding = Decoding.of(self.config.sampling)
 
         def expect(done: Sequence[Rollout]) -> list[Rollout]:
             aligned = self.scoring.align(done)
