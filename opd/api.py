@@ -55,6 +55,7 @@ class OnPolicyDistillationTrainer:
         eval_steps: Steps between evaluations; 0 for only before and after training.
         ppo_steps: Optimizer steps on each batch of completions.
         clip_eps: PPO's clip range.
+        learning_rate: AdamW's; None: one that follows from the number of parameters.
         batch_size: Prompts per process and step, each sampled `samples_per_prompt` times.
         output_dir: The run folder; a run that was interrupted there is resumed. None: a new one, `runs/from-python-2` for example.
         use_accelerate: False requires a single process; it is an error under a launcher of several.
@@ -86,7 +87,7 @@ class OnPolicyDistillationTrainer:
         batch_size: int = 4,
         samples_per_prompt: int = 4,
         max_grad_norm: float = 1.0,
-        learning_rate: float = 1e-5,
+        learning_rate: float | None = None,
         max_steps: int = 200,
         output_dir: str | Path | None = None,
         use_accelerate: bool = True,

@@ -252,6 +252,20 @@ def test_another_teacher_is_evaluated_again(finished, tmp_path, monkeypatch, cap
     assert summary["reward_teacher"] == pytest.approx(summary["reward_before"], abs=0.01), "it is the student before training"
 
 
+def test_a_learning_rate_that_is_not_set_follows_from_the_model(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = [*DEBUG, "name=run", "train.max_steps=2", "optim.lr=null", "optim.schedule=constant", "optim.warmup_steps=0", "eval.limit=2"]
+    assert main(words) == 0
+    assert "learning rate 0.0003\n" in capfd.readouterr().out
+    assert [line["optim/lr"] for line in lines(Path("runs/run/metrics.jsonl"))] == [3e-4, 3e-4]
+    stored = json.loads(Path("runs/run/run.json").read_text())
+    assert stored["config"]["optim"]["lr"] is None and stored["choices"]["lr"] == 3e-4
+    assert main(words) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    assert main([*words, "train.max_steps=3", "resume_force=true"]) == 0
+    assert lines(Path("runs/run/metrics.jsonl"))[-1]["optim/lr"] == 3e-4
+
+
 def test_run_resumes_from_a_named_checkpoint(finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start = finished / "checkpoints" / "step_000004"

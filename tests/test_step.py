@@ -27,7 +27,7 @@ from opd.objective import Clips, Sampled, chunked_loss, sampled
 from opd.teachers import LocalTeacher
 from opd.training.batches import with_masks
 from opd.training.loop import Trainer
-from opd.training.step import Step
+from opd.training.step import Step, default_rate
 from opd.training.tokens import Tokens
 
 PROMPTS = ((3, 4), (6,), (6, 2))
@@ -106,6 +106,13 @@ def test_the_reported_loss_is_the_one_that_is_minimised(tmp_path, reduction):
         ]
     expected = torch.cat(gaps).mean() if reduction == "token" else torch.stack([gap.mean() for gap in gaps]).mean()
     assert math.isclose(trainer.train_step().metrics["loss"], expected, rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "adapters", "rate"), [(135, False, 3e-5), (540, False, 1.5e-5), (540, True, 1.5e-4), (0.1, False, 3e-4)]
+)
+def test_the_learning_rate_follows_from_the_number_of_parameters(size: float, adapters: bool, rate: float) -> None:
+    assert default_rate(int(size * 1e6), adapters) == pytest.approx(rate)
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):

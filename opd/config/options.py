@@ -265,7 +265,7 @@ Schedule = StrEnum("Schedule", "constant linear cosine")
 @dataclass(kw_only=True, slots=True)
 class OptimConfig(Section, prefix="optim."):
     name: OptimizerName = OptimizerName.adamw
-    lr: float = bounded(1e-5, above=0, hint="1e-5 to 5e-5 is usual when all weights are trained")
+    lr: float | None = bounded(None, above=0, hint="1e-5 to 5e-5 is usual when all weights are trained")
     weight_decay: float = bounded(0.0, at_least=0)
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = bounded(1e-8, above=0)

@@ -24,7 +24,7 @@ from opd.errors import ConfigError
 from opd.models.memory import Memory
 from opd.runs.text import format_bytes, make_console
 
-RANK, ADAPTER_LR = 16, 1e-4
+RANK = 16
 # Tokens. On an H100 32,768 with recomputed activations were faster than 8,192 with kept ones, and smaller; a CPU gains nothing.
 MICRO_BATCHES = {"cuda": (32768, 16384, 8192, 4096, 2048), "cpu": (8192, 4096, 2048, 1024)}
 DECODED, FEWEST = ("sampling.batch_size", "eval.batch_size"), 8  # rows decoded at a time, and how few they may become
@@ -180,7 +180,6 @@ class Planner:
             "lora.rank": RANK if training.adapters else 0,
             "model.quantization": Quantization.nf4 if training.quantized else Quantization.none,
             "optim.name": OptimizerName.adamw8bit if training.small_states else OptimizerName.adamw,
-            "optim.lr": ADAPTER_LR if training.adapters else config.optim.lr,
         }
         ladder: list[dict[str, Any]] = [{"train.max_tokens_per_micro_batch": tokens} for tokens in MICRO_BATCHES[self.device]]
         if self.device == "cuda":
@@ -223,7 +222,8 @@ class Planner:
         adapters = f", lora.rank={found.lora.rank}" if training.adapters else ""
         quantized = f", {found.model.quantization.value}" if training.quantized else ""
         self.choose("training", f"{training.name}{adapters}{quantized}", reason + training.missing)
-        self.choose("optimizer", f"{found.optim.name.value}, lr {found.optim.lr:g}", self.of_optimizer(found, training))
+        rate = "" if found.optim.lr is None else f", lr {found.optim.lr:g}"
+        self.choose("optimizer", f"{found.optim.name.value}{rate}", self.of_optimizer(found, training))
         self.choose("teacher", *self.of_teacher(before, found))
         train = found.train
         recomputed = {True: ", activations recomputed", False: ", activations kept", None: ""}[train.activation_checkpointing]
@@ -240,7 +240,7 @@ class Planner:
         if training.small_states:
             return "2 bytes a weight in place of 8"
         if training.adapters:
-            return "the states of adapters are small; they take a higher learning rate"
+            return "the states of adapters are small"
         return "16 bytes a weight fit" if found.optim.name is OptimizerName.adamw else "as configured"
 
     def of_teacher(self, before: Config, found: Config) -> tuple[str, str]:

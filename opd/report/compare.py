@@ -89,8 +89,9 @@ def differing_options(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def chosen(run: Run) -> dict[str, Any]:
-    """Return the precision that a run samples in, which `sampling.dtype=auto` chooses by the machine."""
-    return {"sampling.dtype, chosen": "bf16 copy" if run.choices["bf16_copy"] else "trainer"} if "bf16_copy" in run.choices else {}
+    """Return what was chosen for a run: the precision that it samples in, by the machine, and the learning rate, by the model."""
+    sampled = {"sampling.dtype, chosen": "bf16 copy" if run.choices["bf16_copy"] else "trainer"} if "bf16_copy" in run.choices else {}
+    return sampled | ({"optim.lr, chosen": run.choices["lr"]} if "lr" in run.choices else {})
 
 
 def incomparable(runs: Sequence[Run]) -> str:

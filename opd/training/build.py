@@ -57,7 +57,7 @@ from opd.training.pair import (
     starting_model,
 )
 from opd.training.speed import measure_speed, product_parameters
-from opd.training.step import Step
+from opd.training.step import Step, default_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +113,8 @@ def build(
 
     torch.manual_seed(config.seed)
     student, adapters = load_student(config, given, device, bf16)
+    rate = default_rate(student.num_parameters(), config.lora.rank > 0) if config.optim.lr is None else config.optim.lr
+    composed, config = config, replace(config, optim=replace(config.optim, lr=rate))
     masters = MasterWeights(student) if bf16 and not sharded else None
     if given.student is not None:  # also where the run is interrupted, or only evaluates
         if adapters is not None:
@@ -146,6 +148,8 @@ def build(
         masked=ids.masked,
     )
     choices = choices or make_choices(config, accelerator, spec, max(ids.vocabulary, ids.teacher_vocabulary))
+    if composed.optim.lr is None:
+        choices["lr"] = rate
     # Copies and checks the student, before it is sharded. A signal during the check stops all processes.
     sampler = run_stoppable(accelerator, lambda: make_sampler(config, spec, choices["bf16_copy"]))
     if isinstance(sampler, GenerateSampler):
@@ -221,7 +225,7 @@ def build(
         speed=speed,
         max_steps=total_steps(config, len(train_prompts), accelerator.num_processes),
         average=average,
-        saved_state={**identity(config, accelerator, given), "prompts": len(train_prompts), "content": digests, "choices": choices},
+        saved_state={**identity(composed, accelerator, given), "prompts": len(train_prompts), "content": digests, "choices": choices},
     )
     weights = "a bf16 copy of the weights" if choices["bf16_copy"] else "the trainer's weights"
     differences = [] if own_reader is not None else pair_differences(tokenizer, eos, teachers, ids)
@@ -319,6 +323,7 @@ def make_optimizer(config: Config, parameters: Sequence[Tensor]) -> Optimizer:
     Raises `ConfigError` where the package of the 8-bit one is missing.
     """
     optim = config.optim
+    assert optim.lr is not None  # `build` chose one
     groups = [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},

@@ -28,7 +28,7 @@ class CallbackArguments:
     eval_steps: int
     save_steps: int
     per_device_train_batch_size: int
-    learning_rate: float
+    learning_rate: float | None
     max_grad_norm: float
     seed: int
     metric_for_best_model: str

@@ -109,8 +109,8 @@ def learning_rate_problems(config: OptimConfig, steps: int) -> list[tuple[str, s
         reached = 100 * lr_factor(config, steps - 1, steps)
         what = f"optim.warmup_steps={config.warmup_steps}: the learning rate reaches only {reached:.2g} % of optim.lr in {steps} steps"
         found.append((what, "set optim.warmup_steps=0"))
-    if config.lr >= HIGH_LR:
-        found.append((f"optim.lr={config.lr:g}: so high a rate destroys most models", "set optim.lr=1e-5, or 1e-4 for adapters"))
+    if config.lr is not None and config.lr >= HIGH_LR:
+        found.append((f"optim.lr={config.lr:g}: so high a rate destroys most models", "set optim.lr=null for one that suits the model"))
     return found
 
 

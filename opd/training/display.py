@@ -249,6 +249,7 @@ def introduce(display: Display, built: Built, start: Checkpoint | None) -> None:
         f"{size * processes * n} rollouts; "
         f"{trainer.max_steps} steps over {len(trainer.prompts):,}{of} prompts"
     )
+    display.note(f"learning rate {format_number(config.optim.lr, '.2g')}")
     if all(ChatTemplate(built.tokenizer, part.data.chat_template_kwargs).find() is None for part in config.parts.values()):
         display.note("no chat template: prompts are plain text")
     if config.data.mix:

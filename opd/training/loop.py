@@ -180,7 +180,9 @@ class Trainer:
 
     def train_step(self) -> StepDone:
         """Sample, score, and take `ppo.steps` optimizer steps on all tokens."""
-        rate = self.config.optim.lr * lr_factor(self.config.optim, self.step, self.max_steps)
+        highest = self.config.optim.lr
+        assert highest is not None  # `build` chose one
+        rate = highest * lr_factor(self.config.optim, self.step, self.max_steps)
         for group in self.strategy.optimizer.param_groups:
             group["lr"] = rate
         cpu, wall = time.process_time(), time.perf_counter()

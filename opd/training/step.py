@@ -366,6 +366,15 @@ class Step:
         return sorted(set(tokens.rollout_N[bad_N].tolist()))
 
 
+def default_rate(parameters: int, adapters: bool) -> float:
+    """Return the learning rate of AdamW that suits a model of this size.
+
+    In inverse proportion to the root of the size, and ten times as high for adapters, as Tinker's cookbook has it (`hyperparam_utils`; LoRA
+    Without Regret, 2025). 3e-5 for SmolLM2-135M, and at most 3e-4, are those that close most of the gap in scripts/bench/README.md.
+    """
+    return min(3e-4, 3e-5 * math.sqrt(135e6 / parameters)) * (10 if adapters else 1)
+
+
 def lr_factor(config: OptimConfig, step: int, total: int) -> float:
     """Return the factor on `optim.lr` at a step (0-based) of `total`: linear warm-up, then `constant` stays at 1, others fall to 0."""
     if step < config.warmup_steps:
