@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from training_helpers import TIMED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd.cli import main as cli
+from opd.config.compose import PACKAGE
 from opd.errors import DataError
 from opd.models.policy import Policy
 from opd.runs.folder import RunFolder
@@ -194,6 +196,45 @@ def test_a_finished_run_is_not_that_of_other_data_or_another_reward(tmp_path, mo
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:20]))
     assert main(words) == 64
     assert "data.train_path has other content than it had" in capfd.readouterr().err
+
+
+def test_a_finished_run_is_not_that_of_another_model_in_the_same_folder(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    for role in ("student", "teacher"):
+        shutil.copytree(PACKAGE / f"assets/tiny-{role}", role)
+    words = [*DEBUG, "name=run", "model.path=./student", "teacher.path=./teacher", "train.max_steps=1", "eval.limit=4"]
+    assert main(words) == 0
+    assert cli.main(["eval", "runs/run", "eval.limit=4"]) == 0
+    assert "has other content" not in capfd.readouterr().err
+    shutil.copytree("student", "copy")
+    shutil.rmtree("student")
+    shutil.copytree("copy", "student", copy_function=shutil.copyfile)  # the same files with other times
+    assert main(words) == 0
+    assert "nothing to do" in capfd.readouterr().out
+    for role in ("student", "teacher"):
+        file = Path(role) / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-4] + b"\0\0\1\1")
+        assert main(words) == 64
+        assert f"{'model' if role == 'student' else 'teacher'}.path has other content than it had" in capfd.readouterr().err
+    assert cli.main(["eval", "runs/run", "eval.limit=4"]) == 0
+    shown = capfd.readouterr().err
+    assert "warning: teacher.path=./teacher: has other content than when the run was trained" in shown
+    assert "warning: model.path=./student: has" in shown and "data" not in shown
+    assert cli.main(["eval", "runs/run", "eval.limit=4", "--teacher", "bundled:tiny-teacher"]) == 0
+
+
+def test_a_folder_of_runs_becomes_no_run(finished, monkeypatch, capfd):
+    monkeypatch.chdir(finished.parent.parent)
+    assert main([*DEBUG, "hydra.run.dir=runs"]) == 64
+    assert "hydra.run.dir=" in (shown := capfd.readouterr().err) and "runs in it; name a folder there" in shown
+    assert not (finished.parent / "status.json").exists() and not (finished.parent / ".hydra").exists()
+
+
+def test_a_gradient_of_0_is_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = [*DEBUG, "name=run", "train.max_steps=1", "eval=kl", "eval.kl_prompts=0", "sampling.temperature=1e-4"]
+    assert main(words) == 0
+    assert "the gradient of step 1 is 0: nothing is learnt from it; raise sampling.temperature" in capfd.readouterr().out
 
 
 def test_a_run_that_was_killed_before_it_was_called_done_finishes(finished, tmp_path, monkeypatch):

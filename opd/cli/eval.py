@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from opd.cli.hydra_app import FlagParser
@@ -42,6 +43,9 @@ def evaluate(config: Config, folder: Path, flags: argparse.Namespace) -> None:
     console = make_console(WIDTH, soft_wrap=True)
     if not flags.json and signals.launched_as()[0] == 0:
         show_models(console, named)
+    if signals.launched_as()[0] == 0:
+        for line in judge.changed_inputs(target):
+            print(f"warning: {line}", file=sys.stderr)
     result, lines = judge.judge(target, named, folder, None if flags.json else progress_on(console))
     if not distributed.in_main_process():
         return

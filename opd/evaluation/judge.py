@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.config import compose
+from opd.config.files import absolute_paths
 from opd.config.options import naming_teacher
 from opd.config.schema import Config
 from opd.evaluation.sample_score import load, load_teacher, share_ids
@@ -24,18 +26,37 @@ from opd.models.accelerator import make_accelerator
 from opd.models.device import release_memory
 from opd.models.distributed import run_stoppable
 from opd.runs.answers import Answer, lines_of
+from opd.runs.folder import RUN, read_json
 from opd.runs.intervals import are_shares, interval, paired_interval
 from opd.runs.outcome import gap_closed
 from opd.runs.progress import Progress
+from opd.runs.reader import flatten, open_run
 from opd.samplers import Sampler, of_teachers
 from opd.teachers import LocalTeacher, as_one
 from opd.training.evaluation import Distances, kl_interval, mean_kl
 from opd.training.evaluator import Evaluator, make_evaluator
+from opd.training.identity import digest_inputs
 from opd.training.inputs import Given, load_prompts, make_run_grader
 
 DRAWS = 10_000
 MAX_INDICES = 2**22  # in memory at a time
 LOW, HIGH = 0.025, 0.975
+
+
+def changed_inputs(target: Target) -> list[str]:
+    """Return what a run read and has other content by now: its numbers and those of this evaluation do not belong together."""
+    stored = None if target.run is None else read_json(target.run / RUN)
+    if target.run is None or stored is None:
+        return []
+    options = absolute_paths(stored["config"], open_run(target.run).started_in)
+    now = digest_inputs(compose.to_unchecked_config(compose.restore_config(options)), Given())
+    values = flatten(options)
+    typed = {override.lstrip("+~").replace("=", ".").partition(".")[0] for override in target.overrides}
+    return [
+        f"{name}={values.get(name)}: has other content than when the run was trained"
+        for name, files in stored.get("files", {}).items()
+        if now.get(name) not in (None, files) and name.partition(".")[0] not in typed
+    ]
 
 
 def judge(

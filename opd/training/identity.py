@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from opd.config.compose import REMOVED, to_dict
-from opd.config.files import data_files, local_path
+from opd.config.files import data_files, is_folder_name, local_path
 from opd.config.schema import Config
 from opd.data.prompts import Prompt
 from opd.errors import ConfigError
@@ -35,19 +35,46 @@ MAY_CHANGE = (
     "sweep", "teacher.placement", "teacher.device", "teacher.url", "teacher.timeout", "teacher.canary_every",
 )  # fmt: skip
 CHUNK = 2**24  # numbers that are summed at a time
+MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json")
+PIECES, PIECE = 64, 2**16  # of a model's file: how many, and their bytes
 
 
 def identity(config: Config, accelerator: Accelerator, given: Given) -> dict[str, Any]:
     """Return what identifies a run before anything is loaded."""
-    options = to_dict(config)
+    return {
+        "config": to_dict(config),
+        "prompts_per_step": config.train.batch_size * accelerator.num_processes,
+        "files": digest_inputs(config, given),
+    }
+
+
+def digest_inputs(config: Config, given: Given) -> dict[str, str | None]:
+    """Return the digests of what a run reads, by option or argument: data files, folders of models, the user's reward, passed rows."""
     datasets = {"data": config.data, **{f"data.mix.{label}": dataset for label, dataset in config.data.datasets.items()}}
     paths = {f"{key}.{name}": getattr(data, name) for key, data in datasets.items() for name in ("path", "train_path", "eval_path")}
     files = {option: digest_files(path) for option, path in paths.items() if path is not None}
-    return {
-        "config": options,
-        "prompts_per_step": config.train.batch_size * accelerator.num_processes,
-        "files": files | digest_code(config) | digest_given(given),
-    }
+    return files | digest_models(config) | digest_code(config) | digest_given(given)
+
+
+def digest_models(config: Config) -> dict[str, str | None]:
+    """Return digests of samples of the models and adapters that are in folders: all of large weights would take too long."""
+    teachers = {f"teachers.{label}" if label else "teacher": part.teacher for label, part in config.parts_by_teacher.items()}
+    models = {"model": config.model, **teachers}
+    paths = {f"{key}.{name}": getattr(model, name) for key, model in models.items() for name in ("path", "adapter")}
+    folders = {option: local_path(path) for option, path in paths.items() if path is not None and is_folder_name(path)}
+    return {option: digest(map(sample_file, sorted(folder.iterdir()))) for option, folder in folders.items() if folder.is_dir()}
+
+
+def sample_file(file: Path) -> list[object]:
+    """Return the name and size of a model's file and a digest of pieces of it; nothing of a folder or a file of another kind."""
+    if file.suffix not in MODEL_FILES or not file.is_file():
+        return []
+    size, hasher = file.stat().st_size, sha256()
+    with file.open("rb") as stream:
+        for place in range(PIECES):
+            stream.seek(max(size - PIECE, 0) * place // (PIECES - 1))  # the last one ends with the file
+            hasher.update(stream.read(PIECE))
+    return [file.name, size, hasher.hexdigest()]
 
 
 def digest_code(config: Config) -> dict[str, str | None]:
@@ -173,7 +200,9 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
         force: Return the differences instead.
     """
     old = stored.get("files", {})
-    moved = [option for option, files in wanted["files"].items() if files is not None and files == old.get(option)]
+    moved = [
+        option for option, files in wanted["files"].items() if option.startswith("data") and files is not None and files == old.get(option)
+    ]
     changed = differences(with_defaults(stored["config"], to_dict(Config())), wanted["config"], moved=moved)
     if stored["prompts_per_step"] != wanted["prompts_per_step"]:
         changed.append(
@@ -184,7 +213,7 @@ def check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path
 
 
 def check_files(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path, force: bool) -> list[str]:
-    """Do what `check_same` does, for data files, rows and rewards, without loading anything."""
+    """Do what `check_same` does, for data files, folders of models, rows and rewards, without loading anything."""
     old = stored.get("files", {})
     names = [name for name, now in wanted["files"].items() if now is not None and old.get(name) not in (None, now)]
     return refuse([f"{name} has other content than it had" for name in names], where, force)

@@ -27,6 +27,7 @@ from opd.models.memory import estimate
 from opd.runs import answers
 from opd.runs.folder import CHECKPOINTS, EVALUATIONS, METRICS, RunFolder, Status, read_lines
 from opd.runs.outcome import describe_unjudged, objective
+from opd.runs.reader import is_run
 from opd.training.build import Built, build, resumed_choices
 from opd.training.checkpoint import Checkpoint, Checkpoints
 from opd.training.checks import check_prompts, check_rewards, check_teacher, learning_rate_problems
@@ -79,7 +80,8 @@ def train(config: Config, folder: Path, given: Given | None = None, on_event: On
             display = Display(finished["steps"], shown=accelerator.is_main_process)
             early = finished["steps"] < (config.train.max_steps or 0)
             at = f" at step {finished['steps']} of {config.train.max_steps}, where a callback stopped it" if early else ""
-            display.note(say(f"{folder} contains this run, finished{at}; nothing to do (for a new run, set name=…)"))
+            loaded = "; the model gets its weights" if given is not None and given.student is not None else ""
+            display.note(say(f"{folder} contains this run, finished{at}; nothing to do (for a new run, set name=…){loaded}"))
             display.summarise(finished, places(folder))
             return finished
         start, forced = on_main_process(accelerator, lambda: find_start(config, run_folder, checkpoints, wanted))
@@ -109,7 +111,10 @@ def quiet_libraries() -> None:
 
 
 def claim(run_folder: RunFolder, stack: ExitStack) -> None:
-    """Make the run folder and lock it against other processes."""
+    """Make the run folder and lock it against other processes. Raises `ConfigError` for a folder that has runs in it."""
+    path = run_folder.path
+    if path.is_dir() and not is_run(path) and (runs := [inner.name for inner in path.iterdir() if is_run(inner)]):
+        raise ConfigError(f"hydra.run.dir={path}: has {len(runs):,} runs in it; name a folder there, such as {path / 'another'}")
     run_folder.prepare()
     stack.enter_context(run_folder.lock())
 
