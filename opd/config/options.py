@@ -214,7 +214,7 @@ class SamplingConfig(Section, prefix="sampling."):
     temperature: float = bounded(0.7, above=0, hint="0.6 to 1.0 is usual; the objective needs random samples")
     top_p: float = bounded(1.0, above=0, at_most=1, hint="1 is off")
     top_k: int = bounded(0, at_least=0, hint="0 is off")
-    n: int = bounded(4, at_least=1)
+    n: int = bounded(1, at_least=1)
     max_new_tokens: int = bounded(256, at_least=1)
     truncated: Truncated = Truncated.keep
     batch_size: int = bounded(64, at_least=1)
@@ -282,7 +282,7 @@ class OptimConfig(Section, prefix="optim."):
 class TrainConfig(Section, prefix="train."):
     max_steps: int | None = bounded(200, at_least=1, hint="then set train.epochs=NUMBER")
     epochs: float | None = bounded(None, above=0)
-    batch_size: int = bounded(4, at_least=1, hint="prompts per process")
+    batch_size: int = bounded(16, at_least=1, hint="prompts per process")
     given_share: Any = 0.0
     max_tokens_per_micro_batch: int = bounded(8192, at_least=1, hint="a longer sequence is a micro-batch of its own")
     packing: bool | None = None
