@@ -462,12 +462,20 @@ def failing_reward(completion):
     raise ValueError("my bug")
 
 
+def named_right(completion, answer):
+    return "right"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"rows": [{"prompt": "1+1=", "get_reward": failing_reward}] * 4}, r"test_api\.py:\d+: .*ValueError: my bug.*on the completion"),
         ({"rows": [{"prompt": "1+1=", "get_reward": lambda completion: "right"}] * 4}, r"returned 'right'.*finite number"),
         ({"rows": [{"prompt": "1+1=", "get_reward": lambda completion: float("nan")}] * 4}, r"returned nan.*finite number"),
+        ({"reward_funcs": named_right}, r"^named_right returned 'right'; it must return a finite number, or None"),
+        ({"reward_funcs": [lambda completion, answer: 1.0, named_right]}, r"^named_right returned 'right'; it must return a finite number"),
+        ({"reward_funcs": lambda completion, answer: "1"}, r"^<lambda> returned '1'; it must return a finite number"),
+        ({"reward_funcs": lambda completion, answer: float("nan")}, r"^<lambda> returned nan; it must return a finite number"),
         ({"reward_funcs": lambda completion, answer: failing_reward(completion)}, r"test_api\.py:\d+: .*ValueError: my bug"),
     ],
 )
@@ -558,11 +566,23 @@ def test_an_argument_that_does_not_exist_is_refused_with_the_one_that_was_meant(
         ({"reward_funcs": len, "options": {"eval.reward": "number"}}, "^reward_funcs="),
         ({"rows": "rows.jsonl"}, r"^train_dataset='rows\.jsonl': must be rows, .*load_dataset\('json', data_files='rows\.jsonl'"),
         ({"eval_dataset": Path("rows.jsonl")}, r"^eval_dataset='rows\.jsonl': must be rows"),
+        ({"options": ["a=1"]}, r'^options must be a mapping, for example \{"ppo\.advantage_clip": 2\.0\}, not list'),
+        ({"options": []}, "^options must be a mapping"),
+        ({"callbacks": [print, 3]}, "^callbacks: 3 must be a function of an event, or a transformers"),
+        ({"callbacks": print}, "^callbacks must be a list"),
     ],
 )
-def test_arguments_that_say_two_things_or_name_a_file_are_refused(tmp_path, arguments, message):
+def test_arguments_that_say_two_things_or_are_of_another_kind_are_refused(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
         make_trainer(tmp_path / "out", **arguments)
+
+
+def test_an_added_callback_is_checked_and_made_of_its_class(tmp_path):
+    trainer = make_trainer(tmp_path / "out", callbacks=(print, TrainerCallback))
+    trainer.add_callback(TrainerCallback())
+    with pytest.raises(ConfigError, match=r"^callbacks: 'log' must be a function"):
+        trainer.add_callback("log")
+    assert [type(callback) for callback in trainer.handler.callbacks] == [type(print), TrainerCallback, TrainerCallback]
 
 
 def test_an_option_may_say_what_the_argument_says_or_refine_it(tmp_path):
