@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -133,7 +134,7 @@ class OnPolicyDistillationTrainer:
         refuse_contradictions(arguments, options or {})
         config = from_options(
             {
-                "name": Path(output_dir or DEFAULT_FOLDER).name,
+                "name": run_name(DEFAULT_FOLDER if output_dir is None else output_dir),
                 "data.source": "python",
                 "data.path": None,
                 "data.subset": None,
@@ -153,7 +154,7 @@ class OnPolicyDistillationTrainer:
             raise DataError("train_dataset: it has no rows")
         self.is_new = output_dir is None
         self.output_dir = new_folder() if output_dir is None else Path(output_dir)
-        self.config: Config = replace(config, name=self.output_dir.name)
+        self.config: Config = replace(config, name=run_name(self.output_dir))
         judged = any(row.get("answer") is not None or row.get("get_reward") is not None for row in self.given.eval_rows or ())
         self.handler = CallbackHandler(
             called,
@@ -322,6 +323,14 @@ def as_callbacks(callbacks: object) -> list[Callable[[Event], object] | TrainerC
         if not (isinstance(callback, TrainerCallback) or callable(callback)):
             raise ConfigError(f"callbacks: {callback!r} must be a function of an event, or a transformers.TrainerCallback")
     return called
+
+
+def run_name(folder: str | Path) -> str:
+    """Return the name of the run in a folder: the folder's, with `-` for each character that a run's name cannot have."""
+    if not str(folder).strip():
+        raise ConfigError(f"output_dir={folder!r}: name a folder, or pass None for a new one")
+    name = re.sub(r"[^\w.+=,@-]", "-", Path(folder).resolve().name) or "run"
+    return f"-{name[1:]}" if name.startswith(".") else name
 
 
 def new_folder() -> Path:

@@ -408,6 +408,18 @@ class Item:
         return float(completion == self.answer)
 
 
+@pytest.mark.parametrize(("folder", "name"), [(".", "my-runs"), ("a b/ü c", "ü-c"), (".hidden", "-hidden"), ("../b:c", "b-c")])
+def test_any_folder_can_be_the_output_dir_and_names_the_run(tmp_path, monkeypatch, folder, name):
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")
+    Path("mine.txt").write_text("mine")
+    trainer = make_trainer(folder)
+    trainer.train()
+    assert trainer.config.name == name
+    assert [file.parent.resolve() for file in tmp_path.rglob("summary.json")] == [Path(folder).resolve()]
+    assert Path("mine.txt").read_text() == "mine" and make_trainer(folder).train()["steps"] == 2
+
+
 def test_items_may_be_objects_with_a_get_reward_method(tmp_path):
     summary = make_trainer(tmp_path / "out", rows=[Item(f"{i}+27=", str(i + 27)[::-1]) for i in range(10, 40)]).train()
     assert 0 <= summary["reward_after"] <= 1
@@ -570,11 +582,12 @@ def test_an_argument_that_does_not_exist_is_refused_with_the_one_that_was_meant(
         ({"options": []}, "^options must be a mapping"),
         ({"callbacks": [print, 3]}, "^callbacks: 3 must be a function of an event, or a transformers"),
         ({"callbacks": print}, "^callbacks must be a list"),
+        ({"folder": ""}, "^output_dir='': name a folder"),
     ],
 )
 def test_arguments_that_say_two_things_or_are_of_another_kind_are_refused(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        make_trainer(tmp_path / "out", **arguments)
+        make_trainer(**{"folder": tmp_path / "out", **arguments})
 
 
 def test_an_added_callback_is_checked_and_made_of_its_class(tmp_path):
