@@ -517,6 +517,20 @@ def test_datasets_may_be_generators(tmp_path):
     assert given["eval_kl_after"] == listed["eval_kl_after"]
 
 
+def judges_nothing(completion, answer):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("functions", "named"), [(judges_nothing, "judges_nothing"), ([judges_nothing, lambda one, other: None], "judges_nothing + <lambda>")]
+)
+def test_functions_that_judge_nothing_are_named_once(tmp_path, capfd, functions, named):
+    warning = f"{named} judged none of 4 answers: '73' was not judged; return a number instead of None, or set reward_funcs=None"
+    assert make_trainer(tmp_path / "out", reward_funcs=functions).train()["warnings"] == [warning]
+    shown = capfd.readouterr().out
+    assert shown.count("judged none of") == shown.count(f"warning: {warning}") == 1 and "eval.reward" not in shown and "exact" not in shown
+
+
 def test_rows_without_an_answer_are_not_judged(tmp_path):
     rows = [{"prompt": "11+11="}, {"prompt": "12+11=", "answer": "32"}, {"prompt": "13+11="}, {"prompt": "14+11="}]
     assert make_trainer(tmp_path / "out", rows=rows).train()["reward_after"] is not None

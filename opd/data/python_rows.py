@@ -63,6 +63,7 @@ def bind_answers(functions: Sequence[RewardFunction], row: Mapping[str, Any], an
         values = [best([as_number(value, reward.name) for value in judge(reward, items)]) for reward in rewards]
         return sum(known) if (known := [value for value in values if value is not None]) else None
 
+    get_reward.__name__ = " + ".join(reward.name for reward in rewards)
     return get_reward
 
 

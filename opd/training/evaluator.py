@@ -19,7 +19,7 @@ from opd.config.compose import PACKAGE
 from opd.config.schema import Config
 from opd.data.grading import Item, describe
 from opd.data.prompts import GetReward, Prompt, first_of_each
-from opd.data.python_rows import as_number
+from opd.data.python_rows import as_number, name_of
 from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import RewardError
@@ -122,6 +122,12 @@ class Evaluator:
         """How often the reward hit its limits so far, in this process."""
         return 0 if self.grader is None else self.grader.not_judged
 
+    @property
+    def judges(self) -> list[str]:
+        """The names of the functions that were passed to judge answers; empty where `eval.reward` judges some."""
+        functions = [prompt.get_reward for prompt in self.answered if prompt.get_reward is not None]
+        return list(dict.fromkeys(map(name_of, functions))) if len(functions) == len(self.answered) else []
+
     def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
         """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
         for option, prompts, decoding in (
@@ -190,7 +196,7 @@ class Evaluator:
             )
             for reward, rollout, text in judged
         ]
-        return Judged(gather_object(rows), sum(gather_object([self.missed - missed_before])))
+        return Judged(gather_object(rows), sum(gather_object([self.missed - missed_before])), self.judges)
 
     def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
         """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""
