@@ -2,10 +2,11 @@
 
 import inspect
 import os
+import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from opd.config.compose import options as option_types
 from opd.config.compose import refuse_unread, removed, to_unchecked_config
@@ -31,6 +32,7 @@ from opd.models.load import load_tokenizer
 from opd.runs.folder import CHECKPOINTS, FINAL
 from opd.training import runner
 from opd.training.callbacks import Callback, CallbackArguments, CallbackHandler
+from opd.training.events import Event
 from opd.training.inputs import Given
 from opd.training.logs import read_history
 
@@ -100,6 +102,8 @@ class OnPolicyDistillationTrainer:
         if output_dir is None and processes > 1:
             raise ConfigError("output_dir: name a folder; several processes cannot each take a new one")
         check_models(model, teacher_model, processing_class)
+        check_options(options)
+        called = as_callbacks(callbacks)
         rewards = as_functions(reward_funcs)
         texts = ("teacher.prompt", "teacher.contrast", "data.prompt", "data.system")
         named = [name for option in texts for name in columns_of((options or {}).get(option))]
@@ -130,7 +134,7 @@ class OnPolicyDistillationTrainer:
         refuse_contradictions(arguments, options or {})
         config = from_options(
             {
-                "name": Path(output_dir or DEFAULT_FOLDER).name,
+                "name": run_name(DEFAULT_FOLDER if output_dir is None else output_dir),
                 "data.source": "python",
                 "data.path": None,
                 "data.subset": None,
@@ -150,15 +154,13 @@ class OnPolicyDistillationTrainer:
             raise DataError("train_dataset: it has no rows")
         self.is_new = output_dir is None
         self.output_dir = new_folder() if output_dir is None else Path(output_dir)
-        self.config: Config = replace(config, name=self.output_dir.name)
+        self.config: Config = replace(config, name=run_name(self.output_dir))
         judged = any(row.get("answer") is not None or row.get("get_reward") is not None for row in self.given.eval_rows or ())
         self.handler = CallbackHandler(
-            [],
+            called,
             CallbackArguments.of(config, self.output_dir, judged and config.eval.reward is not None),
             {"model": self.given.student, "processing_class": processing_class},
         )
-        for callback in callbacks:
-            self.add_callback(callback)
 
     @property
     def state(self) -> TrainerState:
@@ -171,8 +173,11 @@ class OnPolicyDistillationTrainer:
         Of the latter `on_train_begin`, `on_step_end`, `on_log`, `on_evaluate`, `on_save` and `on_train_end` are called. They get the
         fields of `CallbackArguments`, and `model` where it was passed as a module. Of the control only `should_training_stop` counts: the
         run ends after the current step, with an evaluation, and its model is exported.
+
+        Raises:
+            ConfigError: It is neither.
         """
-        self.handler.callbacks.append(callback() if isinstance(callback, type) else callback)
+        self.handler.callbacks += as_callbacks([callback])
 
     @naming_arguments()
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> dict[str, Any]:
@@ -301,6 +306,31 @@ def check_models(model: object, teacher_model: object, processing_class: object)
         raise ConfigError(f"processing_class must be a tokenizer of transformers, not {type(processing_class).__name__}")
     if isinstance(model, PreTrainedModel) and not model.name_or_path and processing_class is None:
         raise ConfigError("model: its folder is not known, and so is its tokenizer: pass processing_class")
+
+
+def check_options(options: object) -> None:
+    """Raise `ConfigError` for options that are not given by name."""
+    if not isinstance(options, Mapping | None):
+        raise ConfigError(f'options must be a mapping, for example {{"ppo.advantage_clip": 2.0}}, not {type(options).__name__}')
+
+
+def as_callbacks(callbacks: object) -> list[Callable[[Event], object] | TrainerCallback]:
+    """Return callbacks, an instance in place of each class. Raises `ConfigError` for what cannot be called."""
+    if not isinstance(callbacks, Sequence):
+        raise ConfigError(f"callbacks must be a list, for example [print], not {type(callbacks).__name__}")
+    called = [callback() if isinstance(callback, type) else callback for callback in callbacks]
+    for callback in called:
+        if not (isinstance(callback, TrainerCallback) or callable(callback)):
+            raise ConfigError(f"callbacks: {callback!r} must be a function of an event, or a transformers.TrainerCallback")
+    return called
+
+
+def run_name(folder: str | Path) -> str:
+    """Return the name of the run in a folder: the folder's, with `-` for each character that a run's name cannot have."""
+    if not str(folder).strip():
+        raise ConfigError(f"output_dir={folder!r}: name a folder, or pass None for a new one")
+    name = re.sub(r"[^\w.+=,@-]", "-", Path(folder).resolve().name) or "run"
+    return f"-{name[1:]}" if name.startswith(".") else name
 
 
 def new_folder() -> Path:

@@ -408,6 +408,18 @@ class Item:
         return float(completion == self.answer)
 
 
+@pytest.mark.parametrize(("folder", "name"), [(".", "my-runs"), ("a b/ü c", "ü-c"), (".hidden", "-hidden"), ("../b:c", "b-c")])
+def test_any_folder_can_be_the_output_dir_and_names_the_run(tmp_path, monkeypatch, folder, name):
+    (tmp_path / "my runs").mkdir()
+    monkeypatch.chdir(tmp_path / "my runs")
+    Path("mine.txt").write_text("mine")
+    trainer = make_trainer(folder)
+    trainer.train()
+    assert trainer.config.name == name
+    assert [file.parent.resolve() for file in tmp_path.rglob("summary.json")] == [Path(folder).resolve()]
+    assert Path("mine.txt").read_text() == "mine" and make_trainer(folder).train()["steps"] == 2
+
+
 def test_items_may_be_objects_with_a_get_reward_method(tmp_path):
     summary = make_trainer(tmp_path / "out", rows=[Item(f"{i}+27=", str(i + 27)[::-1]) for i in range(10, 40)]).train()
     assert 0 <= summary["reward_after"] <= 1
@@ -462,12 +474,20 @@ def failing_reward(completion):
     raise ValueError("my bug")
 
 
+def named_right(completion, answer):
+    return "right"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"rows": [{"prompt": "1+1=", "get_reward": failing_reward}] * 4}, r"test_api\.py:\d+: .*ValueError: my bug.*on the completion"),
         ({"rows": [{"prompt": "1+1=", "get_reward": lambda completion: "right"}] * 4}, r"returned 'right'.*finite number"),
         ({"rows": [{"prompt": "1+1=", "get_reward": lambda completion: float("nan")}] * 4}, r"returned nan.*finite number"),
+        ({"reward_funcs": named_right}, r"^named_right returned 'right'; it must return a finite number, or None"),
+        ({"reward_funcs": [lambda completion, answer: 1.0, named_right]}, r"^named_right returned 'right'; it must return a finite number"),
+        ({"reward_funcs": lambda completion, answer: "1"}, r"^<lambda> returned '1'; it must return a finite number"),
+        ({"reward_funcs": lambda completion, answer: float("nan")}, r"^<lambda> returned nan; it must return a finite number"),
         ({"reward_funcs": lambda completion, answer: failing_reward(completion)}, r"test_api\.py:\d+: .*ValueError: my bug"),
     ],
 )
@@ -495,6 +515,20 @@ def test_datasets_may_be_generators(tmp_path):
     datasets = iter(rows), (row for row in rows[:4])
     given = OnPolicyDistillationTrainer(str(STUDENT), str(TEACHER), *datasets, output_dir=tmp_path / "generator", **settings).train()
     assert given["eval_kl_after"] == listed["eval_kl_after"]
+
+
+def judges_nothing(completion, answer):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("functions", "named"), [(judges_nothing, "judges_nothing"), ([judges_nothing, lambda one, other: None], "judges_nothing + <lambda>")]
+)
+def test_functions_that_judge_nothing_are_named_once(tmp_path, capfd, functions, named):
+    warning = f"{named} judged none of 4 answers: '73' was not judged; return a number instead of None, or set reward_funcs=None"
+    assert make_trainer(tmp_path / "out", reward_funcs=functions).train()["warnings"] == [warning]
+    shown = capfd.readouterr().out
+    assert shown.count("judged none of") == shown.count(f"warning: {warning}") == 1 and "eval.reward" not in shown and "exact" not in shown
 
 
 def test_rows_without_an_answer_are_not_judged(tmp_path):
@@ -558,11 +592,24 @@ def test_an_argument_that_does_not_exist_is_refused_with_the_one_that_was_meant(
         ({"reward_funcs": len, "options": {"eval.reward": "number"}}, "^reward_funcs="),
         ({"rows": "rows.jsonl"}, r"^train_dataset='rows\.jsonl': must be rows, .*load_dataset\('json', data_files='rows\.jsonl'"),
         ({"eval_dataset": Path("rows.jsonl")}, r"^eval_dataset='rows\.jsonl': must be rows"),
+        ({"options": ["a=1"]}, r'^options must be a mapping, for example \{"ppo\.advantage_clip": 2\.0\}, not list'),
+        ({"options": []}, "^options must be a mapping"),
+        ({"callbacks": [print, 3]}, "^callbacks: 3 must be a function of an event, or a transformers"),
+        ({"callbacks": print}, "^callbacks must be a list"),
+        ({"folder": ""}, "^output_dir='': name a folder"),
     ],
 )
-def test_arguments_that_say_two_things_or_name_a_file_are_refused(tmp_path, arguments, message):
+def test_arguments_that_say_two_things_or_are_of_another_kind_are_refused(tmp_path, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        make_trainer(tmp_path / "out", **arguments)
+        make_trainer(**{"folder": tmp_path / "out", **arguments})
+
+
+def test_an_added_callback_is_checked_and_made_of_its_class(tmp_path):
+    trainer = make_trainer(tmp_path / "out", callbacks=(print, TrainerCallback))
+    trainer.add_callback(TrainerCallback())
+    with pytest.raises(ConfigError, match=r"^callbacks: 'log' must be a function"):
+        trainer.add_callback("log")
+    assert [type(callback) for callback in trainer.handler.callbacks] == [type(print), TrainerCallback, TrainerCallback]
 
 
 def test_an_option_may_say_what_the_argument_says_or_refine_it(tmp_path):

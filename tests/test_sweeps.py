@@ -225,6 +225,28 @@ def test_impossible_sweep_is_refused_before_its_first_member(
     assert not Path("sweeps").exists()
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("optim.lr=1e-4,0.0001,2e-4", "optim.lr: 0.0001 is given more than once; give optim.lr=0.0001,0.0002"),
+        ("model=tiny,qwen05b,tiny,qwen05b", "model: tiny, qwen05b are given more than once; give model=tiny,qwen05b"),
+    ],
+)
+def test_a_value_that_is_given_twice_is_refused(word: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert hydra_app.run_verb(succeed, ["-m", "seed=0,1", word]) == errors.USAGE
+    shown = capfd.readouterr()
+    assert shown.out == "" and shown.err == f"opd: error: {message}\n"
+    assert not Path("sweeps").exists()
+
+
+def test_a_sweep_with_a_bad_member_leaves_no_folder_but_keeps_an_earlier_one() -> None:
+    assert hydra_app.run_verb(succeed, ["-m", "name=s", "optim.lr=1e-4,abc"]) == errors.USAGE
+    assert not Path("sweeps/s").exists()
+    assert hydra_app.run_verb(succeed, ["-m", "name=s", "optim.lr=1e-4,2e-4"]) == errors.OK
+    assert hydra_app.run_verb(succeed, ["-m", "name=s", "optim.lr=1e-4,abc"]) == errors.USAGE
+    assert len(members()) == 2 and Path("sweeps/s/multirun.yaml").is_file()
+
+
 def test_metric_that_is_not_measured_is_refused() -> None:
     for metric, off in (("gap_closed", {"reward": None}), ("eval_kl_after", {"kl_prompts": 0})):
         part = {"sweep": {"metric": metric}, "eval": off}

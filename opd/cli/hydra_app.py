@@ -73,7 +73,7 @@ def parse(words: Sequence[str], verb: str = "train") -> argparse.Namespace:
 
 
 def remove_if_alone(files: Sequence[Path], if_empty: bool = False) -> None:
-    """Remove the log of a start that began nothing, and the folder that Hydra made for it, where nothing else is in the folder.
+    """Remove the file that Hydra wrote for a start that began nothing, and its folder, where nothing else is in the folder.
 
     Args:
         if_empty: Only a log without a line.
@@ -247,6 +247,8 @@ def run_sweep(job: Job, hydra_main: Callable[[Callable[[DictConfig], float | Non
             job.codes = [member.exit_code or errors.OK for member in members]
             if members:
                 sweep.print_summary(job.sweep, members)
+            else:
+                remove_if_alone([job.sweep.folder / "multirun.yaml"])
 
 
 def prepare(parsed: argparse.Namespace) -> list[str]:

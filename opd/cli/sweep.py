@@ -6,6 +6,7 @@ Members may run in other processes or on other machines (joblib, submitit), so e
 import argparse
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict, read_write
 from rich.table import Table
@@ -113,6 +115,7 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     overrides = OverridesParser.create(config_loader=loader).parse_overrides(words)
     swept = frozenset(override.get_key_element() for override in overrides if override.is_sweep_override())
     if str(sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+        refuse_repeated(overrides)
         of_members = BasicSweeper.split_arguments(overrides, None)[0]
         members: int | None = len(of_members)
         first: Sequence[str] | None = of_members[0]
@@ -124,6 +127,17 @@ def plan(parsed: argparse.Namespace, processes: int) -> Sweep:
     if swept:
         unnamed += [override.key_or_group for override in overrides if not override.is_sweep_override()]
     return Sweep(Path(composed.hydra.sweep.dir), members, swept, config, first, unnamed)
+
+
+def refuse_repeated(overrides: Sequence[Override]) -> None:
+    """Raise `ConfigError` where an option has a value more than once: its members would share a folder."""
+    for override in overrides:
+        if override.is_sweep_override() and override.is_discrete_sweep():
+            key, counts = override.get_key_element(), Counter(override.sweep_string_iterator())
+            repeated = [value for value, count in counts.items() if count > 1]
+            if repeated:
+                which = f"{', '.join(repeated)} {'is' if len(repeated) == 1 else 'are'} given more than once"
+                raise ConfigError(f"{key}: {which}; give {key}={','.join(counts)}")
 
 
 def refuse_shared_mistake(loader: ConfigLoader, name: str, members: Sequence[Sequence[str]], swept: frozenset[str]) -> None:

@@ -1,5 +1,6 @@
 """Datasets and reward functions that are passed as Python objects, as rows."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from opd.data.grading import Item, Reward, RewardFunction
 from opd.data.rewards import best
 from opd.data.rows import extract_answers
-from opd.errors import ConfigError
+from opd.errors import ConfigError, RewardError
 
 
 def as_functions(reward_funcs: Any) -> list[RewardFunction]:
@@ -55,14 +56,31 @@ def bind_answers(functions: Sequence[RewardFunction], row: Mapping[str, Any], an
     """Return a function from a completion to the sum of the rewards, each the best over the answers; None where none can judge."""
     prompt = row.get("prompt")
     text = prompt if isinstance(prompt, str) or not prompt else prompt[-1]["content"]
-    rewards = [Reward("reward_funcs", function) for function in functions]
+    rewards = [Reward(name_of(function), function) for function in functions]
 
     def get_reward(completion: str) -> float | None:
         items = [{**row, "prompt": text, "completion": completion, "answer": answer} for answer in answers]
-        values = [best(judge(reward, items)) for reward in rewards]
+        values = [best([as_number(value, reward.name) for value in judge(reward, items)]) for reward in rewards]
         return sum(known) if (known := [value for value in values if value is not None]) else None
 
+    get_reward.__name__ = " + ".join(reward.name for reward in rewards)
     return get_reward
+
+
+def name_of(function: RewardFunction) -> str:
+    """Return a function's name; of an object that can be called, its class."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def as_number(value: Any, name: str) -> float | None:
+    """Return a reward as a float, or None. Raises `RewardError` for anything else. `name`: that of the function that returned it."""
+    try:
+        number = None if value is None else math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if number is not None and not math.isfinite(number):
+        raise RewardError(f"{name} returned {value!r}; it must return a finite number, or None for a completion that it cannot judge")
+    return number
 
 
 def judge(reward: Reward, items: Sequence[Item]) -> list[Any]:

@@ -83,13 +83,15 @@ def find_warnings(evaluations: Lines, options: Mapping[str, Any], changes: Seque
 def describe_unjudged(unjudged: Mapping[str, Any], reward: str | None) -> str:
     """Return the sentence about answers without a reward. unjudged: as in a line of evaluations.jsonl."""
     which = "none" if unjudged["count"] == unjudged["of"] else f"{unjudged['of'] - unjudged['count']}"
-    judged = f"eval.reward={reward} judged {which} of {unjudged['of']} answers"
+    judges = " and ".join(unjudged.get("judges", ()))
+    judged = f"{judges or f'eval.reward={reward}'} judged {which} of {unjudged['of']} answers"
     if unjudged.get("missed"):
         return f"{judged}: it took too long or too much memory; raise eval.reward_seconds or eval.reward_memory"
     answer = unjudged.get("answer")
     reason = "has no single number" if reward == "number" else "was not judged"
     why = "" if answer is None else f": '{visible(one_line(answer), SHOWN)}' {reason}"
-    return f"{judged}{why}; see data.answer and eval.reward, or set eval=kl"
+    remedy = "return a number instead of None, or set reward_funcs=None" if judges else "see data.answer and eval.reward, or set eval=kl"
+    return f"{judged}{why}; {remedy}"
 
 
 def _worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

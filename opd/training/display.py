@@ -83,8 +83,10 @@ class Display:
         self.sample = ""
         self.work = ""  # what is under way besides steps
         self.last_line = 0.0
+        self.noted: set[str] = set()
 
     def note(self, text: str) -> None:
+        self.noted.add(text)
         self.console.print(Text(harmless(text)))
 
     def watch(self, watched: progress.Progress) -> None:
@@ -183,7 +185,8 @@ class Display:
             f"peak memory {format_bytes(summary['peak_memory_bytes'])}"
         )
         for text in summary.get("warnings", ()):
-            self.note(f"warning: {text}")
+            if (line := f"warning: {text}") not in self.noted:  # not one of the first evaluation's
+                self.note(line)
         for label, file in files.items():
             self.note(f"{label:<8} {file}")
 

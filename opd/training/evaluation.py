@@ -52,8 +52,8 @@ class Evaluation:
         example: A prompt with its answer.
         overlap: Top-k overlap on the samples of the KL: means `share` and `mass`, and `by_position` as in metrics.jsonl.
         datasets: The same of each dataset of `data.mix`; empty without.
-        unjudged: Where answers have no reward: their `count`, `of` how many, the reference `answer` of the first, and as `missed` how
-            often the reward hit its limits, if it did; None where all have one.
+        unjudged: Where answers have no reward: their `count`, `of` how many, the reference `answer` of the first, as `missed` how often
+            the reward hit its limits, if it did, and `judges` as in `Judged`; None where all have one.
         kl_interval: The KL's 95 % interval over its prompts; None for one prompt.
         answers: What was answered, which evaluations.jsonl leaves out.
     """
@@ -139,10 +139,16 @@ def mean_overlap(distances: Distances, max_new_tokens: int) -> dict[str, Any] | 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Judged answers of a model. `missed`: how often the reward hit its limits."""
+    """Judged answers of a model.
+
+    Attributes:
+        missed: How often the reward hit its limits.
+        judges: The names of the functions that were passed to judge them; empty where `eval.reward` judged some.
+    """
 
     rows: list[Answer]
     missed: int = 0
+    judges: Sequence[str] = ()
 
     def unjudged(self) -> dict[str, Any] | None:
         """Return what `Evaluation.unjudged` has."""
@@ -150,7 +156,7 @@ class Judged:
         if not missing:
             return None
         found = {"count": len(missing), "of": len(self.rows), "answer": next(iter(missing[0].references), None)}
-        return found | ({"missed": self.missed} if self.missed else {})
+        return found | ({"missed": self.missed} if self.missed else {}) | ({"judges": [*self.judges]} if self.judges else {})
 
     def rewards(self, dataset: str | None = None) -> Rewards | None:
         """Return the statistics of one dataset or, for None, of all; None without answers."""

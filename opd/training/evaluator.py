@@ -1,7 +1,6 @@
 """How a model is evaluated: its answers are judged, and the exact KL(student‖teacher) is taken on the student's own samples."""
 
 import logging
-import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ from opd.config.compose import PACKAGE
 from opd.config.schema import Config
 from opd.data.grading import Item, describe
 from opd.data.prompts import GetReward, Prompt, first_of_each
+from opd.data.python_rows import as_number, name_of
 from opd.data.rewards import Grader, best
 from opd.data.rollouts import FinishReason, Request, Rollout, micro_batches
 from opd.errors import RewardError
@@ -122,6 +122,12 @@ class Evaluator:
         """How often the reward hit its limits so far, in this process."""
         return 0 if self.grader is None else self.grader.not_judged
 
+    @property
+    def judges(self) -> list[str]:
+        """The names of the functions that were passed to judge answers; empty where `eval.reward` judges some."""
+        functions = [prompt.get_reward for prompt in self.answered if prompt.get_reward is not None]
+        return list(dict.fromkeys(map(name_of, functions))) if len(functions) == len(self.answered) else []
+
     def check_positions(self, model: PreTrainedModel, role: str, label: str = "") -> None:
         """Raise `ConfigError` where an evaluation needs more positions than the model has. `label`: the teacher's."""
         for option, prompts, decoding in (
@@ -190,7 +196,7 @@ class Evaluator:
             )
             for reward, rollout, text in judged
         ]
-        return Judged(gather_object(rows), sum(gather_object([self.missed - missed_before])))
+        return Judged(gather_object(rows), sum(gather_object([self.missed - missed_before])), self.judges)
 
     def distances(self, sampler: Sampler, model: PreTrainedModel, teacher: Teacher, ready: Ready = nullcontext) -> "Distances":
         """Return the KL and the overlap on the student's samples of all processes, by dataset; empty where they are not asked for."""
@@ -262,17 +268,13 @@ def own_reward(get_reward: GetReward, completion: str) -> float | None:
     """Return the reward by a prompt's own function. Raises `RewardError`, with the function's line, where it fails or returns no number."""
     try:
         value = get_reward(completion)
+    except RewardError:  # of functions in `reward_funcs`, which says what they returned
+        raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)[1:]
         place = next((f"{frame.filename}:{frame.lineno}: " for frame in frames if not frame.filename.startswith(str(PACKAGE))), "")
         raise RewardError(f"{place}the reward failed: {describe(error)}, on the completion {one_line(completion)[:200]!r}") from error
-    try:
-        number = None if value is None else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if number is not None and not math.isfinite(number):
-        raise RewardError(f"get_reward returned {value!r}; it must return a finite number, or None for a completion that it cannot judge")
-    return number
+    return as_number(value, "get_reward")
 
 
 def make_evaluator(
