@@ -108,7 +108,7 @@ def test_the_reported_loss_is_the_one_that_is_minimised(tmp_path, reduction):
     assert math.isclose(trainer.train_step().metrics["loss"], expected, rel_tol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "adapters", "rate"), [(135, False, 3e-5), (540, False, 1.5e-5), (540, True, 1.5e-4), (0.1, False, 3e-4)])
+@pytest.mark.parametrize(("size", "adapters", "rate"), [(135, False, 5e-5), (540, False, 2.5e-5), (540, True, 2.5e-4), (0.1, False, 3e-4)])
 def test_the_learning_rate_follows_from_the_number_of_parameters(size: float, adapters: bool, rate: float) -> None:
     assert default_rate(int(size * 1e6), adapters) == pytest.approx(rate)
 

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Any]] = {
     "ppo.importance_cap": (NOTHING, TOPK, None),
     "ppo.baseline": (NOTHING, EXACT, True),
     "ppo.discount": (NOTHING, TOPK, 0.5),
-    "ppo.reward_coef": (NOTHING, EXACT, 0.5),
+    "ppo.reward_coef": ({"sampling.n": 2}, {**EXACT, "sampling.n": 2}, 0.5),
     "eval.limit": (NOTHING, NO_REWARD, 5),
     "eval.max_new_tokens": (NOTHING, NO_REWARD, 5),
     "eval.reward_seconds": ({"eval.reward": "math"}, {"eval.reward": "exact"}, 1.0),
