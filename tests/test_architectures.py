@@ -44,7 +44,7 @@ def trainer_of(student, teacher, folder, rows=4, **options):
     data = [{"prompt": f"{i}+27=", "answer": str(i + 27)[::-1]} for i in range(10, 10 + rows)]
     options = {"device": "cpu", "eval.kl_prompts": 2, "model.dtype": "float32", "sampling.dtype": "trainer", **options}
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    size = {"eval_steps": 0, "max_steps": 2, "batch_size": 2, "max_new_tokens": 8}
+    size = {"eval_steps": 0, "max_steps": 2, "batch_size": 2, "max_new_tokens": options.pop("sampling.max_new_tokens", 8)}
     return OnPolicyDistillationTrainer(
         student, teacher, data, data, processing_class=tokenizer, output_dir=folder / "out", **size, options=options
     )

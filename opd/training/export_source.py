@@ -1,6 +1,7 @@
 """What `opd export` takes, checked from the words and the disk: without torch, so that a mistake is reported at once."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -62,7 +63,9 @@ def best_checkpoint(run: Path) -> Path:
 
 
 def checkpoint_config(checkpoint: Checkpoint) -> Config:
-    """Return the config of a checkpoint's run, with paths as they are from here."""
+    """Return the config of a checkpoint's run, with paths as they are from here and the learning rate that was chosen."""
     run = checkpoint.path.resolve().parent.parent
     started_in = open_run(run).started_in if is_run(run) else None
-    return to_unchecked_config(restore_config(absolute_paths(checkpoint.state["config"], started_in)))
+    config = to_unchecked_config(restore_config(absolute_paths(checkpoint.state["config"], started_in)))
+    rate = config.optim.lr or checkpoint.state.get("choices", {}).get("lr")
+    return replace(config, optim=replace(config.optim, lr=rate))

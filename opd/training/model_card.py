@@ -20,7 +20,7 @@ METHOD = (
     ("estimator, divergence", "{ppo[estimator]}, {ppo[divergence]}"),
     ("inner steps, clip", "{ppo[steps]}, {ppo[clip_eps]:g}"),
     ("advantage clip", "{ppo[advantage_clip]}"),
-    ("learning rate, schedule, warm-up", "{optim[lr]:g}, {optim[schedule]}, {optim[warmup_steps]} steps"),
+    ("learning rate, schedule, warm-up", "{optim[lr]}, {optim[schedule]}, {optim[warmup_steps]} steps"),
     ("weight decay, maximum gradient norm", "{optim[weight_decay]:g}, {optim[max_grad_norm]:g}"),
     ("prompts per process and step × completions", "{train[batch_size]} × {sampling[n]}"),
     ("sampling temperature, top-p, top-k", "{sampling[temperature]:g}, {sampling[top_p]:g}, {sampling[top_k]}"),
@@ -73,6 +73,7 @@ def model_card(config: Config, summary: Mapping[str, Any], dtype: str = "float32
     merge = f" Adapters merged: {merged:.1e} nats/token from the quantised model that was trained." if merged is not None else ""
     checkpoint = f" The weights are those of the checkpoint `{summary['checkpoint']}`." if "checkpoint" in summary else ""
     options = to_dict(config)
+    options["optim"]["lr"] = "by size" if config.optim.lr is None else f"{config.optim.lr:g}"
     options["train"]["given_share"] = str(options["train"]["given_share"]).replace("'", "")  # JSON has texts as keys
     method = "\n".join(f"| {label} | {template.format(**options)} |" for label, template in METHOD)
     versions = summary.get("versions") or {name: version(name) for name in ("torch", "transformers", "accelerate")}
