@@ -161,7 +161,7 @@ def test_quantised_weights_are_refused_where_they_cannot_be(bitsandbytes):
 def test_missing_bitsandbytes_is_refused_with_the_extra_to_install(monkeypatch, option):
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     name, _, value = option.partition("=")
-    config = options(**{name.replace(".", "__"): value})
+    config = options(optim__lr=1e-3, **{name.replace(".", "__"): value})
 
     def load():
         models.load_model(config.model, "model", CPU)

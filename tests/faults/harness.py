@@ -21,6 +21,7 @@ import preloaded  # noqa: F401 - once instead of in every child
 import torch
 from safetensors.torch import load_file
 
+from opd.cli.words import last_of_each
 from opd.train import main
 from opd.training.checkpoint import Checkpoints, verify
 
@@ -85,7 +86,7 @@ class Child:
                     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
                 if fault is not None:
                     fault()
-                code = main(list(words))
+                code = main(last_of_each(words)[0])
             except KeyboardInterrupt:
                 code = 130
             finally:
