@@ -579,6 +579,7 @@ def test_tab_key_completes_in_a_real_shell(shell: str, tmp_path: Path) -> None:
         terminal.close()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_run_continues_after_a_broken_pipe(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opd", "train", "experiment=debug", "device=cpu", "name=run", "train.max_steps=2"]

@@ -167,9 +167,10 @@ def test_a_model_against_a_given_baseline_and_teacher(evaluate: Any, tmp_path: P
 
 def test_the_table_of_an_evaluation(trained: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", str(trained / "runs" / "run"), "--out", "x.json"]) == errors.OK
-    shown = capfd.readouterr().out
+    shown = capfd.readouterr()
     for part in ("16 prompts of arithmetic, greedy", "reward", "against the baseline:", "written to x.json", "KL to teacher"):
-        assert part in shown
+        assert part in shown.out
+    assert "other content" not in shown.err, "nothing that the run read has changed"
 
 
 def test_a_gap_that_grew_is_told_in_the_words_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:

@@ -162,6 +162,7 @@ def test_sigkill_of_the_parent_leaves_no_orphans_and_a_checkpoint(tmp_path):
     assert status(tmp_path) == ("preempted", errors.PREEMPTED)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_killed_worker_is_named(tmp_path):
     running = begin(tmp_path, *LONG)

@@ -364,6 +364,7 @@ def on_node(folder: Path, name: str, rank: int, *options: str) -> subprocess.Pop
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_nodes_train_as_one_process_with_one_folder_and_one_display(one, nodes, tmp_path):
     running = [on_node(tmp_path, name, rank) for rank, name in enumerate(nodes)]
