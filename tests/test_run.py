@@ -231,7 +231,7 @@ def test_a_gradient_of_0_is_told(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = [*DEBUG, "name=run", "train.max_steps=1", "eval=kl", "eval.kl_prompts=0", "sampling.temperature=1e-4"]
     assert main(words) == 0
-    assert "the gradient of step 1 is 0: nothing is learnt from it; raise sampling.temperature" in capfd.readouterr().out
+    assert "the gradient of step 1 is 0: it trains nothing; raise sampling.temperature" in capfd.readouterr().out
 
 
 def test_a_run_that_was_killed_before_it_was_called_done_finishes(finished, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def check_first_step(scoring: Step, metrics: Mapping[str, float], tokens: Tokens
     """
     check_distance(scoring.config, tokens)
     if metrics.get("optim/grad_norm") == 0:
-        log.warning("the gradient of step 1 is 0: nothing is learnt from it; raise sampling.temperature, or take another model as teacher")
+        log.warning("the gradient of step 1 is 0: it trains nothing; raise sampling.temperature, or take another model as teacher")
     if scoring.overlap is not None and (problem := check_masses(metrics, tokens, scoring.overlap)):
         raise ConfigError("; ".join(problem))
     for line in span_problems(metrics):
