@@ -149,6 +149,7 @@ def test_closed_terminal_stops_a_run_like_sigterm(processes: int, tmp_path):
     assert status(tmp_path) == ("preempted", errors.PREEMPTED)
 
 
+@pytest.mark.long  # tests/faults kills a launcher too
 @pytest.mark.slow
 def test_sigkill_of_the_parent_leaves_no_orphans_and_a_checkpoint(tmp_path):
     running = begin(tmp_path, *LONG)
