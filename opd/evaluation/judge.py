@@ -45,10 +45,10 @@ LOW, HIGH = 0.025, 0.975
 
 def changed_inputs(target: Target) -> list[str]:
     """Return what a run read and has other content by now: its numbers and those of this evaluation do not belong together."""
-    stored = None if target.run is None else read_json(target.run / RUN)
-    if target.run is None or stored is None:
+    if target.run is None:
         return []
-    options = absolute_paths(stored["config"], open_run(target.run).started_in)
+    run, stored = open_run(target.run), read_json(target.run / RUN) or {}
+    options = absolute_paths(run.config, run.started_in)
     now = digest_inputs(compose.to_unchecked_config(compose.restore_config(options)), Given())
     values = flatten(options)
     typed = {override.lstrip("+~").replace("=", ".").partition(".")[0] for override in target.overrides}
