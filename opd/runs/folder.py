@@ -194,8 +194,8 @@ class RunFolder:
         """Delete from the logs what came after `step`; -1 deletes everything."""
         if not self.writes:
             return
-        self.append_unwritten()
-        self.unwritten.clear()
+        for name, text in self.unwritten.items():
+            self.unwritten[name] = "".join(line for line in text.splitlines(keepends=True) if json.loads(line)["step"] <= step)
         for file in (self.path / METRICS, self.path / EVALUATIONS, self.path / ANSWERS):
             if file.is_file():
                 lines = [line for line in read_lines(file) if line["step"] <= step]
